@@ -1,0 +1,166 @@
+"""What an eviction policy is, to the runtime and to the simulator alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashmoe.cache.policies.kernels import place_free
+from flashmoe.cache.residency import Residency
+from flashmoe.errors import PolicyError
+
+Int32 = NDArray[np.int32]
+
+
+class Kernels(NamedTuple):
+    """The compiled entry points of a policy, module-level functions so that numba caches them on disk."""
+
+    access: Callable[..., int]  # (state, res, layer, ids, slots_out, miss_expert, miss_slot) -> misses or -1
+    room: Callable[..., int]  # (state, res, layer) -> slot or -1
+    release: Callable[..., int]  # (state, res, layer, expert) -> slot or -1
+    replay: Callable[
+        ..., int
+    ]  # (state, res, ids, first, starts, bits, requests, hits) -> -1 or step that failed
+    begin: Callable[..., None]  # (state) -> None
+
+
+class Replay(NamedTuple):
+    """What a replay counted: N steps, L layers."""
+
+    requests: NDArray[np.int64]  # [N, L] distinct experts asked for
+    hits: NDArray[np.int64]  # [N, L] of those, resident
+    bits: NDArray[
+        np.uint8
+    ]  # [T, L, k] 0 not counted (repeated in its step), 1 miss, 2 hit; size 0 if not asked for
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits over requests, 0 where nothing was requested."""
+        return float(self.hits.sum() / max(1, self.requests.sum()))
+
+
+class EvictionPolicy:
+    """Decides which expert leaves when another needs its slot.
+
+    A policy is bound to one pool (`bind`), told of each sequence (`begin_sequence`) and each request (`access`), and
+    changes the pool's arrays itself. Subclasses set `name` and `kernels` and build their state in `make_state`.
+    One thread at a time; each call is one call into compiled code.
+    """
+
+    name: ClassVar[str] = ""
+    kernels: ClassVar[Kernels]
+    #: True for policies that know the future: simulator only.
+    oracle: ClassVar[bool] = False
+
+    def __init__(self) -> None:
+        self._res: Residency | None = None
+        self._state: Any = None
+        self._access = type(self).kernels.access if hasattr(type(self), "kernels") else None
+
+    # What subclasses give -----------------------------------------------------------------------------------------
+
+    def make_state(self, n_layers: int, n_experts: int) -> Any:
+        """A NamedTuple of arrays for L layers of E experts, as at the start of a session."""
+        raise NotImplementedError
+
+    def prepare(self, ids: NDArray[np.int16], first: NDArray[np.int64]) -> None:
+        """Look at the whole trace before a replay (only oracles do)."""
+
+    # What callers use ---------------------------------------------------------------------------------------------
+
+    @property
+    def residency(self) -> Residency:
+        """The pool that this policy is bound to."""
+        if self._res is None:
+            raise PolicyError(f"policy {self.name!r} is not bound to a pool: call bind(residency) first")
+        return self._res
+
+    def bind(self, residency: Residency) -> None:
+        """Attach to a pool and start from nothing. Raises PolicyError where the policy does not fit its shape."""
+        self._res = residency
+        self._state = self.make_state(residency.n_layers, residency.n_experts)
+
+    def begin_sequence(self) -> None:
+        """A new prompt or conversation begins: what counts "in this sequence" starts again. Slots stay as they are."""
+        self.kernels.begin(self._state)
+
+    def access(self, layer: int, ids: Int32, slots_out: Int32, miss_expert: Int32, miss_slot: Int32) -> int:
+        """One request of a layer: hits are pinned, misses get slots. Returns the number of misses m.
+
+        ids: int32 [n] experts, may repeat (micro-batch) and may hold -1 (skipped); slots_out: int32 [n], slot of each;
+        miss_expert, miss_slot: int32 [>= n], of which [:m] are filled with what must be read, and into which slot.
+        The pins hold until the next access of any layer. Returns -1 where there are more distinct misses than slots
+        that can be evicted in the layer's size group; then nothing has been evicted or counted.
+        """
+        return self._access(self._state, self._res, layer, ids, slots_out, miss_expert, miss_slot)  # type: ignore
+
+    def make_room(self, layer: int) -> int:
+        """A free slot for a prefetch of `layer`, evicting if need be; -1 where only pinned or locked ones are left.
+
+        Does not borrow from other layers, and does not evict a prefetch whose layer has not been served since. The
+        slot stays free (and may be taken by the next access) until `place` is called.
+        """
+        return self.kernels.room(self._state, self.residency, layer)
+
+    def place(self, layer: int, expert: int, slot: int) -> None:
+        """Give a slot from `make_room` to a prefetched expert; counts as no access. Raises PolicyError on misuse."""
+        if place_free(self.residency, layer, expert, slot) < 0:
+            raise PolicyError(
+                f"cannot place expert {expert} of layer {layer} in slot {slot}: not free, or resident"
+            )
+
+    def release(self, layer: int, expert: int) -> int:
+        """Free the slot of an expert whose read failed; the slot, or -1 where the expert is not resident."""
+        return self.kernels.release(self._state, self.residency, layer, expert)
+
+    def replay(
+        self,
+        expert_ids: NDArray[Any],
+        first: NDArray[np.int64] | None = None,
+        starts: NDArray[Any] | None = None,
+        want_bits: bool = False,
+    ) -> Replay:
+        """Run a trace through the policy, from the state it is in.
+
+        expert_ids: [T, L, k], -1 where a layer did not see the token; first: int64 [N+1] token offsets of the steps
+        (default: one token each); starts: [N] 1 where a sequence begins, 2 to empty the pool as well (default: one
+        sequence). Raises PolicyError where shapes do not fit or a single token does not fit into the pool.
+        """
+        res = self.residency
+        if expert_ids.ndim != 3 or expert_ids.shape[1] != res.n_layers:
+            raise PolicyError(f"expert ids must be [tokens, {res.n_layers}, k], got {list(expert_ids.shape)}")
+        ids = np.ascontiguousarray(expert_ids, np.int16)
+        if ids.size and (ids.max() >= res.n_experts or ids.min() < -1):
+            raise PolicyError(f"expert ids must lie in 0..{res.n_experts - 1}, got {ids.min()}..{ids.max()}")
+        steps = np.arange(len(ids) + 1) if first is None else np.ascontiguousarray(first, np.int64)
+        marks = (
+            np.zeros(len(steps) - 1, np.uint8) if starts is None else np.ascontiguousarray(starts, np.uint8)
+        )
+        if starts is None and len(marks):
+            marks[0] = 1
+        self.prepare(ids, steps)
+        requests = np.zeros((len(steps) - 1, res.n_layers), np.int64)
+        hits = np.zeros_like(requests)
+        bits = np.zeros(ids.shape if want_bits else (0, 0, 0), np.uint8)
+        failed = self.kernels.replay(self._state, res, ids, steps, marks, bits, requests, hits)
+        if failed >= 0:
+            raise PolicyError(
+                f"step {failed} of the trace needs more experts at once than the pool can hold: raise the capacity"
+            )
+        return Replay(requests, hits, bits)
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Copies of the policy's arrays, for a warm start."""
+        return {name: np.array(value) for name, value in self._state._asdict().items()}
+
+    def load_state(self, arrays: dict[str, NDArray[Any]]) -> None:
+        """Take back what `state` gave. Raises PolicyError for arrays of another policy or shape."""
+        own = self._state._asdict()
+        for name, value in own.items():
+            if name not in arrays or arrays[name].shape != value.shape or arrays[name].dtype != value.dtype:
+                raise PolicyError(f"saved state does not fit policy {self.name!r} ({name}): start it cold")
+        for name, value in own.items():
+            value[...] = arrays[name]

@@ -1,0 +1,95 @@
+"""Least frequently used: evict the expert with the fewest requests in this sequence."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from flashmoe.cache.policies import kernels as loops
+from flashmoe.cache.policies.base import EvictionPolicy, Kernels
+
+# One key orders by count first and, among equal counts, by recency: count * 2^36 + step of the last request.
+COUNT = float(1 << 36)
+
+
+class State(NamedTuple):
+    """Counts and recency in one key, exact up to 2^17 requests and 2^36 steps."""
+
+    key: NDArray[np.float64]  # [L, E] count * COUNT + step of the last request
+    count: NDArray[np.float64]  # [L, E] requests since the sequence began (or since insertion: forget)
+    forget: NDArray[np.uint8]  # [1] 1: the count of an evicted expert starts again from zero
+
+
+def record(st, res, layer, ids, n):
+    for i in range(n):
+        st.count[layer, ids[i]] += 1.0
+        st.key[layer, ids[i]] = st.count[layer, ids[i]] * COUNT + res.step[0]
+
+
+def victim(st, res, layer, g):
+    return loops.lowest(st.key, res, layer, g)
+
+
+def evicted(st, res, layer, expert):
+    if st.forget[0] == 1:
+        st.count[layer, expert] = 0.0
+        st.key[layer, expert] = 0.0
+
+
+def begin(st):
+    if st.forget[0] == 1:
+        return
+    for layer in range(st.count.shape[0]):
+        for e in range(st.count.shape[1]):
+            st.key[layer, e] -= st.count[layer, e] * COUNT  # recency stays as the tie-break
+            st.count[layer, e] = 0.0
+
+
+loops.rules(State, record, victim, evicted, begin)
+
+
+@njit(cache=True)
+def access(st, res, layer, ids, slots_out, miss_expert, miss_slot):
+    return loops.access_loop(st, res, layer, ids, slots_out, miss_expert, miss_slot)
+
+
+@njit(cache=True)
+def room(st, res, layer):
+    return loops.room_loop(st, res, layer)
+
+
+@njit(cache=True)
+def release(st, res, layer, expert):
+    return loops.release_loop(st, res, layer, expert)
+
+
+@njit(cache=True)
+def replay(st, res, ids, first, starts, bits, requests, hits):
+    return loops.replay_loop(st, res, ids, first, starts, bits, requests, hits)
+
+
+@njit(cache=True)
+def start(st):
+    loops.begin(st)
+
+
+class Lfu(EvictionPolicy):
+    """Least frequently used in this sequence; equal counts: least recently used.
+
+    forget: count since insertion into the cache, over all sequences (the textbook's in-cache LFU), instead.
+    """
+
+    name = "lfu"
+    kernels = Kernels(access, room, release, replay, start)
+
+    def __init__(self, forget: bool = False) -> None:
+        super().__init__()
+        self.forget = forget
+
+    def make_state(self, n_layers: int, n_experts: int) -> State:
+        """See EvictionPolicy."""
+        shape = (n_layers, n_experts)
+        return State(np.zeros(shape), np.zeros(shape), np.array([self.forget], np.uint8))
