@@ -4,10 +4,11 @@
     split(tmp_path / "m.gguf", 3)              # the same model in three parts
     dense(tmp_path / "d.gguf")                 # a model without experts
 
-`ARCHITECTURES[name].about` says in a line what each model is there for; `python -m tests.models DIR` writes them all.
+`ARCHITECTURES[name].about` says in a line what it is there for; `python -m tests.models DIR` writes all.
 """
 
-from .architectures import ARCHITECTURES, Spec
+from .architectures import ARCHITECTURES
+from .spec import Spec
 from .writer import dense, make, split
 
 __all__ = ["ARCHITECTURES", "Spec", "dense", "make", "split"]

@@ -1,7 +1,7 @@
-"""Writes the tiny models of :mod:`.architectures` as GGUF files: random weights, a vocabulary, splitting in parts.
+"""Writes the tiny models of :mod:`.architectures` as GGUF files, whole or split in parts.
 
-Every tensor draws from its own generator, seeded by the model's seed and the tensor's name, so a file depends on
-nothing else and is the same on every machine.
+Every tensor draws from its own generator, seeded by the model's seed and the tensor's name, so a file depends
+on nothing else and is the same on every machine.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from gguf import GGMLQuantizationType as QType
 from gguf import GGUFValueType as VType
 from numpy.typing import NDArray
 
-from .architectures import ARCHITECTURES, BYTE_VOCAB, DENSE, SPECIAL_TOKENS, Spec, vocabulary
+from .architectures import ARCHITECTURES, DENSE
+from .spec import BYTE_VOCAB, SPECIAL_TOKENS, Spec, vocabulary
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ m.content ~ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-# Formats for which the gguf package has no quantiser are filled with random bits; these are their float16 fields
-# (offset in the block, relative size), which must be set by hand for the values to be finite and centred.
+# Formats that the gguf package cannot quantise to are filled with random bits. These are their float16 fields
+# (offset in the block, relative size), set by hand so that the values are finite and centred.
 HALF_FIELDS: dict[QType, tuple[tuple[int, float], ...]] = {
     QType.Q2_K: ((80, 1.0), (82, 1.5)),
     QType.Q3_K: ((108, 1.0),),
@@ -38,7 +39,7 @@ HALF_FIELDS: dict[QType, tuple[tuple[int, float], ...]] = {
 
 NORMS = re.compile(r"norm.*\.weight$")
 ROUTERS = re.compile(r"ffn_gate_inp\.weight$")
-PLAIN = re.compile(r"ffn_gate_inp|conv|ssm_(a|d)$|\.(bias|scale)$")  # always F32
+PLAIN = re.compile(r"ffn_gate_inp|conv|_ape|ssm_(a|d)$|\.(bias|scale)$")  # always F32
 
 
 def make(name: str, path: Path, *, seed: int = 0) -> Path:
@@ -54,8 +55,8 @@ def dense(path: Path, *, seed: int = 0) -> Path:
 def split(path: Path, parts: int, *, metadata_only_first: bool = False) -> list[Path]:
     """Split a GGUF file as llama.cpp's gguf-split does and return the parts, the first one first.
 
-    The parts lie beside `path` (name-00001-of-0000N.gguf); `path` itself stays. The first part carries the model's
-    metadata, and with `metadata_only_first` no tensor (gguf-split's `--no-tensor-first-split`).
+    The parts lie beside `path` (name-00001-of-0000N.gguf); `path` itself stays. The first part carries the
+    model's metadata, and with `metadata_only_first` no tensor (gguf-split's `--no-tensor-first-split`).
     """
     path = Path(path)
     reader = gguf.GGUFReader(path)
@@ -103,9 +104,11 @@ def _write(spec: Spec, name: str, path: Path, seed: int) -> Path:
         _add(writer, f"{spec.arch}.{key}", value)
     _add_tokenizer(writer, spec)
     for tensor, shape, kind in spec.tensors():
-        qtype = QType.F32 if len(shape) == 1 or PLAIN.search(tensor) else QType[kind]
+        qtype = QType.F32 if len(shape) == 1 or PLAIN.search(tensor) or NORMS.search(tensor) else QType[kind]
         if tensor.endswith("tid2eid.weight"):
             qtype = QType.I32
+        elif shape[0] % gguf.GGML_QUANT_SIZES[qtype][0]:  # rows too short for this format's blocks
+            qtype = QType.F16
         data = _data(tensor, shape, qtype, spec, seed)
         writer.add_tensor(tensor, data, raw_dtype=qtype)
     _finish(writer)
@@ -140,7 +143,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, spec: Spec) -> None:
 
 
 def _data(name: str, shape: tuple[int, ...], qtype: QType, spec: Spec, seed: int) -> NDArray[Any]:
-    """Random contents of one tensor, `shape` in ggml's order (rows first), scaled so that activations stay near one."""
+    """Random contents of one tensor, `shape` in ggml's order, scaled so that activations stay near one."""
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     dims = shape[::-1]
     if qtype == QType.I32:  # a table of expert ids per token, distinct within a row
@@ -174,7 +177,7 @@ def _data(name: str, shape: tuple[int, ...], qtype: QType, spec: Spec, seed: int
 def _random_blocks(
     rng: np.random.Generator, dims: tuple[int, ...], qtype: QType, sigma: float
 ) -> NDArray[np.uint8]:
-    """Random blocks of a format, their scales chosen so that the values have the standard deviation `sigma`."""
+    """Random blocks of a format, their scales chosen for values of the standard deviation `sigma`."""
     per_block, size = gguf.GGML_QUANT_SIZES[qtype]
     blocks = rng.integers(0, 256, (int(np.prod(dims)) // per_block, size), dtype=np.uint8)
     shape = (*dims[:-1], dims[-1] // per_block * size)
