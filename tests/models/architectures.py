@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .spec import TOP, Spec
 
+# What many architectures share.
 ATTN = "attn_norm:D attn_q:D,A attn_k:D,G attn_v:D,G attn_output:A,D "
 HEAD_NORMS = "attn_q_norm:K attn_k_norm:K "
 FULL_NORMS = "attn_q_norm:A attn_k_norm:G "
@@ -15,7 +16,6 @@ MLA = (
 FFN = "ffn_norm:D ffn_gate:D,F ffn_up:D,F ffn_down:F,D "
 ROUTER = "ffn_gate_inp:D,E "
 EXPERTS = "ffn_gate_exps:D,X,E ffn_up_exps:D,X,E ffn_down_exps:X,D,E "
-UNGATED = "ffn_up_exps:D,X,E ffn_down_exps:X,D,E "
 FUSED = "ffn_gate_up_exps:D,XX,E ffn_down_exps:X,D,E "
 MOE = "ffn_norm:D " + ROUTER + EXPERTS
 SHARED = "ffn_gate_shexp:D,S ffn_up_shexp:D,S ffn_down_shexp:S,D "
@@ -24,7 +24,7 @@ SCALES = "ffn_gate_exps.scale:E ffn_up_exps.scale:E ffn_down_exps.scale:E "
 NEXTN = "nextn.eh_proj.weight:2D,D nextn.enorm.weight:D nextn.hnorm.weight:D "
 TIED = "token_embd:D,V output_norm:D "
 
-
+# Layers that belong to one architecture.
 LITE = "attn_norm:D attn_q:D,HM attn_kv_a_mqa:D,CR attn_kv_a_norm:C attn_kv_b:C,HNW attn_output:HW,D "
 DENSE_FFN = "ffn_gate:D,F ffn_up:D,F ffn_down:F,D "
 GLM = ATTN + QKV_BIAS + HEAD_NORMS + "post_attention_norm:D "
@@ -163,7 +163,7 @@ ARCHITECTURES: dict[str, Spec] = {
     ),
     "aligned": Spec(
         "olmoe",
-        "tensors aligned to 4096 bytes; slices of whole pages, of half pages and of odd sizes",
+        "tensors aligned to 4096 bytes; slices of whole pages and of odd sizes",
         (ATTN + FULL_NORMS + MOE,) * 3,
         quants=("F16", "Q8_0 F16 Q4_0", "BF16"),
         sizes="X=64 J=4",

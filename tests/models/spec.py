@@ -18,7 +18,7 @@ from functools import lru_cache
 from typing import Any
 
 TOP = "token_embd:D,V output_norm:D output:D,V "
-SIZES = {"D": 64, "F": 128, "X": 96, "S": 96, "E": 8, "T": 2, "H": 4, "J": 2, "K": 16, "one": 1}
+SIZES = {"D": 64, "F": 128, "X": 96, "S": 96, "E": 8, "T": 2, "H": 4, "J": 2, "K": 16}
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,7 @@ def _data(name: str, shape: tuple[int, ...], qtype: QType, spec: Spec, seed: int
         return rng.random((dims[0], spec.dims()["E"])).argsort(axis=1)[:, : dims[1]].astype(np.int32)
     if qtype in HALF_FIELDS or qtype == QType.NVFP4:
         return _random_blocks(rng, dims, qtype, 1 / np.sqrt(shape[0]))
-    values = rng.standard_normal(dims, dtype=np.float32)
+    values: NDArray[Any] = rng.standard_normal(dims, dtype=np.float32)
     if name.endswith(".scale"):
         values = 0.5 + rng.random(dims, dtype=np.float32)
     elif NORMS.search(name):
