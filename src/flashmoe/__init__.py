@@ -1,0 +1,32 @@
+"""FlashMoE: run Mixture-of-Experts models larger than RAM, their experts streamed from the SSD, bit for bit exact."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from flashmoe.errors import FlashMoEError
+
+if TYPE_CHECKING:
+    from flashmoe.api import Model, load
+    from flashmoe.engines.base import Sampling
+
+__all__ = ["FlashMoEError", "Model", "Sampling", "load"]
+
+try:
+    __version__ = version("flashmoe-ssd")
+except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import the engine only when it is used: errors and file formats load without numba."""
+    if name in ("Model", "load"):
+        from flashmoe import api
+
+        return getattr(api, name)
+    if name == "Sampling":
+        from flashmoe.engines.base import Sampling
+
+        return Sampling
+    raise AttributeError(f"module 'flashmoe' has no attribute {name!r}")

@@ -1,0 +1,265 @@
+"""The Python API: `flashmoe.load` gives a Model that generates text under a memory budget."""
+
+from __future__ import annotations
+
+import codecs
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import psutil
+
+from flashmoe import budget, telemetry
+from flashmoe.cache.expert_cache import ExpertCache
+from flashmoe.cache.policies import create
+from flashmoe.cache.policies.base import EvictionPolicy
+from flashmoe.cache.pool import SlotPool
+from flashmoe.cache.residency import make_residency
+from flashmoe.engines.base import Sampling
+from flashmoe.engines.llamacpp.engine import LlamaEngine
+from flashmoe.engines.llamacpp.library import Library, find_library, open_library
+from flashmoe.engines.llamacpp.loader import LoadedModel
+from flashmoe.errors import UsageError
+from flashmoe.hub import resolve
+from flashmoe.storage.catalog import ExpertCatalog
+from flashmoe.storage.disk import read_ceiling
+from flashmoe.storage.gguf import read_gguf
+from flashmoe.storage.reader import ExpertReader
+from flashmoe.units import parse_bytes
+
+DEFAULT_CONTEXT = 4096
+DEFAULT_UBATCH = 512  # llama.cpp's own
+
+#: Called with what is going on ("load" or "prefill"), how much is done, and of how much.
+Progress = Callable[[str, int, int], None]
+
+
+def load(
+    model: str | Path,
+    *,
+    ram: str | int | None = None,
+    cache: str | None = None,
+    policy: str = "lru",
+    n_ctx: int | None = None,
+    n_ubatch: int = DEFAULT_UBATCH,
+    threads: int | None = None,
+    all_logits: bool = False,
+    progress: Progress | None = None,
+    library: Library | None = None,
+) -> Model:
+    """Load a GGUF MoE model whose experts stay on the SSD.
+
+    model: path of a GGUF (or of the first file of a split set), "demo", or "hf:organisation/repository[:file]".
+    ram: memory for the whole process, for example "6GiB"; by default a share of what is available.
+    cache: sizes the expert pool directly instead: "25%" of the experts, "2GiB", or a number of slots ("300").
+    policy: eviction policy, NAME or NAME:FILE. n_ctx: context in tokens (default: the model's, at most 4096).
+    n_ubatch: tokens evaluated at once while a prompt is read; the results are llama.cpp's at the same value.
+    threads: compute threads (default: physical cores). all_logits: keep the logits of every token, not the last only.
+    library: a llama.cpp library to use unproven (default: the one that is found, proven once by `flashmoe.probe`).
+
+    Raises ModelError, BudgetError, PolicyError, LibraryError and UsageError, each saying what to do.
+    """
+    started = time.perf_counter()
+    report_progress = progress or (lambda *_: None)
+    if ram is not None and cache is not None:
+        raise UsageError("give either a budget (ram) or a pool size (cache), not both")
+    if n_ubatch < 1 or (threads is not None and threads < 1) or (n_ctx is not None and n_ctx < 1):
+        raise UsageError("context, micro-batch and threads must be at least 1")
+    evict = create(policy)
+    catalog = ExpertCatalog.from_gguf(read_gguf(resolve(model)))
+    trained = int(catalog.gguf.arch_value("context_length", DEFAULT_CONTEXT))
+    context = min(trained, DEFAULT_CONTEXT) if n_ctx is None else n_ctx
+    if context > trained:
+        raise UsageError(
+            f"a context of {context} tokens is more than this model was trained for ({trained}); lower -c"
+        )
+    with ExitStack() as stack:
+        reader = ExpertReader(catalog.gguf.files)
+        stack.callback(reader.close)
+        align = max(file.align for file in reader.files)
+        limit = 0 if cache is not None else parse_bytes(ram) if ram is not None else budget.default_ram()
+        if limit:
+            budget.check_before_loading(catalog, limit, align)
+        lib = library or proven_library()
+        dense = catalog.dense_bytes
+        loaded = LoadedModel(
+            lib, catalog, reader.files, lambda n: report_progress("load", min(n, dense), dense)
+        )
+        stack.callback(loaded.close)
+        catalog = loaded.catalog
+        _compile(evict, catalog)
+        data_before, anon_before = budget.status_bytes("VmData"), budget.status_bytes("RssAnon")
+        engine = LlamaEngine(
+            lib,
+            loaded,
+            n_ctx=context,
+            n_ubatch=min(n_ubatch, context),
+            threads=threads or psutil.cpu_count(logical=False) or 1,
+            all_logits=all_logits,
+        )
+        stack.callback(engine.close)
+        if limit:
+            # what the context has reserved (KV cache, compute buffers) and not touched yet will still come
+            reserved = budget.status_bytes("VmData") - data_before
+            touched = budget.status_bytes("RssAnon") - anon_before
+            used = budget.status_bytes("VmRSS") + max(0, reserved - touched) + budget.RESERVE
+            least = used + budget.least_pool(catalog, align)
+            if least > limit:
+                raise budget.too_small(limit, least)
+            slots = budget.slots_for(catalog, limit - used, align)
+        else:
+            slots = budget.parse_cache(str(cache), catalog, align)
+        pool = SlotPool(catalog, slots, reader)
+        stack.callback(pool.close)
+        evict.bind(budget.residency_for(catalog, slots))
+        experts = ExpertCache(pool, reader, evict)
+        engine.attach(pool, slots, experts)
+        pool.prefault()
+        loaded_model = Model(engine, experts, catalog, limit, report_progress, stack.pop_all())
+        loaded_model.telemetry.load_seconds = time.perf_counter() - started
+        return loaded_model
+
+
+def proven_library() -> Library:
+    """The llama.cpp library, after it has shown once that the pool works with it. Raises LibraryError."""
+    from flashmoe.probe import prove
+
+    path = find_library()
+    prove(path)
+    return open_library(path)
+
+
+def _compile(policy: EvictionPolicy, catalog: ExpertCatalog) -> None:
+    """Let numba compile the policy's kernels before memory is counted and before the first token waits for it."""
+    n = catalog.n_experts
+    policy.bind(make_residency(len(catalog.layers), n, np.ones(len(catalog.layers), np.int32)))
+    ids, out = np.zeros(1, np.int32), np.zeros((3, 1), np.int32)
+    policy.begin_sequence()
+    policy.access(0, ids, out[0], out[1], out[2])
+    policy.release(0, 0)
+
+
+class Model:
+    """A loaded model. A context manager; not thread-safe: one generation at a time."""
+
+    def __init__(
+        self,
+        engine: LlamaEngine,
+        cache: ExpertCache,
+        catalog: ExpertCatalog,
+        budget_bytes: int,
+        progress: Progress,
+        resources: ExitStack,
+    ) -> None:
+        self.engine, self.cache, self.catalog = engine, cache, catalog
+        self.budget_bytes = budget_bytes
+        self.telemetry = telemetry.Telemetry()
+        self._progress, self._resources = progress, resources
+        self._created = time.perf_counter()
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int = -1,
+        sampling: Sampling | None = None,
+        special: bool = False,
+    ) -> Iterator[str]:
+        """Continue `prompt` (text, or token ids); yields text as it is made.
+
+        Ends with the model's end token, after `max_tokens` (-1: no limit) or when the context is full. `special`:
+        read control tokens written out in the text. Raises UsageError for an empty or too long prompt, ReadError
+        when the model file cannot be read; the model stays usable.
+        """
+        tokens = self.engine.tokenize(prompt, special) if isinstance(prompt, str) else list(prompt)
+        if not tokens:
+            raise UsageError("the prompt is empty")
+        if len(tokens) > self.engine.n_ctx:
+            raise UsageError(
+                f"the prompt has {len(tokens)} tokens, the context {self.engine.n_ctx}: shorten it or raise -c"
+            )
+        self.engine.clear()
+        self.cache.begin_sequence()
+        self.engine.set_sampling(sampling or Sampling())
+        self._prefill(tokens)
+        room = self.engine.n_ctx - len(tokens) + 1
+        text = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token in self._decode(room if max_tokens < 0 else min(room, max_tokens)):
+            piece = text.decode(self.engine.piece(token))
+            if piece:
+                yield piece
+        if rest := text.decode(b"", final=True):
+            yield rest
+
+    def chat(
+        self, messages: Sequence[dict[str, str]], *, max_tokens: int = -1, sampling: Sampling | None = None
+    ) -> Iterator[str]:
+        """Answer a conversation, [{"role": "user", "content": "..."}, ...], in the model's own chat template."""
+        prompt = self.engine.chat_prompt(messages)
+        return self.generate(prompt, max_tokens=max_tokens, sampling=sampling, special=True)
+
+    def _prefill(self, tokens: Sequence[int]) -> None:
+        self.cache.phase = "prefill"
+        step = self.engine.n_ubatch
+        for start in range(0, len(tokens), step):
+            self._progress("prefill", start, len(tokens))
+            began = time.perf_counter()
+            self.engine.decode(tokens[start : start + step])
+            self.telemetry.prefill.seconds += time.perf_counter() - began
+            self.telemetry.prefill.tokens += len(tokens[start : start + step])
+        self._progress("prefill", len(tokens), len(tokens))
+        self.cache.phase = "decode"
+
+    def _decode(self, limit: int) -> Iterator[int]:
+        phase = self.telemetry.decode
+        for made in range(limit):
+            token = self.engine.sample()
+            if not self.telemetry.first_token_seconds:
+                waited = time.perf_counter() - self._created
+                self.telemetry.first_token_seconds = self.telemetry.load_seconds + waited
+            if self.engine.is_end(token):
+                return
+            yield token
+            if made + 1 == limit:
+                return
+            began, faults = time.perf_counter(), telemetry.major_faults()
+            self.engine.decode([token])
+            phase.seconds += time.perf_counter() - began
+            phase.tokens += 1
+            self.telemetry.decode_faults += telemetry.major_faults() - faults
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """The figures so far, as in `flashmoe run --json`."""
+        return self.report().as_dict()
+
+    def report(self, text: str = "") -> telemetry.Report:
+        """The figures so far; `text` is passed through. Measures the drive where that has not been done before."""
+        sizes = [plane.nbytes for layer in self.catalog.layers for plane in layer.planes]
+        return telemetry.make_report(
+            self.telemetry,
+            self.cache.stats,
+            model=self.catalog.gguf.files[0].name,
+            policy=self.cache.policy.name,
+            text=text,
+            slots=self.cache.policy.residency.n_slots,
+            experts=self.catalog.total_experts,
+            budget=self.budget_bytes,
+            ceiling=read_ceiling(self.cache.reader, int(np.median(sizes))),
+        )
+
+    def close(self) -> None:
+        """Free everything. The model cannot be used afterwards."""
+        self._resources.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,140 @@
+"""Memory: what the process may use, what it uses, and how many slots that leaves."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from flashmoe.cache.pool import slot_bytes
+from flashmoe.cache.residency import Residency, equal_quota, make_residency
+from flashmoe.errors import BudgetError, UsageError
+from flashmoe.storage.catalog import ExpertCatalog
+from flashmoe.units import format_bytes, parse_bytes
+
+DEFAULT_SHARE = 0.7  # of the memory that is available: the machine stays usable
+# Not seen when the pool is sized: scratch of the expert products, read buffers, what Python takes while it runs
+RESERVE = 48 << 20
+# Interpreter, libraries, compute buffers, as seen with small models: only to refuse hopeless budgets before loading
+_BEFORE_LOADING = 160 << 20
+
+
+def memory_limit() -> int:
+    """Bytes this process may use at most: the machine's memory, or its cgroup's limit where that is lower."""
+    limits = [psutil.virtual_memory().total]
+    try:
+        entries = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return limits[0]
+    for _, controllers, path in entries:
+        if controllers == "":
+            root, name = Path("/sys/fs/cgroup"), "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
+        else:
+            continue
+        folder = root / path.strip("/")
+        for place in (folder, *folder.parents):
+            if root not in (place, *place.parents):
+                break
+            try:
+                text = (place / name).read_text().strip()
+            except OSError:
+                continue
+            if text.isdigit():
+                limits.append(int(text))
+    return min(limits)
+
+
+def default_ram() -> int:
+    """The budget where none is given: a share of the memory available to this process."""
+    return int(DEFAULT_SHARE * min(psutil.virtual_memory().available, memory_limit()))
+
+
+def status_bytes(field: str) -> int:
+    """A field of /proc/self/status in bytes (VmRSS, VmHWM, VmData, RssAnon); 0 where it does not exist."""
+    try:
+        match = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    except OSError:
+        match = None
+    return int(match[1]) << 10 if match else 0
+
+
+def parse_cache(text: str, catalog: ExpertCatalog, align: int) -> list[int]:
+    """Slots of each size group for "25%" (of the experts), a size with a unit, or a number of slots.
+
+    Raises UsageError and BudgetError.
+    """
+    share = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)
+    if share:
+        return shares_of(catalog, min(1.0, float(share[1]) / 100))
+    if text.strip().isdigit():
+        return shares_of(catalog, min(1.0, int(text) / catalog.total_experts))
+    try:
+        return slots_for(catalog, parse_bytes(text), align)
+    except UsageError:
+        raise UsageError(
+            f"cannot read --cache {text!r}: write a share (25%), a size (2GiB) or slots (300)"
+        ) from None
+
+
+def shares_of(catalog: ExpertCatalog, share: float) -> list[int]:
+    """The same share of the experts in every size group, never fewer slots than one token needs."""
+    members = np.bincount(catalog.groups) * catalog.n_experts
+    return [int(max(min(catalog.top_k, n), round(share * n))) for n in members]
+
+
+def slots_for(catalog: ExpertCatalog, pool_bytes: int, align: int) -> list[int]:
+    """Slots of each size group that fit into `pool_bytes`. Raises BudgetError when one token's experts do not fit."""
+    sizes = slot_bytes(catalog, align)
+    members = np.bincount(catalog.groups) * catalog.n_experts
+    share = min(1.0, pool_bytes / sum(size * int(n) for size, n in zip(sizes, members, strict=True)))
+    slots = [max(catalog.top_k, int(share * n)) for n in members]
+    if sum(size * n for size, n in zip(sizes, slots, strict=True)) > max(pool_bytes, 0):
+        slots = [catalog.top_k] * len(sizes)
+        if least_pool(catalog, align) > pool_bytes:
+            raise BudgetError(
+                f"the expert pool needs at least {format_bytes(least_pool(catalog, align))} "
+                f"(one token's {catalog.top_k} experts), {format_bytes(max(pool_bytes, 0))} are left for it"
+            )
+    return slots
+
+
+def least_pool(catalog: ExpertCatalog, align: int) -> int:
+    """Bytes of the smallest pool that works: one token's experts of one layer in each size group."""
+    return sum(size * catalog.top_k for size in slot_bytes(catalog, align))
+
+
+def check_before_loading(catalog: ExpertCatalog, budget: int, align: int) -> None:
+    """Refuse a budget that cannot work, before minutes are spent on loading. Raises BudgetError."""
+    least = catalog.dense_bytes + least_pool(catalog, align) + _BEFORE_LOADING
+    if budget < least:
+        raise too_small(budget, least)
+
+
+def too_small(budget: int, least: int) -> BudgetError:
+    """The error for a budget below `least` bytes; it names a budget that works, rounded up."""
+    step = 16 << 20
+    works = -(-least // step) * step
+    return BudgetError(
+        f"--ram {format_bytes(budget)} is too small for this model: the smallest that works is {works >> 20}MiB"
+    )
+
+
+def residency_for(catalog: ExpertCatalog, slots: Sequence[int]) -> Residency:
+    """The arrays of a pool with `slots[g]` slots in size group g, shared equally by the layers of the group.
+
+    Where a layer's share would not hold one token's experts, the layers of a group share all its slots.
+    """
+    groups = np.array(catalog.groups)
+    quota = np.zeros(len(groups), np.int32)
+    for group, n in enumerate(slots):
+        members = np.flatnonzero(groups == group)
+        quota[members] = equal_quota(n, len(members), catalog.n_experts) if n >= len(members) else 0
+        if n < len(members):
+            quota[members[:n]] = 1
+    partition = "per-layer" if quota.min() >= catalog.top_k else "global"
+    return make_residency(len(groups), catalog.n_experts, quota, groups, partition)

@@ -1,0 +1,106 @@
+"""The expert cache: the only place that knows slots, policy and reader together."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashmoe.cache.policies.base import EvictionPolicy
+from flashmoe.cache.pool import SlotPool
+from flashmoe.errors import BudgetError
+from flashmoe.storage.reader import ExpertReader
+
+Int32 = NDArray[np.int32]
+
+
+@dataclass
+class CacheStats:
+    """Counters of one phase (prefill or decode). A request is a distinct expert of a layer in one step."""
+
+    hits: int = 0
+    misses: int = 0
+    bytes: int = 0  # read for misses
+    stall_seconds: float = 0.0  # the engine waited for reads
+    overhead_seconds: float = 0.0  # bookkeeping in Python, reads aside
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / max(1, self.hits + self.misses)
+
+
+class ExpertCache:
+    """Makes experts resident. `ensure` returns slots whose bytes are all in, whatever happens.
+
+    Thread-safe; the slots that `ensure` returns are one caller's until the next call.
+    """
+
+    def __init__(self, pool: SlotPool, reader: ExpertReader, policy: EvictionPolicy) -> None:
+        self.pool, self.reader, self.policy = pool, reader, policy
+        self.stats: dict[str, CacheStats] = {"prefill": CacheStats(), "decode": CacheStats()}
+        self.phase = "prefill"
+        residency = policy.residency
+        self._first_slot = [int(residency.group_start[g]) for g in residency.group]
+        self._bytes = [sum(w.plane.nbytes for w in windows) for windows in pool.windows]
+        self._lock = threading.Lock()
+        self._resize(64)
+
+    def _resize(self, n: int) -> None:
+        self._slots, self._miss_expert, self._miss_slot = (np.empty(n, np.int32) for _ in range(3))
+
+    def begin_sequence(self) -> None:
+        """Tell the policy that a new prompt or conversation begins."""
+        with self._lock:
+            self.policy.begin_sequence()
+
+    def ensure(self, layer: int, ids: Int32) -> Int32:
+        """Make the experts `ids` (int32 [n], may repeat) of a layer resident and complete.
+
+        Returns their slots, int32 [n], numbered in the layer's size group; valid until the next call. Raises ReadError
+        (the failed experts are then absent and the cache is consistent) and BudgetError (they cannot fit at once).
+        """
+        started = time.perf_counter()
+        with self._lock:
+            if len(ids) > len(self._slots):
+                self._resize(2 * len(ids))
+            slots = self._slots[: len(ids)]
+            misses = self.policy.access(layer, ids, slots, self._miss_expert, self._miss_slot)
+            if misses < 0:
+                raise BudgetError(
+                    f"{len(np.unique(ids))} experts of one layer do not fit into the pool at once: "
+                    "give more memory, or a smaller micro-batch (-ub)"
+                )
+            first = self._first_slot[layer]
+            stalled = self._fill(layer, first, misses) if misses else 0.0
+            if first:
+                slots -= first
+            stats = self.stats[self.phase]
+            stats.hits += len(set(ids.tolist())) - misses
+            stats.misses += misses
+            stats.bytes += misses * self._bytes[layer]
+            stats.stall_seconds += stalled
+            stats.overhead_seconds += time.perf_counter() - started - stalled
+        return slots
+
+    def _fill(self, layer: int, first: int, misses: int) -> float:
+        """Read `misses` experts into their slots; seconds waited."""
+        experts, slots = self._miss_expert[:misses].tolist(), self._miss_slot[:misses].tolist()
+        reads = [self.pool.reads(layer, e, s - first) for e, s in zip(experts, slots, strict=True)]
+        # plane by plane over all experts: what the next product needs is read first
+        ticket = self.reader.demand([read for plane in zip(*reads, strict=True) for read in plane])
+        for expert, slot in zip(experts, slots, strict=True):
+            self.pool.fill_tables(layer, expert, slot - first)
+        started = time.perf_counter()
+        try:
+            ticket.wait()
+        except (
+            BaseException
+        ):  # also KeyboardInterrupt: no thread may still write into a slot that is given away
+            ticket.done.wait()
+            for expert in experts:
+                self.policy.release(layer, expert)
+            raise
+        return time.perf_counter() - started

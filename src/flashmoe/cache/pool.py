@@ -1,0 +1,149 @@
+"""The slot pool: anonymous memory that the engine takes for its expert tensors.
+
+For every size group of layers and every plane there is one *region*: slots of a fixed stride. The engine sees, for a
+layer's plane, `address + slot * stride`. Direct reads want aligned file offsets, and a slice begins anywhere: so each
+plane is shifted inside its slot by its own misalignment, and what alignment adds falls into the slot's slack.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashmoe.storage.catalog import ExpertCatalog, Plane
+from flashmoe.storage.reader import ExpertReader, Read
+
+HUGE_PAGE = 2 << 20
+_PREFAULT_STEP = 32 << 20
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; not in Python's mmap module
+_TENSOR_ALIGNMENT = 32
+
+
+@dataclass(frozen=True)
+class Window:
+    """A plane or table of one layer in the pool: slot s of the layer's group is at `address + s * stride`."""
+
+    plane: Plane
+    address: int
+    stride: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a plane's slices lie in a slot: `shift` bytes after its start; the slot is `stride` bytes long."""
+
+    shift: int
+    stride: int
+
+
+def plane_layout(plane: Plane, align: int) -> Layout:
+    """The layout of one plane under direct reads in units of `align` bytes.
+
+    Where all slices are equally misaligned, reads land in place. Otherwise the slot has slack on both sides; the
+    reads land in place if the drive takes such addresses, and go through a bounce buffer if not.
+    """
+    unit = max(align, _TENSOR_ALIGNMENT)
+    shift = plane.offset % unit if plane.nbytes % unit == 0 else unit
+    return Layout(shift, -(-(shift + plane.nbytes + (unit if plane.nbytes % unit else 0)) // unit) * unit)
+
+
+def slot_bytes(catalog: ExpertCatalog, align: int) -> list[int]:
+    """Bytes of one slot (all its planes and tables) in each size group."""
+    sizes = [0] * (max(catalog.groups) + 1)
+    for layer, group in zip(catalog.layers, catalog.groups, strict=True):
+        planes = sum(plane_layout(plane, align).stride for plane in layer.planes)
+        sizes[group] = max(sizes[group], planes + sum(table.nbytes for table in layer.tables))
+    return sizes
+
+
+class SlotPool:
+    """Memory for `slots[g]` slots in each size group g. Reserved at once, committed when touched or prefaulted."""
+
+    def __init__(self, catalog: ExpertCatalog, slots: Sequence[int], reader: ExpertReader) -> None:
+        align = max(file.align for file in reader.files)
+        self._reader = reader
+        self._maps: list[mmap.mmap] = []
+        self._regions: list[tuple[int, int]] = []
+        self._stop = threading.Event()
+        self._prefault: threading.Thread | None = None
+        self.windows: list[list[Window]] = [[] for _ in catalog.layers]
+        self._tables: list[list[tuple[Window, NDArray[np.uint8]]]] = [[] for _ in catalog.layers]
+        for group, n in enumerate(slots):
+            members = [i for i, g in enumerate(catalog.groups) if g == group]
+            self._add_group(catalog, members, n, align)
+
+    def _add_group(self, catalog: ExpertCatalog, members: list[int], n: int, align: int) -> None:
+        for index in range(len(catalog.layers[members[0]].planes)):
+            planes = [catalog.layers[i].planes[index] for i in members]
+            layouts = [plane_layout(plane, align) for plane in planes]
+            stride = max(layout.stride for layout in layouts)
+            base = self._reserve(n * stride)
+            for i, plane, layout in zip(members, planes, layouts, strict=True):
+                self.windows[i].append(Window(plane, base + layout.shift, stride))
+        for i in members:
+            for table in catalog.layers[i].tables:
+                window = Window(table, self._reserve(n * table.nbytes), table.nbytes)
+                rows = np.empty((catalog.layers[i].n_experts, table.nbytes), np.uint8)
+                self._reader.files[table.file].read_exact(rows.ctypes.data, table.offset, rows.nbytes)
+                self._tables[i].append((window, rows))
+
+    def _reserve(self, nbytes: int) -> int:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        memory = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=flags)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        address = -(-start // HUGE_PAGE) * HUGE_PAGE
+        if nbytes >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self._maps.append(memory)
+        self._regions.append((address, nbytes))
+        return address
+
+    def prefault(self) -> None:
+        """Commit the memory in the background: touching it first while reading costs more than the read itself."""
+        self._prefault = threading.Thread(target=self._populate, name="flashmoe-prefault", daemon=True)
+        self._prefault.start()
+
+    def _populate(self) -> None:
+        try:
+            madvise = ctypes.CDLL(None).madvise  # releases the GIL, which mmap.madvise does not
+        except AttributeError:
+            return
+        madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        # region by region in steps, all regions at the same pace: low slots are taken first
+        done = 0
+        while any(done < size for _, size in self._regions):
+            for address, size in self._regions:
+                if self._stop.is_set():
+                    return
+                step = min(_PREFAULT_STEP, size - done)
+                if step > 0 and madvise(address + done, step, _MADV_POPULATE_WRITE) != 0:
+                    return
+            done += _PREFAULT_STEP
+
+    def reads(self, layer: int, expert: int, slot: int) -> list[Read]:
+        """What must be read to fill `slot` (numbered in the layer's group) with an expert."""
+        return [
+            Read(p.file, p.offset + expert * p.nbytes, p.nbytes, address + slot * stride)
+            for p, address, stride in ((w.plane, w.address, w.stride) for w in self.windows[layer])
+        ]
+
+    def tables(self, layer: int) -> list[Window]:
+        """Windows of the layer's resident tables (per-expert biases and scales)."""
+        return [window for window, _ in self._tables[layer]]
+
+    def fill_tables(self, layer: int, expert: int, slot: int) -> None:
+        """Copy the expert's rows of the resident tables into its slot."""
+        for window, rows in self._tables[layer]:
+            ctypes.memmove(window.address + slot * window.stride, rows[expert].ctypes.data, window.stride)
+
+    def close(self) -> None:
+        """End prefaulting. The memory goes when nothing refers to the pool any more."""
+        self._stop.set()
+        if self._prefault:
+            self._prefault.join()

@@ -1,0 +1,49 @@
+"""The command line: one module per verb, thin over the Python API."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+from rich.console import Console
+
+from flashmoe import __version__
+from flashmoe.cli import run
+from flashmoe.errors import FlashMoEError
+
+app = typer.Typer(
+    name="flashmoe",
+    help="Run Mixture-of-Experts models larger than RAM, their experts streamed from the SSD.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command("run")(run.run)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    show_version: bool = typer.Option(False, "--version", help="Show the version and exit.", is_eager=True),
+) -> None:
+    if show_version:
+        print(f"flashmoe {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: an error that the user can mend is one line on stderr and exit status 1 or 2."""
+    try:
+        app()
+    except FlashMoEError as error:
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {_plain(error)}")
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone (`| head`)
+        sys.stderr.close()
+        sys.exit(0)
+
+
+def _plain(error: Exception) -> str:
+    """The message without line breaks, and with brackets that rich would take for markup escaped."""
+    return " ".join(str(error).split()).replace("[", r"\[")

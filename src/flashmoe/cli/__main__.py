@@ -1,0 +1,5 @@
+"""`python -m flashmoe.cli`"""
+
+from flashmoe.cli import main
+
+main()

@@ -1,0 +1,78 @@
+"""A ggml buffer type written in Python: expert tensors get addresses while the model loads, but no memory.
+
+The addresses are reserved without commitment, so a model larger than RAM is not refused. As soon as a tensor has its
+address it is made one row small, so that the loader reads next to nothing of it: start-up follows the dense size, not
+the size of the file. Later the tensors get their shape back and are pointed at the pool.
+"""
+
+from __future__ import annotations
+
+import ctypes as C
+import mmap
+from collections.abc import Callable
+from typing import Any
+
+from flashmoe.engines.llamacpp.abi import BufferInterface, BufferOverride, Tensor, flag, ptr
+from flashmoe.engines.llamacpp.library import Library
+
+_ALIGNMENT = 64
+
+
+class ExpertBuffer:
+    """Collects the tensors that the engine allocates in it: `tensors` maps names to live ggml tensors.
+
+    Must live as long as the model.
+    """
+
+    def __init__(self, lib: Library) -> None:
+        self._lib = lib
+        self._keep: list[Any] = []
+        self._reserved: list[mmap.mmap] = []
+        self.tensors: dict[str, Tensor] = {}
+        name = C.create_string_buffer(b"FlashMoE")
+        self._keep.append(name)
+        buffer_type = lib.build.buffer_type
+        self._type = buffer_type()
+        self._type.iface.get_name = self._function(lambda _: C.addressof(name), ptr, ptr)
+        self._type.iface.alloc_buffer = self._function(self._alloc, ptr, ptr, C.c_size_t)
+        self._type.iface.get_alignment = self._function(lambda _: _ALIGNMENT, C.c_size_t, ptr)
+        self._type.iface.is_host = self._function(lambda _: True, flag, ptr)
+
+    def overrides(self, pattern: str) -> int:
+        """Address of a llama_model_params.tensor_buft_overrides list: tensors matching `pattern` come here."""
+        entries = (BufferOverride * 2)(BufferOverride(pattern.encode(), C.addressof(self._type)))
+        self._keep.append(entries)
+        return C.addressof(entries)
+
+    def _function(self, body: Callable[..., Any], result: Any, *arguments: Any) -> int:
+        function = C.CFUNCTYPE(result, *arguments)(body)
+        self._keep.append(function)
+        return C.cast(function, ptr).value or 0
+
+    def _alloc(self, _type: int, size: int) -> int | None:
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        try:
+            memory = mmap.mmap(-1, max(size, 1), flags=flags)
+        except OSError:
+            return None  # the library reports that it could not allocate
+        self._reserved.append(memory)
+        base = C.addressof(C.c_char.from_buffer(memory))
+        nothing = self._function(lambda *_: None, None, ptr)
+        interface = BufferInterface(
+            free_buffer=nothing,
+            get_base=self._function(lambda _: base, ptr, ptr),
+            init_tensor=self._function(self._init_tensor, C.c_int, ptr, ptr),
+            set_tensor=self._function(lambda *_: None, None, ptr, ptr, ptr, C.c_size_t, C.c_size_t),
+            get_tensor=self._function(lambda *_: None, None, ptr, ptr, ptr, C.c_size_t, C.c_size_t),
+            memset_tensor=self._function(lambda *_: None, None, ptr, ptr, C.c_uint8, C.c_size_t, C.c_size_t),
+            clear=self._function(lambda *_: None, None, ptr, C.c_uint8),
+        )
+        address: int = self._lib.ggml_backend_buffer_init(C.addressof(self._type), interface, None, size)
+        return address
+
+    def _init_tensor(self, _buffer: int, address: int) -> int:
+        tensor = Tensor.from_address(address)
+        if not tensor.view_src:  # graphs make views of tables later; only the model's own tensors are wanted
+            self.tensors[tensor.name.decode()] = tensor
+            tensor.ne[1] = tensor.ne[2] = tensor.ne[3] = 1
+        return 0

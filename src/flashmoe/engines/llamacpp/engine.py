@@ -1,0 +1,131 @@
+"""The llama.cpp engine: a LoadedModel, a Context and the RouterHook that joins them to an ExpertCache."""
+
+from __future__ import annotations
+
+import ctypes as C
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashmoe.cache.expert_cache import ExpertCache
+from flashmoe.cache.pool import SlotPool
+from flashmoe.engines.base import Sampling
+from flashmoe.engines.llamacpp.context import Context
+from flashmoe.engines.llamacpp.hook import RouterHook
+from flashmoe.engines.llamacpp.library import Library
+from flashmoe.engines.llamacpp.loader import LoadedModel
+from flashmoe.engines.llamacpp.template import render_chat
+from flashmoe.errors import FlashMoEError, ModelError
+
+
+class LlamaEngine:
+    """Implements `engines.base.Engine` with stock llama.cpp. Call `attach` before the first `decode`."""
+
+    def __init__(
+        self,
+        lib: Library,
+        model: LoadedModel,
+        *,
+        n_ctx: int,
+        n_ubatch: int,
+        threads: int,
+        all_logits: bool = False,
+    ) -> None:
+        assert model.pointer
+        self._lib, self._model = lib, model
+        self._hook = RouterHook(model)
+        self._vocab = lib.llama_model_get_vocab(model.pointer)
+        self._context = Context(
+            lib,
+            model.pointer,
+            n_ctx=n_ctx,
+            n_ubatch=n_ubatch,
+            threads=threads,
+            callback=(self._hook.function, self._hook.data),
+            all_logits=all_logits,
+        )
+        self.n_ctx, self.n_ubatch = self._context.n_ctx, n_ubatch
+        self._uninspected = {True, False}  # graphs of one token and of several
+
+    def attach(self, pool: SlotPool, slots: Sequence[int], cache: ExpertCache) -> None:
+        """Let the experts live in `pool`, of `slots[g]` slots in size group g, filled by `cache`."""
+        self._model.attach(pool, slots)
+        self._hook.cache = cache
+        top_k, n_experts = self._model.catalog.top_k, self._model.catalog.n_experts
+        if (
+            min(slots) < n_experts
+        ):  # a micro-batch may pick any expert of a layer: keep what it picks within the pool
+            self.n_ubatch = max(1, min(self.n_ubatch, min(slots) // top_k))
+
+    @property
+    def n_past(self) -> int:
+        """Tokens in the context."""
+        return self._context.n_past
+
+    def decode(self, tokens: Sequence[int]) -> None:
+        before = self._context.n_past
+        if before + len(tokens) > self.n_ctx:
+            raise FlashMoEError(
+                f"the context is full: {before + len(tokens)} tokens in a context of {self.n_ctx}; use a larger one (-c)"
+            )
+        single = len(tokens) == 1
+        inspect = single in self._uninspected
+        self._hook.error = None
+        self._hook.inspect(inspect)
+        status = self._context.decode(tokens)
+        if self._hook.error or status:
+            self._context.rewind(before)
+            raise self._hook.error or ModelError(
+                f"llama.cpp failed to evaluate {len(tokens)} tokens (status {status})"
+            )
+        self._uninspected.discard(single)
+
+    def logits(self, index: int = -1) -> NDArray[np.float32]:
+        """Logits of the last evaluation, float32 [vocabulary]."""
+        return self._context.logits(index)
+
+    def set_sampling(self, sampling: Sampling) -> None:
+        self._context.set_sampling(sampling)
+
+    def sample(self) -> int:
+        return self._context.sample()
+
+    def rewind(self, n_past: int) -> None:
+        """Forget the tokens from position `n_past` on."""
+        self._context.rewind(n_past)
+
+    def clear(self) -> None:
+        self._context.rewind(0)
+
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        data = text.encode()
+        room = len(data) + 8
+        tokens = (C.c_int32 * room)()
+        add_bos = True  # where the model wants one
+        n = self._lib.llama_tokenize(self._vocab, data, len(data), tokens, room, add_bos, special)
+        if n < 0:
+            raise ModelError(f"llama.cpp cannot tokenize this text ({-n} tokens for {len(data)} bytes)")
+        return list(tokens[:n])
+
+    def piece(self, token: int) -> bytes:
+        buffer = C.create_string_buffer(512)
+        n = self._lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
+        return buffer.raw[: max(0, n)]
+
+    def is_end(self, token: int) -> bool:
+        return bool(self._lib.llama_vocab_is_eog(self._vocab, token))
+
+    def chat_prompt(self, messages: Sequence[dict[str, str]]) -> str:
+        template = self._lib.llama_model_chat_template(self._model.pointer, None)
+        if not template:
+            raise ModelError("this model has no chat template: use it without --chat, with a plain prompt")
+        return render_chat(template.decode(), messages, bos=self._text(True), eos=self._text(False))
+
+    def _text(self, bos: bool) -> str:
+        token = (self._lib.llama_vocab_bos if bos else self._lib.llama_vocab_eos)(self._vocab)
+        return self._lib.llama_vocab_get_text(self._vocab, token).decode() if token >= 0 else ""
+
+    def close(self) -> None:
+        self._context.close()
+        self._model.close()

@@ -1,0 +1,166 @@
+"""Finds libllama, declares the functions used, and refuses builds whose layouts are not known."""
+
+from __future__ import annotations
+
+import ctypes as C
+import importlib.util
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from flashmoe.engines.llamacpp import abi
+from flashmoe.engines.llamacpp.abi import f32, flag, i32, ptr, u32
+from flashmoe.errors import LibraryError
+
+ENVIRONMENT = "FLASHMOE_LIBLLAMA"
+_SUFFIXES = (".so", ".dylib", ".dll")
+_text, _size = C.c_char_p, C.c_size_t
+
+# name -> (result, arguments)
+_PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "llama_backend_init": (None, ()),
+    "llama_version": (_text, ()),
+    "ggml_version": (_text, ()),
+    "llama_print_system_info": (_text, ()),
+    "llama_log_set": (None, (abi.LOG_CALLBACK, ptr)),
+    "llama_model_default_params": (abi.ModelParams, ()),
+    "llama_model_load_from_file": (ptr, (_text, abi.ModelParams)),
+    "llama_model_load_from_file_ptr": (ptr, (ptr, abi.ModelParams)),
+    "llama_model_free": (None, (ptr,)),
+    "llama_model_get_vocab": (ptr, (ptr,)),
+    "llama_model_n_ctx_train": (i32, (ptr,)),
+    "llama_model_has_encoder": (flag, (ptr,)),
+    "llama_model_chat_template": (_text, (ptr, _text)),
+    "llama_free": (None, (ptr,)),
+    "llama_n_ctx": (u32, (ptr,)),
+    "llama_attach_threadpool": (None, (ptr, ptr, ptr)),
+    "llama_decode": (i32, (ptr, abi.Batch)),
+    "llama_get_logits_ith": (C.POINTER(f32), (ptr, i32)),
+    "llama_get_memory": (ptr, (ptr,)),
+    "llama_memory_clear": (None, (ptr, flag)),
+    "llama_memory_seq_rm": (flag, (ptr, i32, i32, i32)),
+    "llama_vocab_n_tokens": (i32, (ptr,)),
+    "llama_vocab_is_eog": (flag, (ptr, i32)),
+    "llama_vocab_bos": (i32, (ptr,)),
+    "llama_vocab_eos": (i32, (ptr,)),
+    "llama_vocab_get_text": (_text, (ptr, i32)),
+    "llama_vocab_get_add_bos": (flag, (ptr,)),
+    "llama_tokenize": (i32, (ptr, _text, i32, C.POINTER(i32), i32, flag, flag)),
+    "llama_token_to_piece": (i32, (ptr, i32, _text, i32, i32, flag)),
+    "llama_sampler_chain_default_params": (abi.SamplerChainParams, ()),
+    "llama_sampler_chain_init": (ptr, (abi.SamplerChainParams,)),
+    "llama_sampler_chain_add": (None, (ptr, ptr)),
+    "llama_sampler_free": (None, (ptr,)),
+    "llama_sampler_sample": (i32, (ptr, ptr, i32)),
+    "llama_sampler_init_greedy": (ptr, ()),
+    "llama_sampler_init_dist": (ptr, (u32,)),
+    "llama_sampler_init_top_k": (ptr, (i32,)),
+    "llama_sampler_init_top_p": (ptr, (f32, _size)),
+    "llama_sampler_init_min_p": (ptr, (f32, _size)),
+    "llama_sampler_init_temp": (ptr, (f32,)),
+    "ggml_tensor_overhead": (_size, ()),
+    "ggml_backend_cpu_buffer_type": (ptr, ()),
+    "ggml_backend_buffer_init": (ptr, (ptr, abi.BufferInterface, ptr, _size)),
+    "ggml_threadpool_params_default": (abi.ThreadpoolParams, (i32,)),
+    "ggml_threadpool_new": (ptr, (C.POINTER(abi.ThreadpoolParams),)),
+    "ggml_threadpool_free": (None, (ptr,)),
+}
+
+
+class Library:
+    """libllama with its functions as attributes. `messages` keeps the last lines that it logged as errors."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._handles = _load(path)
+        for name, (result, arguments) in _PROTOTYPES.items():
+            self._declare(name, result, *arguments)
+        version = (self.llama_version().decode(), self.ggml_version().decode())
+        if version not in abi.KNOWN_BUILDS:
+            known = ", ".join(sorted({build.name for build in abi.KNOWN_BUILDS.values()}))
+            raise LibraryError(
+                f"{path}: llama.cpp {version[0]} (ggml {version[1]}) is not a build that FlashMoE knows; install {known}"
+            )
+        self.build = abi.KNOWN_BUILDS[version]
+        self._declare("llama_context_default_params", self.build.context_params)
+        self._declare("llama_init_from_model", ptr, ptr, self.build.context_params)
+        abi.self_check(self, self.build)
+        self.messages: list[str] = []
+        self._log = abi.LOG_CALLBACK(self._on_log)
+        self.llama_log_set(self._log, None)
+        self.llama_backend_init()
+        self.openmp = b"OPENMP = 1" in self.llama_print_system_info()
+
+    def __getattr__(
+        self, name: str
+    ) -> Any:  # only for what _PROTOTYPES set: tells type checkers that it exists
+        raise AttributeError(name)
+
+    def _declare(self, name: str, result: Any, *arguments: Any) -> None:
+        function = self._find(name)
+        function.restype, function.argtypes = result, list(arguments)
+        setattr(self, name, function)
+
+    def _find(self, name: str) -> Any:
+        for handle in self._handles:
+            try:
+                return getattr(handle, name)
+            except AttributeError:
+                continue
+        raise LibraryError(
+            f"{self.path}: has no function {name}; it is not a llama.cpp library that FlashMoE knows"
+        )
+
+    def _on_log(self, level: int, text: bytes | None, _data: Any) -> None:
+        error, continued = 4, 5
+        if text and level in (error, continued):
+            self.messages = [*self.messages[-19:], text.decode("utf-8", errors="replace").strip()]
+
+
+def _load(path: Path) -> list[C.CDLL]:
+    """Open a library, with the ggml libraries beside it where it comes in parts."""
+    folder = path.parent
+    parts = [
+        p
+        for n in ("ggml-base", "ggml-cpu", "ggml")
+        for s in _SUFFIXES
+        if (p := folder / f"lib{n}{s}").exists()
+    ]
+    try:
+        handles = [C.CDLL(str(p), mode=C.RTLD_GLOBAL) for p in parts]
+        return [C.CDLL(str(path)), *handles]
+    except OSError as error:
+        hint = "; install the system package libgomp1" if "libgomp" in str(error) else ""
+        raise LibraryError(f"{path}: cannot be loaded ({error}){hint}") from None
+
+
+def find_library() -> Path:
+    """The libllama to use: FLASHMOE_LIBLLAMA (file or folder), else xllamacpp's, else llama-cpp-python's.
+
+    Raises LibraryError when there is none.
+    """
+    named = os.environ.get(ENVIRONMENT)
+    if named:
+        path = Path(named)
+        found = [path] if path.is_file() else [p for s in _SUFFIXES if (p := path / f"libllama{s}").is_file()]
+        if not found:
+            raise LibraryError(
+                f"{ENVIRONMENT}={named}: no such library; name libllama.so or the folder that has it"
+            )
+        return found[0]
+    for package, pattern in (("xllamacpp", "xllamacpp*"), ("llama_cpp", "lib/libllama*")):
+        spec = importlib.util.find_spec(package)
+        if spec and spec.submodule_search_locations:
+            for path in sorted(Path(spec.submodule_search_locations[0]).glob(pattern)):
+                if path.suffix in (*_SUFFIXES, ".pyd"):
+                    return path
+    raise LibraryError(
+        "no llama.cpp library found: pip install xllamacpp, or set FLASHMOE_LIBLLAMA to a libllama"
+    )
+
+
+@cache
+def open_library(path: Path) -> Library:
+    """The library at `path`, opened and checked once per process. Raises LibraryError."""
+    return Library(path)

@@ -1,0 +1,96 @@
+"""Loads a model with its dense weights in anonymous memory and its experts nowhere, then points them at the pool."""
+
+from __future__ import annotations
+
+import ctypes as C
+from collections.abc import Callable, Sequence
+
+from flashmoe.cache.pool import SlotPool, Window
+from flashmoe.engines.llamacpp import abi
+from flashmoe.engines.llamacpp.buffer import ExpertBuffer
+from flashmoe.engines.llamacpp.library import Library
+from flashmoe.engines.llamacpp.vfile import VirtualFile, segments
+from flashmoe.errors import ModelError
+from flashmoe.storage.catalog import OVERRIDE_PATTERN, ExpertCatalog
+from flashmoe.storage.direct import DirectFile
+
+
+class LoadedModel:
+    """A llama_model whose expert tensors are ours. `catalog` lists the MoE layers that the engine really uses."""
+
+    def __init__(
+        self,
+        lib: Library,
+        catalog: ExpertCatalog,
+        files: Sequence[DirectFile],
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Load; `progress` gets the dense bytes read so far. Raises ModelError, with the engine's own reason."""
+        self._lib = lib
+        self._buffer = ExpertBuffer(lib)
+        experts = {p.tensor.name for layer in catalog.layers for p in (*layer.planes, *layer.tables)}
+        file = VirtualFile(segments(catalog.gguf, files, experts), progress)
+        params = lib.llama_model_default_params()
+        params.load_mode = abi.LOAD_MODE_NONE
+        params.use_extra_bufts = False  # repacked layouts do not fit into slots read from the file
+        params.n_gpu_layers = 0
+        params.tensor_buft_overrides = self._buffer.overrides(OVERRIDE_PATTERN)
+        lib.messages.clear()
+        self.pointer: int | None = lib.llama_model_load_from_file_ptr(file.stream, params)
+        file.close()
+        if file.error:
+            raise file.error
+        if not self.pointer:
+            raise load_error(lib, catalog)
+        self.catalog = catalog.only(self._buffer.tensors)
+        for layer in self.catalog.layers:
+            for plane in (*layer.planes, *layer.tables):
+                self._set_shape(plane.tensor.name, plane.tensor.shape)
+
+    def attach(self, pool: SlotPool, slots: Sequence[int]) -> None:
+        """Make every expert tensor a window into the pool; `slots[g]` is the number of slots of size group g."""
+        for layer, group in enumerate(self.catalog.groups):
+            for window in (*pool.windows[layer], *pool.tables(layer)):
+                self._point(window, slots[group])
+
+    def _point(self, window: Window, slots: int) -> None:
+        """The expert axis, the last one of the tensor, becomes the slot axis."""
+        name, shape = window.plane.tensor.name, window.plane.tensor.shape
+        self._set_shape(name, (*shape[:-1], slots))
+        tensor, axis = self._buffer.tensors[name], len(shape) - 1
+        tensor.data = window.address
+        tensor.nb[axis] = window.stride
+        for i in range(axis + 1, 4):
+            tensor.nb[i] = window.stride * slots
+
+    def _set_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        self._buffer.tensors[name].ne[:] = (*shape, 1, 1, 1)[:4]
+
+    def layer_of_tensor(self) -> dict[int, int]:
+        """Address of every expert tensor -> number of its layer, to recognise them in a graph."""
+        return {
+            C.addressof(self._buffer.tensors[plane.tensor.name]): i
+            for i, layer in enumerate(self.catalog.layers)
+            for plane in (*layer.planes, *layer.tables)
+        }
+
+    def close(self) -> None:
+        if self.pointer:
+            self._lib.llama_model_free(self.pointer)
+            self.pointer = None
+
+
+def load_error(lib: Library, catalog: ExpertCatalog) -> ModelError:
+    """Why the engine refused a model, in its own last words."""
+    reason = next(
+        (m for m in lib.messages if "error loading model" in m), (lib.messages or ["no reason given"])[-1]
+    )
+    name = catalog.gguf.files[0]
+    if "unknown model architecture" in reason:
+        return ModelError(
+            f"{name}: this llama.cpp does not know the architecture {catalog.gguf.architecture!r}; "
+            "a newer xllamacpp may, see the list of supported models in the README"
+        )
+    return ModelError(
+        f"{name}: llama.cpp cannot load this model ({reason.split('error loading model: ')[-1]})"
+    )

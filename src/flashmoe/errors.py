@@ -1,0 +1,41 @@
+"""Errors a user can cause or mend. Each message is one line that says what is wrong and what to do."""
+
+from __future__ import annotations
+
+
+class FlashMoEError(Exception):
+    """Base of all errors that FlashMoE reports without a traceback; the command line exits with `exit_status`."""
+
+    exit_status = 1
+
+
+class UsageError(FlashMoEError):
+    """A wrong argument: an unknown policy, a size that cannot be read, a missing prompt."""
+
+    exit_status = 2
+
+
+class ModelError(FlashMoEError):
+    """A model file that is missing, damaged, dense, or of an architecture that cannot be served."""
+
+
+class LibraryError(FlashMoEError):
+    """No usable libllama: none installed, an unknown build, or one that fails the self-check."""
+
+
+class BudgetError(FlashMoEError):
+    """A memory budget below what the model needs; the message names the smallest that works."""
+
+
+class PolicyError(FlashMoEError):
+    """An eviction policy that is unknown, damaged, or made for another model."""
+
+    exit_status = 2
+
+
+class TraceError(FlashMoEError):
+    """A routing trace that is empty, damaged, or does not fit the model."""
+
+
+class ReadError(FlashMoEError):
+    """Expert bytes could not be read from the model file after the allowed retries."""

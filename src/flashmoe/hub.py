@@ -1,0 +1,96 @@
+"""From what a user names to a file: a path, `demo`, or `hf:organisation/repository[:file]`."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from flashmoe.errors import ModelError, UsageError
+
+DEMO = "demo"
+HUB_PREFIX = "hf:"
+
+
+def resolve(model: str | Path) -> Path:
+    """The local path of a model, downloaded if need be (with progress, resumed where it broke off).
+
+    Raises ModelError (no such file, no network, no such repository) and UsageError (several files to choose from).
+    """
+    name = str(model)
+    if name == DEMO:
+        return demo_model()
+    if name.startswith(HUB_PREFIX):
+        return _download(name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        found = sorted(path.glob("*.gguf"))
+        raise ModelError(
+            f"{path}: is a folder; name a GGUF file in it{': ' + found[0].name if found else ''}"
+        )
+    return path
+
+
+def demo_model() -> Path:
+    """The bundled model."""
+    return Path(str(files("flashmoe") / "data" / "demo.gguf"))
+
+
+def _download(name: str) -> Path:
+    repository, _, file = name.removeprefix(HUB_PREFIX).partition(":")
+    if repository.count("/") != 1:
+        raise UsageError(
+            f"cannot read {name!r}: write hf:organisation/repository or hf:organisation/repository:file.gguf"
+        )
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        if not file:
+            file = _only_model(repository, HfApi().list_repo_files(repository))
+        paths = [hf_hub_download(repository, part) for part in _parts(file)]
+    except RepositoryNotFoundError:
+        raise ModelError(f"{name}: no such repository (or it is private: run `hf auth login`)") from None
+    except LocalEntryNotFoundError:
+        raise ModelError(
+            f"{name}: not downloaded yet, and the hub cannot be reached; check the network"
+        ) from None
+    except EntryNotFoundError:
+        raise ModelError(f"{name}: the repository has no file {file!r}") from None
+    except OSError as error:  # httpx and the hub's own errors derive from it or wrap it
+        raise ModelError(
+            f"{name}: download failed ({error}); check the network and the free disk space"
+        ) from None
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in (
+            "httpx",
+            "httpx2",
+            "httpcore",
+            "httpcore2",
+            "huggingface_hub",
+        ):
+            raise
+        raise ModelError(f"{name}: the hub cannot be reached ({error}); check the network") from None
+    return Path(paths[0])
+
+
+def _only_model(repository: str, names: list[str]) -> str:
+    models = [n for n in names if n.endswith(".gguf") and not _is_later_part(n)]
+    if len(models) == 1:
+        return models[0]
+    if not models:
+        raise ModelError(f"hf:{repository}: has no GGUF file; look for a repository with GGUF in its name")
+    shown = ", ".join(models[:8]) + (", ..." if len(models) > 8 else "")
+    raise UsageError(f"hf:{repository}: has {len(models)} models, name one as hf:{repository}:FILE ({shown})")
+
+
+def _is_later_part(name: str) -> bool:
+    return "-of-" in name and "-00001-of-" not in name
+
+
+def _parts(file: str) -> list[str]:
+    """All files of a split model, from the name of its first."""
+    head, separator, tail = file.partition("-00001-of-")
+    count = tail.removesuffix(".gguf")
+    if not separator or not count.isdigit():
+        return [file]
+    return [f"{head}-{i:05d}-of-{tail}" for i in range(1, int(count) + 1)]

@@ -1,0 +1,84 @@
+"""Proof that the slot pool works with a library: the bundled model's logits, pooled, equal the stock engine's.
+
+Run once per library file, in a child process, because a wrong layout crashes. By hand:
+python -m flashmoe.probe LIBRARY
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from flashmoe.engines.llamacpp import abi
+from flashmoe.errors import LibraryError
+from flashmoe.storage.files import cache_folder, write_atomically
+
+_TIMEOUT = 120
+_PROMPT = list(range(300, 324))
+_CONTEXT = 64
+
+
+def prove(library: Path) -> None:
+    """Run the proof for this library file unless it has been run before. Raises LibraryError where it fails."""
+    stat = library.stat()
+    fact = f"{library}:{stat.st_size}:{stat.st_mtime_ns}"
+    notes = cache_folder() / "libraries.json"
+    try:
+        proven = list(json.loads(notes.read_text()))
+    except (OSError, ValueError, TypeError):
+        proven = []
+    if fact in proven:
+        return
+    command = [sys.executable, "-m", "flashmoe.probe", str(library)]
+    try:
+        child = subprocess.run(
+            command, capture_output=True, text=True, timeout=_TIMEOUT, env=dict(os.environ)
+        )
+        failure = child.stderr.strip().splitlines()[-1:] if child.returncode > 0 else child.returncode
+    except subprocess.TimeoutExpired:
+        failure = "no answer"
+    if failure:
+        known = ", ".join(sorted({build.name for build in abi.KNOWN_BUILDS.values()}))
+        raise LibraryError(
+            f"{library}: this llama.cpp library does not work with the slot pool ({failure}); builds that do: {known}"
+        )
+    write_atomically(notes, json.dumps([*proven, fact], indent=1).encode())
+
+
+def compare(library: Path) -> bool:
+    """Whether prompt and decode logits are equal, byte for byte, with a pool of 12 % of the experts."""
+    from flashmoe.api import load
+    from flashmoe.engines.llamacpp.library import open_library
+    from flashmoe.engines.llamacpp.stock import StockModel
+    from flashmoe.hub import demo_model
+
+    lib = open_library(library)
+    with load("demo", cache="12%", n_ctx=_CONTEXT, threads=1, n_ubatch=4, library=lib) as model:
+        pooled = [_decode(model.engine, tokens) for tokens in _steps(model.engine.n_ubatch)]
+    stock = StockModel(lib, demo_model())
+    context = stock.context(n_ctx=_CONTEXT, n_ubatch=4, threads=1)
+    return all(
+        np.array_equal(theirs, _decode(context, tokens))
+        for theirs, tokens in zip(pooled, _steps(4), strict=True)
+    )
+
+
+def _steps(size: int) -> list[list[int]]:
+    prompt, rest = _PROMPT[:16], _PROMPT[16:]
+    return [prompt[i : i + size] for i in range(0, len(prompt), size)] + [[token] for token in rest]
+
+
+def _decode(context: object, tokens: list[int]) -> np.ndarray:
+    context.decode(tokens)  # type: ignore[attr-defined]
+    return context.logits()  # type: ignore[attr-defined,no-any-return]
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m flashmoe.probe LIBRARY")
+    sys.exit(0 if compare(Path(sys.argv[1])) else "logits differ from the stock engine's")

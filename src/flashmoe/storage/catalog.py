@@ -1,0 +1,149 @@
+"""The expert catalog: for every (layer, expert, plane) the bytes in the model's files.
+
+A *plane* is one expert tensor of a layer (up, gate, down, or a fused gate_up); an expert's slice of it is contiguous.
+A *table* is a per-expert bias or scale: too small to stream, so it stays resident and is copied into the slot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Container, Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from flashmoe.errors import ModelError
+from flashmoe.storage.gguf import GGUF, TensorInfo
+
+# up and gate are multiplied first, down last: the order in which a slot's planes are read
+_PLANES = ("ffn_up_exps", "ffn_gate_exps", "ffn_gate_up_exps", "ffn_down_exps")
+_EXPERT_TENSOR = re.compile(rf"blk\.(\d+)\.({'|'.join(_PLANES)})\.(weight|bias|scale)")
+# The same pattern for the engine's tensor overrides (ECMAScript regex, searched anywhere in the name)
+OVERRIDE_PATTERN = rf"^blk\.[0-9]+\.({'|'.join(_PLANES)})\.(weight|bias|scale)$"
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One expert tensor: expert e's slice is `nbytes` bytes at `offset + e * nbytes` of file number `file`."""
+
+    tensor: TensorInfo
+    file: int
+    nbytes: int
+
+    @property
+    def offset(self) -> int:
+        return self.tensor.offset
+
+
+@dataclass(frozen=True)
+class ExpertLayer:
+    """The experts of one MoE layer; `block` is its number in the model (dense blocks count too)."""
+
+    block: int
+    n_experts: int
+    planes: tuple[Plane, ...]
+    tables: tuple[Plane, ...]
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes read from the file when one expert misses."""
+        return sum(plane.nbytes for plane in self.planes)
+
+
+@dataclass(frozen=True)
+class ExpertCatalog:
+    """All MoE layers of a model, in order. Layer numbers in FlashMoE are indices into `layers`."""
+
+    gguf: GGUF
+    layers: tuple[ExpertLayer, ...]
+    top_k: int
+
+    @cached_property
+    def n_experts(self) -> int:
+        """Experts of the largest layer."""
+        return max(layer.n_experts for layer in self.layers)
+
+    @cached_property
+    def expert_bytes(self) -> int:
+        """Bytes of all streamed expert slices."""
+        return sum(layer.expert_bytes * layer.n_experts for layer in self.layers)
+
+    @cached_property
+    def dense_bytes(self) -> int:
+        """Bytes of everything that stays in RAM: all tensors but the planes."""
+        return sum(t.nbytes for t in self.gguf.tensors.values()) - self.expert_bytes
+
+    @cached_property
+    def total_experts(self) -> int:
+        return sum(layer.n_experts for layer in self.layers)
+
+    @cached_property
+    def groups(self) -> tuple[int, ...]:
+        """Group of each layer: layers whose planes have the same sizes share slots."""
+        numbers: dict[tuple[int, ...], int] = {}
+        return tuple(
+            numbers.setdefault(tuple(p.nbytes for p in layer.planes), len(numbers)) for layer in self.layers
+        )
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """What tells this model from another, for traces and trained policies."""
+        names = hashlib.sha256(
+            "\n".join(f"{t.name} {t.type} {t.shape}" for t in self.gguf.tensors.values()).encode()
+        ).hexdigest()
+        return {
+            "architecture": self.gguf.architecture,
+            "name": str(self.gguf.metadata.get("general.name", self.gguf.files[0].stem)),
+            "layers": str(len(self.layers)),
+            "experts": str(self.n_experts),
+            "top_k": str(self.top_k),
+            "tensors_sha256": names,
+        }
+
+    def only(self, tensors: Container[str]) -> ExpertCatalog:
+        """The layers whose planes are in `tensors`; engines skip blocks that they do not run (multi-token prediction)."""
+        kept = tuple(layer for layer in self.layers if all(p.tensor.name in tensors for p in layer.planes))
+        return replace(self, layers=kept)
+
+    @classmethod
+    def from_gguf(cls, gguf: GGUF) -> ExpertCatalog:
+        """Find the experts of `gguf`. Raises ModelError for a dense model or experts of an unknown kind."""
+        name = gguf.files[0]
+        found: dict[int, list[tuple[int, TensorInfo]]] = defaultdict(list)
+        for tensor in gguf.tensors.values():
+            match = _EXPERT_TENSOR.fullmatch(tensor.name)
+            if match:
+                found[int(match[1])].append((_PLANES.index(match[2]), tensor))
+        if not found:
+            raise ModelError(
+                f"{name}: a dense model ({gguf.architecture or 'unknown architecture'}), it has no experts to stream; "
+                "run it with stock llama.cpp"
+            )
+        top_k, n_experts = _largest(gguf, "expert_used_count"), _largest(gguf, "expert_count")
+        if not isinstance(top_k, int) or not isinstance(n_experts, int) or not 0 < top_k <= n_experts:
+            raise ModelError(f"{name}: damaged GGUF: expert_count {n_experts!r}, expert_used_count {top_k!r}")
+        files = {path: i for i, path in enumerate(gguf.files)}
+        return cls(gguf, tuple(_layer(b, found[b], files) for b in sorted(found)), top_k)
+
+
+def _largest(gguf: GGUF, key: str) -> Any:
+    """A metadata value that some architectures give per layer."""
+    value = gguf.arch_value(key)
+    return max(value) if isinstance(value, list) and value else value
+
+
+def _layer(block: int, tensors: Iterable[tuple[int, TensorInfo]], files: dict) -> ExpertLayer:
+    ordered = [tensor for _, tensor in sorted(tensors, key=lambda item: (item[0], item[1].name))]
+    weights = [t for t in ordered if t.name.endswith(".weight")]
+    if not weights or len({t.shape[-1] for t in ordered}) != 1 or any(len(t.shape) != 3 for t in weights):
+        raise ModelError(f"{ordered[0].file}: the expert tensors of block {block} do not fit together")
+    n = weights[0].shape[-1]
+    planes = {t.name: Plane(t, files[t.file], t.nbytes // n) for t in ordered}
+    return ExpertLayer(
+        block,
+        n,
+        tuple(planes[t.name] for t in weights),
+        tuple(plane for name, plane in planes.items() if not name.endswith(".weight")),
+    )

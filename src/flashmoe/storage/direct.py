@@ -1,0 +1,117 @@
+"""Files read past the page cache, with the alignment that the file system asks for."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import threading
+import time
+from mmap import PAGESIZE, mmap
+from pathlib import Path
+
+from flashmoe.errors import ReadError
+
+RETRIES = 3
+_TRANSIENT = (errno.EIO, errno.EAGAIN, errno.EINTR)
+_FALLBACK_ALIGNMENT = 4096  # fits every common drive; used where the kernel does not tell (Linux before 6.1)
+
+
+class _Statx(ctypes.Structure):
+    _fields_ = [
+        ("mask", ctypes.c_uint32),
+        ("before", ctypes.c_uint8 * 148),
+        ("dio_mem_align", ctypes.c_uint32),
+        ("dio_offset_align", ctypes.c_uint32),
+        ("after", ctypes.c_uint8 * 96),
+    ]
+
+
+def _direct_alignment(path: Path) -> tuple[int, int]:
+    """(memory, offset) alignment in bytes for direct reads of `path`, from statx(2) STATX_DIOALIGN."""
+    at_fdcwd, statx_dioalign = -100, 0x2000
+    result = _Statx()
+    try:
+        status = ctypes.CDLL(None, use_errno=True).statx(
+            at_fdcwd, os.fsencode(path), 0, statx_dioalign, ctypes.byref(result)
+        )
+    except AttributeError:  # not Linux, or a C library without statx
+        status = -1
+    if status != 0 or not result.mask & statx_dioalign or not result.dio_offset_align:
+        return _FALLBACK_ALIGNMENT, _FALLBACK_ALIGNMENT
+    return result.dio_mem_align, result.dio_offset_align
+
+
+class DirectFile:
+    """A file open for O_DIRECT reads, or for buffered ones where the file system refuses them (tmpfs, overlay).
+
+    `align` is the unit of file offsets and lengths and `align_memory` that of addresses; both are 1 when buffered.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._bounce = threading.local()
+        direct = getattr(os, "O_DIRECT", 0)
+        try:
+            self.fd = os.open(path, os.O_RDONLY | direct)
+            self.direct = bool(direct)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise ReadError(f"{path}: cannot be opened ({error.strerror})") from None
+            self.fd, self.direct = os.open(path, os.O_RDONLY), False
+        self.align_memory, self.align = _direct_alignment(path) if self.direct else (1, 1)
+        self.size = os.fstat(self.fd).st_size
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+    def read_enclosing(self, address: int, offset: int, nbytes: int) -> None:
+        """Read `nbytes` at `offset` to `address`, together with what alignment adds on either side.
+
+        The caller owns that surrounding memory (up to `align` - 1 bytes before and after). Raises ReadError.
+        """
+        head = offset % self.align
+        if (address - head) % self.align_memory:
+            self.read_exact(address, offset, nbytes)
+        else:
+            length = -(-(head + nbytes) // self.align) * self.align
+            self._fill(address - head, offset - head, length, head + nbytes)
+
+    def read_exact(self, address: int, offset: int, nbytes: int) -> None:
+        """Read `nbytes` at `offset` to `address` and touch nothing around it (one copy more). Raises ReadError."""
+        head = offset % self.align
+        length = -(-(head + nbytes) // self.align) * self.align
+        source = self._bounce_buffer(length)
+        self._fill(source, offset - head, length, head + nbytes)
+        ctypes.memmove(address, source + head, nbytes)
+
+    def _bounce_buffer(self, nbytes: int) -> int:
+        """Address of this thread's page-aligned buffer of at least `nbytes`."""
+        if getattr(self._bounce, "size", 0) < nbytes:
+            self._bounce.size = -(-nbytes // PAGESIZE) * PAGESIZE
+            self._bounce.memory = mmap(-1, self._bounce.size)
+            self._bounce.address = ctypes.addressof(ctypes.c_char.from_buffer(self._bounce.memory))
+        return int(self._bounce.address)
+
+    def _fill(self, address: int, offset: int, length: int, needed: int) -> None:
+        """pread until `needed` of `length` bytes are in; retries transient errors, then raises ReadError."""
+        done, failures = 0, 0
+        while done < needed:
+            target = (ctypes.c_char * (length - done)).from_address(address + done)
+            try:
+                count = os.preadv(self.fd, [target], offset + done)
+            except OSError as error:
+                failures += 1
+                if error.errno not in _TRANSIENT or failures > RETRIES:
+                    raise ReadError(
+                        f"{self.path}: reading at byte {offset} failed ({error.strerror})"
+                    ) from None
+                time.sleep(0.01 * 2**failures)
+                continue
+            # a direct read may stop short: go on from the last whole unit
+            progress = count if done + count >= needed else count - count % self.align
+            if progress == 0:
+                raise ReadError(
+                    f"{self.path}: ends at byte {offset + done + count}; it was truncated while in use"
+                )
+            done += progress

@@ -1,0 +1,64 @@
+"""The drive's own ceiling: what direct reads of expert size reach here, measured once per device and remembered."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import random
+import time
+from collections.abc import Sequence
+from mmap import mmap
+from pathlib import Path
+
+from flashmoe.storage.files import cache_folder, write_atomically
+from flashmoe.storage.reader import ExpertReader, Read
+
+_SAMPLE_BYTES = 192 << 20
+_LEAST_FILE = 256 << 20  # smaller files tell nothing about a drive
+
+
+def read_ceiling(reader: ExpertReader, read_bytes: int) -> float:
+    """1e9 bytes per second of random direct reads of `read_bytes` each, on the drive of the reader's first file.
+
+    Taken from the notes of an earlier run on the same device where there are some; else measured now, in about a
+    tenth of a second on an NVMe drive. 0.0 where it means nothing: small files, or no direct reads.
+    """
+    file = reader.files[0]
+    if not file.direct or file.size < _LEAST_FILE:
+        return 0.0
+    notes = cache_folder() / "drives.json"
+    key = f"{os.stat(file.path).st_dev}:{read_bytes >> 10}KiB"
+    known = _read_notes(notes)
+    if key not in known:
+        known[key] = _measure(reader, read_bytes)
+        write_atomically(notes, json.dumps(known, indent=1).encode())
+    return known[key]
+
+
+def _read_notes(path: Path) -> dict[str, float]:
+    try:
+        notes = json.loads(path.read_text())
+        return {str(key): float(value) for key, value in notes.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
+
+
+def _measure(reader: ExpertReader, read_bytes: int) -> float:
+    file = reader.files[0]
+    unit = max(file.align, file.align_memory, 4096)
+    size = max(unit, min(read_bytes, 8 << 20) // unit * unit)
+    count = max(8, _SAMPLE_BYTES // size)
+    memory = mmap(-1, count * size)
+    reads = _random_reads(memory, count, size, file.size // unit - size // unit, unit)
+    memory.seek(0)
+    memory.write(bytes(count * size))  # first touch is not the drive's time
+    started = time.perf_counter()
+    reader.demand(reads).wait()
+    return count * size / (time.perf_counter() - started) / 1e9
+
+
+def _random_reads(memory: mmap, count: int, size: int, units: int, unit: int) -> Sequence[Read]:
+    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    draw = random.Random(0)
+    return [Read(0, draw.randrange(units) * unit, size, base + i * size) for i in range(count)]

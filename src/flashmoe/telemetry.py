@@ -1,0 +1,130 @@
+"""What a run did and what held it up."""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from flashmoe.budget import status_bytes
+from flashmoe.cache.expert_cache import CacheStats
+from flashmoe.units import format_bytes
+
+STALL_BOUND = 0.4  # a run that waits for reads more than this share of its time is bound by the drive
+FAULTS_PER_TOKEN = 4  # more major page faults per token: the system takes the weights' memory away
+
+
+@dataclass
+class Phase:
+    """Tokens evaluated and the seconds they took, reads included."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass
+class Telemetry:
+    """Accumulates over the life of a model; `report` gives the figures so far."""
+
+    prefill: Phase = field(default_factory=Phase)
+    decode: Phase = field(default_factory=Phase)
+    decode_faults: int = 0
+    load_seconds: float = 0.0
+    first_token_seconds: float = 0.0  # from the start of loading to the first token made
+
+
+@dataclass(frozen=True)
+class Report:
+    """The figures of a run. `as_dict` is the layout of `--json`; all sizes in bytes, rates in 1e9 bytes per second."""
+
+    model: str
+    policy: str
+    text: str
+    prefill: dict[str, float]
+    decode: dict[str, float]
+    cache: dict[str, float]
+    io: dict[str, float]
+    memory: dict[str, int]
+    start: dict[str, float]
+    bound: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """The report as a user reads it."""
+        p, d, c, io, m = self.prefill, self.decode, self.cache, self.io, self.memory
+        ceiling = f" of the drive's {io['ceiling_gb_per_s']:.2f}" if io["ceiling_gb_per_s"] else ""
+        kept = "" if m["peak_bytes"] <= m["budget_bytes"] or not m["budget_bytes"] else " - OVER"
+        budget = f" of {format_bytes(m['budget_bytes'])}{kept}" if m["budget_bytes"] else ""
+        return [
+            f"prefill {p['tokens']} tokens, {p['tokens_per_s']:.1f} tokens/s; "
+            f"decode {d['tokens']} tokens, {d['tokens_per_s']:.1f} tokens/s",
+            f"cache {c['slots']} of {c['experts']} experts ({self.policy}), hit rate {c['hit_rate']:.1%}; "
+            f"{format_bytes(io['bytes_per_token'])} read per token",
+            f"reads {io['gb_per_s']:.2f} GB/s{ceiling}, {io['stall_share']:.0%} of the time stalled on them; "
+            f"bound by {self.bound}",
+            f"memory {format_bytes(m['peak_bytes'])} at most{budget}",
+        ]
+
+
+def bound(stall_share: float, faults: int, tokens: int) -> str:
+    """What held the decoding up: "memory" (the system pages the weights), "ssd", or "compute"."""
+    if tokens and faults > FAULTS_PER_TOKEN * tokens:
+        return "memory"
+    return "ssd" if stall_share > STALL_BOUND else "compute"
+
+
+def major_faults() -> int:
+    """Pages of this process that had to be read back from disk so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+
+
+def make_report(
+    telemetry: Telemetry,
+    stats: dict[str, CacheStats],
+    *,
+    model: str,
+    policy: str,
+    text: str,
+    slots: int,
+    experts: int,
+    budget: int,
+    ceiling: float,
+) -> Report:
+    """Put the counters together. `cache` and `io` cover decoding; their prefill counterparts stand beside them."""
+    decode, prefill = stats["decode"], stats["prefill"]
+    main, phase = (decode, telemetry.decode) if telemetry.decode.tokens else (prefill, telemetry.prefill)
+    stall_share = main.stall_seconds / phase.seconds if phase.seconds else 0.0
+    return Report(
+        model=model,
+        policy=policy,
+        text=text,
+        prefill={"tokens": telemetry.prefill.tokens, "tokens_per_s": telemetry.prefill.tokens_per_s},
+        decode={"tokens": telemetry.decode.tokens, "tokens_per_s": telemetry.decode.tokens_per_s},
+        cache={
+            "slots": slots,
+            "experts": experts,
+            "hits": decode.hits,
+            "misses": decode.misses,
+            "hit_rate": decode.hit_rate,
+            "prefill_hits": prefill.hits,
+            "prefill_misses": prefill.misses,
+        },
+        io={
+            "bytes": decode.bytes + prefill.bytes,
+            "bytes_per_token": main.bytes / max(1, phase.tokens),
+            "gb_per_s": main.bytes / main.stall_seconds / 1e9 if main.stall_seconds else 0.0,
+            "ceiling_gb_per_s": ceiling,
+            "stall_share": stall_share,
+            "stall_seconds": main.stall_seconds,
+            "overhead_ms_per_token": 1e3 * main.overhead_seconds / max(1, phase.tokens),
+        },
+        memory={"budget_bytes": budget, "peak_bytes": status_bytes("VmHWM")},
+        start={"load_seconds": telemetry.load_seconds, "first_token_seconds": telemetry.first_token_seconds},
+        bound=bound(stall_share, telemetry.decode_faults, telemetry.decode.tokens),
+    )
