@@ -71,9 +71,9 @@ class LlamaEngine:
             )
         single = len(tokens) == 1
         inspect = single in self._uninspected
-        self._hook.error = None
         self._hook.inspect(inspect)
-        status = self._context.decode(tokens)
+        with self._hook.watch():
+            status = self._context.decode(tokens)
         if self._hook.error or status:
             self._context.rewind(before)
             raise self._hook.error or ModelError(

@@ -9,6 +9,8 @@ after it, so its second source is where ids are renamed. The asking, about a tho
 from __future__ import annotations
 
 import ctypes as C
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,21 +20,23 @@ from numba.extending import intrinsic
 
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.engines.llamacpp.abi import Tensor
+from flashmoe.engines.llamacpp.interrupts import hold_interrupts
 from flashmoe.engines.llamacpp.loader import LoadedModel
-from flashmoe.errors import ModelError
+from flashmoe.errors import FlashMoEError, ModelError
 
 _PREFIX = b"ffn_moe_weights-"
 _IDS_PREFIX = b"ffn_moe_topk-"
 _NAME = np.frombuffer(_PREFIX, np.uint8)
 _NAME_OFFSET = Tensor.name.offset
 _NAME_END = _NAME_OFFSET + Tensor.name.size
+_RETURNED, _NOT_RETURNED = 0, 1
 _PYTHON_CALLBACK = C.CFUNCTYPE(C.c_uint8, C.c_void_p, C.c_uint8)
 _bytes_pointer = types.CPointer(types.uint8)
 
 
 @intrinsic
-def _call(_typing: Any, function: Any, node: Any, ask: Any) -> Any:
-    """Call the C function at address `function` with (node, ask); numba has no other way to call an address."""
+def _call(_typing: Any, _function: Any, _node: Any, _ask: Any) -> Any:
+    """_call(function, node, ask): call the C function at an address; numba has no other way to call an address."""
 
     def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         byte = ir.IntType(8)
@@ -44,10 +48,14 @@ def _call(_typing: Any, function: Any, node: Any, ask: Any) -> Any:
 
 @cfunc(types.uint8(_bytes_pointer, types.uint8, types.CPointer(types.intp)), cache=True)
 def _on_node(node: Any, ask: Any, control: Any) -> Any:  # pragma: no cover - compiled
-    """control[0]: address of the Python callback; control[1]: whether it wants to see every node."""
-    settings = carray(control, 2)
+    """control[0]: address of the Python callback; [1]: whether it wants to see every node; [2]: its last outcome."""
+    settings = carray(control, 3)
+    if settings[2] == _NOT_RETURNED:
+        return ask  # it has failed: want this node, and end the evaluation at it
     if ask == 0 or settings[1] != 0:
-        return _call(settings[0], node, ask)
+        settings[2] = _NOT_RETURNED
+        answer = _call(settings[0], node, ask)  # type: ignore[call-arg]
+        return ask if settings[2] == _NOT_RETURNED else answer
     name = carray(node, _NAME_END)
     for i in range(len(_NAME)):
         if name[_NAME_OFFSET + i] != _NAME[i]:
@@ -77,14 +85,15 @@ class RouterHook:
         self._experts: dict[int, int] = {}
         self._renamed: dict[int, int] = {}
         self._python = _PYTHON_CALLBACK(self._on_python)
-        self._control = (C.c_ssize_t * 2)(C.cast(self._python, C.c_void_p).value or 0, 0)
+        self._control = (C.c_ssize_t * 3)(C.cast(self._python, C.c_void_p).value or 0, 0, _RETURNED)
         self.cache: ExpertCache | None = None
         self.error: BaseException | None = None
 
     @property
     def function(self) -> int:
         """Address for llama_context_params.cb_eval."""
-        return int(_on_node.address)
+        address: int = _on_node.address
+        return address
 
     @property
     def data(self) -> int:
@@ -98,8 +107,21 @@ class RouterHook:
             self._renamed = {}
         self._control[1] = int(enable)
 
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Around an evaluation: afterwards `error` has whatever went wrong inside."""
+        self.error, self._control[2] = None, _RETURNED
+        with hold_interrupts(self):
+            yield
+        if self._control[2] == _NOT_RETURNED and not self.error:
+            # a signal handler has raised before the callback's first line: ctypes swallows that
+            self.error = FlashMoEError("the evaluation was interrupted")
+
     def _on_python(self, address: int, ask: int) -> int:
         try:
+            self._control[2] = _RETURNED
+            if self.error:
+                return ask
             node = Tensor.from_address(address)
             wanted = _is_numbered(node.name, _PREFIX)
             if ask:

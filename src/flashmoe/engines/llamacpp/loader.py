@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from flashmoe.cache.pool import SlotPool, Window
 from flashmoe.engines.llamacpp import abi
 from flashmoe.engines.llamacpp.buffer import ExpertBuffer
+from flashmoe.engines.llamacpp.interrupts import hold_interrupts
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.vfile import VirtualFile, segments
 from flashmoe.errors import ModelError
@@ -36,9 +37,12 @@ class LoadedModel:
         params.n_gpu_layers = 0
         params.tensor_buft_overrides = self._buffer.overrides(OVERRIDE_PATTERN)
         lib.messages.clear()
-        self.pointer: int | None = lib.llama_model_load_from_file_ptr(file.stream, params)
+        self.pointer: int | None
+        with hold_interrupts(file):
+            self.pointer = lib.llama_model_load_from_file_ptr(file.stream, params)
         file.close()
         if file.error:
+            self.close()
             raise file.error
         if not self.pointer:
             raise load_error(lib, catalog)

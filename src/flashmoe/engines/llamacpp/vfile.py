@@ -106,6 +106,8 @@ class VirtualFile:
 
     def _on_read(self, _cookie: int, buffer: int, wanted: int) -> int:
         try:
+            if self.error:
+                return -1
             count = self._copy(buffer, min(wanted, self._size - self._position))
         except BaseException as error:  # raised again by the loader: nothing may leave a C callback
             self.error = error
