@@ -7,16 +7,21 @@ python -m flashmoe.probe LIBRARY
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flashmoe.engines.llamacpp import abi
 from flashmoe.errors import LibraryError
 from flashmoe.storage.files import cache_folder, write_atomically
+
+if TYPE_CHECKING:
+    from flashmoe.engines.llamacpp.context import Context
+    from flashmoe.engines.llamacpp.engine import LlamaEngine
 
 _TIMEOUT = 120
 _PROMPT = list(range(300, 324))
@@ -36,10 +41,9 @@ def prove(library: Path) -> None:
         return
     command = [sys.executable, "-m", "flashmoe.probe", str(library)]
     try:
-        child = subprocess.run(
-            command, capture_output=True, text=True, timeout=_TIMEOUT, env=dict(os.environ)
-        )
-        failure = child.stderr.strip().splitlines()[-1:] if child.returncode > 0 else child.returncode
+        child = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
+        lines = child.stderr.strip().splitlines() or [f"ended by signal {-child.returncode}"]
+        failure = lines[-1] if child.returncode else None
     except subprocess.TimeoutExpired:
         failure = "no answer"
     if failure:
@@ -73,9 +77,9 @@ def _steps(size: int) -> list[list[int]]:
     return [prompt[i : i + size] for i in range(0, len(prompt), size)] + [[token] for token in rest]
 
 
-def _decode(context: object, tokens: list[int]) -> np.ndarray:
-    context.decode(tokens)  # type: ignore[attr-defined]
-    return context.logits()  # type: ignore[attr-defined,no-any-return]
+def _decode(engine: LlamaEngine | Context, tokens: list[int]) -> NDArray[np.float32]:
+    engine.decode(tokens)
+    return engine.logits()
 
 
 if __name__ == "__main__":

@@ -25,11 +25,9 @@ def parse_bytes(text: str | int) -> int:
 
 def format_bytes(n: float) -> str:
     """`n` bytes with a binary unit and three significant digits, for example "1.43 GiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(n) < 1024:
-            break
-        n /= 1024
-    else:
-        unit = "TiB"
-    digits = 0 if unit == "B" or n >= 100 else 1 if n >= 10 else 2
-    return f"{n:.{digits}f} {unit}"
+    units = ("B", "KiB", "MiB", "GiB", "TiB")
+    power = 0
+    while abs(n) >= 1024 and power < len(units) - 1:
+        n, power = n / 1024, power + 1
+    digits = 0 if power == 0 or n >= 100 else 1 if n >= 10 else 2
+    return f"{n:.{digits}f} {units[power]}"

@@ -1,8 +1,9 @@
 """Which expert sits in which slot: the arrays that runtime and simulator share.
 
-A pool has S slots. Slots come in size groups, because quantisation can differ from layer to layer: group g owns the
-slot numbers [group_start[g], group_start[g+1]) and the layers with group[l] == g share them. All state is in numpy
-arrays, so that the numba kernels of the policies read and write it in place; nothing here reads bytes or knows files.
+A pool has S slots. Slots come in size groups, because quantisation can differ from layer to layer: group g
+owns the slot numbers [group_start[g], group_start[g+1]) and the layers with group[l] == g share them. All
+state is in numpy arrays, so that the numba kernels of the policies read and write it in place; nothing here
+reads bytes or knows files.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ PARTITIONS = {"per-layer": PER_LAYER, "weighted": PER_LAYER, "global": GLOBAL}
 class Residency(NamedTuple):
     """State of a pool: L MoE layers, E experts a layer, S slots, G size groups.
 
-    A slot may be evicted when it is owned, not pinned (pin != step), not locked, and not a prefetch that still waits
-    for its layer (fresh == accesses[layer] + 1).
+    A slot may be evicted when it is owned, not pinned (pin != step), not locked, and not a prefetch that
+    still waits for its layer (fresh == accesses[layer] + 1).
     """
 
     slot_of: NDArray[np.int32]  # [L, E] slot of an expert, -1 where absent
@@ -68,8 +69,8 @@ def equal_quota(
 ) -> NDArray[np.int32]:
     """Share `total_slots` equally: int32 [L], summing to min(total_slots, L * E).
 
-    Remainders go to the first layers. With `group`, shares are equal all the same; the slots of a group are the sum
-    of its layers' shares. Raises ValueError when a layer would get no slot.
+    Remainders go to the first layers. With `group`, shares are equal all the same; the slots of a group are
+    the sum of its layers' shares. Raises ValueError when a layer would get no slot.
     """
     del group  # equal shares do not depend on the groups; the argument keeps call sites uniform
     total = min(int(total_slots), n_layers * n_experts)

@@ -41,7 +41,7 @@ class Engine(Protocol):
         ...
 
     def decode(self, tokens: Sequence[int]) -> None:
-        """Evaluate at most `n_ubatch` tokens after those already there. Raises ReadError; the context is unchanged then."""
+        """Evaluate at most `n_ubatch` tokens after those there. Raises ReadError, and leaves the context as it was."""
         ...
 
     def set_sampling(self, sampling: Sampling) -> None:

@@ -103,7 +103,7 @@ class ExpertCatalog:
         }
 
     def only(self, tensors: Container[str]) -> ExpertCatalog:
-        """The layers whose planes are in `tensors`; engines skip blocks that they do not run (multi-token prediction)."""
+        """The layers whose planes are in `tensors`: engines skip blocks that they do not run (token prediction)."""
         kept = tuple(layer for layer in self.layers if all(p.tensor.name in tensors for p in layer.planes))
         return replace(self, layers=kept)
 

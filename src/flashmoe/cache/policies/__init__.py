@@ -27,6 +27,13 @@ ENTRY_POINTS = "flashmoe.policies"
 BUILTIN = {
     "lru": "lru:Lru",
     "lfu": "lfu:Lfu",
+    "lfu-aged": "lfu_aged:LfuAged",
+    "lfru": "lfru:Lfru",
+    "least-stale": "least_stale:LeastStale",
+    "arc": "arc:Arc",
+    "lecar": "lecar:LeCaR",
+    "moe-infinity": "moe_infinity:MoEInfinity",
+    "belady": "belady:Belady",
 }
 
 

@@ -137,11 +137,17 @@ class BufferInterface(C.Structure):
     """ggml_backend_buffer_i"""
 
     _fields_ = [
-        (name, ptr)
-        for name in (
-            "free_buffer get_base init_tensor memset_tensor set_tensor get_tensor "
-            "set_tensor_2d get_tensor_2d cpy_tensor clear reset"
-        ).split()
+        ("free_buffer", ptr),
+        ("get_base", ptr),
+        ("init_tensor", ptr),
+        ("memset_tensor", ptr),
+        ("set_tensor", ptr),
+        ("get_tensor", ptr),
+        ("set_tensor_2d", ptr),
+        ("get_tensor_2d", ptr),
+        ("cpy_tensor", ptr),
+        ("clear", ptr),
+        ("reset", ptr),
     ]
 
 

@@ -18,7 +18,7 @@ _RANDOM_SEED = 0xFFFFFFFF  # llama.cpp's own mark for "choose one"
 
 
 class Context:
-    """One sequence of tokens over a loaded model. With `all_logits`, every token's logits are kept, not only the last's."""
+    """One sequence of tokens over a loaded model. With `all_logits`, the logits of every token are kept."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class Context:
         self.n_past = n_past
 
     def logits(self, index: int = -1) -> NDArray[np.float32]:
-        """Logits of the last evaluation, float32 [vocabulary]: of its last token, or of token `index` with all_logits."""
+        """Logits of the last evaluation, float32 [vocabulary]: of its last token, or with all_logits of any."""
         address = self._lib.llama_get_logits_ith(self._pointer, index)
         return np.ctypeslib.as_array(address, (self.n_vocab,)).copy()
 

@@ -67,7 +67,7 @@ class LlamaEngine:
         before = self._context.n_past
         if before + len(tokens) > self.n_ctx:
             raise FlashMoEError(
-                f"the context is full: {before + len(tokens)} tokens in a context of {self.n_ctx}; use a larger one (-c)"
+                f"the context is full: {before + len(tokens)} tokens of {self.n_ctx}; use a larger one (-c)"
             )
         single = len(tokens) == 1
         inspect = single in self._uninspected

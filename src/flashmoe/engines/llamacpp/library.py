@@ -80,7 +80,8 @@ class Library:
         if version not in abi.KNOWN_BUILDS:
             known = ", ".join(sorted({build.name for build in abi.KNOWN_BUILDS.values()}))
             raise LibraryError(
-                f"{path}: llama.cpp {version[0]} (ggml {version[1]}) is not a build that FlashMoE knows; install {known}"
+                f"{path}: llama.cpp {version[0]} (ggml {version[1]}) is not a build that FlashMoE knows; "
+                f"install {known}"
             )
         self.build = abi.KNOWN_BUILDS[version]
         self._declare("llama_context_default_params", self.build.context_params)

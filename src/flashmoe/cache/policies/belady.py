@@ -1,0 +1,135 @@
+"""Belady's oracle (MIN): evict the expert whose next request is farthest away. Simulator only.
+
+Optimal for equal shares, where no step needs more experts than a layer's share; the bound that other policies are
+measured against."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from flashmoe.cache.policies import kernels as loops
+from flashmoe.cache.policies.base import EvictionPolicy, Kernels
+from flashmoe.errors import PolicyError
+
+
+class State(NamedTuple):
+    """All requests of the trace, and how far it has come."""
+
+    score: NDArray[np.float64]  # [L, E] minus the time of the next request, -inf if none
+    uses: NDArray[np.int64]  # [U] times (step * L + layer) of the requests of (layer, expert), ascending
+    begin: NDArray[np.int64]  # [L * E + 1] where each expert's uses lie
+    next: NDArray[np.int64]  # [L, E] index of the current use
+
+
+def record(st, res, layer, ids, n):
+    n_experts = st.score.shape[1]
+    for i in range(n):
+        e = ids[i]
+        st.next[layer, e] += 1
+        i_next = st.next[layer, e]
+        st.score[layer, e] = -st.uses[i_next] if i_next < st.begin[layer * n_experts + e + 1] else -np.inf
+
+
+def victim(st, res, layer, g):
+    return loops.lowest(st.score, res, layer, g)
+
+
+def evicted(st, res, layer, expert):
+    pass
+
+
+def begin(st):
+    pass
+
+
+loops.rules(State, record, victim, evicted, begin)
+
+
+@njit(cache=True)
+def access(st, res, layer, ids, slots_out, miss_expert, miss_slot):
+    return loops.access_loop(st, res, layer, ids, slots_out, miss_expert, miss_slot)
+
+
+@njit(cache=True)
+def room(st, res, layer):
+    return loops.room_loop(st, res, layer)
+
+
+@njit(cache=True)
+def release(st, res, layer, expert):
+    return loops.release_loop(st, res, layer, expert)
+
+
+@njit(cache=True)
+def replay(st, res, ids, first, starts, bits, requests, hits):
+    return loops.replay_loop(st, res, ids, first, starts, bits, requests, hits)
+
+
+@njit(cache=True)
+def start(st):
+    loops.begin(st)
+
+
+@njit(cache=True)
+def requests_of(ids, first, n_experts, uses, begin):
+    """Fill uses and begin (see State) from ids [T, L, k] and step offsets [N+1]; returns the number of uses."""
+    n_layers = ids.shape[1]
+    seen = np.empty((n_layers, n_experts), np.int64)
+    fill = np.empty((n_layers, n_experts), np.int64)
+    for turn in range(2):  # count, then write
+        seen[:] = -1
+        if turn == 0:
+            begin[:] = 0
+        else:
+            for i in range(1, len(begin)):
+                begin[i] += begin[i - 1]
+            fill[:] = begin[:-1].copy().reshape(n_layers, n_experts)
+        for s in range(len(first) - 1):
+            for t in range(first[s], first[s + 1]):
+                for layer in range(n_layers):
+                    for j in range(ids.shape[2]):
+                        e = ids[t, layer, j]
+                        if e < 0 or seen[layer, e] == s:
+                            continue
+                        seen[layer, e] = s
+                        if turn == 0:
+                            begin[layer * n_experts + e + 1] += 1
+                        else:
+                            uses[fill[layer, e]] = s * n_layers + layer
+                            fill[layer, e] += 1
+    return begin[-1]
+
+
+class Belady(EvictionPolicy):
+    """Farthest next use. Knows only traces: `replay`, not `access`."""
+
+    name = "belady"
+    kernels = Kernels(access, room, release, replay, start)
+    oracle = True
+
+    def make_state(self, n_layers: int, n_experts: int) -> State:
+        """See EvictionPolicy."""
+        return State(
+            score=np.full((n_layers, n_experts), -np.inf),
+            uses=np.zeros(0, np.int64),
+            begin=np.zeros(n_layers * n_experts + 1, np.int64),
+            next=np.full((n_layers, n_experts), -1, np.int64),
+        )
+
+    def access(self, *_: object) -> int:
+        """Raises PolicyError: the future is known only in a replay."""
+        raise PolicyError("policy 'belady' knows only recorded traces: use it with `flashmoe simulate`")
+
+    def prepare(self, ids: NDArray[np.int16], first: NDArray[np.int64]) -> None:
+        """Read the future from ids [T, L, k], first [N+1]."""
+        n_layers, n_experts = self.residency.n_layers, self.residency.n_experts
+        uses = np.zeros(ids.size, np.int64)
+        begin = np.zeros(n_layers * n_experts + 1, np.int64)
+        n = requests_of(ids, first, n_experts, uses, begin)
+        following = begin[:-1].reshape(n_layers, n_experts).copy()  # the first request moves on to the second
+        score = np.full((n_layers, n_experts), -np.inf)
+        self._state = State(score, uses[:n].copy(), begin, following)
