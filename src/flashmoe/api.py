@@ -25,6 +25,8 @@ from flashmoe.engines.llamacpp.library import Library, find_library, open_librar
 from flashmoe.engines.llamacpp.loader import LoadedModel
 from flashmoe.errors import UsageError
 from flashmoe.hub import resolve
+from flashmoe.routing.recorder import Recorder
+from flashmoe.routing.trace import DECODE, PREFILL
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.disk import read_ceiling
 from flashmoe.storage.gguf import read_gguf
@@ -48,6 +50,7 @@ def load(
     n_ubatch: int = DEFAULT_UBATCH,
     threads: int | None = None,
     all_logits: bool = False,
+    trace: bool = False,
     progress: Progress | None = None,
     library: Library | None = None,
 ) -> Model:
@@ -59,6 +62,7 @@ def load(
     policy: eviction policy, NAME or NAME:FILE. n_ctx: context in tokens (default: the model's, at most 4096).
     n_ubatch: tokens evaluated at once while a prompt is read; the results are llama.cpp's at the same value.
     threads: compute threads (default: physical cores). all_logits: keep the logits of every token, not the last only.
+    trace: record which experts every token is routed to, see `Model.recorder`.
     library: a llama.cpp library to use unproven (default: the one that is found, proven once by `flashmoe.probe`).
 
     Raises ModelError, BudgetError, PolicyError, LibraryError and UsageError, each saying what to do.
@@ -120,6 +124,8 @@ def load(
         engine.attach(pool, slots, experts)
         pool.prefault()
         loaded_model = Model(engine, experts, catalog, limit, report_progress, stack.pop_all())
+        if trace:
+            loaded_model.record()
         loaded_model.telemetry.load_seconds = time.perf_counter() - started
         return loaded_model
 
@@ -160,6 +166,21 @@ class Model:
         self.telemetry = telemetry.Telemetry()
         self._progress, self._resources = progress, resources
         self._created = time.perf_counter()
+        self.recorder: Recorder | None = None
+        self._sequence = -1
+
+    def record(self) -> Recorder:
+        """Record which experts every token is routed to from here on; `Recorder.save` writes the trace."""
+        catalog = self.catalog
+        self.recorder = Recorder(
+            len(catalog.layers),
+            catalog.top_k,
+            catalog.n_experts,
+            model=catalog.identity,
+            first_moe_layer=catalog.layers[0].block,
+        )
+        self.engine.record(self.recorder)
+        return self.recorder
 
     def generate(
         self,
@@ -184,6 +205,7 @@ class Model:
             )
         self.engine.clear()
         self.cache.begin_sequence()
+        self._sequence += 1
         self.engine.set_sampling(sampling or Sampling())
         self._prefill(tokens)
         room = self.engine.n_ctx - len(tokens) + 1
@@ -207,15 +229,11 @@ class Model:
         step = self.engine.n_ubatch
         for start in range(0, len(tokens), step):
             self._progress("prefill", start, len(tokens))
-            began = time.perf_counter()
-            self.engine.decode(tokens[start : start + step])
-            self.telemetry.prefill.seconds += time.perf_counter() - began
-            self.telemetry.prefill.tokens += len(tokens[start : start + step])
+            self._evaluate(tokens[start : start + step], self.telemetry.prefill, PREFILL)
         self._progress("prefill", len(tokens), len(tokens))
         self.cache.phase = "decode"
 
     def _decode(self, limit: int) -> Iterator[int]:
-        phase = self.telemetry.decode
         for made in range(limit):
             token = self.engine.sample()
             if not self.telemetry.first_token_seconds:
@@ -226,11 +244,22 @@ class Model:
             yield token
             if made + 1 == limit:
                 return
-            began, faults = time.perf_counter(), telemetry.major_faults()
-            self.engine.decode([token])
-            phase.seconds += time.perf_counter() - began
-            phase.tokens += 1
+            faults = telemetry.major_faults()
+            self._evaluate([token], self.telemetry.decode, DECODE)
             self.telemetry.decode_faults += telemetry.major_faults() - faults
+
+    def _evaluate(self, tokens: Sequence[int], phase: telemetry.Phase, kind: int) -> None:
+        began = time.perf_counter()
+        try:
+            self.engine.decode(tokens)
+        except BaseException:
+            if self.recorder is not None:
+                self.recorder.drop_step()
+            raise
+        phase.seconds += time.perf_counter() - began
+        phase.tokens += len(tokens)
+        if self.recorder is not None:
+            self.recorder.end_step(tokens, kind, self._sequence)
 
     @property
     def stats(self) -> dict[str, Any]:

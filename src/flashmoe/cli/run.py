@@ -48,6 +48,9 @@ def run(
         float, typer.Option("--min-p", help="Least share of the top probability.")
     ] = _SAMPLING.min_p,
     seed: Annotated[int | None, typer.Option("-s", "--seed", help="Seed of the sampler.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", help="Record the routing to a .safetensors file.")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report to a file.")] = None,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Nothing but the text.")] = False,
 ) -> None:
@@ -66,6 +69,7 @@ def run(
             n_ctx=ctx_size,
             n_ubatch=ubatch,
             threads=threads,
+            trace=trace is not None,
             progress=progress.update if progress else None,
         )
         with loaded:
@@ -89,6 +93,8 @@ def run(
             report = loaded.report("".join(made))
     for line in report.lines():
         console.print(line, style="dim", highlight=False)
+    if trace and loaded.recorder is not None:
+        loaded.recorder.save(trace)
     if json_file:
         try:
             write_atomically(json_file, json.dumps(report.as_dict(), indent=1).encode())

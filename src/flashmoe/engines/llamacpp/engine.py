@@ -17,6 +17,7 @@ from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.loader import LoadedModel
 from flashmoe.engines.llamacpp.template import render_chat
 from flashmoe.errors import FlashMoEError, ModelError
+from flashmoe.routing.recorder import Recorder
 
 
 class LlamaEngine:
@@ -57,6 +58,10 @@ class LlamaEngine:
             min(slots) < n_experts
         ):  # a micro-batch may pick any expert of a layer: keep what it picks within the pool
             self.n_ubatch = max(1, min(self.n_ubatch, min(slots) // top_k))
+
+    def record(self, recorder: Recorder) -> None:
+        """Let `recorder` see every layer's routing from here on; whoever calls `decode` ends its steps."""
+        self._hook.recorder = recorder
 
     @property
     def n_past(self) -> int:

@@ -23,6 +23,7 @@ from flashmoe.engines.llamacpp.abi import Tensor
 from flashmoe.engines.llamacpp.interrupts import hold_interrupts
 from flashmoe.engines.llamacpp.loader import LoadedModel
 from flashmoe.errors import FlashMoEError, ModelError
+from flashmoe.routing.recorder import Recorder
 
 _PREFIX = b"ffn_moe_weights-"
 _IDS_PREFIX = b"ffn_moe_topk-"
@@ -54,7 +55,7 @@ def _on_node(node: Any, ask: Any, control: Any) -> Any:  # pragma: no cover - co
         return ask  # it has failed: want this node, and end the evaluation at it
     if ask == 0 or settings[1] != 0:
         settings[2] = _NOT_RETURNED
-        answer = _call(settings[0], node, ask)  # type: ignore[call-arg]
+        answer: Any = _call(settings[0], node, ask)  # type: ignore[call-arg]
         return ask if settings[2] == _NOT_RETURNED else answer
     name = carray(node, _NAME_END)
     for i in range(len(_NAME)):
@@ -87,13 +88,13 @@ class RouterHook:
         self._python = _PYTHON_CALLBACK(self._on_python)
         self._control = (C.c_ssize_t * 3)(C.cast(self._python, C.c_void_p).value or 0, 0, _RETURNED)
         self.cache: ExpertCache | None = None
+        self.recorder: Recorder | None = None
         self.error: BaseException | None = None
 
     @property
     def function(self) -> int:
         """Address for llama_context_params.cb_eval."""
-        address: int = _on_node.address
-        return address
+        return _on_node.address or 0
 
     @property
     def data(self) -> int:
@@ -145,6 +146,9 @@ class RouterHook:
         memory = np.frombuffer((C.c_int32 * (row * (tokens - 1) + top_k)).from_address(tensor.data), np.int32)
         ids = np.lib.stride_tricks.as_strided(memory, (tokens, top_k), (4 * row, 4), writeable=True)
         assert self.cache is not None
+        if self.recorder is not None:
+            weights = np.frombuffer((C.c_float * (top_k * tokens)).from_address(node.data), np.float32)
+            self.recorder.add(layer, ids, weights.reshape(tokens, top_k))
         flat = ids.reshape(-1) if tokens > 1 else ids[0]
         ids[...] = self.cache.ensure(layer, flat).reshape(tokens, top_k)
         if self._control[1]:
