@@ -1,0 +1,59 @@
+"""What all tests share: tiny models made once, the library opened once, and no trace left outside a temporary folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from flashmoe import hub
+from flashmoe.engines.llamacpp.library import Library, find_library, open_library
+from tests.models import make
+
+os.environ["GGML_NO_BACKTRACE"] = "1"  # an abort in the library must not start a debugger
+os.environ["HF_HUB_OFFLINE"] = "1"
+for name in ("FLASHMOE_LIBLLAMA", "LLAMA_ARG_THREADS"):
+    os.environ.pop(name, None)
+
+Tiny = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Notes (drives, proven libraries, downloads) go to a folder of this session's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setenv("HF_HOME", str(folder / "huggingface"))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """tiny("olmoe"): the path of a tiny model, made when first asked for. Not to be changed."""
+    folder = tmp_path_factory.mktemp("models")
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = make(name, folder / f"{name}.gguf")
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def lib() -> Library:
+    """The installed llama.cpp library, not proven by the probe: these tests are the proof."""
+    return open_library(find_library())
+
+
+@pytest.fixture(scope="session")
+def demo() -> Path:
+    """The bundled model."""
+    path = hub.demo_model()
+    if not path.is_file():
+        pytest.skip(f"the bundled model is not there ({path.name})")
+    return path

@@ -1,0 +1,97 @@
+"""Stock llama.cpp's logits, to compare with: the same library, the same micro-batches, no pool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashmoe.engines.llamacpp.library import Library
+from flashmoe.engines.llamacpp.stock import StockModel
+
+Floats = NDArray[np.float32]
+
+PROMPT_TOKENS, DECODED = 20, 32
+CONTEXT = 64
+
+
+class Evaluates(Protocol):
+    """A stock context or a pooled engine."""
+
+    def decode(self, tokens: Sequence[int]) -> Any: ...
+
+    def logits(self, index: int = -1) -> Floats: ...
+
+
+class Run(NamedTuple):
+    """Logits of every prompt token and of every decoded one, [52, vocabulary], and the decoded tokens."""
+
+    logits: Floats
+    decoded: list[int]
+
+
+def prompt(n_vocab: int, n: int = PROMPT_TOKENS) -> list[int]:
+    """The same tokens for every model, as far as its vocabulary has them."""
+    return np.random.default_rng(7).integers(0, min(n_vocab, 256), n).tolist()
+
+
+def evaluate(context: Evaluates, tokens: Sequence[int], n_ubatch: int, forced: Sequence[int] | None = None) -> Run:
+    """Read `tokens` in micro-batches, then decode greedily, or the tokens that are `forced`."""
+    logits: list[Floats] = []
+    for start in range(0, len(tokens), n_ubatch):
+        batch = tokens[start : start + n_ubatch]
+        context.decode(batch)
+        logits += [context.logits(i) for i in range(len(batch))]
+    decoded: list[int] = []
+    for step in range(DECODED):
+        decoded.append(int(logits[-1].argmax()) if forced is None else forced[step])
+        context.decode(decoded[-1:])
+        logits.append(context.logits())
+    return Run(np.stack(logits), decoded)
+
+
+class Reference:
+    """Stock runs of one model, each made once."""
+
+    def __init__(self, lib: Library, path: Path) -> None:
+        self._model = StockModel(lib, path)
+        self._runs: dict[tuple[int, int], Run] = {}
+
+    def run(self, n_ubatch: int, threads: int, n_prompt: int = PROMPT_TOKENS) -> Run:
+        """Prompt and 32 decoded tokens in micro-batches of `n_ubatch`."""
+        key = (min(n_ubatch, n_prompt), threads)
+        if key not in self._runs or n_prompt != PROMPT_TOKENS:
+            context = self._model.context(n_ctx=CONTEXT, n_ubatch=n_ubatch, threads=threads, all_logits=True)
+            try:
+                self._runs[key] = evaluate(context, prompt(context.n_vocab, n_prompt), n_ubatch)
+            finally:
+                context.close()
+        return self._runs[key]
+
+    def greedy(self, tokens: Sequence[int], n: int, n_ubatch: int, n_ctx: int = CONTEXT) -> list[int]:
+        """`n` tokens after `tokens`, the likeliest each time."""
+        context = self._model.context(n_ctx=n_ctx, n_ubatch=n_ubatch, threads=1)
+        try:
+            for start in range(0, len(tokens), n_ubatch):
+                context.decode(tokens[start : start + n_ubatch])
+            made: list[int] = []
+            while len(made) < n:
+                made.append(int(context.logits().argmax()))
+                context.decode(made[-1:])
+            return made
+        finally:
+            context.close()
+
+    def close(self) -> None:
+        self._model.close()
+
+
+def closing(reference: Reference) -> Iterator[Reference]:
+    """For fixtures: give `reference`, then close it."""
+    try:
+        yield reference
+    finally:
+        reference.close()

@@ -1,0 +1,140 @@
+"""The heart of it: whatever the pool's size, the logits are stock llama.cpp's, byte for byte."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+import flashmoe
+from flashmoe.engines.llamacpp.library import Library
+from tests.conftest import Tiny
+from tests.engines.reference import CONTEXT, PROMPT_TOKENS, Reference, closing, evaluate, prompt
+from tests.models import ARCHITECTURES, split
+
+ONE_TOKEN, PART, ALL = "1", "60%", "100%"  # of the experts; "1" is raised to one token's experts of a layer
+POOLS = (ONE_TOKEN, PART, ALL)
+DEMO = "demo"
+FULL_PRODUCT = ("gpt-oss", DEMO)
+
+
+class Case(NamedTuple):
+    cache: str
+    policy: str
+    threads: int
+
+
+def cases(number: int) -> list[Case]:
+    """Every pool size; the policies in turn; two threads at one of the sizes (they are slow on a busy machine)."""
+    return [Case(cache, ("lru", "lfu")[(number + i) % 2], 1 + (number % 3 == i)) for i, cache in enumerate(POOLS)]
+
+
+def all_cases() -> list[Case]:
+    return [Case(*values) for values in product(POOLS, ("lru", "lfu"), (1, 2))]
+
+
+@pytest.fixture(scope="module")
+def llama(lib: Library, tiny: Tiny) -> Iterator[Reference]:
+    yield from closing(Reference(lib, tiny("llama")))
+
+
+def assert_exact(path: Path, lib: Library, reference: Reference, case: Case, **options: int) -> flashmoe.Model:
+    """Compare a pooled run with the stock one; the closed model, for a look at its counters."""
+    with flashmoe.load(
+        path,
+        cache=case.cache,
+        policy=case.policy,
+        threads=case.threads,
+        n_ctx=CONTEXT,
+        all_logits=True,
+        library=lib,
+        **options,  # type: ignore[arg-type]
+    ) as model:
+        n_ubatch = model.engine.n_ubatch
+        expected = reference.run(n_ubatch, case.threads)
+        tokens = prompt(expected.logits.shape[1])
+        got = evaluate(model.engine, tokens, n_ubatch, expected.decoded)
+        differing = np.flatnonzero((got.logits.view(np.int32) != expected.logits.view(np.int32)).any(axis=1))
+        assert not len(differing), f"{case}: logits differ from token {differing[0]} on"
+        assert np.isfinite(got.logits).all()
+    return model
+
+
+@pytest.mark.parametrize("name", [DEMO, *ARCHITECTURES])
+def test_logits_equal_stock(name: str, lib: Library, tiny: Tiny, request: pytest.FixtureRequest) -> None:
+    path = request.getfixturevalue("demo") if name == DEMO else tiny(name)
+    reference = Reference(lib, path)
+    chosen = all_cases() if name in FULL_PRODUCT else cases(list(ARCHITECTURES).index(name))
+    try:
+        for case in chosen:
+            model = assert_exact(path, lib, reference, case)
+            stats, slots = model.cache.stats["prefill"], model.cache.policy.residency.n_slots
+            top_k, groups = model.catalog.top_k, max(model.catalog.groups) + 1
+            if case.cache == ONE_TOKEN:
+                assert slots == top_k * groups
+                assert stats.misses > slots  # it had to evict
+            elif case.cache == ALL:
+                assert slots == model.catalog.n_experts * len(model.catalog.layers)
+                assert stats.misses <= slots  # no expert is read twice
+                assert stats.hits > 0
+            else:
+                assert top_k * groups <= slots < model.catalog.total_experts
+    finally:
+        reference.close()
+
+
+def test_comparison_notices_one_wrong_byte(lib: Library, tiny: Tiny, llama: Reference) -> None:
+    with flashmoe.load(tiny("llama"), cache=ALL, n_ctx=CONTEXT, all_logits=True, threads=1, library=lib) as model:
+        expected = llama.run(model.engine.n_ubatch, 1)
+        tokens = prompt(expected.logits.shape[1])
+        model.engine.decode(tokens)
+        assert np.array_equal(model.engine.logits(), expected.logits[PROMPT_TOKENS - 1])
+        residency, layer = model.cache.policy.residency, 0
+        for expert in residency.resident(layer):
+            read = model.cache.pool.reads(layer, int(expert), int(residency.slot_of[layer, expert]))[0]
+            block = (np.ctypeslib.ctypes.c_uint8 * read.nbytes).from_address(read.address)
+            np.frombuffer(block, np.uint8)[2] ^= 0x7F
+        model.engine.clear()
+        model.engine.decode(tokens)
+        assert not np.array_equal(model.engine.logits(), expected.logits[PROMPT_TOKENS - 1])
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "metadata_only_first"),
+    [("olmoe", 2, False), ("gpt-oss", 3, True), ("nvfp4", 4, False), ("deepseek4", 4, True), ("aligned", 2, False)],
+)
+def test_split_models(
+    name: str, parts: int, metadata_only_first: bool, lib: Library, tiny: Tiny, tmp_path: Path
+) -> None:
+    whole = tmp_path / "m.gguf"
+    whole.write_bytes(tiny(name).read_bytes())
+    files = split(whole, parts, metadata_only_first=metadata_only_first)
+    whole.unlink()  # nothing but the parts is read
+    reference = Reference(lib, tiny(name))
+    try:
+        for case in (Case(ONE_TOKEN, "lru", 1), Case(ALL, "lfu", 1)):
+            model = assert_exact(files[0], lib, reference, case)
+            assert len(model.catalog.gguf.files) == parts
+    finally:
+        reference.close()
+
+
+@pytest.mark.parametrize(("cache", "n_ubatch"), [(ALL, 7), (ALL, 1), (PART, 3)])
+def test_prompt_longer_than_the_micro_batch(
+    cache: str, n_ubatch: int, lib: Library, tiny: Tiny, llama: Reference
+) -> None:
+    assert_exact(tiny("llama"), lib, llama, Case(cache, "lru", 1), n_ubatch=n_ubatch)
+
+
+def test_micro_batch_shrinks_to_what_the_pool_holds(lib: Library, tiny: Tiny) -> None:
+    reference = Reference(lib, tiny("phimoe"))  # two layers of 16 experts, top 2, each its own size group
+    try:
+        for cache, expected in (("1", 1), ("25%", 2), ("60%", 5), ("100%", CONTEXT)):
+            model = assert_exact(tiny("phimoe"), lib, reference, Case(cache, "lru", 1))
+            assert model.engine.n_ubatch == expected
+    finally:
+        reference.close()
