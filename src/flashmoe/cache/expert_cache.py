@@ -25,7 +25,7 @@ class CacheStats:
     misses: int = 0
     bytes: int = 0  # read for misses
     stall_seconds: float = 0.0  # the engine waited for reads
-    overhead_seconds: float = 0.0  # bookkeeping in Python, reads aside
+    overhead_seconds: float = 0.0  # Python in the engine's way, reads aside; the engine's hook adds it up
 
     @property
     def hit_rate(self) -> float:
@@ -62,7 +62,6 @@ class ExpertCache:
         Returns their slots, int32 [n], numbered in the layer's size group; valid until the next call. Raises ReadError
         (the failed experts are then absent and the cache is consistent) and BudgetError (they cannot fit at once).
         """
-        started = time.perf_counter()
         with self._lock:
             if len(ids) > len(self._slots):
                 self._resize(2 * len(ids))
@@ -82,7 +81,6 @@ class ExpertCache:
             stats.misses += misses
             stats.bytes += misses * self._bytes[layer]
             stats.stall_seconds += stalled
-            stats.overhead_seconds += time.perf_counter() - started - stalled
         return slots
 
     def _fill(self, layer: int, first: int, misses: int) -> float:

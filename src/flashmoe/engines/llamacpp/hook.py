@@ -9,7 +9,8 @@ after it, so its second source is where ids are renamed. The asking, about a tho
 from __future__ import annotations
 
 import ctypes as C
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from llvmlite import ir
 from numba import carray, cfunc, types
 from numba.extending import intrinsic
+from numpy.typing import NDArray
 
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.engines.llamacpp.abi import Tensor
@@ -89,6 +91,8 @@ class RouterHook:
         self._control = (C.c_ssize_t * 3)(C.cast(self._python, C.c_void_p).value or 0, 0, _RETURNED)
         self.cache: ExpertCache | None = None
         self.recorder: Recorder | None = None
+        #: Called with (layer, ids [tokens, top_k]) to put other experts in place of the router's.
+        self.override: Callable[[int, NDArray[np.int32]], None] | None = None
         self.error: BaseException | None = None
 
     @property
@@ -129,13 +133,20 @@ class RouterHook:
                 self._inspect(node)
                 return int(wanted)
             if wanted:
-                self._rename(node)
+                self._timed_rename(node)
             return int(self.error is None)
         except BaseException as error:  # nothing may leave a C callback
             self.error = self.error or error
             return ask  # asked: want this node, so that the evaluation can be ended when its data is ready
 
-    def _rename(self, node: Tensor) -> None:
+    def _timed_rename(self, node: Tensor) -> None:
+        assert self.cache is not None
+        stats = self.cache.stats[self.cache.phase]
+        began, stalled = time.perf_counter(), stats.stall_seconds
+        self._rename(node, self.cache)
+        stats.overhead_seconds += time.perf_counter() - began - (stats.stall_seconds - stalled)
+
+    def _rename(self, node: Tensor, cache: ExpertCache) -> None:
         tensor = Tensor.from_address(node.src[1])
         top_k, tokens, row = tensor.ne[0], tensor.ne[1], tensor.nb[1] // 4
         # no token left: the last layer of a micro-batch without outputs; another name: a second, dense set of experts
@@ -145,12 +156,13 @@ class RouterHook:
         # [tokens, top_k] inside rows of all experts' ids, sorted by the router: the tensor is a view
         memory = np.frombuffer((C.c_int32 * (row * (tokens - 1) + top_k)).from_address(tensor.data), np.int32)
         ids = np.lib.stride_tricks.as_strided(memory, (tokens, top_k), (4 * row, 4), writeable=True)
-        assert self.cache is not None
+        if self.override is not None:
+            self.override(layer, ids)
         if self.recorder is not None:
             weights = np.frombuffer((C.c_float * (top_k * tokens)).from_address(node.data), np.float32)
             self.recorder.add(layer, ids, weights.reshape(tokens, top_k))
         flat = ids.reshape(-1) if tokens > 1 else ids[0]
-        ids[...] = self.cache.ensure(layer, flat).reshape(tokens, top_k)
+        ids[...] = cache.ensure(layer, flat).reshape(tokens, top_k)
         if self._control[1]:
             self._renamed[node.src[1]] = layer
 
