@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes as C
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +62,10 @@ class LlamaEngine:
     def record(self, recorder: Recorder) -> None:
         """Let `recorder` see every layer's routing from here on; whoever calls `decode` ends its steps."""
         self._hook.recorder = recorder
+
+    def override_routing(self, override: Callable[[int, NDArray[np.int32]], None]) -> None:
+        """Let `override` overwrite every layer's routing, (layer, ids int32 [tokens, top_k]), before it takes effect."""
+        self._hook.override = override
 
     @property
     def n_past(self) -> int:

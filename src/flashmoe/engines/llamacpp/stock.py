@@ -24,11 +24,25 @@ class StockModel:
         if not self._pointer:
             raise ModelError(f"{path}: llama.cpp cannot load this model ({' '.join(lib.messages[-2:])})")
 
-    def context(self, *, n_ctx: int, n_ubatch: int, threads: int, all_logits: bool = False) -> Context:
-        """A context to evaluate tokens in; close it before the model."""
+    def context(
+        self,
+        *,
+        n_ctx: int,
+        n_ubatch: int,
+        threads: int,
+        callback: tuple[int, int] | None = None,
+        all_logits: bool = False,
+    ) -> Context:
+        """A context to evaluate tokens in; close it before the model. callback: cb_eval and its user data."""
         assert self._pointer
         return Context(
-            self._lib, self._pointer, n_ctx=n_ctx, n_ubatch=n_ubatch, threads=threads, all_logits=all_logits
+            self._lib,
+            self._pointer,
+            n_ctx=n_ctx,
+            n_ubatch=n_ubatch,
+            threads=threads,
+            callback=callback,
+            all_logits=all_logits,
         )
 
     def close(self) -> None:

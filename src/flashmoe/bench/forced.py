@@ -1,0 +1,102 @@
+"""Routing taken from a trace: a model of random weights then shows the locality of a real one.
+
+The router still runs and its weights are used; only the choice of experts is replaced, after the weights were gathered
+and before the experts are fetched.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashmoe.cache.expert_cache import CacheStats
+from flashmoe.routing.files import read
+from flashmoe.routing.trace import RoutingTrace
+
+if TYPE_CHECKING:
+    from flashmoe.engines.llamacpp.hook import RouterHook
+    from flashmoe.storage.catalog import ExpertCatalog
+
+Int32 = NDArray[np.int32]
+_LAYER_STRIDE = 997  # tokens between the uses of one trace layer for two layers of the model
+
+
+class ForcedRouting:
+    """Overwrites the router's choice with a trace's, row by row. Call `at` before every evaluation."""
+
+    def __init__(self, table: Int32) -> None:
+        """table: experts [positions, layers, top_k], distinct within a token."""
+        self.table = table
+        self._end = 0
+
+    @classmethod
+    def for_model(cls, catalog: ExpertCatalog, trace: str, start: int, positions: int) -> ForcedRouting:
+        """The first `positions` tokens of a run that begins at token `start` of a trace file. Raises TraceError."""
+        experts = [layer.n_experts for layer in catalog.layers]
+        return cls(expert_table(read(trace), experts, catalog.top_k, start, positions))
+
+    def at(self, position: int, tokens: int) -> None:
+        """The next evaluation has `tokens` tokens from `position` on."""
+        self._end = position + tokens
+
+    def __call__(self, layer: int, ids: Int32) -> None:
+        """Overwrite `ids` [tokens, top_k] of a layer; a layer that sees fewer tokens sees the last ones."""
+        ids[...] = self.table[self._end - len(ids) : self._end, layer, : ids.shape[1]]
+
+
+def expert_table(trace: RoutingTrace, experts: list[int], top_k: int, start: int, positions: int) -> Int32:
+    """Experts [positions, layers, top_k] for a model of `experts[l]` experts per layer, from a trace of any shape.
+
+    Tokens are taken from `start` on, round and round. Layers map by index; a trace with fewer layers is used again
+    for the layers beyond, from other tokens. Ids are taken modulo the layer's experts; where that or a smaller top-k
+    leaves a token with too few distinct experts, those of the following tokens fill up, then the lowest unused.
+    """
+    complete = trace.expert_ids[(trace.expert_ids >= 0).all(axis=(1, 2))]
+    rows = complete if len(complete) else np.maximum(trace.expert_ids, 0)
+    n = len(rows)
+    table = np.empty((positions, len(experts), top_k), np.int32)
+    for layer, n_experts in enumerate(experts):
+        again, source = divmod(layer, trace.n_layers)
+        first = start + again * _LAYER_STRIDE
+        for position in range(positions):
+            chosen: dict[int, None] = {}
+            for ahead in range(min(n, top_k)):
+                row = rows[(first + position + ahead) % n, source]
+                chosen.update(dict.fromkeys((row % n_experts).tolist()))
+                if len(chosen) >= top_k:
+                    break
+            else:
+                chosen.update(dict.fromkeys(range(n_experts)))
+            table[position, layer] = list(chosen)[:top_k]
+    return table
+
+
+class _InPlace:
+    """Stands in for an ExpertCache where all experts are where the engine has put them."""
+
+    def __init__(self) -> None:
+        self.phase = "any"
+        self.stats = {self.phase: CacheStats()}
+
+    def ensure(self, layer: int, ids: Int32) -> Int32:
+        return ids
+
+
+def stock_routing(model: str, trace: str, start: int, positions: int) -> tuple[ForcedRouting, RouterHook]:
+    """The same routing for stock llama.cpp: a hook with nothing behind it, the experts stay where they are."""
+    from flashmoe.engines.llamacpp.hook import RouterHook
+    from flashmoe.storage.catalog import ExpertCatalog
+    from flashmoe.storage.gguf import read_gguf
+
+    catalog = ExpertCatalog.from_gguf(read_gguf(Path(model)))
+    forced = ForcedRouting.for_model(catalog, trace, start, positions)
+    loaded: Any = SimpleNamespace(catalog=catalog)
+    hook = RouterHook(loaded)
+    in_place: Any = _InPlace()
+    hook.cache = in_place
+    hook.override = forced
+    return forced, hook

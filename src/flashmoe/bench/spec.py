@@ -1,0 +1,126 @@
+"""What is asked for: a whole benchmark (`Plan`), and one measurement in a child process (`Job`)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from flashmoe.errors import FlashMoEError, UsageError
+from flashmoe.units import parse_bytes
+
+#: What can be measured against. The pool itself is the engine "pool".
+OPPONENTS = {
+    "mmap": "llama.cpp, memory-mapped, the file's own layouts, under the same memory limit",
+    "plain": "llama.cpp, all in RAM, the file's own layouts, no limit",
+    "stock": "llama.cpp, all in RAM, as it comes (repacked layouts), no limit",
+}
+NO_OPPONENT = "none"
+POOL = "pool"
+#: Values of --prefetch. A prefetcher that the API learns is added here and passed on in `child`.
+PREFETCHERS = ("none",)
+#: What a user gets who names nothing.
+DEFAULT_POLICY = "default"
+
+
+class BenchError(FlashMoEError):
+    """A benchmark that cannot give figures worth reporting: a busy machine, a child that failed."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One measurement: load, evaluate `tokens` one micro-batch and then one token at a time, report.
+
+    The first `n_prompt` tokens are the prompt, the next `n_warmup` are decoded and not counted.
+    """
+
+    engine: str
+    model: str  # the path to load, which may be a device
+    source: str  # the model's own file
+    library: str
+    tokens: Sequence[int]
+    n_prompt: int
+    n_warmup: int
+    n_ctx: int
+    n_ubatch: int
+    step: int  # prompt tokens per evaluation; the pool's own may be smaller
+    threads: int
+    ram: int | None = None
+    cache: str | None = None
+    policy: str = DEFAULT_POLICY
+    prefetch: str = "none"
+    trace: str | None = None
+    trace_start: int = 0
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        return cls(**json.loads(text))
+
+
+@dataclass(frozen=True)
+class Size:
+    """One memory setting, as it was written: a budget for the process (`ram`) or a pool size (`cache`)."""
+
+    text: str
+    ram: int | None = None
+    cache: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A benchmark. Every size is run with every policy and prefetcher, against every opponent, `pairs` times."""
+
+    model: Path
+    sizes: Sequence[Size]
+    opponents: Sequence[str] = ("mmap",)
+    policies: Sequence[str] = (DEFAULT_POLICY,)
+    prefetchers: Sequence[str] = ("none",)
+    pairs: int = 5
+    n_prompt: int = 32
+    n_warmup: int = 16
+    n_decode: int = 64
+    n_ubatch: int = 512
+    routing: str = "uniform"
+    threads: int | None = None
+    cold: bool = True
+    allow_busy: bool = False
+    seed: int = 0
+    timeout: float = 1800.0
+    library: Path | None = field(default=None)  # to use unproven; default: the one that is found and proven
+
+    def __post_init__(self) -> None:
+        for name in self.opponents:
+            if name not in OPPONENTS:
+                raise UsageError(f"--against {name!r}: choose from {', '.join(OPPONENTS)} or {NO_OPPONENT}")
+        for name in self.prefetchers:
+            if name not in PREFETCHERS:
+                raise UsageError(f"--prefetch {name!r}: choose from {', '.join(PREFETCHERS)}")
+        if min(self.pairs, self.n_prompt, self.n_decode) < 1 or self.n_warmup < 0:
+            raise UsageError(
+                "--pairs, --prompt-tokens and --tokens must be at least 1, --warmup not negative"
+            )
+
+
+def ram_sizes(text: str, file_bytes: int) -> list[Size]:
+    """Budgets from "6GiB,50%,25%"; a share is one of the model's files. Raises UsageError."""
+    sizes = []
+    for item in split_list(text):
+        share = re.fullmatch(r"(\d+(?:\.\d+)?)%", item)
+        nbytes = int(float(share[1]) / 100 * file_bytes) if share else parse_bytes(item)
+        sizes.append(Size(item, ram=nbytes))
+    return sizes
+
+
+def cache_sizes(text: str) -> list[Size]:
+    """Pool sizes from "50%,2GiB,300", each as `flashmoe run --cache` takes it."""
+    return [Size(item, cache=item) for item in split_list(text)]
+
+
+def split_list(text: str) -> list[str]:
+    """The items of a comma-separated list, empty ones left out."""
+    return [item.strip() for item in text.split(",") if item.strip()]

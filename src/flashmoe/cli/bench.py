@@ -1,0 +1,199 @@
+"""`flashmoe bench`: paired runs against stock llama.cpp under the same memory limit; and models to run them on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from typer.core import TyperGroup
+
+from flashmoe.bench.spec import NO_OPPONENT, Plan, cache_sizes, ram_sizes, split_list
+from flashmoe.cli.progress import stderr_console
+from flashmoe.errors import FlashMoEError, UsageError
+from flashmoe.storage.files import write_atomically
+from flashmoe.units import format_bytes
+
+_RUN = "run"
+
+
+class _ModelOrCommand(TyperGroup):
+    """`bench MODEL` is `bench run MODEL`: what is no command of the group is a model, or an option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args or args[0] not in self.commands:
+            args = [_RUN, *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_ModelOrCommand,
+    help="Measure a model against stock llama.cpp under the same memory limit; `make-model` makes one to measure.",
+    add_completion=False,
+)
+
+
+@app.command(
+    _RUN,
+    hidden=True,
+    no_args_is_help=True,
+    epilog="`flashmoe bench make-model SHAPE OUT` makes a model of random weights to measure.",
+)
+def run(
+    model: Annotated[str, typer.Argument(help="A GGUF file, hf:ORG/REPO[:FILE], or demo.")],
+    ram: Annotated[
+        str | None,
+        typer.Option("--ram", help="Budgets for the whole process: 6GiB,50%,25% (a share: of the file)."),
+    ] = None,
+    cache: Annotated[
+        str | None, typer.Option("--cache", help="Sizes of the expert pool instead: 50%,2GiB,300 (slots).")
+    ] = None,
+    against: Annotated[
+        str,
+        typer.Option(
+            "--against",
+            help="mmap (same limit), plain (in RAM, same layouts), stock (in RAM, repacked), none.",
+        ),
+    ] = "mmap",
+    policy: Annotated[str, typer.Option("--policy", help="Eviction policies, a list.")] = "default",
+    prefetch: Annotated[str, typer.Option("--prefetch", help="Prefetchers, a list.")] = "none",
+    pairs: Annotated[int, typer.Option("--pairs", help="Measurements of each kind, interleaved.")] = 5,
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens decoded and counted.")] = 64,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Tokens of the prompt.")] = 32,
+    warmup: Annotated[int, typer.Option("--warmup", help="Tokens decoded first, not counted.")] = 16,
+    routing: Annotated[
+        str,
+        typer.Option(
+            "--routing", help="Tokens: uniform, zipf, text, text:FILE; or a routing trace to route by."
+        ),
+    ] = "uniform",
+    threads: Annotated[int | None, typer.Option("-t", "--threads", help="Compute threads.")] = None,
+    page_cache: Annotated[
+        str, typer.Option("--page-cache", help="cold: drop the model's pages first; warm.")
+    ] = "cold",
+    seed: Annotated[int, typer.Option("-s", "--seed", help="Seed of the tokens.")] = 0,
+    allow_busy: Annotated[
+        bool, typer.Option("--allow-busy", help="Report even if other programs were running.")
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to a file.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw speed against budget.")] = None,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+) -> None:
+    """Measure a model against stock llama.cpp, in pairs A B A B, each in a process of its own."""
+    if (ram is None) == (cache is None):
+        raise UsageError("give the sizes to measure, either --ram (6GiB,50%) or --cache (50%,25%)")
+    if page_cache not in ("cold", "warm"):
+        raise UsageError(f"--page-cache {page_cache!r}: choose cold or warm")
+    from flashmoe.bench import runner
+    from flashmoe.hub import resolve
+    from flashmoe.storage.gguf import read_gguf
+
+    path = resolve(model)
+    file_bytes = sum(file.stat().st_size for file in read_gguf(path).files)
+    plan = Plan(
+        model=path,
+        sizes=cache_sizes(cache) if cache is not None else ram_sizes(str(ram), file_bytes),
+        opponents=[name for name in split_list(against) if name != NO_OPPONENT],
+        policies=split_list(policy),
+        prefetchers=split_list(prefetch),
+        pairs=pairs,
+        n_prompt=prompt_tokens,
+        n_warmup=warmup,
+        n_decode=tokens,
+        routing=routing,
+        threads=threads,
+        cold=page_cache == "cold",
+        allow_busy=allow_busy,
+        seed=seed,
+    )
+    if plot_file:
+        from flashmoe.bench.plot import draw, require_matplotlib
+
+        require_matplotlib()
+    with _Bar(stderr_console(quiet)) as bar:
+        report = runner.run(plan, bar.update)
+    _print(report, Console())
+    if json_file:
+        _write(json_file, json.dumps(report, indent=1).encode())
+    if plot_file:
+        draw(report, plot_file)
+
+
+def _write(path: Path, data: bytes) -> None:
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise FlashMoEError(f"{path}: the report cannot be written ({error.strerror})") from None
+
+
+class _Bar:
+    """Which measurement runs, and how many are done. A context manager; silent where stderr is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task: TaskID | None = None
+
+    def update(self, what: str, done: int, total: int) -> None:
+        if self._task is None:
+            self._task = self._progress.add_task(what, total=total)
+        self._progress.update(self._task, description=what, completed=done, total=total)
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+
+def _print(report: dict[str, Any], console: Console) -> None:
+    """The table of a report, and what is to be known about it."""
+    model, machine, settings, rows = (report[k] for k in ("model", "machine", "settings", "rows"))
+    table = Table(
+        box=SIMPLE_HEAD,
+        title=f"{Path(model['path']).name} ({format_bytes(model['file_bytes'])}), {settings['routing']} routing: "
+        f"decode tokens/s, median of {settings['pairs']}, ratio with its quartiles",
+    )
+    for name in ("size", "policy", "FlashMoE", "hits", "stall", "against", "its", "ratio"):
+        table.add_column(name, justify="left" if name in ("size", "policy", "against") else "right")
+    for row in rows:
+        table.add_row(*_cells(row))
+    console.print(table)
+    for line in (
+        f"{machine['processor']}, {machine['threads']} threads, {machine['library']}",
+        *(f"note: {note}" for note in [*_on_logits(rows), *report["notes"]]),
+    ):
+        console.print(line, style="dim", highlight=False, soft_wrap=True)
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    policy = row["policy_used"] if row["policy"] == "default" else row["policy"]
+    prefetch = "" if row["prefetch"] == "none" else f" + {row['prefetch']}"
+    theirs, quartiles = row["opponent_decode"], row["spread"]["ratio"]
+    return [
+        (row["size"] if row["ram"] is None else f"{format_bytes(row['ram'])}")
+        + (" BUSY" if row["busy"] else ""),
+        policy + prefetch,
+        f"{row['decode']['tokens_per_s']:.2f}",
+        f"{row['cache']['hit_rate']:.1%}",
+        f"{row['io']['stall_share']:.0%}",
+        row["opponent"],
+        f"{theirs['tokens_per_s']:.2f}" if theirs else row["opponent_error"] or "-",
+        f"{row['ratio']:.2f} ({quartiles[0]:.2f}-{quartiles[1]:.2f})" if quartiles else "-",
+    ]
+
+
+def _on_logits(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Whether both sides computed the same, where that is to be expected."""
+    compared = {row["opponent"]: True for row in rows if row["same_logits"] is not None}
+    different = [f"{row['size']} against {row['opponent']}" for row in rows if row["same_logits"] is False]
+    if different:
+        return [f"LOGITS DIFFER: {', '.join(different)}"]
+    return [f"last logits equal, byte for byte, to those of {' and '.join(compared)}"] if compared else []
