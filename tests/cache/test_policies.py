@@ -123,7 +123,8 @@ def test_lfu_is_a_counter_with_recency(case):
 @given(seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=20, deadline=None)
 def test_random_use_keeps_the_pool_consistent(name, seed):
-    """Micro-batches, prefetches, locked slots, failed reads, size groups: the arrays never contradict each other."""
+    """Micro-batches, prefetches, locked slots, failed reads, size groups: the arrays never contradict each
+    other."""
     rng = np.random.default_rng(seed)
     n_layers, n_experts = 4, 8
     group = [0, 1, 0, 1]
@@ -194,7 +195,8 @@ def test_too_many_experts_at_once():
 
 
 def test_prefetches_wait_for_their_layer():
-    """A prefetch is no victim of later prefetches; once its layer was served without it, it is the first victim."""
+    """A prefetch is no victim of later prefetches; once its layer was served without it, it is the first
+    victim."""
     policy = bound("lru", 1, 8, 3)
     out = [np.zeros(8, np.int32) for _ in range(3)]
     policy.access(0, np.array([0, 1, 2], np.int32), *out)

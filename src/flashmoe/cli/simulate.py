@@ -47,7 +47,8 @@ def simulate(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows to a file.")] = None,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No table, no progress.")] = False,
 ) -> None:
-    """Replay a trace through eviction policies: hit rates, the gap to the oracle, bytes and tokens per second."""
+    """Replay a trace through eviction policies: hit rates, the gap to the oracle, bytes and tokens per
+    second."""
     from flashmoe.routing.files import read
     from flashmoe.simulate import report
     from flashmoe.simulate.replay import parse_capacities, parse_policies, simulate
@@ -69,7 +70,7 @@ def simulate(
     if not quiet:
         Console().print(report.table(rows, recorded, machine))
     if json_file:
-        write_atomically(json_file, json.dumps([row.as_dict() for row in rows], indent=1) + "\n")
+        write_atomically(json_file, json.dumps([row.as_dict() for row in rows], indent=1).encode() + b"\n")
     if plot:
         report.plot(rows, plot, str(recorded.model.get("name", trace.stem)))
 
@@ -87,7 +88,8 @@ def _machine(model: str | None, expert: str | None, disk: str | None, compute_ms
 
 
 def _expert_bytes(model: str, total: int) -> float:
-    """Mean bytes of an expert of a GGUF model. Raises UsageError where the trace is of a model of other shape."""
+    """Mean bytes of an expert of a GGUF model. Raises UsageError where the trace is of a model of other
+    shape."""
     from flashmoe.hub import resolve
     from flashmoe.storage.catalog import ExpertCatalog
     from flashmoe.storage.gguf import read_gguf

@@ -56,17 +56,19 @@ def read_npz(path: str | Path, model: dict[str, Any] | None = None) -> RoutingTr
 
 
 def read_jsonl(path: str | Path) -> RoutingTrace:
-    """Import one JSON object per token: {"experts": [[k ids] per layer], "sequence": 0, "token": 17, "weights": [...]}.
+    """Import one JSON object per token: {"experts": [[k ids] per layer], "sequence": 0, "token": 17,
+    "weights": [...]}.
 
-    A first line without "experts" may give "num_experts", "first_moe_layer" and "model". Raises TraceError with the
-    number of the line that is wrong.
+    A first line without "experts" may give "num_experts", "first_moe_layer" and "model". Raises TraceError
+    with the number of the line that is wrong.
     """
     head: dict[str, Any] = {}
     ids, weights, tokens, sequences = [], [], [], []
     number = 0
     try:
         with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
+            for line in file:
+                number += 1
                 if not line.strip():
                     continue
                 row = json.loads(line)
@@ -100,7 +102,8 @@ def read_jsonl(path: str | Path) -> RoutingTrace:
 
 
 def merge(traces: Sequence[RoutingTrace]) -> RoutingTrace:
-    """Several traces of one model, one after another; sequences are numbered anew. Raises TraceError otherwise."""
+    """Several traces of one model, one after another; sequences are numbered anew. Raises TraceError
+    otherwise."""
     if not traces:
         raise TraceError("nothing to merge: give at least one trace")
     first = traces[0]
@@ -144,8 +147,8 @@ def merge(traces: Sequence[RoutingTrace]) -> RoutingTrace:
 def split(trace: RoutingTrace, share: float, seed: int | None = None) -> tuple[RoutingTrace, RoutingTrace]:
     """Whole sequences into two traces, the first with about `share` (0..1) of the tokens.
 
-    seed None keeps the order (the second part is what came last); else sequences are drawn. A trace of one sequence
-    is cut in the middle of it. Raises TraceError where one part would be empty.
+    seed None keeps the order (the second part is what came last); else sequences are drawn. A trace of one
+    sequence is cut in the middle of it. Raises TraceError where one part would be empty.
     """
     if not 0 < share < 1:
         raise TraceError(f"the share must lie between 0 and 1, got {share}")

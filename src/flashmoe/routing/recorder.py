@@ -29,7 +29,8 @@ class Recorder:
         first_moe_layer: int = 0,
         capacity: int = 4096,
     ) -> None:
-        """L layers, k experts per token out of E; `weights`: keep router weights; capacity: tokens to begin with."""
+        """L layers, k experts per token out of E; `weights`: keep router weights; capacity: tokens to begin
+        with."""
         self.n_experts = n_experts
         self.model = dict(model or {})
         self.first_moe_layer = first_moe_layer

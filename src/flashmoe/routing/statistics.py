@@ -59,7 +59,8 @@ def _reuse_distances(ids, n_experts):
 
 
 def overlap(ids: NDArray[np.int16], begins: NDArray[np.bool_]) -> float:
-    """Share of experts [T, k] that the token before asked for too, over tokens that are not a sequence's first."""
+    """Share of experts [T, k] that the token before asked for too, over tokens that are not a sequence's
+    first."""
     same = (ids[1:, :, None] == ids[:-1, None, :]) & (ids[1:, :, None] >= 0)
     inside = ~begins[1:]
     asked = int((ids[1:][inside] >= 0).sum())

@@ -2,13 +2,15 @@
 
 One `.safetensors` file, readable without FlashMoE. T tokens, L MoE layers, k experts per token:
 
-    expert_ids      int8 or int16 [T, L, k]  experts; -1 where a layer did not see the token (llama.cpp computes the last
+    expert_ids      int8 or int16 [T, L, k]  experts; -1 where a layer did not see the token (llama.cpp
+                    computes the last
                                              layer of a prompt only for the tokens whose output is wanted)
     router_weights  float16 [T, L, k]        weights of these experts; optional
     token_id        int32 [T]                token, -1 where unknown
     sequence_id     int32 [T]                prompt or conversation; the tokens of one lie together
     phase           uint8 [T]                0 decode, 1 prefill
-    step            int32 [T]                tokens that were routed in one micro-batch share a number; never falls
+    step            int32 [T]                tokens that were routed in one micro-batch share a number; never
+                    falls
 
 Metadata: format, version, num_experts, first_moe_layer, model (JSON: whose routing this is).
 """
@@ -64,7 +66,8 @@ class RoutingTrace:
             raise TraceError(f"expert ids must be integers, got {ids.dtype}")
         if ids.max() >= self.num_experts or ids.min() < -1:
             raise TraceError(
-                f"the trace has experts {int(ids.min())}..{int(ids.max())}, but its model has 0..{self.num_experts - 1}"
+                f"the trace has experts {int(ids.min())}..{int(ids.max())}, "
+                f"but its model has 0..{self.num_experts - 1}: it is damaged, or of another model"
             )
         n = len(ids)
         defaults = {
@@ -89,7 +92,7 @@ class RoutingTrace:
         if (np.diff(self.step) < 0).any():
             raise TraceError("the steps of the trace are out of order; record it again")
 
-    # Shape --------------------------------------------------------------------------------------------------------
+    # Shape ------------------------------------------------------------------------------------------------
 
     @property
     def n_tokens(self) -> int:
@@ -121,7 +124,8 @@ class RoutingTrace:
         return np.r_[np.flatnonzero(begins), self.n_tokens].astype(np.int64)
 
     def starts(self, cold: bool = False) -> NDArray[np.uint8]:
-        """Per step uint8 [N]: 1 (2 with `cold`) where a sequence begins, else 0. For EvictionPolicy.replay."""
+        """Per step uint8 [N]: 1 (2 with `cold`) where a sequence begins, else 0. For
+        EvictionPolicy.replay."""
         return self._sequence_begins()[self.steps()[:-1]].astype(np.uint8) * (2 if cold else 1)
 
     def rows(self, keep: NDArray[Any]) -> RoutingTrace:
@@ -143,11 +147,12 @@ class RoutingTrace:
         """Raise TraceError where this is not a trace of a model of L layers with E experts."""
         if (self.n_layers, self.num_experts) != (n_layers, n_experts):
             raise TraceError(
-                f"the trace has {self.n_layers} layers of {self.num_experts} experts, the model {n_layers} of {n_experts}: "
+                f"the trace has {self.n_layers} layers of {self.num_experts} experts, "
+                f"the model {n_layers} of {n_experts}: "
                 "record a trace with this model"
             )
 
-    # File ---------------------------------------------------------------------------------------------------------
+    # File -------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
         """Write the file, whole or not at all. Raises TraceError where the place cannot be written."""
@@ -172,7 +177,8 @@ class RoutingTrace:
 
     @classmethod
     def load(cls, path: str | Path) -> RoutingTrace:
-        """Read a trace file. Raises TraceError where it is missing, truncated, of another format, or inconsistent."""
+        """Read a trace file. Raises TraceError where it is missing, truncated, of another format, or
+        inconsistent."""
         if not Path(path).is_file():
             raise TraceError(f"trace {path} does not exist: record one with `flashmoe trace record`")
         try:
@@ -181,8 +187,8 @@ class RoutingTrace:
                 arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         except (SafetensorError, OSError, ValueError) as error:
             raise TraceError(
-                f"trace {path} is damaged or no .safetensors file ({error}): record it again, or import it with "
-                "`flashmoe trace import`"
+                f"trace {path} is damaged or no .safetensors file ({error}): record it again, or import it "
+                "with `flashmoe trace import`"
             ) from None
         if metadata.get("format") != FORMAT or "expert_ids" not in arrays:
             raise TraceError(

@@ -4,8 +4,9 @@
     policy = create("lru")                      # or "flashmoe:policy.safetensors", "lfu-aged", ...
     policy.bind(make_residency(...))
 
-Another package adds a policy with an entry point in the group `flashmoe.policies`: its name is the policy's name, its
-value a callable that returns an EvictionPolicy (for NAME:FILE, it is called with the path as keyword `file`).
+Another package adds a policy with an entry point in the group `flashmoe.policies`: its name is the policy's
+name, its value a callable that returns an EvictionPolicy (for NAME:FILE, it is called with the path as
+keyword `file`).
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def create(spec: str, **options: Any) -> EvictionPolicy:
     """Make the policy of a spec NAME or NAME:FILE, not yet bound to a pool.
 
     options: keyword arguments of the policy's class (e.g. decay=0.97 for lfu-aged).
-    Raises PolicyError for an unknown name, a file that is missing or damaged, or an option the policy does not have.
+    Raises PolicyError for an unknown name, a file that is missing or damaged, or an option the policy does
+    not have.
     """
     name, _, file = spec.partition(":")
     name = name.strip()

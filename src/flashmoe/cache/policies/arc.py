@@ -1,8 +1,8 @@
 """Adaptive replacement cache (Megiddo and Modha, FAST 2003), one per layer, or one per size group if global.
 
-T1 holds what was requested once, T2 what was requested again; B1 and B2 remember what left them ("ghosts"), and a
-request for a ghost shifts the target size p of T1. Several experts are requested at once: each is treated in turn, and
-pinned ones are passed over, in the other list if need be."""
+T1 holds what was requested once, T2 what was requested again; B1 and B2 remember what left them ("ghosts"),
+and a request for a ghost shifts the target size p of T1. Several experts are requested at once: each is
+treated in turn, and pinned ones are passed over, in the other list if need be."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flashmoe.cache.residency import GLOBAL
 NOWHERE, T1, T2, B1, B2 = 0, 1, 2, 3, 4
 
 
-class State(NamedTuple):
+class ArcState(NamedTuple):
     """Which list each expert is on, and since when."""
 
     where: NDArray[np.uint8]  # [L, E] NOWHERE, T1, T2, B1, B2
@@ -153,7 +153,7 @@ def begin(st):
     pass
 
 
-loops.rules(State, record, victim, evicted, begin)
+loops.rules(ArcState, record, victim, evicted, begin)
 
 
 @njit(cache=True)
@@ -187,10 +187,10 @@ class Arc(EvictionPolicy):
     name = "arc"
     kernels = Kernels(access, room, release, replay, start)
 
-    def make_state(self, n_layers: int, n_experts: int) -> State:
+    def make_state(self, n_layers: int, n_experts: int) -> ArcState:
         """See EvictionPolicy."""
         shape = (n_layers, n_experts)
-        return State(
+        return ArcState(
             where=np.zeros(shape, np.uint8),
             stamp=np.zeros(shape),
             target=np.zeros(n_layers),

@@ -45,9 +45,9 @@ class Replay(NamedTuple):
 class EvictionPolicy:
     """Decides which expert leaves when another needs its slot.
 
-    A policy is bound to one pool (`bind`), told of each sequence (`begin_sequence`) and each request (`access`), and
-    changes the pool's arrays itself. Subclasses set `name` and `kernels` and build their state in `make_state`.
-    One thread at a time; each call is one call into compiled code.
+    A policy is bound to one pool (`bind`), told of each sequence (`begin_sequence`) and each request
+    (`access`), and changes the pool's arrays itself. Subclasses set `name` and `kernels` and build their
+    state in `make_state`. One thread at a time; each call is one call into compiled code.
     """
 
     name: ClassVar[str] = ""
@@ -60,7 +60,7 @@ class EvictionPolicy:
         self._state: Any = None
         self._access = type(self).kernels.access if hasattr(type(self), "kernels") else None
 
-    # What subclasses give -----------------------------------------------------------------------------------------
+    # What subclasses give ---------------------------------------------------------------------------------
 
     def make_state(self, n_layers: int, n_experts: int) -> Any:
         """A NamedTuple of arrays for L layers of E experts, as at the start of a session."""
@@ -69,7 +69,7 @@ class EvictionPolicy:
     def prepare(self, ids: NDArray[np.int16], first: NDArray[np.int64]) -> None:
         """Look at the whole trace before a replay (only oracles do)."""
 
-    # What callers use ---------------------------------------------------------------------------------------------
+    # What callers use -------------------------------------------------------------------------------------
 
     @property
     def residency(self) -> Residency:
@@ -79,34 +79,40 @@ class EvictionPolicy:
         return self._res
 
     def bind(self, residency: Residency) -> None:
-        """Attach to a pool and start from nothing. Raises PolicyError where the policy does not fit its shape."""
+        """Attach to a pool and start from nothing. Raises PolicyError where the policy does not fit its
+        shape."""
         self._res = residency
         self._state = self.make_state(residency.n_layers, residency.n_experts)
 
     def begin_sequence(self) -> None:
-        """A new prompt or conversation begins: what counts "in this sequence" starts again. Slots stay as they are."""
+        """A new prompt or conversation begins: what counts "in this sequence" starts again. Slots stay as
+        they are."""
         self.kernels.begin(self._state)
 
     def access(self, layer: int, ids: Int32, slots_out: Int32, miss_expert: Int32, miss_slot: Int32) -> int:
         """One request of a layer: hits are pinned, misses get slots. Returns the number of misses m.
 
-        ids: int32 [n] experts, may repeat (micro-batch) and may hold -1 (skipped); slots_out: int32 [n], slot of each;
-        miss_expert, miss_slot: int32 [>= n], of which [:m] are filled with what must be read, and into which slot.
-        The pins hold until the next access of any layer. Returns -1 where there are more distinct misses than slots
-        that can be evicted in the layer's size group; then nothing has been evicted or counted.
+        ids: int32 [n] experts, may repeat (micro-batch) and may hold -1 (skipped); slots_out: int32 [n], slot
+        of each;
+        miss_expert, miss_slot: int32 [>= n], of which [:m] are filled with what must be read, and into which
+        slot. The pins hold until the next access of any layer. Returns -1 where there are more distinct
+        misses than slots that can be evicted in the layer's size group; then nothing has been evicted or
+        counted.
         """
         return self._access(self._state, self._res, layer, ids, slots_out, miss_expert, miss_slot)  # type: ignore
 
     def make_room(self, layer: int) -> int:
-        """A free slot for a prefetch of `layer`, evicting if need be; -1 where only pinned or locked ones are left.
+        """A free slot for a prefetch of `layer`, evicting if need be; -1 where only pinned or locked ones are
+        left.
 
-        Does not borrow from other layers, and does not evict a prefetch whose layer has not been served since. The
-        slot stays free (and may be taken by the next access) until `place` is called.
+        Does not borrow from other layers, and does not evict a prefetch whose layer has not been served
+        since. The slot stays free (and may be taken by the next access) until `place` is called.
         """
         return self.kernels.room(self._state, self.residency, layer)
 
     def place(self, layer: int, expert: int, slot: int) -> None:
-        """Give a slot from `make_room` to a prefetched expert; counts as no access. Raises PolicyError on misuse."""
+        """Give a slot from `make_room` to a prefetched expert; counts as no access. Raises PolicyError on
+        misuse."""
         if place_free(self.residency, layer, expert, slot) < 0:
             raise PolicyError(
                 f"cannot place expert {expert} of layer {layer} in slot {slot}: not free, or resident"
@@ -125,9 +131,10 @@ class EvictionPolicy:
     ) -> Replay:
         """Run a trace through the policy, from the state it is in.
 
-        expert_ids: [T, L, k], -1 where a layer did not see the token; first: int64 [N+1] token offsets of the steps
-        (default: one token each); starts: [N] 1 where a sequence begins, 2 to empty the pool as well (default: one
-        sequence). Raises PolicyError where shapes do not fit or a single token does not fit into the pool.
+        expert_ids: [T, L, k], -1 where a layer did not see the token; first: int64 [N+1] token offsets of the
+        steps (default: one token each); starts: [N] 1 where a sequence begins, 2 to empty the pool as well
+        (default: one sequence). Raises PolicyError where shapes do not fit or a single token does not fit
+        into the pool.
         """
         res = self.residency
         if expert_ids.ndim != 3 or expert_ids.shape[1] != res.n_layers:
@@ -148,7 +155,7 @@ class EvictionPolicy:
         failed = self.kernels.replay(self._state, res, ids, steps, marks, bits, requests, hits)
         if failed >= 0:
             raise PolicyError(
-                f"step {failed} of the trace needs more experts at once than the pool can hold: raise the capacity"
+                f"step {failed} of the trace needs more experts at once than the pool holds: raise the capacity"
             )
         return Replay(requests, hits, bits)
 

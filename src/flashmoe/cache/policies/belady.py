@@ -1,7 +1,7 @@
 """Belady's oracle (MIN): evict the expert whose next request is farthest away. Simulator only.
 
-Optimal for equal shares, where no step needs more experts than a layer's share; the bound that other policies are
-measured against."""
+Optimal for equal shares, where no step needs more experts than a layer's share; the bound that other policies
+are measured against."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flashmoe.cache.policies.base import EvictionPolicy, Kernels
 from flashmoe.errors import PolicyError
 
 
-class State(NamedTuple):
+class BeladyState(NamedTuple):
     """All requests of the trace, and how far it has come."""
 
     score: NDArray[np.float64]  # [L, E] minus the time of the next request, -inf if none
@@ -46,7 +46,7 @@ def begin(st):
     pass
 
 
-loops.rules(State, record, victim, evicted, begin)
+loops.rules(BeladyState, record, victim, evicted, begin)
 
 
 @njit(cache=True)
@@ -76,7 +76,8 @@ def start(st):
 
 @njit(cache=True)
 def requests_of(ids, first, n_experts, uses, begin):
-    """Fill uses and begin (see State) from ids [T, L, k] and step offsets [N+1]; returns the number of uses."""
+    """Fill uses and begin (see BeladyState) from ids [T, L, k] and step offsets [N+1]; returns the number of
+    uses."""
     n_layers = ids.shape[1]
     seen = np.empty((n_layers, n_experts), np.int64)
     fill = np.empty((n_layers, n_experts), np.int64)
@@ -111,9 +112,9 @@ class Belady(EvictionPolicy):
     kernels = Kernels(access, room, release, replay, start)
     oracle = True
 
-    def make_state(self, n_layers: int, n_experts: int) -> State:
+    def make_state(self, n_layers: int, n_experts: int) -> BeladyState:
         """See EvictionPolicy."""
-        return State(
+        return BeladyState(
             score=np.full((n_layers, n_experts), -np.inf),
             uses=np.zeros(0, np.int64),
             begin=np.zeros(n_layers * n_experts + 1, np.int64),
@@ -132,4 +133,4 @@ class Belady(EvictionPolicy):
         n = requests_of(ids, first, n_experts, uses, begin)
         following = begin[:-1].reshape(n_layers, n_experts).copy()  # the first request moves on to the second
         score = np.full((n_layers, n_experts), -np.inf)
-        self._state = State(score, uses[:n].copy(), begin, following)
+        self._state = BeladyState(score, uses[:n].copy(), begin, following)

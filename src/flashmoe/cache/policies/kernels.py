@@ -2,16 +2,17 @@
 
 A policy is four kernels over its own state (a NamedTuple class of arrays) and the pool's `Residency`:
 
-    record(st, res, layer, ids, n)   the distinct experts ids[:n] of a layer are requested; residency is still as
-                                     before the access (slot_of >= 0: a hit). Called once per access.
-    victim(st, res, layer, g)        slot to evict: of this layer, or with layer < 0 of any layer in size group g;
-                                     -1 where `evictable` allows none.
+    record(st, res, layer, ids, n)   the distinct experts ids[:n] of a layer are requested; residency is still
+                                     as before the access (slot_of >= 0: a hit). Called once per access.
+    victim(st, res, layer, g)        slot to evict: of this layer, or with layer < 0 of any layer in size
+                                     group g; -1 where `evictable` allows none.
     evicted(st, res, layer, expert)  the expert is about to lose its slot.
     begin(st)                        a sequence begins.
 
-`rules(State, ...)` registers them, and the loops find them by the type of the state they are given (numba resolves
-that while compiling: no pointers, no Python). Each policy module wraps the loops in cached module-level functions, so
-that a second start compiles nothing. Kernels return numbers and never raise.
+`rules(State, ...)` registers them, and the loops find them by the type of the state they are given (numba
+resolves
+that while compiling: no pointers, no Python). Each policy module wraps the loops in cached module-level
+functions, so that a second start compiles nothing. Kernels return numbers and never raise.
 """
 
 from __future__ import annotations
@@ -39,7 +40,11 @@ def rules(
     evicted: Callable[..., Any],
     begin: Callable[..., Any],
 ) -> None:
-    """Register the four kernels (plain functions or njit ones, with the argument names above) of a state class."""
+    """Register the four kernels (plain functions or njit ones, with the argument names above) of a state
+    class. The name of the class must be its own: numba names compiled code after it."""
+    for other in _RULES:
+        if other is not state and other.__name__ == state.__name__:
+            raise ValueError(f"{other} has the same name: numba's symbols would clash, choose another")
     kernels = {"record": record, "victim": victim, "evicted": evicted, "begin": begin}
     _RULES[state] = {name: getattr(kernel, "py_func", kernel) for name, kernel in kernels.items()}
 
@@ -173,7 +178,8 @@ def evict(st, res, slot):
 
 @njit
 def donor_above_quota(st, res, layer):
-    """Victim among the other layers of the group that are above their quota, the most indebted first; slot or -1."""
+    """Victim among the other layers of the group that are above their quota, the most indebted first; slot or
+    -1."""
     g = res.group[layer]
     bound, bound_layer = np.int64(1) << 40, -1
     while True:
@@ -194,7 +200,8 @@ def donor_above_quota(st, res, layer):
 
 @njit
 def borrow_from_others(st, res, layer):
-    """Slot for a layer whose own slots are all pinned: a free one, one above quota, or of the layers just behind."""
+    """Slot for a layer whose own slots are all pinned: a free one, one above quota, or of the layers just
+    behind."""
     g = res.group[layer]
     if res.free_count[g] > 0:
         return res.free[res.group_start[g] + res.free_count[g] - 1]
@@ -211,11 +218,12 @@ def borrow_from_others(st, res, layer):
 
 @njit(forceinline=True)
 def find_victim(st, res, layer, borrow):
-    """Slot that `layer` may take for a new expert, without changing anything; free (owner < 0) or owned, -1 if none.
+    """Slot that `layer` may take for a new expert, without changing anything; free (owner < 0) or owned, -1
+    if none.
 
-    Global partition: a free slot, else any layer's victim. Otherwise a layer below its quota takes a free slot, else
-    a victim of the layer most above quota; a layer at its quota takes its own victim. With `borrow` a layer whose own
-    slots are all pinned goes on to free slots and to other layers.
+    Global partition: a free slot, else any layer's victim. Otherwise a layer below its quota takes a free
+    slot, else a victim of the layer most above quota; a layer at its quota takes its own victim. With
+    `borrow` a layer whose own slots are all pinned goes on to free slots and to other layers.
     """
     g = res.group[layer]
     everyone = res.partition[0] == GLOBAL
@@ -234,7 +242,8 @@ def find_victim(st, res, layer, borrow):
 
 @njit(forceinline=True)
 def take(st, res, layer):
-    """Slot for a demanded expert of `layer`, freed from its owner; -1 where the whole group is pinned or locked."""
+    """Slot for a demanded expert of `layer`, freed from its owner; -1 where the whole group is pinned or
+    locked."""
     slot = find_victim(st, res, layer, True)
     if slot < 0:  # only prefetches that still wait are left: a demand goes first
         g = res.group[layer]
@@ -266,7 +275,8 @@ def enough_room(res, layer, misses):
 
 @njit
 def access_loop(st, res, layer, ids, slots_out, miss_expert, miss_slot):
-    """One request step of a layer: see EvictionPolicy.access. ids int32 [n], may repeat; -1 in ids is skipped."""
+    """One request step of a layer: see EvictionPolicy.access. ids int32 [n], may repeat; -1 in ids is
+    skipped."""
     res.step[0] += 1
     step = res.step[0]
     n = ids.shape[0]
@@ -310,7 +320,8 @@ def access_loop(st, res, layer, ids, slots_out, miss_expert, miss_slot):
 
 @njit
 def room_loop(st, res, layer):
-    """Make sure that `layer` has a free slot for a prefetch and return it, or -1. The slot stays on the free stack."""
+    """Make sure that `layer` has a free slot for a prefetch and return it, or -1. The slot stays on the free
+    stack."""
     slot = find_victim(st, res, layer, False)
     if slot < 0 or res.owner[slot] < 0:
         return slot
@@ -321,7 +332,8 @@ def room_loop(st, res, layer):
 
 @njit(cache=True)
 def place_free(res, layer, expert, slot):
-    """Give a free slot to a prefetched expert; 0, or -1 where the slot is not free or the expert is resident."""
+    """Give a free slot to a prefetched expert; 0, or -1 where the slot is not free or the expert is
+    resident."""
     g = res.group[layer]
     if res.slot_of[layer, expert] >= 0:
         return -1
@@ -352,11 +364,12 @@ def release_loop(st, res, layer, expert):
 def replay_loop(st, res, ids, first, starts, bits, requests, hits):
     """Run a whole trace through a policy.
 
-    ids: int16 [T, L, k], -1 where a layer did not see the token; first: int64 [N+1] token offsets of the N steps
-    (a decode step is one token, a prefill step a micro-batch); starts: uint8 [N], 1 where a sequence begins, 2 where
-    the pool must be emptied first (cold start); bits: uint8 [T, L, k] for NOT_COUNTED/MISS/HIT per request, or size 0;
-    requests, hits: int64 [N, L] counts of distinct experts. A step that does not fit into the pool is served token by
-    token. Returns -1, or the number of a step that does not even fit so.
+    ids: int16 [T, L, k], -1 where a layer did not see the token; first: int64 [N+1] token offsets of the N
+    steps (a decode step is one token, a prefill step a micro-batch); starts: uint8 [N], 1 where a sequence
+    begins, 2 where the pool must be emptied first (cold start); bits: uint8 [T, L, k] for
+    NOT_COUNTED/MISS/HIT per request, or size 0;
+    requests, hits: int64 [N, L] counts of distinct experts. A step that does not fit into the pool is served
+    token by token. Returns -1, or the number of a step that does not even fit so.
     """
     n_layers = ids.shape[1]
     k = ids.shape[2]

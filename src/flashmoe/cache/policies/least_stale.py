@@ -1,8 +1,9 @@
 """Least-Stale, after SpecMD (arXiv 2602.03921), as we read it.
 
-An expert is stale when it was not used in the current forward pass. Stale experts go first: those of the layer whose
-turn comes last (just behind the current one), first in first out. Fresh experts of this pass go last, in the same order.
-With per-layer shares all candidates are stale and of one layer, so that first in first out remains."""
+An expert is stale when it was not used in the current forward pass. Stale experts go first: those of the
+layer whose turn comes last (just behind the current one), first in first out. Fresh experts of this pass go
+last, in the same order. With per-layer shares all candidates are stale and of one layer, so that first in
+first out remains."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from flashmoe.cache.policies.base import EvictionPolicy, Kernels
 from flashmoe.cache.residency import GLOBAL
 
 
-class State(NamedTuple):
+class LeastStaleState(NamedTuple):
     """Insertion order and the pass of the last use."""
 
     score: NDArray[np.float64]  # [L, E] made for each victim: pass, distance of the layer, insertion
@@ -55,7 +56,7 @@ def begin(st):
     pass
 
 
-loops.rules(State, record, victim, evicted, begin)
+loops.rules(LeastStaleState, record, victim, evicted, begin)
 
 
 @njit(cache=True)
@@ -89,7 +90,7 @@ class LeastStale(EvictionPolicy):
     name = "least-stale"
     kernels = Kernels(access, room, release, replay, start)
 
-    def make_state(self, n_layers: int, n_experts: int) -> State:
+    def make_state(self, n_layers: int, n_experts: int) -> LeastStaleState:
         """See EvictionPolicy."""
         shape = (n_layers, n_experts)
-        return State(np.zeros(shape), np.zeros(shape), np.zeros(shape, np.int64))
+        return LeastStaleState(np.zeros(shape), np.zeros(shape), np.zeros(shape, np.int64))

@@ -1,7 +1,7 @@
 """LeCaR (Vietri et al., HotStorage 2018): LRU or LFU, drawn by weights that regret moves.
 
-What one of the two evicted is remembered; when it is requested again, the other one gains weight, the more the shorter
-ago that was. Draws come from a generator in the state: the same trace gives the same hits."""
+What one of the two evicted is remembered; when it is requested again, the other one gains weight, the more
+the shorter ago that was. Draws come from a generator in the state: the same trace gives the same hits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LEARNING_RATE = 0.45
 DISCOUNT = 0.005  # to the power 1 / capacity, per step
 
 
-class State(NamedTuple):
+class LeCaRState(NamedTuple):
     """Recency, counts, what either policy evicted, and the weights."""
 
     last: NDArray[np.float64]  # [L, E] step of the last request
@@ -79,7 +79,7 @@ def begin(st):
             st.key[layer, e] = st.last[layer, e]  # counts are of the sequence
 
 
-loops.rules(State, record, victim, evicted, begin)
+loops.rules(LeCaRState, record, victim, evicted, begin)
 
 
 @njit(cache=True)
@@ -117,10 +117,10 @@ class LeCaR(EvictionPolicy):
         super().__init__()
         self.seed = seed
 
-    def make_state(self, n_layers: int, n_experts: int) -> State:
+    def make_state(self, n_layers: int, n_experts: int) -> LeCaRState:
         """See EvictionPolicy."""
         shape = (n_layers, n_experts)
-        return State(
+        return LeCaRState(
             last=np.zeros(shape),
             key=np.zeros(shape),
             evicted_by=np.zeros(shape, np.uint8),

@@ -12,24 +12,24 @@ from flashmoe.cache.policies import kernels as loops
 from flashmoe.cache.policies.base import EvictionPolicy, Kernels
 
 
-class State(NamedTuple):
+class LfruState(NamedTuple):
     """Counts, recency, and their quotient as of the layer's last step."""
 
     score: NDArray[np.float64]  # [L, E] (count + 1) / (age + 1)
-    count: NDArray[np.float64]  # [L, E] requests since the sequence began
+    counts: NDArray[np.float64]  # [L, E] requests since the sequence began
     last: NDArray[np.int64]  # [L, E] access of the layer with the last request
 
 
 def record(st, res, layer, ids, n):
     now = res.accesses[layer]
     for i in range(n):
-        st.count[layer, ids[i]] += 1.0
+        st.counts[layer, ids[i]] += 1.0
         st.last[layer, ids[i]] = now
     for i in range(res.used[layer]):  # only residents can be victims
         e = res.members[layer, i]
-        st.score[layer, e] = (st.count[layer, e] + 1.0) / (now - st.last[layer, e] + 1.0)
+        st.score[layer, e] = (st.counts[layer, e] + 1.0) / (now - st.last[layer, e] + 1.0)
     for i in range(n):
-        st.score[layer, ids[i]] = st.count[layer, ids[i]] + 1.0
+        st.score[layer, ids[i]] = st.counts[layer, ids[i]] + 1.0
 
 
 def victim(st, res, layer, g):
@@ -41,10 +41,10 @@ def evicted(st, res, layer, expert):
 
 
 def begin(st):
-    st.count[:] = 0.0
+    st.counts[:] = 0.0
 
 
-loops.rules(State, record, victim, evicted, begin)
+loops.rules(LfruState, record, victim, evicted, begin)
 
 
 @njit(cache=True)
@@ -78,7 +78,7 @@ class Lfru(EvictionPolicy):
     name = "lfru"
     kernels = Kernels(access, room, release, replay, start)
 
-    def make_state(self, n_layers: int, n_experts: int) -> State:
+    def make_state(self, n_layers: int, n_experts: int) -> LfruState:
         """See EvictionPolicy."""
         shape = (n_layers, n_experts)
-        return State(np.zeros(shape), np.zeros(shape), np.zeros(shape, np.int64))
+        return LfruState(np.zeros(shape), np.zeros(shape), np.zeros(shape, np.int64))

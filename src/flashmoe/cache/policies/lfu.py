@@ -15,18 +15,18 @@ from flashmoe.cache.policies.base import EvictionPolicy, Kernels
 COUNT = float(1 << 36)
 
 
-class State(NamedTuple):
+class LfuState(NamedTuple):
     """Counts and recency in one key, exact up to 2^17 requests and 2^36 steps."""
 
     key: NDArray[np.float64]  # [L, E] count * COUNT + step of the last request
-    count: NDArray[np.float64]  # [L, E] requests since the sequence began (or since insertion: forget)
+    counts: NDArray[np.float64]  # [L, E] requests since the sequence began (or since insertion: forget)
     forget: NDArray[np.uint8]  # [1] 1: the count of an evicted expert starts again from zero
 
 
 def record(st, res, layer, ids, n):
     for i in range(n):
-        st.count[layer, ids[i]] += 1.0
-        st.key[layer, ids[i]] = st.count[layer, ids[i]] * COUNT + res.step[0]
+        st.counts[layer, ids[i]] += 1.0
+        st.key[layer, ids[i]] = st.counts[layer, ids[i]] * COUNT + res.step[0]
 
 
 def victim(st, res, layer, g):
@@ -35,20 +35,20 @@ def victim(st, res, layer, g):
 
 def evicted(st, res, layer, expert):
     if st.forget[0] == 1:
-        st.count[layer, expert] = 0.0
+        st.counts[layer, expert] = 0.0
         st.key[layer, expert] = 0.0
 
 
 def begin(st):
     if st.forget[0] == 1:
         return
-    for layer in range(st.count.shape[0]):
-        for e in range(st.count.shape[1]):
-            st.key[layer, e] -= st.count[layer, e] * COUNT  # recency stays as the tie-break
-            st.count[layer, e] = 0.0
+    for layer in range(st.counts.shape[0]):
+        for e in range(st.counts.shape[1]):
+            st.key[layer, e] -= st.counts[layer, e] * COUNT  # recency stays as the tie-break
+            st.counts[layer, e] = 0.0
 
 
-loops.rules(State, record, victim, evicted, begin)
+loops.rules(LfuState, record, victim, evicted, begin)
 
 
 @njit(cache=True)
@@ -89,7 +89,7 @@ class Lfu(EvictionPolicy):
         super().__init__()
         self.forget = forget
 
-    def make_state(self, n_layers: int, n_experts: int) -> State:
+    def make_state(self, n_layers: int, n_experts: int) -> LfuState:
         """See EvictionPolicy."""
         shape = (n_layers, n_experts)
-        return State(np.zeros(shape), np.zeros(shape), np.array([self.forget], np.uint8))
+        return LfuState(np.zeros(shape), np.zeros(shape), np.array([self.forget], np.uint8))

@@ -14,12 +14,12 @@ from flashmoe.cache.residency import GLOBAL
 from flashmoe.errors import PolicyError
 
 
-class State(NamedTuple):
+class LfuAgedState(NamedTuple):
     """Moving averages, stored so that only the requested experts change.
 
-    A layer's averages all shrink by `decay` at each of its steps; instead, what is added grows by 1 / decay, and the
-    layer is scaled back before numbers get large. Averages therefore compare within a layer at once, and across
-    layers (global partition) by their logarithm with the scale taken off.
+    A layer's averages all shrink by `decay` at each of its steps; instead, what is added grows by 1 / decay,
+    and the layer is scaled back before numbers get large. Averages therefore compare within a layer at once,
+    and across layers (global partition) by their logarithm with the scale taken off.
     """
 
     score: NDArray[
@@ -57,7 +57,7 @@ def begin(st):
     pass
 
 
-loops.rules(State, record, victim, evicted, begin)
+loops.rules(LfuAgedState, record, victim, evicted, begin)
 
 
 @njit(cache=True)
@@ -86,7 +86,8 @@ def start(st):
 
 
 class LfuAged(EvictionPolicy):
-    """Exponential moving average of requests; decay 0..1 per step of the layer, nearer to 1 remembers longer."""
+    """Exponential moving average of requests; decay 0..1 per step of the layer, nearer to 1 remembers
+    longer."""
 
     name = "lfu-aged"
     kernels = Kernels(access, room, release, replay, start)
@@ -97,7 +98,7 @@ class LfuAged(EvictionPolicy):
             raise PolicyError(f"the decay of lfu-aged must lie between 0 and 1, got {decay}")
         self.decay = decay
 
-    def make_state(self, n_layers: int, n_experts: int) -> State:
+    def make_state(self, n_layers: int, n_experts: int) -> LfuAgedState:
         """See EvictionPolicy."""
         shape = (n_layers, n_experts)
-        return State(np.zeros(shape), np.zeros(shape), np.ones(n_layers), np.array([self.decay]))
+        return LfuAgedState(np.zeros(shape), np.zeros(shape), np.ones(n_layers), np.array([self.decay]))

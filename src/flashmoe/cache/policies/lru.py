@@ -12,7 +12,7 @@ from flashmoe.cache.policies import kernels as loops
 from flashmoe.cache.policies.base import EvictionPolicy, Kernels
 
 
-class State(NamedTuple):
+class LruState(NamedTuple):
     """Recency, over the whole session."""
 
     last: NDArray[np.float64]  # [L, E] step of the last request, 0 if never
@@ -35,7 +35,7 @@ def begin(st):
     pass
 
 
-loops.rules(State, record, victim, evicted, begin)
+loops.rules(LruState, record, victim, evicted, begin)
 
 
 @njit(cache=True)
@@ -69,6 +69,6 @@ class Lru(EvictionPolicy):
     name = "lru"
     kernels = Kernels(access, room, release, replay, start)
 
-    def make_state(self, n_layers: int, n_experts: int) -> State:
+    def make_state(self, n_layers: int, n_experts: int) -> LruState:
         """See EvictionPolicy."""
-        return State(last=np.zeros((n_layers, n_experts)))
+        return LruState(last=np.zeros((n_layers, n_experts)))

@@ -1,8 +1,9 @@
 """MoE-Infinity (arXiv 2401.14361): evict by the activation matrix of the most similar past sequence.
 
-The expert activation matrix (EAM) of a sequence counts requests [L, E]. A collection keeps those of past sequences. At
-each step the current EAM is matched against the collection by cosine; the nearest one predicts the rest of the sequence, and
-the victim is the resident with the smallest (p[layer, e] / sum of p[layer] + eps) * (1 - layer / L)."""
+The expert activation matrix (EAM) of a sequence counts requests [L, E]. A collection keeps those of past
+sequences. At each step the current EAM is matched against the collection by cosine; the nearest one predicts
+the rest of the sequence, and the victim is the resident with the smallest (p[layer, e] / sum of p[layer] +
+eps) * (1 - layer / L)."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from flashmoe.cache.policies.base import EvictionPolicy, Kernels
 EPSILON = 1e-4
 
 
-class State(NamedTuple):
+class MoEInfinityState(NamedTuple):
     """The current EAM, the collection, and the scores that the nearest one gives."""
 
     score: NDArray[np.float64]  # [L, E]
@@ -76,7 +77,7 @@ def begin(st):
     st.dot[:] = 0.0
 
 
-loops.rules(State, record, victim, evicted, begin)
+loops.rules(MoEInfinityState, record, victim, evicted, begin)
 
 
 @njit(cache=True)
@@ -114,10 +115,10 @@ class MoEInfinity(EvictionPolicy):
         super().__init__()
         self.size = size
 
-    def make_state(self, n_layers: int, n_experts: int) -> State:
+    def make_state(self, n_layers: int, n_experts: int) -> MoEInfinityState:
         """See EvictionPolicy."""
         shape = (n_layers, n_experts)
-        return State(
+        return MoEInfinityState(
             score=np.zeros(shape),
             eam=np.zeros(shape),
             past=np.zeros((self.size, *shape)),
