@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe.storage.catalog import ExpertCatalog, Plane
+from flashmoe.storage.memory import reserve
 from flashmoe.storage.reader import ExpertReader, Read
 
 HUGE_PAGE = 2 << 20
@@ -94,9 +95,7 @@ class SlotPool:
                 self._tables[i].append((window, rows))
 
     def _reserve(self, nbytes: int) -> int:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-        memory = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=flags)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        memory, start = reserve(nbytes + HUGE_PAGE)
         address = -(-start // HUGE_PAGE) * HUGE_PAGE
         if nbytes >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)

@@ -7,10 +7,11 @@ import errno
 import os
 import threading
 import time
-from mmap import PAGESIZE, mmap
+from mmap import PAGESIZE
 from pathlib import Path
 
 from flashmoe.errors import ReadError
+from flashmoe.storage.memory import reserve
 
 RETRIES = 3
 _TRANSIENT = (errno.EIO, errno.EAGAIN, errno.EINTR)
@@ -89,8 +90,7 @@ class DirectFile:
         """Address of this thread's page-aligned buffer of at least `nbytes`."""
         if getattr(self._bounce, "size", 0) < nbytes:
             self._bounce.size = -(-nbytes // PAGESIZE) * PAGESIZE
-            self._bounce.memory = mmap(-1, self._bounce.size)
-            self._bounce.address = ctypes.addressof(ctypes.c_char.from_buffer(self._bounce.memory))
+            self._bounce.memory, self._bounce.address = reserve(self._bounce.size)
         return int(self._bounce.address)
 
     def _fill(self, address: int, offset: int, length: int, needed: int) -> None:

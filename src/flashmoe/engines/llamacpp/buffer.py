@@ -14,6 +14,7 @@ from typing import Any
 
 from flashmoe.engines.llamacpp.abi import BufferInterface, BufferOverride, Tensor, flag, ptr
 from flashmoe.engines.llamacpp.library import Library
+from flashmoe.storage.memory import reserve
 
 _ALIGNMENT = 64
 
@@ -50,13 +51,11 @@ class ExpertBuffer:
         return C.cast(function, ptr).value or 0
 
     def _alloc(self, _type: int, size: int) -> int | None:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
         try:
-            memory = mmap.mmap(-1, max(size, 1), flags=flags)
+            memory, base = reserve(size)
         except OSError:
             return None  # the library reports that it could not allocate
         self._reserved.append(memory)
-        base = C.addressof(C.c_char.from_buffer(memory))
         nothing = self._function(lambda *_: None, None, ptr)
         interface = BufferInterface(
             free_buffer=nothing,
