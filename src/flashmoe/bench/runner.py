@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -22,7 +23,9 @@ from flashmoe.bench.tokens import ROUTINGS, make_tokens
 from flashmoe.errors import UsageError
 from flashmoe.routing.files import read as read_trace
 from flashmoe.storage.catalog import ExpertCatalog
+from flashmoe.storage.disk import read_ceiling
 from flashmoe.storage.gguf import read_gguf
+from flashmoe.storage.reader import ExpertReader
 
 _ATTEMPTS = 3  # of a pair that something else disturbed
 _CONTEXT_STEP = 256
@@ -68,6 +71,8 @@ class _Runner:
             files = OpponentFiles(gguf.files[0], gguf.files, None, "")
             if "mmap" in plan.opponents:
                 files = stack.enter_context(opponent_files(gguf.files))
+            self._progress("measuring the drive", 0, self._total)
+            ceiling = self._drive_ceiling()
             rows = [row for size in plan.sizes for row in self._measure_size(size, files)]
         notes = [files.note] if files.note else []
         if self._unlimited:
@@ -81,7 +86,10 @@ class _Runner:
                 f"on both sides the experts are those of {Path(self._trace).name}, whatever the router says"
             )
         return {
-            "machine": describe(gguf.files[0], self._lib.build.name, self._job.threads),
+            "machine": {
+                **describe(gguf.files[0], self._lib.build.name, self._job.threads),
+                "ceiling_gb_per_s": ceiling,
+            },
             "model": {
                 "path": str(gguf.files[0]),
                 "architecture": gguf.architecture,
@@ -104,6 +112,15 @@ class _Runner:
             "notes": notes,
             "rows": rows,
         }
+
+    def _drive_ceiling(self) -> float:
+        """Measured now and noted, so that every child's report has it and none spends time and memory on it."""
+        reader = ExpertReader(self._catalog.gguf.files)
+        try:
+            sizes = [plane.nbytes for layer in self._catalog.layers for plane in layer.planes]
+            return read_ceiling(reader, int(statistics.median(sizes)), fresh=True)
+        finally:
+            reader.close()
 
     def _template(self) -> Job:
         plan, gguf = self._plan, self._catalog.gguf

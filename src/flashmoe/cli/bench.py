@@ -158,11 +158,14 @@ def _print(report: dict[str, Any], console: Console) -> None:
     model, machine, settings, rows = (report[k] for k in ("model", "machine", "settings", "rows"))
     table = Table(
         box=SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+        pad_edge=False,
         title=f"{Path(model['path']).name} ({format_bytes(model['file_bytes'])}), {settings['routing']} routing: "
         f"decode tokens/s, median of {settings['pairs']}, ratio with its quartiles",
     )
     for name in ("size", "policy", "FlashMoE", "hits", "stall", "against", "its", "ratio"):
-        table.add_column(name, justify="left" if name in ("size", "policy", "against") else "right")
+        justify: Any = "left" if name in ("size", "policy", "against") else "right"
+        table.add_column(name, justify=justify, no_wrap=True)
     for row in rows:
         table.add_row(*_cells(row))
     console.print(table)

@@ -18,11 +18,11 @@ _SAMPLE_BYTES = 192 << 20
 _LEAST_FILE = 256 << 20  # smaller files tell nothing about a drive
 
 
-def read_ceiling(reader: ExpertReader, read_bytes: int) -> float:
+def read_ceiling(reader: ExpertReader, read_bytes: int, *, fresh: bool = False) -> float:
     """1e9 bytes per second of random direct reads of `read_bytes` each, on the drive of the reader's first file.
 
-    Taken from the notes of an earlier run on the same device where there are some; else measured now, in about a
-    tenth of a second on an NVMe drive. 0.0 where it means nothing: small files, or no direct reads.
+    Taken from the notes of an earlier run on the same device where there are some; else, or if `fresh`, measured now,
+    in about a tenth of a second on an NVMe drive. 0.0 where it means nothing: small files, or no direct reads.
     """
     file = reader.files[0]
     if not file.direct or file.size < _LEAST_FILE:
@@ -30,7 +30,7 @@ def read_ceiling(reader: ExpertReader, read_bytes: int) -> float:
     notes = cache_folder() / "drives.json"
     key = f"{os.stat(file.path).st_dev}:{read_bytes >> 10}KiB"
     known = _read_notes(notes)
-    if key not in known:
+    if fresh or key not in known:
         known[key] = _measure(reader, read_bytes)
         write_atomically(notes, json.dumps(known, indent=1).encode())
     return known[key]

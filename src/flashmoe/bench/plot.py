@@ -1,0 +1,99 @@
+"""Figures of a benchmark: decode speed against memory, with what the drive and the processor allow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flashmoe.errors import FlashMoEError, UsageError
+
+_GIB = 1 << 30
+
+
+def require_matplotlib() -> None:
+    """Raise UsageError where matplotlib is missing: before the measuring, not after it."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UsageError("--plot needs matplotlib: pip install 'flashmoe-ssd[plot]'") from None
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Write the figure of a report (the layout of `--json`) to a .png, .svg or .pdf file. Raises FlashMoEError."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    rows = report["rows"]
+    pools: dict[str, list[dict[str, Any]]] = {}
+    opponents: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        pools.setdefault(_pool_name(row), []).append(row)
+        if row["opponent_decode"]:
+            opponents.setdefault(row["opponent"], []).append(row)
+    for name, members in pools.items():
+        _line(
+            axes, members, name, "o-", lambda r: r["decode"]["tokens_per_s"], lambda r: r["spread"]["decode"]
+        )
+    for name, members in opponents.items():
+        _line(
+            axes,
+            members,
+            f"llama.cpp, {name}",
+            "s--",
+            lambda r: r["opponent_decode"]["tokens_per_s"],
+            lambda r: r["spread"]["opponent_decode"],
+        )
+    first = next(iter(pools.values()))
+    for key, label, style in (
+        ("ssd_tokens_per_s", "SSD bound", ":"),
+        ("compute_tokens_per_s", "compute bound", "-."),
+    ):
+        bounded = sorted((_memory(row), row["bounds"][key]) for row in first if row["bounds"][key])
+        if bounded:
+            axes.plot(*zip(*bounded, strict=True), style, marker=".", color="grey", label=label)
+    axes.set_xlabel("memory of the process, GiB")
+    axes.set_ylabel("decode, tokens/s")
+    axes.set_yscale("log")
+    for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    size = report["model"]["file_bytes"] / _GIB
+    axes.set_title(
+        f"{Path(report['model']['path']).name}, {size:.1f} GiB, {report['settings']['routing']} routing"
+    )
+    axes.grid(True, which="both", alpha=0.25)
+    axes.legend()
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise FlashMoEError(f"{path}: the figure cannot be written ({error})") from None
+
+
+def _pool_name(row: dict[str, Any]) -> str:
+    prefetch = "" if row["prefetch"] == "none" else f" + {row['prefetch']}"
+    return f"FlashMoE, {row['policy_used']}{prefetch}"
+
+
+def _memory(row: dict[str, Any]) -> float:
+    """The budget, or what the process took where only the pool was sized; GiB."""
+    return float(row["ram"] or row["peak_bytes"]["ours"]) / _GIB
+
+
+def _line(
+    axes: Any,
+    rows: list[dict[str, Any]],
+    label: str,
+    style: str,
+    speed: Callable[[dict[str, Any]], float],
+    quartiles: Callable[[dict[str, Any]], list[float]],
+) -> None:
+    """One line over all sizes with its quartiles; a size that several rows share counts once."""
+    points = {_memory(row): (speed(row), quartiles(row)) for row in rows}
+    xs = sorted(points)
+    ys = [points[x][0] for x in xs]
+    below = [points[x][0] - points[x][1][0] for x in xs]
+    above = [points[x][1][1] - points[x][0] for x in xs]
+    axes.errorbar(xs, ys, yerr=[below, above], fmt=style, capsize=3, label=label)
