@@ -85,12 +85,12 @@ class Context:
         return int(self._lib.llama_decode(self._pointer, batch))
 
     def rewind(self, n_past: int) -> None:
-        """Forget the tokens from position `n_past` on."""
-        if n_past == 0:
-            self._lib.llama_memory_clear(self._memory, True)
+        """Forget the tokens from position `n_past` on; all of them where the model's memory cannot be cut (Mamba)."""
+        if n_past and self._lib.llama_memory_seq_rm(self._memory, 0, n_past, -1):
+            self.n_past = n_past
         else:
-            self._lib.llama_memory_seq_rm(self._memory, 0, n_past, -1)
-        self.n_past = n_past
+            self._lib.llama_memory_clear(self._memory, True)
+            self.n_past = 0
 
     def logits(self, index: int = -1) -> NDArray[np.float32]:
         """Logits of the last evaluation, float32 [vocabulary]: of its last token, or with all_logits of any."""

@@ -54,9 +54,7 @@ class LlamaEngine:
         self._model.attach(pool, slots)
         self._hook.cache = cache
         top_k, n_experts = self._model.catalog.top_k, self._model.catalog.n_experts
-        if (
-            min(slots) < n_experts
-        ):  # a micro-batch may pick any expert of a layer: keep what it picks within the pool
+        if min(slots) < n_experts:  # a micro-batch may pick any expert of a layer: what it picks must fit
             self.n_ubatch = max(1, min(self.n_ubatch, min(slots) // top_k))
 
     def record(self, recorder: Recorder) -> None:
@@ -64,7 +62,7 @@ class LlamaEngine:
         self._hook.recorder = recorder
 
     def override_routing(self, override: Callable[[int, NDArray[np.int32]], None]) -> None:
-        """Let `override` overwrite every layer's routing, (layer, ids int32 [tokens, top_k]), before it takes effect."""
+        """Let `override` overwrite the ids, (layer, int32 [tokens, top_k]), before they are made resident."""
         self._hook.override = override
 
     @property
