@@ -10,7 +10,16 @@ from typing import Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from typer.core import TyperGroup
 
@@ -123,6 +132,38 @@ def run(
         _write(json_file, json.dumps(report, indent=1).encode())
     if plot_file:
         draw(report, plot_file)
+
+
+@app.command("make-model")
+def make(
+    shape: Annotated[
+        str, typer.Argument(help="OLMoE-1B-7B, DeepSeek-V2-Lite, Qwen3-30B-A3B or gpt-oss-20b.")
+    ],
+    out: Annotated[Path | None, typer.Argument(help="The file; by default SHAPE-QUANT.gguf here.")] = None,
+    quant: Annotated[str, typer.Option("--quant", help="Q4_0, Q4_K, Q8_0 or MXFP4.")] = "Q4_0",
+    scale: Annotated[float, typer.Option("--scale", help="Smaller in every way, for tests: 0.1.")] = 1.0,
+    seed: Annotated[int, typer.Option("-s", "--seed", help="Seed of the weights.")] = 0,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+) -> None:
+    """Make a model of random weights in the shape of a real one."""
+    from flashmoe.bench.make_model import make_model
+    from flashmoe.bench.shapes import find_shape
+
+    name, full = find_shape(shape)
+    path = out or Path(f"{name}-{quant}.gguf")
+    console = stderr_console(quiet)
+    columns = (TextColumn(name), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(name, total=None)
+        nbytes = make_model(
+            name,
+            full.scaled(scale),
+            path,
+            quant=quant,
+            seed=seed,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    console.print(f"{path}: {format_bytes(nbytes)} of random weights, no language model", highlight=False)
 
 
 def _write(path: Path, data: bytes) -> None:
