@@ -1,4 +1,4 @@
-"""What all tests share: tiny models made once, the library opened once, and no trace left outside a temporary folder."""
+"""What all tests share: tiny models made once, the library opened once, no trace left outside a temporary folder."""
 
 from __future__ import annotations
 

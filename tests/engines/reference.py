@@ -38,7 +38,9 @@ def prompt(n_vocab: int, n: int = PROMPT_TOKENS) -> list[int]:
     return np.random.default_rng(7).integers(0, min(n_vocab, 256), n).tolist()
 
 
-def evaluate(context: Evaluates, tokens: Sequence[int], n_ubatch: int, forced: Sequence[int] | None = None) -> Run:
+def evaluate(
+    context: Evaluates, tokens: Sequence[int], n_ubatch: int, forced: Sequence[int] | None = None
+) -> Run:
     """Read `tokens` in micro-batches, then decode greedily, or the tokens that are `forced`."""
     logits: list[Floats] = []
     for start in range(0, len(tokens), n_ubatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -30,7 +31,9 @@ class Case(NamedTuple):
 
 def cases(number: int) -> list[Case]:
     """Every pool size; the policies in turn; two threads at one of the sizes (they are slow on a busy machine)."""
-    return [Case(cache, ("lru", "lfu")[(number + i) % 2], 1 + (number % 3 == i)) for i, cache in enumerate(POOLS)]
+    return [
+        Case(cache, ("lru", "lfu")[(number + i) % 2], 1 + (number % 3 == i)) for i, cache in enumerate(POOLS)
+    ]
 
 
 def all_cases() -> list[Case]:
@@ -42,7 +45,9 @@ def llama(lib: Library, tiny: Tiny) -> Iterator[Reference]:
     yield from closing(Reference(lib, tiny("llama")))
 
 
-def assert_exact(path: Path, lib: Library, reference: Reference, case: Case, **options: int) -> flashmoe.Model:
+def assert_exact(
+    path: Path, lib: Library, reference: Reference, case: Case, **options: int
+) -> flashmoe.Model:
     """Compare a pooled run with the stock one; the closed model, for a look at its counters."""
     with flashmoe.load(
         path,
@@ -88,7 +93,9 @@ def test_logits_equal_stock(name: str, lib: Library, tiny: Tiny, request: pytest
 
 
 def test_comparison_notices_one_wrong_byte(lib: Library, tiny: Tiny, llama: Reference) -> None:
-    with flashmoe.load(tiny("llama"), cache=ALL, n_ctx=CONTEXT, all_logits=True, threads=1, library=lib) as model:
+    with flashmoe.load(
+        tiny("llama"), cache=ALL, n_ctx=CONTEXT, all_logits=True, threads=1, library=lib
+    ) as model:
         expected = llama.run(model.engine.n_ubatch, 1)
         tokens = prompt(expected.logits.shape[1])
         model.engine.decode(tokens)
@@ -96,7 +103,7 @@ def test_comparison_notices_one_wrong_byte(lib: Library, tiny: Tiny, llama: Refe
         residency, layer = model.cache.policy.residency, 0
         for expert in residency.resident(layer):
             read = model.cache.pool.reads(layer, int(expert), int(residency.slot_of[layer, expert]))[0]
-            block = (np.ctypeslib.ctypes.c_uint8 * read.nbytes).from_address(read.address)
+            block = (ctypes.c_uint8 * read.nbytes).from_address(read.address)
             np.frombuffer(block, np.uint8)[2] ^= 0x7F
         model.engine.clear()
         model.engine.decode(tokens)
@@ -105,7 +112,13 @@ def test_comparison_notices_one_wrong_byte(lib: Library, tiny: Tiny, llama: Refe
 
 @pytest.mark.parametrize(
     ("name", "parts", "metadata_only_first"),
-    [("olmoe", 2, False), ("gpt-oss", 3, True), ("nvfp4", 4, False), ("deepseek4", 4, True), ("aligned", 2, False)],
+    [
+        ("olmoe", 2, False),
+        ("gpt-oss", 3, True),
+        ("nvfp4", 4, False),
+        ("deepseek4", 4, True),
+        ("aligned", 2, False),
+    ],
 )
 def test_split_models(
     name: str, parts: int, metadata_only_first: bool, lib: Library, tiny: Tiny, tmp_path: Path

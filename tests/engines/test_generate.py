@@ -1,0 +1,356 @@
+"""Generation through the Python API: text, sampling, chat, and what an error in the middle leaves behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import pytest
+
+import flashmoe
+from flashmoe.engines.base import Sampling
+from flashmoe.engines.llamacpp.library import Library
+from flashmoe.errors import FlashMoEError, ModelError, ReadError, UsageError
+from flashmoe.storage.direct import DirectFile
+from tests.conftest import Tiny
+from tests.engines.reference import Reference, closing
+
+GREEDY = Sampling(temperature=0)
+PROMPT = "the sky is hello world and so on"
+
+
+def opened(path: Path | str, lib: Library, cache: str = "30%", **options: int) -> flashmoe.Model:
+    return flashmoe.load(path, cache=cache, threads=1, library=lib, n_ctx=256, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def model(lib: Library, tiny: Tiny) -> Iterator[flashmoe.Model]:
+    """A model whose pool holds a part of the experts, with a chat template."""
+    with opened(tiny("llama"), lib) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def llama(lib: Library, tiny: Tiny) -> Iterator[Reference]:
+    yield from closing(Reference(lib, tiny("llama")))
+
+
+def text_of(model: flashmoe.Model, prompt: str = PROMPT, n: int = 24, sampling: Sampling = GREEDY) -> str:
+    return "".join(model.generate(prompt, max_tokens=n, sampling=sampling))
+
+
+def stock_text(model: flashmoe.Model, reference: Reference, prompt: str = PROMPT, n: int = 24) -> str:
+    """What a greedy loop around the stock engine writes."""
+    tokens = reference.greedy(model.engine.tokenize(prompt), n, model.engine.n_ubatch, n_ctx=256)
+    ends = [i for i, token in enumerate(tokens) if model.engine.is_end(token)]
+    made = tokens[: ends[0]] if ends else tokens
+    return b"".join(model.engine.piece(token) for token in made).decode("utf-8", errors="replace")
+
+
+def test_greedy_text_is_stock_text_at_every_pool_size(lib: Library, tiny: Tiny, llama: Reference) -> None:
+    for cache in ("1", "60%", "100%"):
+        with opened(tiny("llama"), lib, cache, n_ubatch=4) as model:
+            text = text_of(model)
+            assert text == stock_text(model, llama)
+            assert text
+
+
+def test_demo_text_is_the_same_at_every_pool_size(lib: Library, demo: Path) -> None:
+    texts = []
+    for cache in ("1", "10%", "100%"):
+        with opened("demo", lib, cache, n_ubatch=1) as model:
+            texts.append(text_of(model, "The history of the lighthouse", 24))
+    assert texts[0] == texts[1] == texts[2]
+    assert texts[0].strip()
+
+
+def test_same_seed_same_text(model: flashmoe.Model) -> None:
+    def draw(seed: int) -> str:
+        return text_of(model, sampling=Sampling(temperature=1.5, top_k=0, top_p=1.0, min_p=0.0, seed=seed))
+
+    first = draw(3)
+    assert draw(3) == first
+    assert len({draw(seed) for seed in range(3, 7)}) > 1
+
+
+def test_top_k_of_one_is_greedy(model: flashmoe.Model) -> None:
+    assert text_of(model, sampling=Sampling(temperature=2.0, top_k=1, seed=1)) == text_of(model)
+
+
+def test_text_streams_token_by_token(model: flashmoe.Model) -> None:
+    pieces = model.generate(PROMPT, max_tokens=12, sampling=GREEDY)
+    first = next(pieces)
+    made = model.telemetry.decode.tokens
+    rest = list(pieces)
+    assert model.telemetry.decode.tokens > made  # the first piece was there before the last token
+    assert first + "".join(rest) == text_of(model, n=12)
+
+
+def test_prompt_may_be_token_ids(model: flashmoe.Model) -> None:
+    tokens = model.engine.tokenize(PROMPT)
+    assert "".join(model.generate(tokens, max_tokens=8, sampling=GREEDY)) == text_of(model, n=8)
+
+
+def test_max_tokens_and_full_context(model: flashmoe.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.telemetry.decode.tokens = 0
+    assert list(model.generate(PROMPT, max_tokens=0)) == []
+    assert model.telemetry.decode.tokens == 0
+    monkeypatch.setattr(model.engine, "is_end", lambda _: False)
+    list(model.generate([65] * 246, sampling=GREEDY))
+    assert model.engine.n_past == model.engine.n_ctx == 256
+    assert model.telemetry.decode.tokens == 10
+
+
+def test_prompt_that_fills_the_context_exactly(model: flashmoe.Model) -> None:
+    list(model.generate([66] * 256, sampling=GREEDY))
+    assert model.engine.n_past == 256
+    with pytest.raises(UsageError, match="257 tokens, the context 256"):
+        list(model.generate([66] * 257))
+
+
+def test_empty_prompt(model: flashmoe.Model) -> None:
+    with pytest.raises(UsageError, match="empty"):
+        list(model.generate(""))
+    with pytest.raises(UsageError, match="empty"):
+        list(model.generate([]))
+
+
+def test_generation_that_is_abandoned_does_not_disturb_the_next(model: flashmoe.Model) -> None:
+    expected = text_of(model)
+    pieces = model.generate("something else entirely", max_tokens=20, sampling=GREEDY)
+    next(pieces)
+    del pieces
+    assert text_of(model) == expected
+
+
+def test_chat_renders_the_models_template(model: flashmoe.Model) -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    prompt = model.engine.chat_prompt(messages)
+    assert prompt == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    tokens = model.engine.tokenize(prompt, special=True)
+    assert tokens[0] == 257  # a control token, not its letters
+    expected = "".join(model.generate(tokens, max_tokens=10, sampling=GREEDY))
+    assert "".join(model.chat(messages, max_tokens=10, sampling=GREEDY)) == expected
+
+
+def test_control_tokens_in_a_plain_prompt_are_text(model: flashmoe.Model) -> None:
+    assert 257 not in model.engine.tokenize("<|im_start|>user")
+
+
+def test_model_without_template(lib: Library, tiny: Tiny) -> None:
+    with opened(tiny("olmoe"), lib) as model, pytest.raises(ModelError, match="no chat template"):
+        model.chat([{"role": "user", "content": "hello"}])
+
+
+def test_stats_have_the_layout_of_the_report(model: flashmoe.Model) -> None:
+    text_of(model)
+    stats = model.stats
+    assert stats["prefill"]["tokens"] > 0
+    assert stats["decode"]["tokens"] > 0
+    assert stats["cache"]["slots"] == model.cache.policy.residency.n_slots
+    assert stats["cache"]["misses"] > 0
+    layer_bytes = {layer.expert_bytes for layer in model.catalog.layers}
+    misses = stats["cache"]["misses"] + stats["cache"]["prefill_misses"]
+    assert min(layer_bytes) * misses <= stats["io"]["bytes"] <= max(layer_bytes) * misses
+
+
+def test_file_truncated_underneath(lib: Library, tiny: Tiny, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    shutil.copy(tiny("llama"), path)
+    content = path.read_bytes()
+    with opened(path, lib, "1") as model:
+        expected = text_of(model)
+        for keep in (0, 4096, len(content) // 2):
+            os.truncate(path, keep)
+            with pytest.raises(ReadError, match="truncated"):
+                text_of(model)
+            with open(path, "r+b") as file:
+                file.write(content)
+            assert text_of(model) == expected
+
+
+def test_read_error_in_the_middle(
+    lib: Library, tiny: Tiny, llama: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(tiny("llama"), lib, "1") as model:
+        expected = stock_text(model, llama)
+        read, left = DirectFile.read_enclosing, [0]
+
+        def failing(self: DirectFile, address: int, offset: int, nbytes: int) -> None:
+            left[0] -= 1
+            if left[0] == 0:
+                raise ReadError("the drive is gone")
+            read(self, address, offset, nbytes)
+
+        monkeypatch.setattr(DirectFile, "read_enclosing", failing)
+        for after in (1, 2, 5, 40, 41, 42, 43, 97):
+            left[0] = after
+            with pytest.raises(ReadError, match="the drive is gone"):
+                text_of(model)
+            left[0] = 0
+            assert text_of(model) == expected
+
+
+def test_read_error_leaves_the_context_as_it_was(
+    lib: Library, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(tiny("llama"), lib, "1") as model:
+        engine = model.engine
+        for token in (65, 66, 67):
+            engine.decode([token])
+        engine.decode([68])
+        expected = engine.logits()
+        engine.rewind(3)
+
+        def fail(*_: object) -> None:
+            raise ReadError("no")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(DirectFile, "read_enclosing", fail)
+            with pytest.raises(ReadError):
+                engine.decode([200])
+        assert engine.n_past == 3
+        engine.decode([68])
+        assert np.array_equal(engine.logits(), expected)
+
+
+def test_exception_in_the_hook(
+    model: flashmoe.Model, llama: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = stock_text(model, llama)
+    ensure = type(model.cache).ensure
+    for error in (KeyboardInterrupt(), MemoryError("none left")):
+        for after in (0, 1, 40):
+            calls = iter(range(1000))
+
+            def interrupted(self, layer, ids, error=error, after=after, calls=calls):  # type: ignore[no-untyped-def]
+                if next(calls) == after:
+                    raise error
+                return ensure(self, layer, ids)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(type(model.cache), "ensure", interrupted)
+                with pytest.raises(type(error)):
+                    text_of(model)
+            assert text_of(model) == expected
+
+
+def interrupt_inside(function: str, times: int) -> threading.Thread:
+    """Send SIGINT to this thread when it is in C code that `function` has called; then end."""
+    main = threading.main_thread().ident or 0
+
+    def watch() -> None:
+        seen = 0
+        while seen < times:
+            frame = sys._current_frames()[
+                main
+            ]  # whoever runs Python here has the GIL: the main thread is in C code
+            seen += frame.f_code.co_name == function and frame.f_code.co_filename.endswith("context.py")
+            time.sleep(0)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def test_real_interrupt_while_the_graph_runs(model: flashmoe.Model, llama: Reference) -> None:
+    """Python sees the signal at the first line of the hook, where its own `try` does not reach yet."""
+    expected = stock_text(model, llama)
+    for times in range(1, 21):
+        thread = interrupt_inside("decode", times)
+        with pytest.raises(KeyboardInterrupt):
+            text_of(model, n=240)
+        thread.join()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert text_of(model) == expected
+
+
+def test_other_signal_handler_that_raises_in_the_callback(
+    model: flashmoe.Model, llama: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ctypes drops what a handler raises at the callback's first line; the evaluation must not go on regardless."""
+    expected = stock_text(model, llama)
+
+    def handler(_signal: int, frame: FrameType | None) -> None:
+        while frame and frame.f_code.co_name != "_on_python":
+            frame = frame.f_back
+        if frame is None:
+            signal.setitimer(signal.ITIMER_REAL, 1e-4)  # not there yet
+            return
+        raise TimeoutError("too late")
+
+    dropped: list[object] = []
+    monkeypatch.setattr("sys.unraisablehook", dropped.append)
+    previous = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 1e-3)
+        with pytest.raises((TimeoutError, FlashMoEError)):
+            text_of(model, n=240)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert text_of(model) == expected
+
+
+def test_closing_twice_is_harmless(lib: Library, tiny: Tiny) -> None:
+    model = opened(tiny("llama"), lib)
+    text_of(model, n=2)
+    model.close()
+    model.close()
+
+
+def test_models_side_by_side(lib: Library, tiny: Tiny) -> None:
+    with opened(tiny("llama"), lib) as one, opened(tiny("gpt-oss"), lib) as two:
+        first, second = text_of(one), text_of(two)
+        assert (text_of(one), text_of(two)) == (first, second)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ram": "1GiB", "cache": "50%"}, "not both"),
+        ({"n_ctx": 4096}, "4096 tokens is more than .*512"),
+        ({"n_ctx": 0}, "at least 1"),
+        ({"threads": 0}, "at least 1"),
+        ({"n_ubatch": 0}, "at least 1"),
+        ({"cache": "many"}, "cannot read --cache 'many'"),
+        ({"cache": "-3"}, "cannot read --cache"),
+        ({"policy": "best"}, "unknown policy 'best'"),
+    ],
+)
+def test_wrong_arguments(options: dict, message: str, lib: Library, tiny: Tiny) -> None:
+    with pytest.raises(FlashMoEError, match=message) as caught:
+        flashmoe.load(tiny("llama"), library=lib, **options)
+    assert caught.value.exit_status == 2
+
+
+def test_progress_of_loading_and_prefill(lib: Library, tiny: Tiny) -> None:
+    seen: list[tuple[str, int, int]] = []
+    with flashmoe.load(
+        tiny("llama"),
+        cache="100%",
+        threads=1,
+        n_ubatch=4,
+        library=lib,
+        progress=lambda stage, done, total: seen.append((stage, done, total)),
+    ) as model:
+        dense = model.catalog.dense_bytes
+        loading = [done for stage, done, total in seen if stage == "load" and total == dense]
+        assert loading == sorted(loading)
+        assert loading[-1] == dense
+        list(model.generate([65] * 10, max_tokens=1))
+    assert [(done, total) for stage, done, total in seen if stage == "prefill"] == [
+        (0, 10),
+        (4, 10),
+        (8, 10),
+        (10, 10),
+    ]
