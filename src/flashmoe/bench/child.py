@@ -114,7 +114,9 @@ def _measure_pool(job: Job) -> dict[str, Any]:
         if job.trace:
             from flashmoe.bench.forced import ForcedRouting
 
-            forced = ForcedRouting.for_model(model.catalog, job.trace, job.trace_start, len(job.tokens))
+            forced = ForcedRouting.for_model(
+                model.catalog, job.trace, job.trace_start, len(job.tokens), job.n_ubatch
+            )
             model.engine.override_routing(forced)
             replay.follow(forced.at)
         model.cache.begin_sequence()
@@ -140,7 +142,7 @@ def _measure_stock(job: Job) -> dict[str, Any]:
     if job.trace:
         from flashmoe.bench.forced import stock_routing
 
-        forced, hook = stock_routing(job.source, job.trace, job.trace_start, len(job.tokens))
+        forced, hook = stock_routing(job.source, job.trace, job.trace_start, len(job.tokens), job.n_ubatch)
         callback = (hook.function, hook.data)
     context = model.context(n_ctx=job.n_ctx, n_ubatch=job.n_ubatch, threads=job.threads, callback=callback)
     loaded = time.perf_counter() - started

@@ -86,7 +86,9 @@ class _InPlace:
         return ids
 
 
-def stock_routing(model: str, trace: str, start: int, positions: int) -> tuple[ForcedRouting, RouterHook]:
+def stock_routing(
+    model: str, trace: str, start: int, positions: int, n_ubatch: int
+) -> tuple[ForcedRouting, RouterHook]:
     """The same routing for stock llama.cpp: a hook with nothing behind it, the experts stay where they are."""
     from flashmoe.engines.llamacpp.hook import RouterHook
     from flashmoe.storage.catalog import ExpertCatalog
@@ -95,7 +97,7 @@ def stock_routing(model: str, trace: str, start: int, positions: int) -> tuple[F
     catalog = ExpertCatalog.from_gguf(read_gguf(Path(model)))
     forced = ForcedRouting.for_model(catalog, trace, start, positions)
     loaded: Any = SimpleNamespace(catalog=catalog)
-    hook = RouterHook(loaded)
+    hook = RouterHook(loaded, n_ubatch)
     in_place: Any = _InPlace()
     hook.cache = in_place
     hook.override = forced

@@ -1,4 +1,4 @@
-"""Writes a GGUF of random weights in the shape of a real model, in chunks: it says nothing, but costs what the real costs.
+"""Writes a GGUF of random weights in the shape of a real model, in chunks: it says nothing, but costs as much.
 
 The text that comes out is noise, and the routing of random weights has no locality: `--routing TRACE` lends it one.
 """
@@ -74,7 +74,7 @@ def make_model(
 
 
 def _format_of(tensor: Tensor, quant: str) -> str:
-    """The format of a tensor: as llama.cpp's own quantisation has it, MXFP4 is for experts, and rows are whole blocks."""
+    """The format of a tensor: MXFP4 is for experts only, as in real models, and rows must be whole blocks."""
     if tensor.plain:
         return "F32"
     if quant == "MXFP4" and "_exps" not in tensor.name:
