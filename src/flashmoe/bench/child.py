@@ -114,9 +114,7 @@ def _measure_pool(job: Job) -> dict[str, Any]:
         if job.trace:
             from flashmoe.bench.forced import ForcedRouting
 
-            forced = ForcedRouting.for_model(
-                model.catalog, job.trace, job.trace_start, len(job.tokens), job.n_ubatch
-            )
+            forced = ForcedRouting.for_model(model.catalog, job.trace, job.trace_start, len(job.tokens))
             model.engine.override_routing(forced)
             replay.follow(forced.at)
         model.cache.begin_sequence()

@@ -35,7 +35,7 @@ class LlamaEngine:
     ) -> None:
         assert model.pointer
         self._lib, self._model = lib, model
-        self._hook = RouterHook(model)
+        self._hook = RouterHook(model, n_ubatch)
         self._vocab = lib.llama_model_get_vocab(model.pointer)
         self._context = Context(
             lib,

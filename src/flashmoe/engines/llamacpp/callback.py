@@ -1,0 +1,156 @@
+"""The compiled half of the eval callback (numba): what runs for every node of every graph.
+
+It answers "do you want this node?" by comparing a name. When a router's choice is ready it copies the ids out of the
+engine's tensors, calls Python, and copies back what Python made of them. Python runs once per layer and touches no
+struct: after a layer's products the processor's caches hold weights, and every line of Python costs several times more
+than in a loop.
+"""
+
+from __future__ import annotations
+
+import ctypes as C
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, cfunc, njit, types
+from numba.extending import intrinsic
+
+from flashmoe.engines.llamacpp.abi import Tensor
+
+ROUTER_WEIGHTS = (
+    b"ffn_moe_weights-"  # gathers the router's weights by the true ids, before any expert product
+)
+ROUTER_IDS = b"ffn_moe_topk-"
+RETURNED, NOT_RETURNED = 0, 1
+
+# Python's half: (node, asked) -> 1: go on, 0: end the evaluation
+PYTHON_CALLBACK = C.CFUNCTYPE(C.c_uint8, C.c_void_p, C.c_uint8)
+
+
+class Control(C.Structure):
+    """What both halves share; the engine hands its address to the callback."""
+
+    _fields_ = [
+        ("python", C.c_int64),  # address of a PYTHON_CALLBACK
+        ("inspect", C.c_int64),  # whether it wants to see every node
+        ("outcome", C.c_int64),  # NOT_RETURNED while it runs, and for ever if it never came to its first line
+        ("buffer", C.c_int64),  # address of int32 [capacity]: ids on the way in, slots on the way out
+        ("capacity", C.c_int64),
+        ("block", C.c_int64),  # of the node: its block, tokens and experts per token
+        ("tokens", C.c_int64),
+        ("top_k", C.c_int64),
+        ("ids", C.c_int64),  # address of the ids' tensor
+        ("weights", C.c_int64),  # address of float32 [tokens, top_k]
+    ]
+
+
+_PYTHON, _INSPECT, _OUTCOME, _BUFFER, _CAPACITY, _BLOCK, _TOKENS, _TOP_K, _IDS, _WEIGHTS = range(10)
+_WEIGHTS_NAME, _IDS_NAME = np.frombuffer(ROUTER_WEIGHTS, np.uint8), np.frombuffer(ROUTER_IDS, np.uint8)
+_NAME, _NAME_END = Tensor.name.offset, Tensor.name.offset + Tensor.name.size
+_DATA, _NE1, _NB1, _SOURCE1 = (
+    Tensor.data.offset,
+    Tensor.ne.offset + 8,
+    Tensor.nb.offset + 8,
+    Tensor.src.offset + 8,
+)
+_NE0 = Tensor.ne.offset
+
+
+def _pointer_to(kind: Any) -> Any:
+    """An intrinsic that turns an address into a pointer to `kind`; numba has none of its own."""
+
+    @intrinsic
+    def cast(_typing: Any, _address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(types.int64), generate
+
+    return cast
+
+
+_bytes_at, _int32_at, _int64_at = _pointer_to(types.uint8), _pointer_to(types.int32), _pointer_to(types.int64)
+
+
+@intrinsic
+def _call(_typing: Any, _function: Any, _node: Any, _ask: Any) -> Any:
+    """_call(function, node, ask): call the C function at an address."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        byte, address = ir.IntType(8), ir.IntType(64)
+        kind = ir.FunctionType(byte, [address, byte])
+        return builder.call(builder.inttoptr(args[0], kind.as_pointer()), [args[1], args[2]])
+
+    return types.uint8(types.int64, types.int64, types.uint8), generate
+
+
+@njit(cache=True)
+def _block_of(tensor: Any, prefix: Any) -> Any:  # pragma: no cover - compiled
+    """The number that follows `prefix` in a tensor's name, -1 for any other name ("... (reshaped)" among them)."""
+    name = carray(_bytes_at(tensor), _NAME_END)
+    for i in range(len(prefix)):
+        if name[_NAME + i] != prefix[i]:
+            return -1
+    block = 0
+    for i in range(_NAME + len(prefix), _NAME_END):
+        if name[i] == 0:
+            return block if i > _NAME + len(prefix) else -1
+        if name[i] < 48 or name[i] > 57:
+            return -1
+        block = 10 * block + name[i] - 48
+    return -1
+
+
+@njit(cache=True)
+def _read(address: Any) -> Any:  # pragma: no cover - compiled
+    return carray(_int64_at(address), 1)[0]
+
+
+@njit(cache=True)
+def _copy_ids(ids: Any, buffer: Any, back: Any) -> Any:  # pragma: no cover - compiled
+    """Copy the ids between their tensor, whose rows lie apart (it is a view), and the buffer."""
+    top_k, tokens, stride = _read(ids + _NE0), _read(ids + _NE1), _read(ids + _NB1)
+    packed = carray(_int32_at(buffer), tokens * top_k)
+    for token in range(tokens):
+        row = carray(_int32_at(_read(ids + _DATA) + token * stride), top_k)
+        for i in range(top_k):
+            if back:
+                row[i] = packed[token * top_k + i]
+            else:
+                packed[token * top_k + i] = row[i]
+
+
+@njit(cache=True)
+def _ask_python(control: Any, node: Any, ask: Any) -> Any:  # pragma: no cover - compiled
+    control[_OUTCOME] = NOT_RETURNED
+    answer: Any = _call(control[_PYTHON], node, ask)  # type: ignore[call-arg]
+    return control[_OUTCOME] == RETURNED and answer != 0
+
+
+@cfunc(types.uint8(types.int64, types.uint8, types.CPointer(types.int64)), cache=True)
+def on_node(node: Any, ask: Any, shared: Any) -> Any:  # pragma: no cover - compiled
+    """ggml_backend_sched_eval_callback; `shared` is a Control."""
+    control = carray(shared, 10)
+    if control[_OUTCOME] == NOT_RETURNED:
+        return ask  # it has failed: want this node, and end the evaluation at it
+    block = _block_of(node, _WEIGHTS_NAME)
+    if ask != 0:
+        if control[_INSPECT] != 0 and not _ask_python(control, node, ask):
+            return 1
+        return block >= 0
+    ids = _read(node + _SOURCE1) if block >= 0 else 0
+    if block >= 0:
+        control[_BLOCK], control[_IDS], control[_WEIGHTS] = block, ids, _read(node + _DATA)
+        control[_TOKENS], control[_TOP_K] = _read(ids + _NE1), _read(ids + _NE0)
+        # no token left: the last layer of a micro-batch without outputs; another name: a second, dense set of experts
+        if control[_TOKENS] == 0 or _block_of(ids, _IDS_NAME) < 0:
+            return 1
+        if control[_TOKENS] * control[_TOP_K] > control[_CAPACITY]:
+            return 0
+        _copy_ids(ids, control[_BUFFER], False)
+    if not _ask_python(control, node, ask):
+        return 0
+    if block >= 0:
+        _copy_ids(ids, control[_BUFFER], True)
+    return 1
