@@ -94,7 +94,12 @@ def test_too_many_tokens_are_told(model: Path) -> None:
 
 def test_a_busy_machine_is_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waits = []
-    monkeypatch.setattr(quiet, "wait_until_quiet", lambda: waits.append(1) or BUSY)
+
+    def never_quiet() -> quiet.Load:
+        waits.append(1)
+        return BUSY
+
+    monkeypatch.setattr(quiet, "wait_until_quiet", never_quiet)
     with pytest.raises(BenchError, match=r"busy.*0\.90 of a core.*--allow-busy"):
         runner.run(plan(model, allow_busy=False))
     assert len(waits) == 3
