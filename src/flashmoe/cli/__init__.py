@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from flashmoe import __version__
-from flashmoe.cli import run
+from flashmoe.cli import bench, run, simulate
 from flashmoe.errors import FlashMoEError
 
 app = typer.Typer(
@@ -19,6 +19,8 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command("run")(run.run)
+app.command("simulate")(simulate.simulate)
+app.add_typer(bench.app, name="bench")
 
 
 @app.callback(invoke_without_command=True)
