@@ -58,9 +58,15 @@ def test_jobs_survive_json() -> None:
     [(20.0, 0.0, 19.9, False), (19.0, 0.0, 10.0, True), (12.0, 3.0, 12.0, True), (0.0, 0.0, 0.5, False)],
 )
 def test_busy(all_seconds: float, stolen: float, ours: float, busy: bool) -> None:
-    before = quiet.Sample(100.0, 50.0, 1.0, 5.0)
-    after = quiet.Sample(110.0, 50.0 + all_seconds, 1.0 + stolen, 5.0 + ours)
+    before = quiet.Sample(100.0, 50.0, 1.0, 5.0, None)
+    after = quiet.Sample(110.0, 50.0 + all_seconds, 1.0 + stolen, 5.0 + ours, None)
     assert quiet.load_between(before, after).busy is busy
+
+
+def test_kernel_threads_work_for_us() -> None:
+    before = quiet.Sample(0.0, 50.0, 0.0, 5.0, {7: 100.0, 8: 30.0})  # 8 ends meanwhile, 9 is new
+    after = quiet.Sample(10.0, 60.0, 0.0, 9.0, {7: 104.0, 9: 1.0})
+    assert quiet.load_between(before, after).others == pytest.approx(0.1)
 
 
 @pytest.mark.skipif(not Path("/proc/stat").exists(), reason="no /proc/stat here")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +19,16 @@ _KTHREADD = 2
 
 @dataclass(frozen=True)
 class Sample:
-    """Processor seconds since the start, of all processes, of the hypervisor's other guests, and of our own."""
+    """Processor seconds so far: of all programs, of the hypervisor's other guests, our own, each kernel thread's.
+
+    `kernel` None: kernel threads cannot be seen, and `all` and `ours` are what ran outside the kernel.
+    """
 
     at: float
     all: float
     stolen: float
     ours: float
+    kernel: Mapping[int, float] | None
 
 
 @dataclass(frozen=True)
@@ -44,30 +49,29 @@ class Load:
 
 
 def sample() -> Sample:
-    """The clocks now. Children that have ended and were waited for count as ours. Zeros where there is no /proc."""
-    times = os.times()
-    ours = times.user + times.system + times.children_user + times.children_system
+    """The clocks now. Children that have ended and were waited for count as ours."""
+    now, times = time.monotonic(), os.times()
+    own_user, own_system = times.user + times.children_user, times.system + times.children_system
     try:
         fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
-    except OSError:
-        return Sample(time.monotonic(), ours, 0.0, ours)
+    except OSError:  # not Linux: nothing is known of others
+        return Sample(now, own_user, 0.0, own_user, None)
     tick = os.sysconf("SC_CLK_TCK")
     user, nice, system, *_ = (int(field) / tick for field in fields)
     stolen = int(fields[7]) / tick if len(fields) > 7 else 0.0
-    kernel = _kernel_threads_seconds(tick)
-    if (
-        kernel is None
-    ):  # not visible here, and their work is ours: reads, reclaim. Compare what ran outside the kernel
-        own_user = times.user + times.children_user
-        return Sample(time.monotonic(), user + nice, stolen, own_user)
-    return Sample(time.monotonic(), user + nice + system - kernel, stolen, ours)
+    kernel = _kernel_threads(tick)
+    if kernel is None:
+        return Sample(now, user + nice, stolen, own_user, None)
+    return Sample(now, user + nice + system, stolen, own_user + own_system, kernel)
 
 
 def load_between(before: Sample, after: Sample) -> Load:
-    """What others used between two samples."""
+    """What others used between two samples; the work of kernel threads (loop devices, reclaim) is ours."""
     seconds = max(after.at - before.at, 1e-9)
-    others = (after.all - before.all) - (after.ours - before.ours)
-    return Load(seconds, max(0.0, others) / seconds, max(0.0, after.stolen - before.stolen) / seconds)
+    known, kernel = before.kernel or {}, after.kernel or {}
+    ours = after.ours - before.ours + sum(now - known.get(thread, 0.0) for thread, now in kernel.items())
+    others = max(0.0, after.all - before.all - ours)
+    return Load(seconds, others / seconds, max(0.0, after.stolen - before.stolen) / seconds)
 
 
 def wait_until_quiet(patience: float = 20.0, window: float = 1.0) -> Load | None:
@@ -83,20 +87,19 @@ def wait_until_quiet(patience: float = 20.0, window: float = 1.0) -> Load | None
             return seen
 
 
-def _kernel_threads_seconds(tick: int) -> float | None:
-    """Processor seconds of all kernel threads: loop devices and reclaim work for us. None where they are hidden."""
+def _kernel_threads(tick: int) -> dict[int, float] | None:
+    """Processor seconds of every kernel thread by its number. None where they are hidden, as in a container."""
     if not Path(f"/proc/{_KTHREADD}").exists():
         return None
-    total, seen = 0, False
+    seconds = {}
     for entry in os.scandir("/proc"):
         if not entry.name.isdigit():
             continue
         try:
             stat = Path(entry.path, "stat").read_bytes()
-        except OSError:
+        except OSError:  # it has ended
             continue
         fields = stat[stat.rindex(b")") + 2 :].split()
         if int(fields[6]) & _KERNEL_THREAD:
-            seen = True
-            total += int(fields[11]) + int(fields[12])
-    return total / tick if seen else None
+            seconds[int(entry.name)] = (int(fields[11]) + int(fields[12])) / tick
+    return seconds or None

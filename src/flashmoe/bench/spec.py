@@ -81,9 +81,9 @@ class Plan:
     policies: Sequence[str] = (DEFAULT_POLICY,)
     prefetchers: Sequence[str] = ("none",)
     pairs: int = 5
-    n_prompt: int = 32
+    n_prompt: int = 16
     n_warmup: int = 16
-    n_decode: int = 64
+    n_decode: int = 48
     n_ubatch: int = 512
     routing: str = "uniform"
     threads: int | None = None

@@ -73,8 +73,8 @@ def run(
     policy: Annotated[str, typer.Option("--policy", help="Eviction policies, a list.")] = "default",
     prefetch: Annotated[str, typer.Option("--prefetch", help="Prefetchers, a list.")] = "none",
     pairs: Annotated[int, typer.Option("--pairs", help="Measurements of each kind, interleaved.")] = 5,
-    tokens: Annotated[int, typer.Option("--tokens", help="Tokens decoded and counted.")] = 64,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Tokens of the prompt.")] = 32,
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens decoded and counted.")] = 48,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Tokens of the prompt.")] = 16,
     warmup: Annotated[int, typer.Option("--warmup", help="Tokens decoded first, not counted.")] = 16,
     routing: Annotated[
         str,
