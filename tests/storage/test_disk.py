@@ -1,0 +1,103 @@
+"""Notes about drives, and small files written as a whole."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from flashmoe.storage import disk
+from flashmoe.storage.disk import read_ceiling
+from flashmoe.storage.files import cache_folder, write_atomically
+from flashmoe.storage.reader import ExpertReader
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home" / "flashmoe"
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ExpertReader]:
+    """A reader of a file that counts as large."""
+    monkeypatch.setattr(disk, "_LEAST_FILE", 1 << 20)
+    monkeypatch.setattr(disk, "_SAMPLE_BYTES", 1 << 20)
+    (tmp_path / "large").write_bytes(bytes(2 << 20))
+    opened = ExpertReader([tmp_path / "large"], threads=1)
+    if not opened.direct:
+        opened.close()
+        pytest.skip("the temporary folder's file system has no direct reads")
+    yield opened
+    opened.close()
+
+
+def test_ceiling_is_measured_once(home: Path, reader: ExpertReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = read_ceiling(reader, 10_000)
+    assert first > 0
+    assert list(json.loads((home / "drives.json").read_text()).values()) == [first]
+
+    def again(*_: object) -> float:
+        raise AssertionError("measured again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "_measure", again)
+        assert read_ceiling(reader, 10_000) == first
+    read_ceiling(reader, 100_000)  # another size of read is another question
+    assert len(json.loads((home / "drives.json").read_text())) == 2
+
+
+@pytest.mark.parametrize("notes", ["", "{", "[1, 2]", "null", '{"a": "fast"}', '{"a": null}', "\x00\xff"])
+def test_damaged_notes_are_replaced(notes: str, home: Path, reader: ExpertReader) -> None:
+    home.mkdir(parents=True)
+    (home / "drives.json").write_text(notes, encoding="latin-1")
+    measured = read_ceiling(reader, 4096)
+    assert json.loads((home / "drives.json").read_text()) == {
+        next(iter(disk._read_notes(home / "drives.json"))): measured
+    }
+
+
+def test_small_files_tell_nothing(home: Path, tmp_path: Path) -> None:
+    (tmp_path / "small").write_bytes(bytes(1 << 20))
+    reader = ExpertReader([tmp_path / "small"])
+    assert read_ceiling(reader, 4096) == 0.0
+    assert not home.exists()
+    reader.close()
+
+
+def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "flashmoe"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    assert cache_folder() == tmp_path / "me" / ".cache" / "flashmoe"
+
+
+def test_write_atomically_replaces_and_makes_folders(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "file"
+    write_atomically(path, b"one")
+    write_atomically(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_write_atomically_leaves_the_old_on_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_write_atomically_into_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError, match="file|directory"):
+        write_atomically(tmp_path / "file" / "below", b"data")
