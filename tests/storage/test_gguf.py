@@ -173,8 +173,8 @@ def test_unknown_tensor_type_and_odd_shapes(tiny: Tiny, tmp_path: Path) -> None:
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_mutated_headers_neither_hang_nor_eat_memory(
-    data: st.DataObject, tiny: Tiny, tmp_path_factory
-) -> None:  # type: ignore[no-untyped-def]
+    data: st.DataObject, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     content = bytearray(tiny("gpt-oss").read_bytes())
     header = parse_part(tiny("gpt-oss")).data_offset
     for _ in range(data.draw(st.integers(1, 4))):

@@ -1,0 +1,145 @@
+"""The pool's windows hold exactly the file's bytes, whatever the alignment, the format or the number of planes."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from flashmoe.cache.pool import HUGE_PAGE, SlotPool, Window, plane_layout, slot_bytes
+from flashmoe.storage.catalog import ExpertCatalog
+from flashmoe.storage.gguf import read_gguf
+from flashmoe.storage.reader import ExpertReader
+from tests.conftest import Tiny
+from tests.models import split
+
+AWKWARD = ["llama", "aligned", "gpt-oss", "nvfp4", "gemma4", "qwen3moe", "dots1", "nemotron_h_moe", "olmoe"]
+
+
+@contextmanager
+def pool_of(path: Path, slots_per_group: int) -> Iterator[tuple[ExpertCatalog, ExpertReader, SlotPool]]:
+    catalog = ExpertCatalog.from_gguf(read_gguf(path))
+    reader = ExpertReader(catalog.gguf.files)
+    pool = SlotPool(catalog, [slots_per_group] * (max(catalog.groups) + 1), reader)
+    try:
+        yield catalog, reader, pool
+    finally:
+        pool.close()
+        reader.close()
+
+
+def in_slot(window: Window, slot: int) -> bytes:
+    """What the engine's kernels see of one expert."""
+    return ctypes.string_at(window.address + slot * window.stride, window.plane.nbytes)
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_every_expert_arrives_whole(name: str, tiny: Tiny) -> None:
+    theirs = {t.name: t.data for t in gguf.GGUFReader(tiny(name)).tensors}
+    with pool_of(tiny(name), 5) as (catalog, reader, pool):
+        for index, layer in enumerate(catalog.layers):
+            for first in range(0, layer.n_experts, 5):
+                experts = range(first, min(first + 5, layer.n_experts))
+                slots = [(expert * 3 + 1) % 5 for expert in experts]  # not in order, and each slot used again
+                wanted = [pool.reads(index, e, s) for e, s in zip(experts, slots, strict=True)]
+                reader.demand([read for reads in wanted for read in reads]).wait()
+                for expert, slot in zip(experts, slots, strict=True):
+                    pool.fill_tables(index, expert, slot)
+                for expert, slot in zip(experts, slots, strict=True):
+                    for window in (*pool.windows[index], *pool.tables(index)):
+                        original = np.ascontiguousarray(theirs[window.plane.tensor.name][expert]).tobytes()
+                        assert in_slot(window, slot) == original, (window.plane.tensor.name, expert)
+
+
+def test_parts_of_a_split_model(tiny: Tiny, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(tiny("gpt-oss").read_bytes())
+    theirs = {t.name: t.data for t in gguf.GGUFReader(path).tensors}
+    files = split(path, 4)
+    with pool_of(files[0], 2) as (catalog, reader, pool):
+        assert len({p.file for layer in catalog.layers for p in layer.planes}) > 1
+        for index, layer in enumerate(catalog.layers):
+            reader.demand(pool.reads(index, layer.n_experts - 1, 1)).wait()
+            pool.fill_tables(index, layer.n_experts - 1, 1)
+            for window in (*pool.windows[index], *pool.tables(index)):
+                original = np.ascontiguousarray(theirs[window.plane.tensor.name][-1]).tobytes()
+                assert in_slot(window, 1) == original
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+@pytest.mark.parametrize("align", [1, 512, 4096])
+def test_slots_and_their_slack_do_not_overlap(name: str, align: int, tiny: Tiny) -> None:
+    """Reads may write up to `align` - 1 bytes before and after a slice: that must stay within its own slot."""
+    catalog = ExpertCatalog.from_gguf(read_gguf(tiny(name)))
+    for layer in catalog.layers:
+        for plane in layer.planes:
+            layout = plane_layout(plane, align)
+            assert layout.stride % max(align, 32) == 0
+            assert layout.shift % 32 == 0  # the kernels want aligned rows
+            for expert in range(layer.n_experts):
+                offset = plane.offset + expert * plane.nbytes
+                head = offset % align
+                tail = -(head + plane.nbytes) % align
+                assert layout.shift - head >= 0
+                assert layout.shift + plane.nbytes + tail <= layout.stride
+    sizes = slot_bytes(catalog, align)
+    assert len(sizes) == max(catalog.groups) + 1
+    for layer, group in zip(catalog.layers, catalog.groups, strict=True):
+        assert sizes[group] >= layer.expert_bytes + sum(t.nbytes for t in layer.tables)
+
+
+def test_whole_pages_read_in_place(tiny: Tiny) -> None:
+    """Slices of whole pages at page-aligned offsets need no slack."""
+    catalog = ExpertCatalog.from_gguf(read_gguf(tiny("aligned")))
+    planes = [p for layer in catalog.layers for p in layer.planes if p.nbytes % 4096 == 0]
+    assert planes
+    for plane in planes:
+        assert plane_layout(plane, 4096).shift == 0
+        assert plane_layout(plane, 4096).stride == plane.nbytes
+
+
+def test_regions_do_not_overlap(tiny: Tiny) -> None:
+    with pool_of(tiny("gemma4"), 7) as (catalog, _, pool):
+        spans: dict[tuple[object, ...], tuple[int, int]] = {}
+        for index, group in enumerate(catalog.groups):
+            for number, window in enumerate(pool.windows[index]):
+                layout = plane_layout(window.plane, max(f.align for f in pool._reader.files))
+                start = window.address - layout.shift
+                spans[(group, number)] = (start, start + 7 * window.stride)
+            for number, window in enumerate(pool.tables(index)):
+                spans[(index, number, "table")] = (window.address, window.address + 7 * window.stride)
+        ordered = sorted(spans.values())
+        assert all(a[1] <= b[0] for a, b in zip(ordered, ordered[1:], strict=False))
+
+
+def resident_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) << 10
+
+
+def test_memory_is_reserved_first_and_committed_by_prefault(tiny: Tiny) -> None:
+    slots = 4096  # more than the model has experts: about 80 MiB
+    with pool_of(tiny("hunyuan-moe"), 2) as (catalog, reader, _):
+        before = resident_bytes()
+        pool = SlotPool(catalog, [slots] * (max(catalog.groups) + 1), reader)
+        total = sum(size * slots for size in slot_bytes(catalog, max(f.align for f in reader.files)))
+        assert total > 64 << 20
+        assert resident_bytes() - before < 16 << 20
+        pool.prefault()
+        assert pool._prefault is not None
+        pool._prefault.join()
+        assert total - (8 << 20) < resident_bytes() - before < total + (8 << 20) + 8 * HUGE_PAGE
+        pool.close()
+
+
+def test_close_stops_prefaulting(tiny: Tiny) -> None:
+    with pool_of(tiny("olmoe"), 4) as (_, _, pool):
+        pool.prefault()
+        pool.close()
+        assert pool._prefault is not None
+        assert not pool._prefault.is_alive()
