@@ -1,15 +1,20 @@
 """Whole benchmarks on tiny models, with real child processes."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from typer.testing import CliRunner
 
 from flashmoe.api import load
 from flashmoe.bench import quiet, runner
+from flashmoe.bench.cgroup import _parents
 from flashmoe.bench.forced import ForcedRouting
 from flashmoe.bench.spec import BenchError, Plan, cache_sizes, ram_sizes
 from flashmoe.cli.bench import app
@@ -176,3 +181,25 @@ def test_wrong_options(model: Path, options: str, message: str) -> None:
     result = CliRunner().invoke(app, [str(model), *options.split()])
     assert isinstance(result.exception, UsageError)
     assert message in str(result.exception)
+
+
+def test_a_signal_ends_it_and_leaves_nothing_behind(model: Path) -> None:
+    command = [sys.executable, "-c", f"import sys; {_START}", str(model), str(find_library())]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as bench:
+        assert bench.stdout
+        assert bench.stdout.readline() == "pool\n"
+        children = psutil.Process(bench.pid).children(recursive=True)
+        bench.terminate()
+        assert bench.wait(timeout=30) == 128 + signal.SIGTERM
+    assert not psutil.wait_procs(children, timeout=5)[1]
+    groups = [path for _, folder in _parents() for path in folder.glob(f"flashmoe-bench-{bench.pid}-*")]
+    assert not groups
+
+
+_START = """
+from pathlib import Path
+from flashmoe.bench import runner
+from flashmoe.bench.spec import Plan, cache_sizes
+plan = Plan(Path(sys.argv[1]), cache_sizes("50%"), pairs=9, allow_busy=True, library=Path(sys.argv[2]))
+runner.run(plan, lambda what, done, total: print("pool", flush=True) if "pool" in what else None)
+"""

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 BEST_READ_AHEAD = 128 << 10
 _SECTOR = 512
@@ -46,7 +44,6 @@ def opponent_files(files: Sequence[Path]) -> Iterator[OpponentFiles]:
         )
         return
     with ExitStack() as stack:
-        stack.enter_context(_ended_by_signals())
         try:
             devices = [stack.enter_context(_loop_device(path)) for path in files]
         except (OSError, subprocess.SubprocessError) as error:
@@ -123,22 +120,3 @@ def _padded_copy(path: Path) -> Iterator[Path]:
 
 def _run(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the program as Ctrl-C does: through the cleaning up."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    try:
-        before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
-    except ValueError:  # not the main thread: signals are somebody else's
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

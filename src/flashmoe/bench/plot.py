@@ -62,7 +62,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axis_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     size = report["model"]["file_bytes"] / _GIB
     axes.set_title(
-        f"{Path(report['model']['path']).name}, {size:.1f} GiB, {report['settings']['routing']} routing"
+        f"{Path(report['model']['path']).name}, {size:.1f} GiB, {Path(report['settings']['routing']).name} routing"
     )
     axes.grid(True, which="both", alpha=0.25)
     axes.legend()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from flashmoe.bench import quiet
@@ -68,6 +70,7 @@ class _Runner:
     def run(self) -> dict[str, Any]:
         plan, gguf = self._plan, self._catalog.gguf
         with ExitStack() as stack:
+            stack.enter_context(_ended_by_signals())
             files = OpponentFiles(gguf.files[0], gguf.files, None, "")
             if "mmap" in plan.opponents:
                 files = stack.enter_context(opponent_files(gguf.files))
@@ -255,3 +258,22 @@ def _physical_cores() -> int:
     import psutil
 
     return psutil.cpu_count(logical=False) or 1
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the program as Ctrl-C does: through the cleaning up."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    try:
+        before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    except ValueError:  # not the main thread: signals are somebody else's
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -201,8 +201,8 @@ def _print(report: dict[str, Any], console: Console) -> None:
         box=SIMPLE_HEAD,
         padding=(0, 0, 0, 1),
         pad_edge=False,
-        title=f"{Path(model['path']).name} ({format_bytes(model['file_bytes'])}), {settings['routing']} routing: "
-        f"decode tokens/s, median of {settings['pairs']}, ratio with its quartiles",
+        title=f"{Path(model['path']).name} ({format_bytes(model['file_bytes'])}): decode tokens/s, "
+        f"median of {settings['pairs']}; ratios with their quartiles; {Path(settings['routing']).name} routing",
     )
     for name in ("size", "policy", "FlashMoE", "hits", "stall", "against", "its", "ratio"):
         justify: Any = "left" if name in ("size", "policy", "against") else "right"
