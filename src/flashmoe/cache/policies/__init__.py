@@ -34,6 +34,8 @@ BUILTIN = {
     "arc": "arc:Arc",
     "lecar": "lecar:LeCaR",
     "moe-infinity": "moe_infinity:MoEInfinity",
+    "flashmoe": "flashmoe:Flashmoe",
+    "flashmoe+": "flashmoe_plus:FlashmoePlus",
     "belady": "belady:Belady",
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -68,6 +68,9 @@ class EvictionPolicy:
 
     def prepare(self, ids: NDArray[np.int16], first: NDArray[np.int64]) -> None:
         """Look at the whole trace before a replay (only oracles do)."""
+
+    def check_model(self, model: Mapping[str, Any]) -> None:
+        """Raise PolicyError where the policy was trained for another model than this identity says."""
 
     # What callers use -------------------------------------------------------------------------------------
 

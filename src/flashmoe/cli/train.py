@@ -1,0 +1,97 @@
+"""`flashmoe train policy`: an eviction policy learned from routing traces."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from flashmoe.cli.progress import stderr_console
+from flashmoe.storage.files import write_atomically
+
+app = typer.Typer(help="Learn from routing traces (needs torch).", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Learn from routing traces (needs torch: pip install 'flashmoe-ssd[train]')."""
+
+
+@app.command("policy")
+def policy(
+    traces: Annotated[list[Path], typer.Argument(help="Routing traces of one model.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The policy file to write (.safetensors).")],
+    kind: Annotated[
+        str, typer.Option("--kind", help="flashmoe (the paper's network) or flashmoe+.")
+    ] = "flashmoe+",
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", help="Most epochs (default: 200, flashmoe+: 6).")
+    ] = None,
+    minutes: Annotated[float, typer.Option("--minutes", help="Stop after that time.")] = 10.0,
+    held_out: Annotated[float, typer.Option("--held-out", help="Share of sequences to judge by.")] = 0.05,
+    threads: Annotated[int | None, typer.Option("-t", "--threads", help="Threads to train with.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of weights and order.")] = 0,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Write losses and hit rates as JSON.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Write a figure of losses and hit rates.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing.")] = False,
+) -> None:
+    """Train an eviction policy; use it with --policy KIND:FILE."""
+    from flashmoe.learn.train import Plan, train
+    from flashmoe.learn.train import plot as draw
+    from flashmoe.routing.files import merge, read
+
+    trace = merge([read(path) for path in traces])
+    plan = Plan(epochs=epochs, minutes=minutes, held_out=held_out, threads=threads, seed=seed)
+    console = stderr_console(quiet)
+    started = time.monotonic()
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("preparing", total=None)
+
+        def show(epoch: int, most: int, step: int, steps: int, loss: float, held: float | None) -> None:
+            bar.update(
+                task, description=f"epoch {epoch}/{most}, loss {loss:.4f}", completed=step, total=steps
+            )
+            if held is not None:
+                seconds = time.monotonic() - started
+                console.print(
+                    f"epoch {epoch:3d}  loss {loss:.5f}  held out {held:.5f}  {seconds:.0f} s",
+                    highlight=False,
+                )
+
+        trained = train(trace, kind, plan, show)
+    trained.save(output)
+    if report:
+        text = json.dumps({"trained_on": trained.trained_on, **trained.report}, indent=1)
+        write_atomically(report, text.encode() + b"\n")
+    if plot:
+        draw(trained, plot)
+    if not quiet:
+        Console().print(_table(trained.report["held_out"], trained.trained_on["held_out_tokens"]))
+        Console().print(
+            f"wrote {output}: use it with --policy {kind}:{output}", highlight=False, soft_wrap=True
+        )
+
+
+def _table(rates: dict[str, dict[str, float]], tokens: int) -> Table:
+    table = Table(title=f"hit rates on {tokens} held-out tokens, per-layer")
+    table.add_column("policy")
+    for capacity in rates:
+        table.add_column(capacity, justify="right")
+        table.add_column("gap", justify="right", style="dim")
+    for name in next(iter(rates.values()), {}):
+        cells = [name]
+        for row in rates.values():
+            room = row["belady"] - row["lru"]
+            cells += [f"{row[name]:.4f}", f"{100 * (row[name] - row['lru']) / room:+.0f} %" if room else ""]
+        table.add_row(*cells)
+    return table

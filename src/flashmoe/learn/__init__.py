@@ -1,0 +1,1 @@
+"""Training of eviction policies from routing traces (needs torch: `pip install 'flashmoe-ssd[train]'`)."""
