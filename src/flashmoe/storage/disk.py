@@ -8,6 +8,7 @@ import os
 import random
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from mmap import mmap
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def read_ceiling(reader: ExpertReader, read_bytes: int, *, fresh: bool = False) 
     known = _read_notes(notes)
     if fresh or key not in known:
         known[key] = _measure(reader, read_bytes)
-        write_atomically(notes, json.dumps(known, indent=1).encode())
+        with suppress(OSError):  # measured again next time
+            write_atomically(notes, json.dumps(known, indent=1).encode())
     return known[key]
 
 
