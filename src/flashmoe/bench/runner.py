@@ -20,8 +20,9 @@ from flashmoe.bench.cgroup import memory_group
 from flashmoe.bench.machine import describe
 from flashmoe.bench.opponent import OpponentFiles, drop_from_page_cache, opponent_files
 from flashmoe.bench.results import Round, make_row
-from flashmoe.bench.spec import POOL, BenchError, Job, Plan, Size
+from flashmoe.bench.spec import DEFAULT_POLICY, POOL, BenchError, Job, Plan, Size
 from flashmoe.bench.tokens import ROUTINGS, make_tokens
+from flashmoe.cache.policies import create
 from flashmoe.errors import UsageError
 from flashmoe.routing.files import read as read_trace
 from flashmoe.storage.catalog import ExpertCatalog
@@ -61,6 +62,8 @@ class _Runner:
         self._trace = None if _is_tokens(plan.routing) else plan.routing
         if self._trace:
             read_trace(self._trace)  # fails here, before anything runs
+        for policy in set(plan.policies) - {DEFAULT_POLICY}:
+            create(policy)  # as well
         self._settings = [_Setting(*pair) for pair in product(plan.policies, plan.prefetchers)]
         self._total = len(plan.sizes) * plan.pairs * (len(self._settings) + len(plan.opponents))
         self._done = 0
@@ -145,6 +148,7 @@ class _Runner:
             step=min(plan.n_ubatch, n_ctx),
             threads=plan.threads or _physical_cores(),
             trace=self._trace,
+            trace_start=plan.seed,
         )
 
     def _measure_size(self, size: Size, files: OpponentFiles) -> list[dict[str, Any]]:

@@ -86,7 +86,9 @@ def run(
     page_cache: Annotated[
         str, typer.Option("--page-cache", help="cold: drop the model's pages first; warm.")
     ] = "cold",
-    seed: Annotated[int, typer.Option("-s", "--seed", help="Seed of the tokens.")] = 0,
+    seed: Annotated[
+        int, typer.Option("-s", "--seed", help="Seed of the tokens; the first token of a trace.")
+    ] = 0,
     allow_busy: Annotated[
         bool, typer.Option("--allow-busy", help="Report even if other programs were running.")
     ] = False,
