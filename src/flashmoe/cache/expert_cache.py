@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.pool import SlotPool
 from flashmoe.errors import BudgetError
-from flashmoe.storage.reader import ExpertReader
+from flashmoe.storage.reader import ExpertReader, Ticket
 
 Int32 = NDArray[np.int32]
 
@@ -33,7 +33,7 @@ class CacheStats:
 
 
 class ExpertCache:
-    """Makes experts resident. `ensure` returns slots whose bytes are all in, whatever happens.
+    """Makes experts resident. `ensure` returns slots whose bytes are in, whatever happens (see `leave_last`).
 
     Thread-safe; the slots that `ensure` returns are one caller's until the next call.
     """
@@ -46,6 +46,7 @@ class ExpertCache:
         self._first_slot = [int(residency.group_start[g]) for g in residency.group]
         self._bytes = [sum(w.plane.nbytes for w in windows) for windows in pool.windows]
         self._lock = threading.Lock()
+        self._under_way: tuple[Ticket, int, list[int]] | None = None  # reads, layer, experts
         self._resize(64)
 
     def _resize(self, n: int) -> None:
@@ -56,13 +57,15 @@ class ExpertCache:
         with self._lock:
             self.policy.begin_sequence()
 
-    def ensure(self, layer: int, ids: Int32) -> Int32:
+    def ensure(self, layer: int, ids: Int32, *, leave_last: bool = False) -> Int32:
         """Make the experts `ids` (int32 [n], may repeat) of a layer resident and complete.
 
+        With `leave_last` the last plane (down) may still be under way: call `finish` before it is used.
         Returns their slots, int32 [n], numbered in the layer's size group; valid until the next call. Raises ReadError
         (the failed experts are then absent and the cache is consistent) and BudgetError (they cannot fit at once).
         """
         with self._lock:
+            self._finish()
             if len(ids) > len(self._slots):
                 self._resize(2 * len(ids))
             slots = self._slots[: len(ids)]
@@ -73,24 +76,47 @@ class ExpertCache:
                     "give more memory, or a smaller micro-batch (-ub)"
                 )
             first = self._first_slot[layer]
-            stalled = self._fill(layer, first, misses) if misses else 0.0
+            stats = self.stats[self.phase]
+            if misses:
+                self._fill(layer, first, misses, leave_last)
             if first:
                 slots -= first
-            stats = self.stats[self.phase]
             stats.hits += len(set(ids.tolist())) - misses
             stats.misses += misses
             stats.bytes += misses * self._bytes[layer]
-            stats.stall_seconds += stalled
         return slots
 
-    def _fill(self, layer: int, first: int, misses: int) -> float:
-        """Read `misses` experts into their slots; seconds waited."""
+    @property
+    def pending(self) -> bool:
+        """Whether `ensure` has left reads under way."""
+        return self._under_way is not None
+
+    def finish(self) -> None:
+        """Wait for what `ensure` has left under way. Raises ReadError; the experts are then absent."""
+        with self._lock:
+            self._finish()
+
+    def _fill(self, layer: int, first: int, misses: int, leave_last: bool) -> None:
+        """Read `misses` experts into their slots, plane by plane over all of them: what is needed first comes first."""
         experts, slots = self._miss_expert[:misses].tolist(), self._miss_slot[:misses].tolist()
         reads = [self.pool.reads(layer, e, s - first) for e, s in zip(experts, slots, strict=True)]
-        # plane by plane over all experts: what the next product needs is read first
-        ticket = self.reader.demand([read for plane in zip(*reads, strict=True) for read in plane])
+        planes = list(zip(*reads, strict=True))
+        now, later = (planes[:-1], planes[-1:]) if leave_last and len(planes) > 1 else (planes, [])
+        ticket = self.reader.demand([read for plane in now for read in plane])
+        last = self.reader.demand(later[0]) if later else None
         for expert, slot in zip(experts, slots, strict=True):
             self.pool.fill_tables(layer, expert, slot - first)
+        self._wait(ticket, last, layer, experts)
+        if last:
+            self._under_way = last, layer, experts
+
+    def _finish(self) -> None:
+        if self._under_way:
+            (ticket, layer, experts), self._under_way = self._under_way, None
+            self._wait(ticket, None, layer, experts)
+
+    def _wait(self, ticket: Ticket, other: Ticket | None, layer: int, experts: list[int]) -> None:
+        """Wait for `ticket`; if it fails, also for `other`, and give the experts' slots back."""
         started = time.perf_counter()
         try:
             ticket.wait()
@@ -98,7 +124,9 @@ class ExpertCache:
             BaseException
         ):  # also KeyboardInterrupt: no thread may still write into a slot that is given away
             ticket.done.wait()
+            if other:
+                other.done.wait()
             for expert in experts:
                 self.policy.release(layer, expert)
             raise
-        return time.perf_counter() - started
+        self.stats[self.phase].stall_seconds += time.perf_counter() - started

@@ -1,9 +1,9 @@
 """The compiled half of the eval callback (numba): what runs for every node of every graph.
 
 It answers "do you want this node?" by comparing a name. When a router's choice is ready it copies the ids out of the
-engine's tensors, calls Python, and copies back what Python made of them. Python runs once per layer and touches no
-struct: after a layer's products the processor's caches hold weights, and every line of Python costs several times more
-than in a loop.
+engine's tensors, calls Python, and copies back what Python made of them. Where reads for a layer's last product (down)
+were left under way, it calls Python once more when that product's input is ready. Python touches no struct: after a
+layer's products the processor's caches hold weights, and every line of Python costs several times more than in a loop.
 """
 
 from __future__ import annotations
@@ -42,10 +42,15 @@ class Control(C.Structure):
         ("top_k", C.c_int64),
         ("ids", C.c_int64),  # address of the ids' tensor
         ("weights", C.c_int64),  # address of float32 [tokens, top_k]
+        ("pending", C.c_int64),  # whether reads for the layer's last product are still under way
+        ("late", C.c_int64),  # address and length of the name's prefix of that product's input
+        ("late_length", C.c_int64),
     ]
 
 
+_FIELDS = 13
 _PYTHON, _INSPECT, _OUTCOME, _BUFFER, _CAPACITY, _BLOCK, _TOKENS, _TOP_K, _IDS, _WEIGHTS = range(10)
+_PENDING, _LATE, _LATE_LENGTH = range(10, _FIELDS)
 _WEIGHTS_NAME, _IDS_NAME = np.frombuffer(ROUTER_WEIGHTS, np.uint8), np.frombuffer(ROUTER_IDS, np.uint8)
 _NAME, _NAME_END = Tensor.name.offset, Tensor.name.offset + Tensor.name.size
 _DATA, _NE1, _NB1, _SOURCE1 = (
@@ -128,17 +133,26 @@ def _ask_python(control: Any, node: Any, ask: Any) -> Any:  # pragma: no cover -
     return control[_OUTCOME] == RETURNED and answer != 0
 
 
+@njit(cache=True)
+def _is_late(control: Any, node: Any) -> Any:  # pragma: no cover - compiled
+    """Whether a node is the input of the last product of a layer whose reads are still under way."""
+    if control[_PENDING] == 0 or control[_LATE_LENGTH] == 0:
+        return False
+    return _block_of(node, carray(_bytes_at(control[_LATE]), control[_LATE_LENGTH])) >= 0
+
+
 @cfunc(types.uint8(types.int64, types.uint8, types.CPointer(types.int64)), cache=True)
 def on_node(node: Any, ask: Any, shared: Any) -> Any:  # pragma: no cover - compiled
     """ggml_backend_sched_eval_callback; `shared` is a Control."""
-    control = carray(shared, 10)
+    control = carray(shared, _FIELDS)
     if control[_OUTCOME] == NOT_RETURNED:
         return ask  # it has failed: want this node, and end the evaluation at it
     block = _block_of(node, _WEIGHTS_NAME)
     if ask != 0:
         if control[_INSPECT] != 0 and not _ask_python(control, node, ask):
             return 1
-        return block >= 0
+        return block >= 0 or _is_late(control, node)
+    control[_BLOCK] = -1
     ids = _read(node + _SOURCE1) if block >= 0 else 0
     if block >= 0:
         control[_BLOCK], control[_IDS], control[_WEIGHTS] = block, ids, _read(node + _DATA)

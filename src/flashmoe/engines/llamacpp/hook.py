@@ -11,7 +11,7 @@ from __future__ import annotations
 import ctypes as C
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,8 @@ class RouterHook:
         self._model = model
         self._experts: dict[int, int] = {}
         self._renamed: dict[int, int] = {}
+        self._late_inputs: set[bytes] = set()
+        self._late = C.create_string_buffer(64)
         self._ids = np.zeros(n_ubatch * model.catalog.top_k, np.int32)
         self._python = PYTHON_CALLBACK(self._on_python)
         self._control = Control(
@@ -43,6 +45,7 @@ class RouterHook:
             outcome=RETURNED,
             buffer=self._ids.ctypes.data,
             capacity=len(self._ids),
+            late=C.addressof(self._late),
         )
         self.cache: ExpertCache | None = None
         self.recorder: Recorder | None = None
@@ -65,6 +68,10 @@ class RouterHook:
         if enable:
             self._experts = self._model.layer_of_tensor()
             self._renamed = {}
+            self._late_inputs.clear()
+        elif len(self._late_inputs) == 1:  # every layer's last product has the same kind of input
+            self._late.value = self._late_inputs.pop()
+            self._control.late_length = len(self._late.value)
         self._control.inspect = int(enable)
 
     @contextmanager
@@ -76,6 +83,17 @@ class RouterHook:
         if self._control.outcome == NOT_RETURNED and not self.error:
             # a signal handler has raised before the callback's first line: ctypes swallows that
             self.error = FlashMoEError("the evaluation was interrupted")
+        self._settle()
+
+    def _settle(self) -> None:
+        """No read may be under way when an evaluation has ended; only one that failed leaves any."""
+        self._control.pending = False
+        if self.cache and self.cache.pending:
+            self.error = self.error or ModelError(
+                "an expert product ran before its reads had ended; please report it"
+            )
+            with suppress(FlashMoEError):
+                self.cache.finish()
 
     def _on_python(self, address: int, ask: int) -> int:
         """1: go on; 0: end the evaluation, `error` says why."""
@@ -85,8 +103,10 @@ class RouterHook:
             if self.error is None:
                 if ask:
                     self._inspect(Tensor.from_address(address))
-                else:
+                elif control.block >= 0:
                     self._rename(control)
+                else:
+                    self._finish(control)
         except BaseException as error:  # nothing may leave a C callback
             self.error = self.error or error
         return int(self.error is None)
@@ -104,10 +124,20 @@ class RouterHook:
         if self.recorder is not None:
             weights = np.ctypeslib.as_array((C.c_float * len(ids)).from_address(control.weights))
             self.recorder.add(layer, ids.reshape(tokens, top_k), weights.reshape(tokens, top_k))
-        ids[:] = self.cache.ensure(layer, ids)
+        if self.cache.pending:
+            raise ModelError(
+                f"the last product of layer {layer - 1} did not wait for its reads; please report it"
+            )
+        ids[:] = self.cache.ensure(layer, ids, leave_last=control.late_length > 0)
+        control.pending = self.cache.pending
         if control.inspect:
             self._renamed[control.ids] = layer
         stats.overhead_seconds += time.perf_counter() - began - (stats.stall_seconds - stalled)
+
+    def _finish(self, control: Control) -> None:
+        assert self.cache is not None
+        control.pending = False
+        self.cache.finish()
 
     def _inspect(self, node: Tensor) -> None:
         """Raise ModelError where a node uses expert tensors in a way that renaming does not cover."""
@@ -120,3 +150,6 @@ class RouterHook:
                     f"the architecture {self._model.catalog.gguf.architecture!r} routes its experts in a way that "
                     f"FlashMoE does not know (node {node.name.decode()!r}); please report it"
                 )
+            if source == self._model.last_plane(layer):
+                name, _, number = Tensor.from_address(node.src[1]).name.rpartition(b"-")
+                self._late_inputs.add(name + b"-" if number.isdigit() else b"")

@@ -78,6 +78,10 @@ class LoadedModel:
             for plane in (*layer.planes, *layer.tables)
         }
 
+    def last_plane(self, layer: int) -> int:
+        """Address of the tensor that a layer multiplies last (down)."""
+        return C.addressof(self._buffer.tensors[self.catalog.layers[layer].planes[-1].tensor.name])
+
     def close(self) -> None:
         if self.pointer:
             self._lib.llama_model_free(self.pointer)
