@@ -136,18 +136,24 @@ def _measure_stock(job: Job) -> dict[str, Any]:
     lib = open_library(Path(job.library))
     started = time.perf_counter()
     model = StockModel(lib, Path(job.model), mmap=True, repack=job.engine == "stock")
-    callback, forced = None, None
+    routing = None
     if job.trace:
-        from flashmoe.bench.forced import stock_routing
+        from flashmoe.bench.forced import StockRouting
 
-        forced, hook = stock_routing(job.source, job.trace, job.trace_start, len(job.tokens), job.n_ubatch)
-        callback = (hook.function, hook.data)
-    context = model.context(n_ctx=job.n_ctx, n_ubatch=job.n_ubatch, threads=job.threads, callback=callback)
+        routing = StockRouting(job.source, job.trace, job.trace_start, len(job.tokens), job.n_ubatch)
+    context = model.context(
+        n_ctx=job.n_ctx,
+        n_ubatch=job.n_ubatch,
+        threads=job.threads,
+        callback=routing.callback if routing else None,
+    )
     loaded = time.perf_counter() - started
     replay = Replay(job, context.decode, lambda phase: None)
-    if forced:
-        replay.follow(forced.at)
+    if routing:
+        replay.follow(routing.forced.at)
     result = replay.run(job.step, context.logits)
+    if routing and routing.error:
+        raise routing.error
     result["first_token_s"] = loaded + result["prefill"]["seconds"]
     context.close()
     model.close()

@@ -6,20 +6,17 @@ and before the experts are fetched.
 
 from __future__ import annotations
 
+import ctypes as C
 from pathlib import Path
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe.cache.expert_cache import CacheStats
+from flashmoe.engines.llamacpp.callback import PYTHON_CALLBACK, RETURNED, Control, on_node
 from flashmoe.routing.files import read
 from flashmoe.routing.trace import RoutingTrace
-
-if TYPE_CHECKING:
-    from flashmoe.engines.llamacpp.hook import RouterHook
-    from flashmoe.storage.catalog import ExpertCatalog
+from flashmoe.storage.catalog import ExpertCatalog
+from flashmoe.storage.gguf import read_gguf
 
 Int32 = NDArray[np.int32]
 _LAYER_STRIDE = 997  # tokens between the uses of one trace layer for two layers of the model
@@ -75,30 +72,37 @@ def expert_table(trace: RoutingTrace, experts: list[int], top_k: int, start: int
     return table
 
 
-class _InPlace:
-    """Stands in for an ExpertCache where all experts are where the engine has put them."""
+class StockRouting:
+    """The same for stock llama.cpp, whose experts stay where they are: an eval callback that only overwrites ids.
 
-    def __init__(self) -> None:
-        self.phase = "any"
-        self.stats = {self.phase: CacheStats()}
+    `callback` is what a Context takes; keep this object while it is in use. `error` is what went wrong inside.
+    """
 
-    def ensure(self, layer: int, ids: Int32) -> Int32:
-        return ids
+    def __init__(self, model: str, trace: str, start: int, positions: int, n_ubatch: int) -> None:
+        catalog = ExpertCatalog.from_gguf(read_gguf(Path(model)))
+        self.forced = ForcedRouting.for_model(catalog, trace, start, positions)
+        self.error: BaseException | None = None
+        self._layer_of_block = {layer.block: i for i, layer in enumerate(catalog.layers)}
+        self._ids = np.zeros(n_ubatch * catalog.top_k, np.int32)
+        self._python = PYTHON_CALLBACK(self._on_python)
+        self._control = Control(
+            python=C.cast(self._python, C.c_void_p).value,
+            outcome=RETURNED,
+            buffer=self._ids.ctypes.data,
+            capacity=len(self._ids),
+        )
 
+    @property
+    def callback(self) -> tuple[int, int]:
+        """cb_eval and its user data."""
+        return on_node.address or 0, C.addressof(self._control)
 
-def stock_routing(
-    model: str, trace: str, start: int, positions: int, n_ubatch: int
-) -> tuple[ForcedRouting, RouterHook]:
-    """The same routing for stock llama.cpp: a hook with nothing behind it, the experts stay where they are."""
-    from flashmoe.engines.llamacpp.hook import RouterHook
-    from flashmoe.storage.catalog import ExpertCatalog
-    from flashmoe.storage.gguf import read_gguf
-
-    catalog = ExpertCatalog.from_gguf(read_gguf(Path(model)))
-    forced = ForcedRouting.for_model(catalog, trace, start, positions)
-    loaded: Any = SimpleNamespace(catalog=catalog)
-    hook = RouterHook(loaded, n_ubatch)
-    in_place: Any = _InPlace()
-    hook.cache = in_place
-    hook.override = forced
-    return forced, hook
+    def _on_python(self, _node: int, _ask: int) -> int:
+        control = self._control
+        try:
+            control.outcome = RETURNED
+            ids = self._ids[: control.tokens * control.top_k].reshape(control.tokens, control.top_k)
+            self.forced(self._layer_of_block[control.block], ids)
+        except BaseException as error:  # nothing may leave a C callback
+            self.error = error
+        return int(self.error is None)
