@@ -231,10 +231,10 @@ def test_exception_in_the_hook(
         for after in (0, 1, 40):
             calls = iter(range(1000))
 
-            def interrupted(self, layer, ids, error=error, after=after, calls=calls):  # type: ignore[no-untyped-def]
+            def interrupted(self, layer, ids, *, error=error, after=after, calls=calls, **options):  # type: ignore[no-untyped-def]
                 if next(calls) == after:
                     raise error
-                return ensure(self, layer, ids)
+                return ensure(self, layer, ids, **options)
 
             with monkeypatch.context() as patch:
                 patch.setattr(type(model.cache), "ensure", interrupted)
