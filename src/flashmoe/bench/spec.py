@@ -82,7 +82,7 @@ class Plan:
     prefetchers: Sequence[str] = ("none",)
     pairs: int = 5
     n_prompt: int = 16
-    n_warmup: int = 16
+    n_warmup: int = 32
     n_decode: int = 48
     n_ubatch: int = 512
     routing: str = "uniform"

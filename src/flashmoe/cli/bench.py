@@ -75,7 +75,7 @@ def run(
     pairs: Annotated[int, typer.Option("--pairs", help="Measurements of each kind, interleaved.")] = 5,
     tokens: Annotated[int, typer.Option("--tokens", help="Tokens decoded and counted.")] = 48,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Tokens of the prompt.")] = 16,
-    warmup: Annotated[int, typer.Option("--warmup", help="Tokens decoded first, not counted.")] = 16,
+    warmup: Annotated[int, typer.Option("--warmup", help="Tokens decoded first, not counted.")] = 32,
     routing: Annotated[
         str,
         typer.Option(
@@ -180,7 +180,13 @@ class _Bar:
 
     def __init__(self, console: Console) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._progress = Progress(
+            *columns,
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+            refresh_per_second=1,  # drawing takes processor time from what is measured
+        )
         self._task: TaskID | None = None
 
     def update(self, what: str, done: int, total: int) -> None:
