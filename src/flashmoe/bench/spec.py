@@ -100,9 +100,9 @@ class Plan:
         for name in self.prefetchers:
             if name not in PREFETCHERS:
                 raise UsageError(f"--prefetch {name!r}: choose from {', '.join(PREFETCHERS)}")
-        if min(self.pairs, self.n_prompt, self.n_decode) < 1 or self.n_warmup < 0:
+        if min(self.pairs, self.n_prompt, self.n_decode, self.n_ubatch) < 1 or self.n_warmup < 0:
             raise UsageError(
-                "--pairs, --prompt-tokens and --tokens must be at least 1, --warmup not negative"
+                "--pairs, --prompt-tokens, --tokens and -ub must be at least 1, --warmup not negative"
             )
 
 

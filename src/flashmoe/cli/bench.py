@@ -82,6 +82,9 @@ def run(
             "--routing", help="Tokens: uniform, zipf, text, text:FILE; or a routing trace to route by."
         ),
     ] = "uniform",
+    ubatch: Annotated[
+        int, typer.Option("-ub", "--ubatch-size", help="Prompt tokens evaluated at once, on both sides.")
+    ] = 512,
     threads: Annotated[int | None, typer.Option("-t", "--threads", help="Compute threads.")] = None,
     page_cache: Annotated[
         str, typer.Option("--page-cache", help="cold: drop the model's pages first; warm.")
@@ -117,6 +120,7 @@ def run(
         n_prompt=prompt_tokens,
         n_warmup=warmup,
         n_decode=tokens,
+        n_ubatch=ubatch,
         routing=routing,
         threads=threads,
         cold=page_cache == "cold",
