@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def demo_model() -> Path:
 
 def _download(name: str) -> Path:
     repository, _, file = name.removeprefix(HUB_PREFIX).partition(":")
-    if repository.count("/") != 1:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise UsageError(
             f"cannot read {name!r}: write hf:organisation/repository or hf:organisation/repository:file.gguf"
         )
