@@ -1,0 +1,250 @@
+"""Memory: how a budget becomes slots, and that a process keeps to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from flashmoe import budget
+from flashmoe.cache.pool import slot_bytes
+from flashmoe.cache.residency import GLOBAL, PER_LAYER
+from flashmoe.errors import BudgetError, UsageError
+from flashmoe.storage.catalog import ExpertCatalog
+from flashmoe.storage.gguf import read_gguf
+from tests.conftest import Tiny
+
+ALIGN = 512
+COMMAND = (sys.executable, "-m", "flashmoe.cli")
+
+
+@pytest.fixture
+def olmoe(tiny: Tiny) -> ExpertCatalog:
+    """4 layers of 16 experts, top 4, each layer a size group of its own."""
+    return ExpertCatalog.from_gguf(read_gguf(tiny("olmoe")))
+
+
+@pytest.fixture
+def gpt_oss(tiny: Tiny) -> ExpertCatalog:
+    """4 layers of 12 experts, top 4; three layers share a size group."""
+    return ExpertCatalog.from_gguf(read_gguf(tiny("gpt-oss")))
+
+
+@pytest.mark.parametrize(
+    ("text", "slots"),
+    [
+        ("100%", [16, 16, 16, 16]),
+        ("50%", [8, 8, 8, 8]),
+        ("0.1%", [4, 4, 4, 4]),  # one token's experts at least
+        ("250%", [16, 16, 16, 16]),
+        ("32", [8, 8, 8, 8]),
+        ("1", [4, 4, 4, 4]),
+        ("9999", [16, 16, 16, 16]),
+        ("1GiB", [16, 16, 16, 16]),
+    ],
+)
+def test_cache_sizes(text: str, slots: list[int], olmoe: ExpertCatalog) -> None:
+    assert budget.parse_cache(text, olmoe, ALIGN) == slots
+
+
+@pytest.mark.parametrize("text", ["", "%", "-1", "half", "12 slots", "5%%"])
+def test_cache_sizes_that_cannot_be_read(text: str, olmoe: ExpertCatalog) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"cannot read --cache {text!r}")):
+        budget.parse_cache(text, olmoe, ALIGN)
+
+
+@pytest.mark.parametrize("name", ["olmoe", "gpt-oss", "llama", "llama4", "nemotron_h_moe"])
+def test_slots_fit_into_what_is_given(name: str, tiny: Tiny) -> None:
+    """At every size: whole slots, at most what is given, and not much less."""
+    catalog = ExpertCatalog.from_gguf(read_gguf(tiny(name)))
+    sizes = slot_bytes(catalog, ALIGN)
+    members = (np.bincount(catalog.groups) * catalog.n_experts).tolist()
+    least, most = budget.least_pool(catalog, ALIGN), sum(s * n for s, n in zip(sizes, members, strict=True))
+    before = [0] * len(sizes)
+    for given in np.linspace(least, most, 97).astype(int).tolist():
+        slots = budget.slots_for(catalog, given, ALIGN)
+        used = sum(s * n for s, n in zip(sizes, slots, strict=True))
+        assert used <= given
+        assert all(catalog.top_k <= n <= m for n, m in zip(slots, members, strict=True))
+        assert all(a <= b for a, b in zip(before, slots, strict=True)) or slots == [catalog.top_k] * len(
+            sizes
+        )
+        before = slots
+    assert before == members
+    assert budget.slots_for(catalog, 100 * most, ALIGN) == members
+
+
+def test_least_pool_is_the_least(olmoe: ExpertCatalog) -> None:
+    least = budget.least_pool(olmoe, ALIGN)
+    assert budget.slots_for(olmoe, least, ALIGN) == [4, 4, 4, 4]
+    for given in (least - 1, 0, -5):
+        with pytest.raises(BudgetError, match="one token's 4 experts"):
+            budget.slots_for(olmoe, given, ALIGN)
+
+
+def test_too_small_names_a_budget_that_works() -> None:
+    for least in (1, 16 << 20, (16 << 20) + 1, 5 << 30):
+        named = re.search(r"(\d+)MiB$", str(budget.too_small(1, least)))
+        assert named
+        assert least <= int(named[1]) << 20 < least + (16 << 20)
+
+
+def test_check_before_loading(olmoe: ExpertCatalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense weights that are large for this machine are not loaded in vain; small ones are, to tell exactly."""
+    budget.check_before_loading(olmoe, 1 << 30, ALIGN)
+    budget.check_before_loading(olmoe, 1 << 20, ALIGN)
+    monkeypatch.setattr(budget, "default_ram", lambda: olmoe.dense_bytes)
+    budget.check_before_loading(olmoe, 1 << 30, ALIGN)
+    with pytest.raises(BudgetError, match="smallest that works"):
+        budget.check_before_loading(olmoe, 1 << 20, ALIGN)
+
+
+def test_layers_of_a_group_share_its_slots(gpt_oss: ExpertCatalog) -> None:
+    assert gpt_oss.groups == (0, 0, 1, 0)
+    roomy = budget.residency_for(gpt_oss, [14, 6])
+    assert roomy.quota.tolist() == [5, 5, 6, 4]
+    assert roomy.partition[0] == PER_LAYER
+    assert (roomy.n_slots, roomy.group_start.tolist()) == (20, [0, 14, 20])
+    tight = budget.residency_for(gpt_oss, [4, 4])  # a layer's share would not hold one token's experts
+    assert tight.partition[0] == GLOBAL
+    assert (tight.n_slots, tight.group_start.tolist()) == (8, [0, 4, 8])
+    tiniest = budget.residency_for(gpt_oss, [2, 1])
+    assert tiniest.n_slots == 3
+
+
+def test_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 < budget.memory_limit() <= psutil.virtual_memory().total
+    assert 0 < budget.default_ram() < psutil.virtual_memory().available
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "files", "expected"),
+    [
+        (
+            "0::/a/b\n",
+            {"/sys/fs/cgroup/a/b/memory.max": "max", "/sys/fs/cgroup/a/memory.max": "1048576"},
+            1 << 20,
+        ),
+        ("0::/a\n", {"/sys/fs/cgroup/a/memory.max": "max"}, None),
+        ("4:memory:/x\n0::/\n", {"/sys/fs/cgroup/memory/x/memory.limit_in_bytes": "2097152"}, 2 << 20),
+        ("4:cpu,memory:/\n", {"/sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712"}, None),
+        ("1:cpu:/\n", {}, None),
+    ],
+)
+def test_limits_of_control_groups(
+    cgroup: str, files: dict[str, str], expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = {"/proc/self/cgroup": cgroup, **files}
+
+    def read_text(path: Path) -> str:
+        if str(path) not in contents:
+            raise FileNotFoundError(path)
+        return contents[str(path)]
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    total = psutil.virtual_memory().total
+    assert budget.memory_limit() == (expected or total)
+
+
+def test_status_bytes() -> None:
+    assert 1 << 20 < budget.status_bytes("VmRSS") <= budget.status_bytes("VmHWM")
+    assert budget.status_bytes("Nothing") == 0
+
+
+class ControlGroup:
+    """A memory control group (version 1 or 2) with a limit, for one process."""
+
+    def __init__(self, folder: Path, version: int) -> None:
+        self.folder, self.version = folder, version
+
+    def limit(self, nbytes: int) -> None:
+        if self.version == 2:
+            (self.folder / "memory.max").write_text(str(nbytes))
+            with suppress(OSError):
+                (self.folder / "memory.swap.max").write_text("0")
+        else:
+            (self.folder / "memory.limit_in_bytes").write_text(str(nbytes))
+            with suppress(OSError):
+                (self.folder / "memory.memsw.limit_in_bytes").write_text(str(nbytes))
+
+    def enter(self) -> None:
+        (self.folder / "cgroup.procs").write_text(str(os.getpid()))
+
+    @property
+    def oom_kills(self) -> int:
+        name = "memory.events" if self.version == 2 else "memory.oom_control"
+        found = re.search(r"^oom_kill (\d+)$", (self.folder / name).read_text(), re.MULTILINE)
+        return int(found[1]) if found else 0
+
+
+@pytest.fixture
+def control_group() -> Iterator[ControlGroup]:
+    """A new memory control group, below this process's own; removed again."""
+    entries = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    places: list[tuple[Path, int]] = []
+    for _, controllers, path in entries:
+        if "memory" in controllers.split(","):
+            root = Path("/sys/fs/cgroup/memory")
+            places += [(root / path.strip("/"), 1), (root, 1)]
+        elif controllers == "":
+            root = Path("/sys/fs/cgroup")
+            places += [(root / path.strip("/"), 2), (root, 2)]
+    made: ControlGroup | None = None
+    reason = "there is no memory controller"
+    for parent, version in places:
+        folder = parent / f"flashmoe-test-{os.getpid()}"
+        try:
+            folder.mkdir()
+        except OSError as error:
+            reason = str(error)
+            continue
+        group = ControlGroup(folder, version)
+        try:
+            group.limit(1 << 30)
+            made = group
+            break
+        except OSError as error:
+            reason = str(error)
+            folder.rmdir()
+    if made is None:
+        pytest.skip(f"no right to make a memory control group ({reason})")
+    try:
+        yield made
+    finally:
+        made.folder.rmdir()
+
+
+def test_process_keeps_to_its_budget(control_group: ControlGroup, demo: Path, tmp_path: Path) -> None:
+    """In a control group of exactly `--ram`: the least budget that works, rounded up as its message does."""
+    assert demo.is_file()
+    arguments = [*COMMAND, "run", "demo", "-t", "1", "-n", "32", "-p", "The history of the lighthouse. " * 40]
+    arguments += ["--temp", "2", "--top-k", "0", "--top-p", "1", "--min-p", "0", "--seed", "1"]
+    refused = subprocess.run([*arguments, "--ram", "1MiB"], capture_output=True, text=True, timeout=120)
+    found = re.search(r"the smallest that works is (\d+)MiB", refused.stderr)
+    assert found, refused.stderr
+    limit = int(found[1]) << 20
+    control_group.limit(limit)
+    report = tmp_path / "report.json"
+    done = subprocess.run(
+        [*arguments, "--ram", f"{found[1]}MiB", "--json", str(report)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        preexec_fn=control_group.enter,
+    )
+    assert done.returncode == 0, done.stderr
+    assert control_group.oom_kills == 0
+    figures = json.loads(report.read_text())
+    assert figures["memory"]["budget_bytes"] == limit
+    assert figures["memory"]["peak_bytes"] <= limit
+    assert figures["cache"]["misses"] > 0
+    assert figures["decode"]["tokens"] == 31
