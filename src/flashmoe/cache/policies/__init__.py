@@ -36,6 +36,7 @@ BUILTIN = {
     "moe-infinity": "moe_infinity:MoEInfinity",
     "flashmoe": "flashmoe:Flashmoe",
     "flashmoe+": "flashmoe_plus:FlashmoePlus",
+    "adaptive": "adaptive:Adaptive",
     "belady": "belady:Belady",
 }
 

@@ -168,9 +168,13 @@ class EvictionPolicy:
 
     def load_state(self, arrays: dict[str, NDArray[Any]]) -> None:
         """Take back what `state` gave. Raises PolicyError for arrays of another policy or shape."""
-        own = self._state._asdict()
+        self.take_back(self._state._asdict(), arrays)
+
+    def take_back(self, own: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
+        """Copy saved arrays into `own` ones of the same names, or raise PolicyError and change nothing."""
         for name, value in own.items():
-            if name not in arrays or arrays[name].shape != value.shape or arrays[name].dtype != value.dtype:
+            saved = arrays.get(name)
+            if saved is None or saved.shape != value.shape or saved.dtype != value.dtype:
                 raise PolicyError(f"saved state does not fit policy {self.name!r} ({name}): start it cold")
         for name, value in own.items():
             value[...] = arrays[name]

@@ -132,21 +132,26 @@ def rate(st, layer, e, hidden, x, y, now):
 
 
 @njit(cache=True, fastmath=True)
-def infer(st, res, layer, now):
-    """Score the experts of a layer that can be victims before its next access: residents and those just
-    requested."""
-    n_channels, r = st.context.shape
-    hidden = np.empty(st.b1.shape[1], np.float32)
+def read_context(st, layer, hidden):
+    """Fill hidden float32 [H] from the context, as the layer reads it."""
+    n_channels, width = st.context.shape
     for h in range(hidden.shape[0]):
         hidden[h] = st.b1[layer, h]
-    for i in range(n_channels * r):
-        a = st.context[i // r, i % r]
+    for i in range(n_channels * width):
+        a = st.context[i // width, i % width]
         for h in range(hidden.shape[0]):
             hidden[h] += a * st.w1[layer, i, h]
     for h in range(hidden.shape[0]):
         hidden[h] = max(hidden[h], np.float32(0.0))
+
+
+@njit(cache=True)
+def infer(st, res, layer, now):
+    """Score what can be a victim before the layer's next access: residents, and what was just requested."""
+    hidden = np.empty(st.b1.shape[1], np.float32)
     x = np.empty(st.v1.shape[1], np.float32)
     y = np.empty(st.v1.shape[2], np.float32)
+    read_context(st, layer, hidden)
     for i in range(res.used[layer]):
         e = res.members[layer, i]
         st.score[layer, e] = rate(st, layer, e, hidden, x, y, now)
@@ -157,13 +162,19 @@ def infer(st, res, layer, now):
     st.scored[layer] = now
 
 
-def record(st, res, layer, ids, n):
-    now = res.accesses[layer]
+@njit(cache=True)
+def note(st, layer, ids, n, now):
+    """Everything that an access changes but the scores."""
     observe(st.average, st.last, st.decay, layer, ids, n, now)
     for i in range(n):
         st.current[layer, i] = ids[i]
     st.current[layer, st.current.shape[1] - 1] = n
     follow(st, layer, n)
+
+
+def record(st, res, layer, ids, n):
+    now = res.accesses[layer]
+    note(st, layer, ids, n, now)
     if res.partition[0] == GLOBAL:
         infer(st, res, layer, now)
 
@@ -208,6 +219,25 @@ def replay(st, res, ids, first, starts, bits, requests, hits):
 @njit(cache=True)
 def start(st):
     loops.begin(st)
+
+
+def empty_state() -> FlashmoePlusState:
+    """A state of no layers, where a policy that may contain this one does not."""
+    dims = {"embed": 3, "w1": 3, "b1": 2, "w2": 4, "b2": 3, "v1": 3, "c1": 2, "v2": 3, "v0": 3, "c2": 2}
+    return FlashmoePlusState(
+        score=np.zeros((0, 0), np.float32),
+        scored=np.zeros(0, np.int64),
+        average=np.zeros((0, 0, 0), np.float32),
+        last=np.zeros((0, 0), np.int64),
+        part=np.zeros((0, 0, 0), np.float32),
+        context=np.zeros((0, 0), np.float32),
+        current=np.zeros((0, 0), np.int32),
+        decay=np.zeros(0, np.float32),
+        channel=np.zeros(0, np.int32),
+        top_k=np.zeros(1, np.int32),
+        mean=np.zeros(0, np.float32),
+        **{name: np.zeros((0,) * n, np.float32) for name, n in dims.items()},
+    )
 
 
 class FlashmoePlus(LearnedPolicy):

@@ -1,0 +1,215 @@
+"""Adaptive: shadow caches of several policies run along, and the best of the recent past drives the real one.
+
+Members: lru, lfu-aged, and flashmoe+ where a trained file is given. Each has a shadow ("ghost") cache per
+layer, of the layer's share, that holds no bytes and sees the same requests. Hits fade over a window of about
+500 steps; per layer, the member with most of them chooses the victims, and another takes over once it is
+ahead by a margin. A learned policy that does worse than LRU on a user's text is left so within some hundred
+tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from flashmoe.cache.policies import flashmoe_plus as plus
+from flashmoe.cache.policies import kernels as loops
+from flashmoe.cache.policies.base import EvictionPolicy, Kernels
+from flashmoe.cache.policies.flashmoe_plus import FlashmoePlus, FlashmoePlusState
+from flashmoe.cache.policies.learned import PolicyFile
+
+MEMBERS = ("lru", "lfu-aged", "flashmoe+")
+LRU, AGED, PLUS = 0, 1, 2
+AGED_DECAY = 0.97
+WINDOW = 500.0  # steps of a layer
+MARGIN = 0.003  # lead in hit rate that makes a change
+NEIGHBOURS = 0.5  # weight of all layers' hits beside the layer's own
+
+
+class AdaptiveState(NamedTuple):
+    """Scores of the members, their shadow caches, and who drives."""
+
+    score: NDArray[np.float64]  # [M, L, E]
+    shadow: NDArray[np.uint8]  # [M, L, E] 1 where resident in the shadow cache
+    size: NDArray[np.int64]  # [M, L]
+    gain: NDArray[np.float64]  # [M, L] faded hit rate
+    total: NDArray[np.float64]  # [M] mean of gain over the layers
+    driver: NDArray[np.int64]  # [L]
+    members: NDArray[np.int64]  # [1] M
+    average: NDArray[np.float64]  # [L, E] of lfu-aged
+    asked: NDArray[np.int64]  # [E] scratch: access that asked for the expert
+    learned: FlashmoePlusState  # of flashmoe+, size 0 without
+
+
+@njit(cache=True)
+def score_members(st, res, layer, ids, n):
+    """Bring the scores of a layer up to date for every member."""
+    n_experts = st.average.shape[1]
+    for e in range(n_experts):
+        st.average[layer, e] *= AGED_DECAY
+    for i in range(n):
+        st.average[layer, ids[i]] += 1.0
+        st.score[LRU, layer, ids[i]] = res.step[0]
+    for e in range(n_experts):
+        st.score[AGED, layer, e] = st.average[layer, e]
+    if st.members[0] > PLUS:
+        now = res.accesses[layer]
+        plus.note(st.learned, layer, ids, n, now)
+        hidden = np.empty(st.learned.b1.shape[1], np.float32)
+        x = np.empty(st.learned.v1.shape[1], np.float32)
+        y = np.empty(st.learned.v1.shape[2], np.float32)
+        plus.read_context(st.learned, layer, hidden)
+        for e in range(n_experts):
+            if res.slot_of[layer, e] >= 0 or st.shadow[PLUS, layer, e] == 1 or st.asked[e] == res.step[0]:
+                st.score[PLUS, layer, e] = plus.rate(st.learned, layer, e, hidden, x, y, now)
+
+
+@njit(cache=True)
+def serve_shadow(st, res, m, layer, ids, n):
+    """Serve the requests from a member's shadow cache; hits."""
+    n_experts = st.average.shape[1]
+    hits = 0
+    for i in range(n):
+        if st.shadow[m, layer, ids[i]] == 1:
+            hits += 1
+        else:
+            st.shadow[m, layer, ids[i]] = 1
+            st.size[m, layer] += 1
+    while st.size[m, layer] > res.quota[layer]:
+        out = -1
+        for e in range(n_experts):
+            if st.shadow[m, layer, e] == 0 or st.asked[e] == res.step[0]:
+                continue
+            if out < 0 or st.score[m, layer, e] < st.score[m, layer, out]:
+                out = e
+        if out < 0:
+            break  # a micro-batch larger than the share
+        st.shadow[m, layer, out] = 0
+        st.size[m, layer] -= 1
+    return hits
+
+
+def record(st, res, layer, ids, n):
+    for i in range(n):
+        st.asked[ids[i]] = res.step[0]
+    score_members(st, res, layer, ids, n)
+    n_layers = st.gain.shape[1]
+    for m in range(st.members[0]):
+        rate = serve_shadow(st, res, m, layer, ids, n) / n
+        change = (rate - st.gain[m, layer]) / min(WINDOW, res.accesses[layer] + 1.0)
+        st.gain[m, layer] += change
+        st.total[m] += change / n_layers
+    best = st.driver[layer]
+    lead = st.gain[best, layer] + NEIGHBOURS * st.total[best] + MARGIN
+    for m in range(st.members[0]):
+        value = st.gain[m, layer] + NEIGHBOURS * st.total[m]
+        if value > lead:
+            lead = value
+            best = m
+    st.driver[layer] = best
+
+
+def victim(st, res, layer, g):
+    if layer >= 0:
+        return loops.lowest(st.score[st.driver[layer]], res, layer, g)
+    best = 0
+    for m in range(1, st.members[0]):
+        if st.total[m] > st.total[best] + MARGIN:
+            best = m
+    return loops.lowest(st.score[best], res, layer, g)
+
+
+def evicted(st, res, layer, expert):
+    pass
+
+
+def begin(st):
+    pass
+
+
+loops.rules(AdaptiveState, record, victim, evicted, begin)
+
+
+@njit(cache=True)
+def access(st, res, layer, ids, slots_out, miss_expert, miss_slot):
+    return loops.access_loop(st, res, layer, ids, slots_out, miss_expert, miss_slot)
+
+
+@njit(cache=True)
+def room(st, res, layer):
+    return loops.room_loop(st, res, layer)
+
+
+@njit(cache=True)
+def release(st, res, layer, expert):
+    return loops.release_loop(st, res, layer, expert)
+
+
+@njit(cache=True)
+def replay(st, res, ids, first, starts, bits, requests, hits):
+    return loops.replay_loop(st, res, ids, first, starts, bits, requests, hits)
+
+
+@njit(cache=True)
+def start(st):
+    loops.begin(st)
+
+
+class Adaptive(EvictionPolicy):
+    """The best of lru, lfu-aged and, from a file of `flashmoe train policy`, flashmoe+."""
+
+    name = "adaptive"
+    kernels = Kernels(access, room, release, replay, start)
+
+    def __init__(self, file: str | Path | None = None, trained: PolicyFile | None = None) -> None:
+        super().__init__()
+        self.learned = FlashmoePlus(file, trained) if file is not None or trained is not None else None
+
+    def check_model(self, model: Any) -> None:
+        """See EvictionPolicy."""
+        if self.learned is not None:
+            self.learned.check_model(model)
+
+    def make_state(self, n_layers: int, n_experts: int) -> AdaptiveState:
+        """See EvictionPolicy."""
+        m = len(MEMBERS) if self.learned is not None else len(MEMBERS) - 1
+        learned = self.learned
+        state = plus.empty_state() if learned is None else learned.make_state(n_layers, n_experts)
+        shape = (m, n_layers, n_experts)
+        return AdaptiveState(
+            score=np.zeros(shape),
+            shadow=np.zeros(shape, np.uint8),
+            size=np.zeros(shape[:2], np.int64),
+            gain=np.zeros(shape[:2]),
+            total=np.zeros(m),
+            driver=np.full(n_layers, m - 1, np.int64),
+            members=np.array([m], np.int64),
+            average=np.zeros(shape[1:]),
+            asked=np.zeros(n_experts, np.int64),
+            learned=state,
+        )
+
+    def drivers(self) -> dict[str, int]:
+        """How many layers each member drives."""
+        counts = np.bincount(self._state.driver, minlength=len(self._state.total))
+        return {name: int(count) for name, count in zip(MEMBERS, counts, strict=False)}
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """See EvictionPolicy."""
+        own = {name: np.array(value) for name, value in self._state._asdict().items() if name != "learned"}
+        if self.learned is not None:
+            self.learned._state = self._state.learned
+            own |= {f"learned.{name}": value for name, value in self.learned.state().items()}
+        return own
+
+    def load_state(self, arrays: dict[str, NDArray[Any]]) -> None:
+        """See EvictionPolicy."""
+        self.take_back({n: v for n, v in self._state._asdict().items() if n != "learned"}, arrays)
+        if self.learned is not None:
+            self.learned._state = self._state.learned
+            prefix = "learned."
+            self.learned.load_state({n[len(prefix) :]: v for n, v in arrays.items() if n.startswith(prefix)})

@@ -1,0 +1,215 @@
+"""`flashmoe trace`: record, inspect, import, merge and split routing traces."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from flashmoe.cli.progress import stderr_console
+from flashmoe.errors import TraceError, UsageError
+
+if TYPE_CHECKING:
+    from flashmoe.routing.trace import RoutingTrace
+
+SAVE_EVERY = 30.0  # seconds
+
+app = typer.Typer(help="Record, inspect, import, merge and split routing traces.", no_args_is_help=True)
+
+
+@app.command()
+def record(
+    model: Annotated[str, typer.Argument(help="A GGUF file, hf:ORG/REPO[:FILE], or demo.")],
+    prompts: Annotated[
+        Path,
+        typer.Option(
+            "--prompts", help='A .jsonl of {"prompt": ...} or {"messages": [...]}, or lines of text.'
+        ),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The trace to write, or to go on with.")],
+    n_predict: Annotated[int, typer.Option("-n", "--n-predict", help="Tokens to make per prompt.")] = 128,
+    ram: Annotated[str | None, typer.Option("--ram", help="Memory for the whole process, e.g. 6GiB.")] = None,
+    cache: Annotated[str | None, typer.Option("--cache", help="Size of the expert pool instead.")] = None,
+    ctx_size: Annotated[int | None, typer.Option("-c", "--ctx-size", help="Context in tokens.")] = None,
+    threads: Annotated[int | None, typer.Option("-t", "--threads", help="Compute threads.")] = None,
+    temp: Annotated[float, typer.Option("--temp", help="Temperature; 0 is greedy.")] = 0.8,
+    seed: Annotated[int | None, typer.Option("-s", "--seed", help="Seed of the sampler.")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew where the output exists.")] = False,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing.")] = False,
+) -> None:
+    """Run a model over many prompts and record its routing; run again to go on where it stopped."""
+    from flashmoe.routing.files import merge
+    from flashmoe.routing.trace import RoutingTrace
+
+    todo = list(read_prompts(prompts))
+    before = RoutingTrace.load(output) if output.exists() and not restart else None
+    done = before.n_sequences if before else 0
+    if done > len(todo):
+        raise UsageError(
+            f"{output} has {done} prompts, {prompts} only {len(todo)}: add --restart, or change -o"
+        )
+    console = stderr_console(quiet)
+    if before:
+        console.print(f"{output} has {done} of {len(todo)} prompts: going on", highlight=False)
+    if done == len(todo):
+        return
+
+    from flashmoe.api import load
+    from flashmoe.engines.base import Sampling
+
+    sampling = Sampling(temperature=temp, seed=seed)
+    with load(model, ram=ram, cache=cache, n_ctx=ctx_size, threads=threads, trace=True) as loaded:
+        recorder = loaded.recorder
+        assert recorder is not None
+        if before and dict(before.model) != loaded.catalog.identity:
+            raise UsageError(f"{output} is a trace of another model: add --restart, or choose another -o")
+
+        def save() -> None:
+            if len(recorder):
+                merge([*([before] if before else []), recorder.trace()]).save(output)
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        saved = time.monotonic()
+        try:
+            with Progress(*columns, console=console, transient=True) as bar:
+                task = bar.add_task("prompts", total=len(todo), completed=done)
+                for prompt in todo[done:]:
+                    make = loaded.generate if isinstance(prompt, str) else loaded.chat
+                    for _ in make(prompt, max_tokens=n_predict, sampling=sampling):  # type: ignore[operator]
+                        pass
+                    bar.update(task, advance=1, description=f"{len(recorder)} tokens")
+                    if time.monotonic() - saved > SAVE_EVERY:
+                        save()
+                        saved = time.monotonic()
+        finally:
+            save()
+    console.print(f"wrote {output}: {len(recorder)} new tokens", highlight=False)
+
+
+def read_prompts(path: Path) -> Iterator[str | list[dict[str, str]]]:
+    """Prompts of a file: per line a JSON object (.jsonl) or a text. Raises UsageError with the line that is
+    wrong."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the prompts {path}: {error}") from None
+    lines = [line for line in lines if line.strip()]
+    if not lines:
+        raise UsageError(f"{path} has no prompts: give one per line")
+    for number, line in enumerate(lines, 1):
+        if path.suffix != ".jsonl":
+            yield line
+            continue
+        try:
+            row = json.loads(line)
+            if isinstance(row, str):
+                yield row
+            elif "messages" in row:
+                yield [{"role": str(m["role"]), "content": str(m["content"])} for m in row["messages"]]
+            else:
+                yield str(row["prompt"] if "prompt" in row else row["text"])
+        except (ValueError, KeyError, TypeError):
+            raise UsageError(
+                f'{path}, line {number}: give {{"prompt": "..."}} or {{"messages": [...]}}'
+            ) from None
+
+
+@app.command()
+def info(
+    file: Annotated[Path, typer.Argument(help="A trace: .safetensors, .npz or .jsonl.")],
+    plot: Annotated[Path | None, typer.Option("--plot", help="Write a figure.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Shape, popularity skew, overlap of neighbouring tokens, and reuse distances of each layer."""
+    from flashmoe.routing import statistics
+    from flashmoe.routing.files import read
+
+    trace = read(file)
+    facts, rows = statistics.summary(trace), statistics.layer_statistics(trace)
+    if plot:
+        statistics.plot(trace, plot)
+    if as_json:
+        print(json.dumps({**facts, "per_layer": [row.__dict__ for row in rows]}, indent=1))
+        return
+    console = Console(highlight=False)
+    model: Any = facts.pop("model")
+    console.print(f"{model.get('name', file.stem)}", style="bold", markup=False)
+    console.print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()))
+    table = Table()
+    for name in ("layer", "requests", "used", "top tenth", "entropy", "overlap"):
+        table.add_column(name, justify="right")
+    for q in statistics.QUANTILES:
+        table.add_column(f"reuse p{100 * q:.0f}", justify="right")
+    for row in rows:
+        table.add_row(
+            str(row.layer), str(row.requests), str(row.experts_used), f"{row.top_tenth:.3f}",
+            f"{row.entropy:.3f}", f"{row.overlap:.3f}", *(f"{value:.0f}" for value in row.reuse),
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        "top tenth: share of requests to the most popular tenth of the experts; reuse: other experts asked for "
+        "between two uses of one (LRU with as many slots has it still)",
+        style="dim",
+    )
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="A .npz or .jsonl file.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Default: the source's name, .safetensors.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the model.")] = None,
+) -> None:
+    """Convert a trace from .npz (expert_ids [tokens, layers, k]) or .jsonl (one token per line)."""
+    from dataclasses import replace
+
+    from flashmoe.routing.files import read
+
+    if source.suffix.lower() not in (".npz", ".jsonl"):
+        raise UsageError(f"cannot import {source}: give a .npz or .jsonl file")
+    trace = read(source)
+    if name:
+        trace = replace(trace, model={**trace.model, "name": name})
+    _write(trace, output or source.with_suffix(".safetensors"))
+
+
+@app.command()
+def merge(
+    files: Annotated[list[Path], typer.Argument(help="Traces of one model.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The trace to write.")],
+) -> None:
+    """Put traces of one model one after another."""
+    from flashmoe.routing import files as traces
+
+    _write(traces.merge([traces.read(file) for file in files]), output)
+
+
+@app.command()
+def split(
+    file: Annotated[Path, typer.Argument(help="A trace.")],
+    outputs: Annotated[tuple[Path, Path], typer.Option("-o", "--output", help="The two traces to write.")],
+    share: Annotated[float, typer.Option("--share", help="Share of the tokens in the first.")] = 0.9,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Draw the sequences (default: the last ones go second).")
+    ] = None,
+) -> None:
+    """Split a trace in two by whole sequences."""
+    from flashmoe.routing import files as traces
+
+    if outputs[0] == outputs[1] or file in outputs:
+        raise TraceError("the two outputs must be two other files than the trace")
+    for part, output in zip(traces.split(traces.read(file), share, seed), outputs, strict=True):
+        _write(part, output)
+
+
+def _write(trace: RoutingTrace, output: Path) -> None:
+    trace.save(output)
+    print(f"{output}: {trace.n_tokens} tokens, {trace.n_sequences} sequences")
