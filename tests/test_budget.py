@@ -16,8 +16,9 @@ import psutil
 import pytest
 
 from flashmoe import budget
+from flashmoe.cache.policies import create
 from flashmoe.cache.pool import slot_bytes
-from flashmoe.cache.residency import GLOBAL, PER_LAYER
+from flashmoe.cache.residency import PER_LAYER, check_residency
 from flashmoe.errors import BudgetError, UsageError
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.gguf import read_gguf
@@ -114,11 +115,15 @@ def test_layers_of_a_group_share_its_slots(gpt_oss: ExpertCatalog) -> None:
     assert roomy.quota.tolist() == [5, 5, 6, 4]
     assert roomy.partition[0] == PER_LAYER
     assert (roomy.n_slots, roomy.group_start.tolist()) == (20, [0, 14, 20])
-    tight = budget.residency_for(gpt_oss, [4, 4])  # a layer's share would not hold one token's experts
-    assert tight.partition[0] == GLOBAL
+    tight = budget.residency_for(gpt_oss, [4, 4])  # an equal share would not hold one token's experts
     assert (tight.n_slots, tight.group_start.tolist()) == (8, [0, 4, 8])
-    tiniest = budget.residency_for(gpt_oss, [2, 1])
-    assert tiniest.n_slots == 3
+    policy = create("lru")
+    policy.bind(tight)
+    ids, out = np.arange(4, dtype=np.int32), np.zeros((3, 4), np.int32)
+    for layer in (0, 1, 2, 3, 0):
+        assert policy.access(layer, ids, *out) >= 0  # every layer can be served all the same
+        assert set(out[0].tolist()) == ({4, 5, 6, 7} if layer == 2 else {0, 1, 2, 3})
+        check_residency(tight)
 
 
 def test_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import codecs
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -96,38 +97,58 @@ def load(
         stack.callback(loaded.close)
         catalog = loaded.catalog
         _compile(evict, catalog)
-        data_before, anon_before = budget.status_bytes("VmData"), budget.status_bytes("RssAnon")
-        engine = LlamaEngine(
+        budget.release_code()
+        make = partial(
+            LlamaEngine,
             lib,
             loaded,
             n_ctx=context,
-            n_ubatch=min(n_ubatch, context),
             threads=threads or psutil.cpu_count(logical=False) or 1,
             all_logits=all_logits,
         )
-        stack.callback(engine.close)
+        step = min(n_ubatch, context)
         if limit:
-            # what the context has reserved (KV cache, compute buffers) and not touched yet will still come
-            reserved = budget.status_bytes("VmData") - data_before
-            touched = budget.status_bytes("RssAnon") - anon_before
-            used = budget.status_bytes("VmRSS") + max(0, reserved - touched) + budget.RESERVE
-            least = used + budget.least_pool(catalog, align)
-            if least > limit:
-                raise budget.too_small(limit, least)
-            slots = budget.slots_for(catalog, limit - used, align)
+            engine, slots = _fit(make, catalog, step, limit, align)
         else:
-            slots = budget.parse_cache(str(cache), catalog, align)
+            engine, slots = make(n_ubatch=step), budget.parse_cache(str(cache), catalog, align)
+        stack.callback(engine.close)
         pool = SlotPool(catalog, slots, reader)
         stack.callback(pool.close)
         evict.bind(budget.residency_for(catalog, slots))
         experts = ExpertCache(pool, reader, evict)
         engine.attach(pool, slots, experts)
+        engine.n_ubatch = budget.micro_batch(catalog, slots, engine.n_ubatch)
         pool.prefault()
         loaded_model = Model(engine, experts, catalog, limit, report_progress, stack.pop_all())
         if trace:
             loaded_model.record()
         loaded_model.telemetry.load_seconds = time.perf_counter() - started
         return loaded_model
+
+
+def _fit(
+    make: Callable[..., LlamaEngine], catalog: ExpertCatalog, step: int, limit: int, align: int
+) -> tuple[LlamaEngine, list[int]]:
+    """The engine with the largest micro-batch up to `step` that leaves room for a pool, and that pool's slots.
+
+    Compute buffers grow with the micro-batch, and a small pool does not allow a large one anyway. Raises BudgetError.
+    """
+    hoped = max(limit - budget.status_bytes("VmRSS") - budget.RESERVE, budget.least_pool(catalog, align))
+    step = budget.micro_batch(catalog, budget.slots_for(catalog, hoped, align), step)
+    while True:
+        data, anonymous = budget.status_bytes("VmData"), budget.status_bytes("RssAnon")
+        engine = make(n_ubatch=step)
+        # what the context has reserved (KV cache, compute buffers) and not touched yet will still come
+        reserved = budget.status_bytes("VmData") - data
+        touched = budget.status_bytes("RssAnon") - anonymous
+        used = budget.status_bytes("VmRSS") + max(0, reserved - touched) + budget.RESERVE
+        least = used + budget.least_pool(catalog, align)
+        if least <= limit:
+            return engine, budget.slots_for(catalog, limit - used, align)
+        engine.close()
+        if step == 1:
+            raise budget.too_small(limit, least)
+        step //= 2
 
 
 def proven_library() -> Library:

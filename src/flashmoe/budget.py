@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +22,29 @@ DEFAULT_SHARE = 0.7  # of the memory that is available: the machine stays usable
 RESERVE = 48 << 20
 # Interpreter, libraries, compute buffers, as seen with small models: only to refuse hopeless budgets before loading
 _BEFORE_LOADING = 160 << 20
+
+
+def micro_batch(catalog: ExpertCatalog, slots: Sequence[int], wished: int) -> int:
+    """Tokens that may be evaluated at once: what they pick, any expert of a layer, must fit into the pool."""
+    least = min(slots)
+    return wished if least >= catalog.n_experts else max(1, min(wished, least // catalog.top_k))
+
+
+def release_code() -> None:
+    """Take the pages of program code out of this process's memory; those still in use come back by themselves.
+
+    Compilers and loaders that have done their work leave 60 MiB behind. Does nothing where there is no /proc.
+    """
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+        madvise = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    for fields in (line.split(maxsplit=5) for line in lines):
+        if fields[1] == "r-xp" and len(fields) == 6 and fields[5].startswith("/"):
+            start, end = (int(address, 16) for address in fields[0].split("-"))
+            madvise(start, end - start, mmap.MADV_DONTNEED)
 
 
 def memory_limit() -> int:
@@ -130,14 +155,17 @@ def too_small(budget: int, least: int) -> BudgetError:
 def residency_for(catalog: ExpertCatalog, slots: Sequence[int]) -> Residency:
     """The arrays of a pool with `slots[g]` slots in size group g, shared equally by the layers of the group.
 
-    Where a layer's share would not hold one token's experts, the layers of a group share all its slots.
+    Shares that do not hold one token's experts would never see a hit: then as many layers as possible get that much,
+    and the others borrow in passing.
     """
     groups = np.array(catalog.groups)
     quota = np.zeros(len(groups), np.int32)
     for group, n in enumerate(slots):
         members = np.flatnonzero(groups == group)
-        quota[members] = equal_quota(n, len(members), catalog.n_experts) if n >= len(members) else 0
-        if n < len(members):
-            quota[members[:n]] = 1
-    partition = "per-layer" if quota.min() >= catalog.top_k else "global"
-    return make_residency(len(groups), catalog.n_experts, quota, groups, partition)
+        if n >= len(members) * catalog.top_k:
+            quota[members] = equal_quota(n, len(members), catalog.n_experts)
+        else:
+            served = -(-n // catalog.top_k)
+            quota[members[:served]] = catalog.top_k
+            quota[members[served - 1]] = n - (served - 1) * catalog.top_k
+    return make_residency(len(groups), catalog.n_experts, quota, groups)

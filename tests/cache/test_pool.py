@@ -11,13 +11,14 @@ import gguf
 import numpy as np
 import pytest
 
-from flashmoe.cache.pool import HUGE_PAGE, SlotPool, Window, plane_layout, slot_bytes
+from flashmoe.cache.pool import SlotPool, Window, plane_layout, slot_bytes
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.gguf import read_gguf
 from flashmoe.storage.reader import ExpertReader
 from tests.conftest import Tiny
 from tests.models import split
 
+HUGE_PAGE = 2 << 20
 AWKWARD = ["llama", "aligned", "gpt-oss", "nvfp4", "gemma4", "qwen3moe", "dots1", "nemotron_h_moe", "olmoe"]
 
 

@@ -102,22 +102,24 @@ class ExpertCache:
         reads = [self.pool.reads(layer, e, s - first) for e, s in zip(experts, slots, strict=True)]
         planes = list(zip(*reads, strict=True))
         now, later = (planes[:-1], planes[-1:]) if leave_last and len(planes) > 1 else (planes, [])
+        began = time.perf_counter()
         ticket = self.reader.demand([read for plane in now for read in plane])
         last = self.reader.demand(later[0]) if later else None
         for expert, slot in zip(experts, slots, strict=True):
             self.pool.fill_tables(layer, expert, slot - first)
-        self._wait(ticket, last, layer, experts)
+        self._wait(ticket, last, layer, experts, began)
         if last:
             self._under_way = last, layer, experts
 
     def _finish(self) -> None:
         if self._under_way:
             (ticket, layer, experts), self._under_way = self._under_way, None
-            self._wait(ticket, None, layer, experts)
+            self._wait(ticket, None, layer, experts, time.perf_counter())
 
-    def _wait(self, ticket: Ticket, other: Ticket | None, layer: int, experts: list[int]) -> None:
-        """Wait for `ticket`; if it fails, also for `other`, and give the experts' slots back."""
-        started = time.perf_counter()
+    def _wait(
+        self, ticket: Ticket, other: Ticket | None, layer: int, experts: list[int], began: float
+    ) -> None:
+        """Wait for `ticket`, asked for at `began`; if it fails, also for `other`, and give the slots back."""
         try:
             ticket.wait()
         except (
@@ -129,4 +131,4 @@ class ExpertCache:
             for expert in experts:
                 self.policy.release(layer, expert)
             raise
-        self.stats[self.phase].stall_seconds += time.perf_counter() - started
+        self.stats[self.phase].stall_seconds += time.perf_counter() - began

@@ -17,10 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe.storage.catalog import ExpertCatalog, Plane
-from flashmoe.storage.memory import reserve
+from flashmoe.storage.memory import reserve_huge
 from flashmoe.storage.reader import ExpertReader, Read
 
-HUGE_PAGE = 2 << 20
 _PREFAULT_STEP = 32 << 20
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; not in Python's mmap module
 _TENSOR_ALIGNMENT = 32
@@ -95,10 +94,7 @@ class SlotPool:
                 self._tables[i].append((window, rows))
 
     def _reserve(self, nbytes: int) -> int:
-        memory, start = reserve(nbytes + HUGE_PAGE)
-        address = -(-start // HUGE_PAGE) * HUGE_PAGE
-        if nbytes >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
+        memory, address = reserve_huge(nbytes)
         self._maps.append(memory)
         self._regions.append((address, nbytes))
         return address

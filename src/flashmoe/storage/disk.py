@@ -7,15 +7,15 @@ import json
 import os
 import random
 import time
-from collections.abc import Sequence
 from contextlib import suppress
-from mmap import mmap
 from pathlib import Path
 
 from flashmoe.storage.files import cache_folder, write_atomically
+from flashmoe.storage.memory import reserve_huge
 from flashmoe.storage.reader import ExpertReader, Read
 
-_SAMPLE_BYTES = 192 << 20
+_SAMPLE_BYTES = 256 << 20
+_SLOTS = 8
 _LEAST_FILE = 256 << 20  # smaller files tell nothing about a drive
 
 
@@ -51,16 +51,15 @@ def _measure(reader: ExpertReader, read_bytes: int) -> float:
     unit = max(file.align, file.align_memory, 4096)
     size = max(unit, min(read_bytes, 8 << 20) // unit * unit)
     count = max(8, _SAMPLE_BYTES // size)
-    memory = mmap(-1, count * size)
-    reads = _random_reads(memory, count, size, file.size // unit - size // unit, unit)
-    memory.seek(0)
-    memory.write(bytes(count * size))  # first touch is not the drive's time
+    # the pool's kind of memory: a read into huge pages is one piece for the drive, into small ones it is hundreds;
+    # a few slots in turn, so that the measurement fits into a tight budget
+    memory, address = reserve_huge(_SLOTS * size)
+    ctypes.memset(address, 0, _SLOTS * size)  # first touch is not the drive's time
+    draw = random.Random(0)
+    units = file.size // unit - size // unit
+    reads = [Read(0, draw.randrange(units) * unit, size, address + i % _SLOTS * size) for i in range(count)]
     started = time.perf_counter()
     reader.demand(reads).wait()
-    return count * size / (time.perf_counter() - started) / 1e9
-
-
-def _random_reads(memory: mmap, count: int, size: int, units: int, unit: int) -> Sequence[Read]:
-    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    draw = random.Random(0)
-    return [Read(0, draw.randrange(units) * unit, size, base + i * size) for i in range(count)]
+    seconds = time.perf_counter() - started
+    del memory  # held until the last read was in
+    return count * size / seconds / 1e9

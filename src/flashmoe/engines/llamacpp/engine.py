@@ -53,9 +53,6 @@ class LlamaEngine:
         """Let the experts live in `pool`, of `slots[g]` slots in size group g, filled by `cache`."""
         self._model.attach(pool, slots)
         self._hook.cache = cache
-        top_k, n_experts = self._model.catalog.top_k, self._model.catalog.n_experts
-        if min(slots) < n_experts:  # a micro-batch may pick any expert of a layer: what it picks must fit
-            self.n_ubatch = max(1, min(self.n_ubatch, min(slots) // top_k))
 
     def record(self, recorder: Recorder) -> None:
         """Let `recorder` see every layer's routing from here on; whoever calls `decode` ends its steps."""
@@ -134,5 +131,5 @@ class LlamaEngine:
         return self._lib.llama_vocab_get_text(self._vocab, token).decode() if token >= 0 else ""
 
     def close(self) -> None:
+        """Free the context; the model is its loader's."""
         self._context.close()
-        self._model.close()
