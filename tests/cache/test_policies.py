@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashmoe.cache.policies import BUILTIN, create
+from flashmoe.cache.policies import BUILTIN, EvictionPolicy, create
 from flashmoe.cache.residency import check_residency, equal_quota, make_residency
 from flashmoe.errors import PolicyError
 
@@ -19,7 +20,7 @@ ONLINE = [name for name in PLAIN if name != "belady"]
 
 
 @st.composite
-def traces(draw, max_tokens=40):
+def traces(draw: Any, max_tokens: int = 40) -> Any:
     """(ids [T, L, k] of distinct experts, n_experts, slots per layer >= k, starts [T])."""
     n_experts = draw(st.integers(3, 9))
     n_layers = draw(st.integers(1, 3))
@@ -35,14 +36,16 @@ def traces(draw, max_tokens=40):
     return ids, n_experts, slots, starts
 
 
-def bound(name, n_layers, n_experts, slots, partition="per-layer", **options):
+def bound(
+    name: str, n_layers: int, n_experts: int, slots: int, partition: str = "per-layer", **options: Any
+) -> EvictionPolicy:
     policy = create(name, **options)
     quota = equal_quota(slots * n_layers, n_layers, n_experts)
     policy.bind(make_residency(n_layers, n_experts, quota, partition=partition))
     return policy
 
 
-def one_by_one(policy, ids, starts, check=False):
+def one_by_one(policy: EvictionPolicy, ids: Any, starts: Any, check: bool = False) -> Any:
     """Drive `access` as the runtime does; hit bits [T, L, k]."""
     res = policy.residency
     n_tokens, n_layers, k = ids.shape
@@ -71,7 +74,7 @@ def one_by_one(policy, ids, starts, check=False):
 @pytest.mark.parametrize("name", ONLINE)
 @given(case=traces())
 @settings(max_examples=25, deadline=None)
-def test_replay_is_access_one_by_one(name, partition, case):
+def test_replay_is_access_one_by_one(name: str, partition: str, case: Any) -> None:
     ids, n_experts, slots, starts = case
     hit = one_by_one(bound(name, ids.shape[1], n_experts, slots, partition), ids, starts, check=True)
     replay = bound(name, ids.shape[1], n_experts, slots, partition).replay(ids, starts=starts, want_bits=True)
@@ -82,7 +85,7 @@ def test_replay_is_access_one_by_one(name, partition, case):
 
 @given(case=traces())
 @settings(max_examples=100, deadline=None)
-def test_lru_is_an_ordered_dict(case):
+def test_lru_is_an_ordered_dict(case: Any) -> None:
     ids, n_experts, slots, starts = case
     hit = one_by_one(bound("lru", ids.shape[1], n_experts, slots), ids, starts)
     for layer in range(ids.shape[1]):
@@ -100,11 +103,12 @@ def test_lru_is_an_ordered_dict(case):
 
 @given(case=traces())
 @settings(max_examples=100, deadline=None)
-def test_lfu_is_a_counter_with_recency(case):
+def test_lfu_is_a_counter_with_recency(case: Any) -> None:
     ids, n_experts, slots, starts = case
     hit = one_by_one(bound("lfu", ids.shape[1], n_experts, slots), ids, starts)
     for layer in range(ids.shape[1]):
-        count, last, cache = [0] * n_experts, [0] * n_experts, set()
+        count, last = [0] * n_experts, [0] * n_experts
+        cache: set[int] = set()
         for t in range(len(ids)):
             if starts[t]:
                 count = [0] * n_experts
@@ -122,13 +126,13 @@ def test_lfu_is_a_counter_with_recency(case):
 @pytest.mark.parametrize("name", ONLINE)
 @given(seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=20, deadline=None)
-def test_random_use_keeps_the_pool_consistent(name, seed):
+def test_random_use_keeps_the_pool_consistent(name: str, seed: int) -> None:
     """Micro-batches, prefetches, locked slots, failed reads, size groups: the arrays never contradict each
     other."""
     rng = np.random.default_rng(seed)
     n_layers, n_experts = 4, 8
     group = [0, 1, 0, 1]
-    quota = rng.integers(2, 5, n_layers)
+    quota = rng.integers(2, 5, n_layers).astype(np.int32)
     partition = "global" if seed % 2 else "per-layer"
     policy = create(name)
     policy.bind(make_residency(n_layers, n_experts, quota, group, partition))
@@ -167,7 +171,7 @@ def test_random_use_keeps_the_pool_consistent(name, seed):
                 assert res.owner[slot] == key
 
 
-def test_prefill_borrows_and_gives_back():
+def test_prefill_borrows_and_gives_back() -> None:
     policy = bound("lru", 3, 8, 4)
     res = policy.residency
     out = [np.zeros(8, np.int32) for _ in range(3)]
@@ -184,7 +188,7 @@ def test_prefill_borrows_and_gives_back():
     check_residency(res)
 
 
-def test_too_many_experts_at_once():
+def test_too_many_experts_at_once() -> None:
     policy = bound("lru", 1, 8, 4)
     out = [np.zeros(8, np.int32) for _ in range(3)]
     assert policy.access(0, np.arange(5, dtype=np.int32), *out) == -1
@@ -194,7 +198,7 @@ def test_too_many_experts_at_once():
         policy.replay(np.arange(5, dtype=np.int16).reshape(1, 1, 5))
 
 
-def test_prefetches_wait_for_their_layer():
+def test_prefetches_wait_for_their_layer() -> None:
     """A prefetch is no victim of later prefetches; once its layer was served without it, it is the first
     victim."""
     policy = bound("lru", 1, 8, 3)
@@ -212,7 +216,7 @@ def test_prefetches_wait_for_their_layer():
 
 
 @pytest.mark.parametrize("name", ONLINE)
-def test_warm_start(name):
+def test_warm_start(name: str) -> None:
     rng = np.random.default_rng(1)
     ids = rng.permuted(np.tile(np.arange(8, dtype=np.int16), (60, 2, 1)), axis=2)[:, :, :2]
     warm, cold = bound(name, 2, 8, 4), bound(name, 2, 8, 4)
@@ -226,7 +230,7 @@ def test_warm_start(name):
         cold.load_state({})
 
 
-def test_unknown_names_and_options():
+def test_unknown_names_and_options() -> None:
     with pytest.raises(PolicyError, match="unknown policy 'lrru'.*lru"):
         create("lrru")
     with pytest.raises(PolicyError, match="does not exist"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,15 @@ from flashmoe.routing.files import merge, read, read_npz, split
 from flashmoe.routing.statistics import layer_statistics, plot, summary
 
 
-def small(tokens=10, layers=3, k=2, experts=8, seed=0, weights=True, **fields):
+def small(
+    tokens: int = 10,
+    layers: int = 3,
+    k: int = 2,
+    experts: int = 8,
+    seed: int = 0,
+    weights: bool = True,
+    **fields: Any,
+) -> RoutingTrace:
     rng = np.random.default_rng(seed)
     ids = np.argsort(rng.random((tokens, layers, experts)), axis=2)[:, :, :k].astype(np.int16)
     if weights:
@@ -23,7 +33,7 @@ def small(tokens=10, layers=3, k=2, experts=8, seed=0, weights=True, **fields):
     return RoutingTrace(ids, experts, token_id=rng.integers(0, 99, tokens), **fields)
 
 
-def same(a, b):
+def same(a: RoutingTrace, b: RoutingTrace) -> None:
     assert (a.num_experts, a.first_moe_layer, dict(a.model)) == (
         b.num_experts,
         b.first_moe_layer,
@@ -38,7 +48,7 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("experts", [8, 300])
-def test_file_gives_back_what_was_saved(tmp_path, experts):
+def test_file_gives_back_what_was_saved(tmp_path: Path, experts: int) -> None:
     trace = small(experts=experts, sequence_id=np.arange(10) // 4, first_moe_layer=1, phase=np.arange(10) % 2)
     path = tmp_path / "t.safetensors"
     trace.save(path)
@@ -48,14 +58,14 @@ def test_file_gives_back_what_was_saved(tmp_path, experts):
     assert [p.name for p in tmp_path.iterdir()] == ["t.safetensors"]
 
 
-def test_steps_begin_with_sequences():
+def test_steps_begin_with_sequences() -> None:
     trace = small(tokens=7, step=np.array([0, 0, 0, 1, 1, 2, 3]), sequence_id=np.array([0, 0, 0, 0, 1, 1, 1]))
     assert trace.steps().tolist() == [0, 3, 4, 5, 6, 7]
     assert trace.starts().tolist() == [1, 0, 1, 0, 0]
     assert trace.starts(cold=True).tolist() == [2, 0, 2, 0, 0]
 
 
-def test_recorder_keeps_what_it_is_given():
+def test_recorder_keeps_what_it_is_given() -> None:
     rng = np.random.default_rng(0)
     recorder = Recorder(3, 2, 8, model={"name": "tiny"}, capacity=2)
     want, phases = [], []
@@ -80,7 +90,7 @@ def test_recorder_keeps_what_it_is_given():
     assert (trace.router_weights[trace.expert_ids >= 0] == np.float16(0.25)).all()
 
 
-def test_recorder_forgets_a_failed_step():
+def test_recorder_forgets_a_failed_step() -> None:
     recorder = Recorder(2, 1, 4, weights=False)
     recorder.add(0, np.array([[3]]))
     recorder.drop_step()
@@ -92,7 +102,7 @@ def test_recorder_forgets_a_failed_step():
     assert recorder.trace().expert_ids.tolist() == [[[1], [2]]]
 
 
-def test_import_npz_and_jsonl(tmp_path):
+def test_import_npz_and_jsonl(tmp_path: Path) -> None:
     ids = np.arange(12, dtype=np.uint8).reshape(3, 2, 2)
     np.savez(
         tmp_path / "a.npz", expert_ids=ids, sequence_id=np.array([0, 0, 1]), num_experts=16, first_moe_layer=1
@@ -105,7 +115,7 @@ def test_import_npz_and_jsonl(tmp_path):
     same(read(tmp_path / "a.jsonl"), trace)
 
 
-def test_merge_and_split():
+def test_merge_and_split() -> None:
     a, b = small(sequence_id=np.arange(10) // 4), small(seed=1)
     both = merge([a, b])
     assert both.n_tokens == 20
@@ -129,7 +139,7 @@ def test_merge_and_split():
         split(small(tokens=1), 0.5)
 
 
-def test_statistics_of_a_known_trace(tmp_path):
+def test_statistics_of_a_known_trace(tmp_path: Path) -> None:
     ids = np.array([[[0, 1]], [[0, 1]], [[2, 3]], [[0, 1]]], np.int16)
     trace = RoutingTrace(ids, 4)
     (row,) = layer_statistics(trace)
@@ -144,7 +154,7 @@ def test_statistics_of_a_known_trace(tmp_path):
     assert (tmp_path / "p.png").stat().st_size > 1000
 
 
-def test_bad_traces(tmp_path):
+def test_bad_traces(tmp_path: Path) -> None:
     trace = small()
     path = tmp_path / "t.safetensors"
     trace.save(path)

@@ -201,7 +201,9 @@ def test_command(tmp_path: Path) -> None:
         "--plot",
         str(figure),
     ]
-    result = CliRunner().invoke(app, [*arguments, "--expert-bytes", "1MiB", "--disk", "1GB/s"])
+    result = CliRunner().invoke(
+        app, [*arguments, "--expert-bytes", "1MiB", "--disk", "1GB/s"], env={"COLUMNS": "200"}
+    )
     assert result.exit_code == 0, result.output
     assert "tokens/s" in result.output
     rows = json.loads(out.read_text())

@@ -31,7 +31,7 @@ def policy(
         str, typer.Option("--kind", help="flashmoe (the paper's network) or flashmoe+.")
     ] = "flashmoe+",
     epochs: Annotated[
-        int | None, typer.Option("--epochs", help="Most epochs (default: 200, flashmoe+: 6).")
+        int | None, typer.Option("--epochs", help="Most epochs (default: 200, flashmoe+: 4).")
     ] = None,
     minutes: Annotated[float, typer.Option("--minutes", help="Stop after that time.")] = 10.0,
     held_out: Annotated[float, typer.Option("--held-out", help="Share of sequences to judge by.")] = 0.05,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from flashmoe.cache.policies.flashmoe import Flashmoe
 from flashmoe.cache.policies.flashmoe_plus import FlashmoePlus
 from flashmoe.cache.policies.learned import PolicyFile
 from flashmoe.errors import FlashMoEError, TraceError, UsageError
-from flashmoe.learn.samples import SEGMENT, Samples
+from flashmoe.learn.samples import SEGMENT, Batch, Samples
 from flashmoe.routing.files import split
 from flashmoe.routing.trace import RoutingTrace
 from flashmoe.simulate.replay import replay
@@ -28,7 +29,7 @@ KINDS = ("flashmoe", "flashmoe+")
 class Plan:
     """How to train. None: the default of the kind."""
 
-    epochs: int | None = None  # most epochs: 200 for flashmoe, 6 for flashmoe+
+    epochs: int | None = None  # most epochs: 200 for flashmoe, 4 for flashmoe+
     patience: int = 5  # epochs without a better held-out loss before stopping (flashmoe)
     minutes: float = 10.0  # stop after that time, at the end of an epoch
     held_out: float = 0.05  # share of the sequences, the last ones
@@ -124,8 +125,9 @@ def _fit(
 
     rng = np.random.default_rng(plan.seed)
     paper = kind == "flashmoe"
-    epochs = plan.epochs or (200 if paper else 6)
-    steps = max(1, data.n_segments // per_batch)
+    epochs = plan.epochs or (200 if paper else 4)
+    per_batch = min(per_batch, data.n_segments)
+    steps = data.n_segments // per_batch
     optimiser = torch.optim.AdamW(net.parameters(), rate, weight_decay=0.01)
     schedule = (
         None
@@ -144,9 +146,9 @@ def _fit(
     history = [[float("nan"), best]]
     for epoch in range(1, epochs + 1):
         losses: list[float] = []
-        order = rng.permutation(data.n_segments)
-        for step in range(steps):
-            loss = net.loss(data.batch(order[step * per_batch : (step + 1) * per_batch]))
+        order = rng.permutation(data.n_segments)[: steps * per_batch].reshape(steps, per_batch)
+        for step, batch in enumerate(ahead(data.batch, order)):
+            loss = net.loss(batch)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -169,6 +171,16 @@ def _fit(
     if not np.isfinite(best):
         raise TraceError("training did not converge (loss is not a number): use more tokens")
     return [[round(a, 6), round(b, 6)] for a, b in history]
+
+
+def ahead(make: Callable[[NDArray[np.int64]], Batch], order: NDArray[np.int64]) -> Iterator[Batch]:
+    """Batches of the rows of `order`, each made in a second thread while the one before is worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(make, order[0])
+        for row in order[1:]:
+            batch, waiting = waiting.result(), pool.submit(make, row)
+            yield batch
+        yield waiting.result()
 
 
 def policy_of(trained: PolicyFile) -> Flashmoe | FlashmoePlus:

@@ -63,7 +63,9 @@ def read_jsonl(path: str | Path) -> RoutingTrace:
     with the number of the line that is wrong.
     """
     head: dict[str, Any] = {}
-    ids, weights, tokens, sequences = [], [], [], []
+    ids: list[NDArray[np.int16]] = []
+    weights: list[NDArray[np.float16]] = []
+    tokens, sequences = [], []
     number = 0
     try:
         with open(path, encoding="utf-8") as file:

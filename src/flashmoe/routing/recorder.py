@@ -89,7 +89,7 @@ class Recorder:
             num_experts=self.n_experts,
             token_id=self._meta[:n, 0],
             sequence_id=self._meta[:n, 1],
-            phase=self._meta[:n, 2],
+            phase=self._meta[:n, 2].astype(np.uint8),
             step=self._meta[:n, 3],
             router_weights=None if self._weights is None else self._weights[:n].copy(),
             first_moe_layer=self.first_moe_layer,

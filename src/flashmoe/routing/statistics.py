@@ -31,7 +31,7 @@ class LayerStatistics:
 
 
 @njit(cache=True)
-def _reuse_distances(ids, n_experts):
+def _reuse_distances(ids: NDArray[np.int16], n_experts: int) -> NDArray[np.int64]:
     """Histogram int64 [E] of LRU stack distances of one layer's ids [T, k]; first uses are left out."""
     stack = np.empty(n_experts, np.int64)
     height = 0

@@ -70,7 +70,7 @@ class RoutingTrace:
                 f"but its model has 0..{self.num_experts - 1}: it is damaged, or of another model"
             )
         n = len(ids)
-        defaults = {
+        defaults: dict[str, NDArray[Any]] = {
             "token_id": np.full(n, -1, np.int32),
             "sequence_id": np.zeros(n, np.int32),
             "phase": np.zeros(n, np.uint8),

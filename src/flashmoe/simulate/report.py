@@ -44,7 +44,7 @@ def table(rows: Sequence[Row], trace: RoutingTrace, machine: Machine | None = No
     result = Table(title=title)
     result.add_column("policy")
     for capacity in capacities:
-        result.add_column(f"{capacity:.3g}".rstrip() if capacity > 1 else f"{capacity:.4g}", justify="right")
+        result.add_column(f"{100 * capacity:.4g} %", justify="right")
         result.add_column("gap", justify="right", style="dim")
         if machine:
             result.add_column("read/token", justify="right")
