@@ -25,7 +25,7 @@ from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.library import Library, find_library, open_library
 from flashmoe.engines.llamacpp.loader import LoadedModel
 from flashmoe.errors import UsageError
-from flashmoe.hub import resolve
+from flashmoe.hub import default_policy, resolve
 from flashmoe.routing.recorder import Recorder
 from flashmoe.routing.trace import DECODE, PREFILL
 from flashmoe.storage.catalog import ExpertCatalog
@@ -36,6 +36,8 @@ from flashmoe.units import parse_bytes
 
 DEFAULT_CONTEXT = 4096
 DEFAULT_UBATCH = 512  # llama.cpp's own
+SMALL_UBATCH = 64  # prompts are still read fast
+MOST_FOR_BUFFERS = 0.05  # of the pool's memory, where the micro-batch is larger
 
 #: Called with what is going on ("load" or "prefill"), how much is done, and of how much.
 Progress = Callable[[str, int, int], None]
@@ -46,7 +48,7 @@ def load(
     *,
     ram: str | int | None = None,
     cache: str | None = None,
-    policy: str = "lru",
+    policy: str | None = None,
     n_ctx: int | None = None,
     n_ubatch: int = DEFAULT_UBATCH,
     threads: int | None = None,
@@ -60,7 +62,8 @@ def load(
     model: path of a GGUF (or of the first file of a split set), "demo", or "hf:organisation/repository[:file]".
     ram: memory for the whole process, for example "6GiB"; by default a share of what is available.
     cache: sizes the expert pool directly instead: "25%" of the experts, "2GiB", or a number of slots ("300").
-    policy: eviction policy, NAME or NAME:FILE. n_ctx: context in tokens (default: the model's, at most 4096).
+    policy: eviction policy, NAME or NAME:FILE (default: lru, or what is bundled with the demo model).
+    n_ctx: context in tokens (default: the model's, at most 4096).
     n_ubatch: tokens evaluated at once while a prompt is read; the results are llama.cpp's at the same value.
     threads: compute threads (default: physical cores). all_logits: keep the logits of every token, not the last only.
     trace: record which experts every token is routed to, see `Model.recorder`.
@@ -74,7 +77,7 @@ def load(
         raise UsageError("give either a budget (ram) or a pool size (cache), not both")
     if n_ubatch < 1 or (threads is not None and threads < 1) or (n_ctx is not None and n_ctx < 1):
         raise UsageError("context, micro-batch and threads must be at least 1")
-    evict = create(policy)
+    evict = create(policy or default_policy(model))
     catalog = ExpertCatalog.from_gguf(read_gguf(resolve(model)))
     trained = int(catalog.gguf.arch_value("context_length", DEFAULT_CONTEXT))
     context = min(trained, DEFAULT_CONTEXT) if n_ctx is None else n_ctx
@@ -131,7 +134,8 @@ def _fit(
 ) -> tuple[LlamaEngine, list[int]]:
     """The engine with the largest micro-batch up to `step` that leaves room for a pool, and that pool's slots.
 
-    Compute buffers grow with the micro-batch, and a small pool does not allow a large one anyway. Raises BudgetError.
+    Compute buffers grow with the micro-batch: in a tight budget slots are worth more, and a small pool does not allow
+    a large micro-batch anyway. Raises BudgetError.
     """
     hoped = max(limit - budget.status_bytes("VmRSS") - budget.RESERVE, budget.least_pool(catalog, align))
     step = budget.micro_batch(catalog, budget.slots_for(catalog, hoped, align), step)
@@ -141,9 +145,11 @@ def _fit(
         # what the context has reserved (KV cache, compute buffers) and not touched yet will still come
         reserved = budget.status_bytes("VmData") - data
         touched = budget.status_bytes("RssAnon") - anonymous
-        used = budget.status_bytes("VmRSS") + max(0, reserved - touched) + budget.RESERVE
+        to_come = max(0, reserved - touched)
+        used = budget.status_bytes("VmRSS") + to_come + budget.RESERVE
         least = used + budget.least_pool(catalog, align)
-        if least <= limit:
+        greedy = step > SMALL_UBATCH and to_come > MOST_FOR_BUFFERS * (limit - used)
+        if least <= limit and not greedy:
             return engine, budget.slots_for(catalog, limit - used, align)
         engine.close()
         if step == 1:

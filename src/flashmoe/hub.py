@@ -36,6 +36,12 @@ def demo_model() -> Path:
     return Path(str(files("flashmoe") / "data" / "demo.gguf"))
 
 
+def default_policy(model: str | Path) -> str:
+    """The eviction policy where none is named: the demo model's own trained one, else LRU."""
+    trained = demo_model().with_name("demo.policy.safetensors")
+    return f"flashmoe+:{trained}" if str(model) == DEMO and trained.is_file() else "lru"
+
+
 def _download(name: str) -> Path:
     repository, _, file = name.removeprefix(HUB_PREFIX).partition(":")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from flashmoe import __version__
-from flashmoe.cli import bench, run, simulate
+from flashmoe.cli import bench, run, simulate, trace, train
 from flashmoe.errors import FlashMoEError
 
 app = typer.Typer(
@@ -21,6 +21,8 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("simulate")(simulate.simulate)
 app.add_typer(bench.app, name="bench")
+app.add_typer(trace.app, name="trace")
+app.add_typer(train.app, name="train")
 
 
 @app.callback(invoke_without_command=True)

@@ -30,7 +30,9 @@ def run(
         str | None,
         typer.Option("--cache", help="Size of the expert pool instead: 25%, 2GiB or a number of slots."),
     ] = None,
-    policy: Annotated[str, typer.Option("--policy", help="Eviction policy: NAME or NAME:FILE.")] = "lru",
+    policy: Annotated[
+        str | None, typer.Option("--policy", help="Eviction policy: NAME or NAME:FILE.")
+    ] = None,
     n_predict: Annotated[
         int, typer.Option("-n", "--n-predict", help="Tokens to make; -1: until the end.")
     ] = -1,
