@@ -83,7 +83,7 @@ def test_training_and_runtime_see_the_same(kind: str) -> None:
     for t, layer, st in drive(policy_of(untrained(kind, 3, 16, 2)), trace, 4):
         now = int(batch.present[layer, : t + 1].sum())
         if kind == "flashmoe":
-            paper.features(st.last, st.count, layer, now, x)
+            paper.features(st.last, st.counts, layer, now, x)
             np.testing.assert_array_equal(x, batch.inputs[layer, t])
         else:
             np.testing.assert_array_equal(st.average[layer], batch.inputs[layer, t])

@@ -81,8 +81,12 @@ def record(
             with Progress(*columns, console=console, transient=True) as bar:
                 task = bar.add_task("prompts", total=len(todo), completed=done)
                 for prompt in todo[done:]:
-                    make = loaded.generate if isinstance(prompt, str) else loaded.chat
-                    for _ in make(prompt, max_tokens=n_predict, sampling=sampling):  # type: ignore[operator]
+                    pieces = (
+                        loaded.generate(prompt, max_tokens=n_predict, sampling=sampling)
+                        if isinstance(prompt, str)
+                        else loaded.chat(prompt, max_tokens=n_predict, sampling=sampling)
+                    )
+                    for _ in pieces:
                         pass
                     bar.update(task, advance=1, description=f"{len(recorder)} tokens")
                     if time.monotonic() - saved > SAVE_EVERY:

@@ -28,6 +28,13 @@ def _normal(*shape: int, scale: float) -> nn.Parameter:
 class PaperNet(nn.Module):
     """2E -> 64 -> 64 -> E per layer, SiLU, absolute value: predicted distance, scaled to [0, 1]."""
 
+    w1: Tensor
+    b1: Tensor
+    w2: Tensor
+    b2: Tensor
+    w3: Tensor
+    b3: Tensor
+
     def __init__(self, n_layers: int, n_experts: int) -> None:
         super().__init__()
         self.limit = round(0.75 * n_experts)  # K: farther is all the same

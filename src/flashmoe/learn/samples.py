@@ -34,7 +34,7 @@ class Batch(NamedTuple):
 
 
 @njit(cache=True, nogil=True)
-def _take(ids, t, layer, buffer):
+def _take(ids, t, layer, buffer):  # type: ignore[no-untyped-def]
     n = 0
     for j in range(ids.shape[2]):
         if ids[t, layer, j] >= 0:
@@ -44,7 +44,7 @@ def _take(ids, t, layer, buffer):
 
 
 @njit(cache=True, nogil=True)
-def _next_uses(ids, clocks, segment, out):
+def _next_uses(ids, clocks, segment, out):  # type: ignore[no-untyped-def]
     """Fill out [S, L, E] with the layer step of each expert's first use after a segment."""
     following = np.full(out.shape[1:], NEVER, np.int64)
     buffer = np.empty(ids.shape[2], np.int32)
@@ -57,7 +57,7 @@ def _next_uses(ids, clocks, segment, out):
 
 
 @njit(cache=True, nogil=True)
-def _distances(ids, clocks, a, b, following, out, row):
+def _distances(ids, clocks, a, b, following, out, row):  # type: ignore[no-untyped-def]
     """Fill out [L, B, E] from `row` on with the steps from each token a..b-1 to the next use of each
     expert."""
     buffer = np.empty(ids.shape[2], np.int32)
@@ -70,7 +70,7 @@ def _distances(ids, clocks, a, b, following, out, row):
 
 
 @njit(cache=True, nogil=True)
-def walk_plus(ids, clocks, a, b, average, last, decay, inputs, recency, picked, row):
+def walk_plus(ids, clocks, a, b, average, last, decay, inputs, recency, picked, row):  # type: ignore[no-untyped-def]
     """Observe tokens a..b-1; where inputs has rows, write those after each token from `row` on."""
     buffer = np.empty(ids.shape[2], np.int32)
     for t in range(a, b):
@@ -91,7 +91,7 @@ def walk_plus(ids, clocks, a, b, average, last, decay, inputs, recency, picked, 
 
 
 @njit(cache=True, nogil=True)
-def walk_paper(ids, clocks, starts, a, b, last, count, inputs, row):
+def walk_paper(ids, clocks, starts, a, b, last, count, inputs, row):  # type: ignore[no-untyped-def]
     """The same for the paper's features [L, B, 2E]."""
     buffer = np.empty(ids.shape[2], np.int32)
     for t in range(a, b):
@@ -116,8 +116,8 @@ class Samples:
         self.ids, self.n_experts = trace.expert_ids, trace.num_experts
         self.decay = None if decays is None else np.array(decays, np.float32)
         n_tokens, n_layers, _ = self.ids.shape
-        self.starts = np.r_[True, trace.sequence_id[1:] != trace.sequence_id[:-1]]
-        self.present = (self.ids >= 0).any(axis=2)
+        self.starts: NDArray[np.bool_] = np.r_[True, trace.sequence_id[1:] != trace.sequence_id[:-1]]
+        self.present: NDArray[np.bool_] = np.any(self.ids >= 0, axis=2)
         self.clocks = np.cumsum(self.present, axis=0).astype(np.int64)  # [T, L] accesses of the layer so far
         self.n_segments = -(-n_tokens // SEGMENT)
         shape = (n_layers, self.n_experts)
@@ -163,7 +163,7 @@ class Samples:
             recency=np.empty((n_layers, n if plus else 0, e), np.float32),
             picked=np.zeros((n_layers, n if plus else 0, e), np.float32),
             distance=np.empty((n_layers, n, e), np.int64),
-            present=np.concatenate([self.present[a:b] for a, b in bounds]).T,
+            present=np.concatenate([self.present[a:b] for a, b in bounds]).T,  # type: ignore[index]
             first=np.concatenate([np.arange(b - a) == 0 for a, b in bounds]),
         )
         row = 0

@@ -35,7 +35,7 @@ class Plan:
     held_out: float = 0.05  # share of the sequences, the last ones
     threads: int | None = None  # of torch; None: its own choice
     seed: int = 0
-    sizes: dict[str, int] = field(default_factory=dict)  # r, h, k, m of flashmoe+
+    sizes: dict[str, Any] = field(default_factory=dict)  # r, h, k, m of flashmoe+
 
 
 #  Called after some steps with (epoch, epochs, steps done in this epoch, steps, mean loss, held-out loss or

@@ -44,15 +44,15 @@ class RoutingTrace:
     Raises TraceError where the arrays are empty, contradict each other, or hold experts out of range.
     """
 
-    expert_ids: NDArray[np.int16]  # [T, L, k]
+    expert_ids: NDArray[Any]  # [T, L, k]
     num_experts: int
-    token_id: NDArray[np.int32] = field(
+    token_id: NDArray[Any] = field(
         default_factory=lambda: np.zeros(0, np.int32)
     )  # [T]; -1 filled in if omitted
-    sequence_id: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))  # [T]; 0
-    phase: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))  # [T]; DECODE
-    step: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))  # [T]; one token each
-    router_weights: NDArray[np.float16] | None = None  # [T, L, k]
+    sequence_id: NDArray[Any] = field(default_factory=lambda: np.zeros(0, np.int32))  # [T]; 0
+    phase: NDArray[Any] = field(default_factory=lambda: np.zeros(0, np.uint8))  # [T]; DECODE
+    step: NDArray[Any] = field(default_factory=lambda: np.zeros(0, np.int32))  # [T]; one token each
+    router_weights: NDArray[Any] | None = None  # [T, L, k]
     first_moe_layer: int = 0
     model: Mapping[str, Any] = field(default_factory=dict)
 

@@ -32,7 +32,7 @@ class FlashmoeState(NamedTuple):
     score: NDArray[np.float32]  # [L, E] minus the predicted time to the next use
     scored: NDArray[np.int64]  # [L] access that the scores are of
     last: NDArray[np.int64]  # [L, E] access of the layer with the last request, -1 if none in this sequence
-    count: NDArray[np.float32]  # [L, E] requests in this sequence
+    counts: NDArray[np.float32]  # type: ignore[assignment]  # [L, E] requests in this sequence
     w1: NDArray[np.float32]  # [L, 2E, 64]
     b1: NDArray[np.float32]  # [L, 64]
     w2: NDArray[np.float32]  # [L, 64, 64]
@@ -84,7 +84,7 @@ def silu(x):
 def infer(st, layer, now):
     """Run the layer's network and write its scores."""
     x = np.empty(2 * st.last.shape[1], np.float32)
-    features(st.last, st.count, layer, now, x)
+    features(st.last, st.counts, layer, now, x)
     h1 = np.empty(HIDDEN, np.float32)
     dense(x, st.w1[layer], st.b1[layer], h1)
     silu(h1)
@@ -99,7 +99,7 @@ def infer(st, layer, now):
 
 
 def record(st, res, layer, ids, n):
-    observe(st.last, st.count, layer, ids, n, res.accesses[layer])
+    observe(st.last, st.counts, layer, ids, n, res.accesses[layer])
     if res.partition[0] == GLOBAL:
         infer(st, layer, res.accesses[layer])
 
@@ -116,7 +116,7 @@ def evicted(st, res, layer, expert):
 
 def begin(st):
     st.last[:] = -1
-    st.count[:] = 0.0
+    st.counts[:] = 0.0
 
 
 loops.rules(FlashmoeState, record, victim, evicted, begin)
@@ -172,6 +172,6 @@ class Flashmoe(LearnedPolicy):
             score=np.zeros(shape, np.float32),
             scored=np.full(n_layers, -1, np.int64),
             last=np.full(shape, -1, np.int64),
-            count=np.zeros(shape, np.float32),
+            counts=np.zeros(shape, np.float32),
             **self.weights,
         )
