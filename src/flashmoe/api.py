@@ -62,7 +62,7 @@ def load(
     model: path of a GGUF (or of the first file of a split set), "demo", or "hf:organisation/repository[:file]".
     ram: memory for the whole process, for example "6GiB"; by default a share of what is available.
     cache: sizes the expert pool directly instead: "25%" of the experts, "2GiB", or a number of slots ("300").
-    policy: eviction policy, NAME or NAME:FILE (default: lru, or what is bundled with the demo model).
+    policy: eviction policy, NAME or NAME:FILE (default: lfu-aged, or what is bundled with the demo model).
     n_ctx: context in tokens (default: the model's, at most 4096).
     n_ubatch: tokens evaluated at once while a prompt is read; the results are llama.cpp's at the same value.
     threads: compute threads (default: physical cores). all_logits: keep the logits of every token, not the last only.

@@ -37,9 +37,9 @@ def demo_model() -> Path:
 
 
 def default_policy(model: str | Path) -> str:
-    """The eviction policy where none is named: the demo model's own trained one, else LRU."""
+    """The eviction policy where none is named: the demo model's own trained one, else `lfu-aged` (docs/policies.md)."""
     trained = demo_model().with_name("demo.policy.safetensors")
-    return f"flashmoe+:{trained}" if str(model) == DEMO and trained.is_file() else "lru"
+    return f"flashmoe+:{trained}" if str(model) == DEMO and trained.is_file() else "lfu-aged"
 
 
 def _download(name: str) -> Path:

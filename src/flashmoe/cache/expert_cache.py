@@ -98,37 +98,41 @@ class ExpertCache:
 
     def _fill(self, layer: int, first: int, misses: int, leave_last: bool) -> None:
         """Read `misses` experts into their slots, plane by plane over all of them: what is needed first comes first."""
-        experts, slots = self._miss_expert[:misses].tolist(), self._miss_slot[:misses].tolist()
-        reads = [self.pool.reads(layer, e, s - first) for e, s in zip(experts, slots, strict=True)]
-        planes = list(zip(*reads, strict=True))
-        now, later = (planes[:-1], planes[-1:]) if leave_last and len(planes) > 1 else (planes, [])
-        began = time.perf_counter()
-        ticket = self.reader.demand([read for plane in now for read in plane])
-        last = self.reader.demand(later[0]) if later else None
-        for expert, slot in zip(experts, slots, strict=True):
-            self.pool.fill_tables(layer, expert, slot - first)
-        self._wait(ticket, last, layer, experts, began)
-        if last:
-            self._under_way = last, layer, experts
-
-    def _finish(self) -> None:
-        if self._under_way:
-            (ticket, layer, experts), self._under_way = self._under_way, None
-            self._wait(ticket, None, layer, experts, time.perf_counter())
-
-    def _wait(
-        self, ticket: Ticket, other: Ticket | None, layer: int, experts: list[int], began: float
-    ) -> None:
-        """Wait for `ticket`, asked for at `began`; if it fails, also for `other`, and give the slots back."""
+        experts, tickets = self._miss_expert[:misses].tolist(), []
         try:
-            ticket.wait()
-        except (
-            BaseException
-        ):  # also KeyboardInterrupt: no thread may still write into a slot that is given away
-            ticket.done.wait()
-            if other:
-                other.done.wait()
-            for expert in experts:
-                self.policy.release(layer, expert)
+            slots = (self._miss_slot[:misses] - first).tolist()
+            reads = [self.pool.reads(layer, e, s) for e, s in zip(experts, slots, strict=True)]
+            planes = list(zip(*reads, strict=True))
+            now, later = (planes[:-1], planes[-1:]) if leave_last and len(planes) > 1 else (planes, [])
+            began = time.perf_counter()
+            tickets.append(self.reader.demand([read for plane in now for read in plane]))
+            if later:
+                tickets.append(self.reader.demand(later[0]))
+            for expert, slot in zip(experts, slots, strict=True):
+                self.pool.fill_tables(layer, expert, slot)
+            tickets[0].wait()
+        except BaseException:  # also what a signal's handler raises
+            self._give_back(tickets, layer, experts)
             raise
         self.stats[self.phase].stall_seconds += time.perf_counter() - began
+        if later:
+            self._under_way = tickets[1], layer, experts
+
+    def _finish(self) -> None:
+        if not self._under_way:
+            return
+        (ticket, layer, experts), self._under_way = self._under_way, None
+        began = time.perf_counter()
+        try:
+            ticket.wait()
+        except BaseException:
+            self._give_back([ticket], layer, experts)
+            raise
+        self.stats[self.phase].stall_seconds += time.perf_counter() - began
+
+    def _give_back(self, tickets: list[Ticket], layer: int, experts: list[int]) -> None:
+        """Free the slots of experts that are not complete; before, let no thread write into them any more."""
+        for ticket in tickets:
+            ticket.done.wait()
+        for expert in experts:
+            self.policy.release(layer, expert)

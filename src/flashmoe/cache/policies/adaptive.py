@@ -99,7 +99,7 @@ def record(st, res, layer, ids, n):
     score_members(st, res, layer, ids, n)
     n_layers = st.gain.shape[1]
     for m in range(st.members[0]):
-        rate = serve_shadow(st, res, m, layer, ids, n) / n
+        rate = serve_shadow(st, res, m, layer, ids, n) / max(n, 1)
         change = (rate - st.gain[m, layer]) / min(WINDOW, res.accesses[layer] + 1.0)
         st.gain[m, layer] += change
         st.total[m] += change / n_layers
