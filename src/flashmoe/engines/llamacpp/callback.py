@@ -34,7 +34,7 @@ class Control(C.Structure):
     _fields_ = [
         ("python", C.c_int64),  # address of a PYTHON_CALLBACK
         ("inspect", C.c_int64),  # whether it wants to see every node
-        ("outcome", C.c_int64),  # NOT_RETURNED while it runs, and for ever if it never came to its first line
+        ("outcome", C.c_int64),  # NOT_RETURNED while it runs, and for ever if it did not succeed
         ("buffer", C.c_int64),  # address of int32 [capacity]: ids on the way in, slots on the way out
         ("capacity", C.c_int64),
         ("block", C.c_int64),  # of the node: its block, tokens and experts per token
@@ -129,8 +129,8 @@ def _copy_ids(ids: Any, buffer: Any, back: Any) -> Any:  # pragma: no cover - co
 @njit(cache=True)
 def _ask_python(control: Any, node: Any, ask: Any) -> Any:  # pragma: no cover - compiled
     control[_OUTCOME] = NOT_RETURNED
-    answer: Any = _call(control[_PYTHON], node, ask)  # type: ignore[call-arg]
-    return control[_OUTCOME] == RETURNED and answer != 0
+    _call(control[_PYTHON], node, ask)  # type: ignore[call-arg]
+    return control[_OUTCOME] == RETURNED
 
 
 @njit(cache=True)

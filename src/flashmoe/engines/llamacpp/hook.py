@@ -99,7 +99,6 @@ class RouterHook:
         """1: go on; 0: end the evaluation, `error` says why."""
         control = self._control
         try:
-            control.outcome = RETURNED
             if self.error is None:
                 if ask:
                     self._inspect(Tensor.from_address(address))
@@ -107,6 +106,10 @@ class RouterHook:
                     self._rename(control)
                 else:
                     self._finish(control)
+            if self.error is None:
+                control.outcome = (
+                    RETURNED  # last: what a signal's handler raises before this ends the evaluation
+                )
         except BaseException as error:  # nothing may leave a C callback
             self.error = self.error or error
         return int(self.error is None)
