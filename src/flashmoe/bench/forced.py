@@ -100,9 +100,9 @@ class StockRouting:
     def _on_python(self, _node: int, _ask: int) -> int:
         control = self._control
         try:
-            control.outcome = RETURNED
             ids = self._ids[: control.tokens * control.top_k].reshape(control.tokens, control.top_k)
             self.forced(self._layer_of_block[control.block], ids)
+            control.outcome = RETURNED
         except BaseException as error:  # nothing may leave a C callback
             self.error = error
         return int(self.error is None)
