@@ -24,7 +24,7 @@ ROUTER_WEIGHTS = (
 ROUTER_IDS = b"ffn_moe_topk-"
 RETURNED, NOT_RETURNED = 0, 1
 
-# Python's half: (node, asked) -> 1: go on, 0: end the evaluation
+# Python's half: (node, asked); what it returns is not looked at, Control.outcome says whether to go on
 PYTHON_CALLBACK = C.CFUNCTYPE(C.c_uint8, C.c_void_p, C.c_uint8)
 
 

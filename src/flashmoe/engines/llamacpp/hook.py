@@ -96,7 +96,7 @@ class RouterHook:
                 self.cache.finish()
 
     def _on_python(self, address: int, ask: int) -> int:
-        """1: go on; 0: end the evaluation, `error` says why."""
+        """Goes on if it ends with outcome RETURNED; else the evaluation ends and `error` says why."""
         control = self._control
         try:
             if self.error is None:
@@ -107,9 +107,8 @@ class RouterHook:
                 else:
                     self._finish(control)
             if self.error is None:
-                control.outcome = (
-                    RETURNED  # last: what a signal's handler raises before this ends the evaluation
-                )
+                # last: what a signal's handler raises before this ends the evaluation
+                control.outcome = RETURNED
         except BaseException as error:  # nothing may leave a C callback
             self.error = self.error or error
         return int(self.error is None)
