@@ -1,0 +1,109 @@
+"""What a predictor of routing is, to the prefetch scheduler and to the simulator alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashmoe.errors import FlashMoEError
+
+Int32 = NDArray[np.int32]
+Float32 = NDArray[np.float32]
+
+
+class PredictorError(FlashMoEError):
+    """A predictor that is unknown, damaged, or made for another model."""
+
+    exit_status = 2
+
+
+class Predictor:
+    """Says which experts the layers ahead will pick: L MoE layers of E experts, k of them per token.
+
+    Calls, in the order of a decode step:
+
+        begin_step(token)                         the token is known, nothing has been routed
+        predict(-1, target, out)                  for any layers, any number of times
+        observe(0, ids); predict(0, target, out)  the router of layer 0 has spoken; and so on up to layer L - 1
+
+    and of a micro-batch of a prompt, which needs no begin_step: observe_many(layer, ids, tokens) for each layer.
+    A step may end early (the engine failed, Ctrl-C): the next begin_step or observe_many starts afresh.
+
+    `predict` knows only what was observed before it. Learning while running is part of `observe`. State is kept
+    in numpy arrays and work done in compiled kernels: a call takes some microseconds. One thread at a time.
+    """
+
+    name: ClassVar[str] = ""
+
+    def __init__(self) -> None:
+        self.n_layers = self.n_experts = self.top_k = 0
+        self._state: Any = None
+
+    # What subclasses give ---------------------------------------------------------------------------------
+
+    def make_state(self, n_layers: int, n_experts: int, top_k: int) -> Any:
+        """A NamedTuple of arrays, as at the start of a session. Raises PredictorError where a trained file
+        is for another shape."""
+        raise NotImplementedError
+
+    def begin_sequence(self) -> None:
+        """A new prompt or conversation begins."""
+        raise NotImplementedError
+
+    def begin_step(self, token: int) -> None:
+        """A single token is about to be evaluated: its id in the vocabulary, -1 where that is unknown."""
+        raise NotImplementedError
+
+    def observe(self, layer: int, ids: Int32) -> None:
+        """The experts that the router of a layer picked for the token of this step, int32 [n] without
+        repetition. Layers come in order, each once (or not at all)."""
+        raise NotImplementedError
+
+    def observe_many(self, layer: int, ids: Int32, tokens: Int32) -> None:
+        """The same for a micro-batch: ids int32 [T, k], tokens int32 [T] of their ids (-1: unknown), in the
+        order of the text. A layer that saw fewer tokens than others saw the last ones."""
+        raise NotImplementedError
+
+    def predict(self, layer: int, target: int, out: Float32) -> None:
+        """Fill out, float32 [E], with the chance that layer `target` picks each expert in this step.
+
+        Layers 0..layer have been observed in this step; -1: none, the token alone is known. target > layer.
+        Chances are calibrated as well as is cheap: they lie in 0..1 and sum up to about k, or are all 0
+        where nothing is known yet.
+        """
+        raise NotImplementedError
+
+    def check_model(self, model: Mapping[str, Any]) -> None:
+        """Raise PredictorError where it was trained for another model than this identity says."""
+
+    # What callers use -------------------------------------------------------------------------------------
+
+    def bind(self, n_layers: int, n_experts: int, top_k: int) -> None:
+        """Fit to a model of L MoE layers of E experts, k per token, and start from nothing (or from the
+        trained file). Raises PredictorError where the predictor does not fit that shape."""
+        if n_layers < 1 or not 1 <= top_k <= n_experts:
+            raise PredictorError(
+                f"a predictor needs layers and experts, got {n_layers} layers, {top_k} of {n_experts} experts"
+            )
+        self.n_layers, self.n_experts, self.top_k = n_layers, n_experts, top_k
+        self._state = self.make_state(n_layers, n_experts, top_k)
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Copies of what it has learned and observed, for a warm start."""
+        return {name: np.array(value) for name, value in self._state._asdict().items()}
+
+    def load_state(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Take back what `state` gave. Raises PredictorError for arrays of another predictor or shape, and
+        then changes nothing."""
+        own = self._state._asdict()
+        for name, value in own.items():
+            saved = arrays.get(name)
+            if saved is None or saved.shape != value.shape or saved.dtype != value.dtype:
+                raise PredictorError(
+                    f"saved state does not fit predictor {self.name!r} ({name}): start it cold"
+                )
+        for name, value in own.items():
+            value[...] = arrays[name]
