@@ -26,6 +26,9 @@ from flashmoe.engines.llamacpp.library import Library, find_library, open_librar
 from flashmoe.engines.llamacpp.loader import LoadedModel
 from flashmoe.errors import UsageError
 from flashmoe.hub import default_policy, resolve
+from flashmoe.prefetch import Predictor
+from flashmoe.prefetch import create_all as create_predictors
+from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import Recorder
 from flashmoe.routing.trace import DECODE, PREFILL
 from flashmoe.storage.catalog import ExpertCatalog
@@ -49,6 +52,7 @@ def load(
     ram: str | int | None = None,
     cache: str | None = None,
     policy: str | None = None,
+    prefetch: str = "auto",
     n_ctx: int | None = None,
     n_ubatch: int = DEFAULT_UBATCH,
     threads: int | None = None,
@@ -63,6 +67,8 @@ def load(
     ram: memory for the whole process, for example "6GiB"; by default a share of what is available.
     cache: sizes the expert pool directly instead: "25%" of the experts, "2GiB", or a number of slots ("300").
     policy: eviction policy, NAME or NAME:FILE (default: lfu-aged, or what is bundled with the demo model).
+    prefetch: predictor of the next layer's experts: "gate", "table", "promoe:FILE", "moe-infinity", "none", or "auto":
+        the first of gate and table that is worth asking on this text, and none where neither is.
     n_ctx: context in tokens (default: the model's, at most 4096).
     n_ubatch: tokens evaluated at once while a prompt is read; the results are llama.cpp's at the same value.
     threads: compute threads (default: physical cores). all_logits: keep the logits of every token, not the last only.
@@ -78,6 +84,7 @@ def load(
     if n_ubatch < 1 or (threads is not None and threads < 1) or (n_ctx is not None and n_ctx < 1):
         raise UsageError("context, micro-batch and threads must be at least 1")
     evict = create(policy or default_policy(model))
+    predictors = create_predictors(prefetch)
     catalog = ExpertCatalog.from_gguf(read_gguf(resolve(model)))
     trained = int(catalog.gguf.arch_value("context_length", DEFAULT_CONTEXT))
     context = min(trained, DEFAULT_CONTEXT) if n_ctx is None else n_ctx
@@ -99,7 +106,7 @@ def load(
         )
         stack.callback(loaded.close)
         catalog = loaded.catalog
-        _compile(evict, catalog)
+        _compile(evict, predictors, catalog)
         budget.release_code()
         make = partial(
             LlamaEngine,
@@ -117,12 +124,23 @@ def load(
         stack.callback(engine.close)
         pool = SlotPool(catalog, slots, reader)
         stack.callback(pool.close)
-        evict.bind(budget.residency_for(catalog, slots))
-        experts = ExpertCache(pool, reader, evict)
+        spare = budget.spare_slots(catalog, slots) if predictors else [0] * len(slots)
+        evict.bind(budget.residency_for(catalog, slots, spare))
+        experts = ExpertCache(pool, reader, evict, spare)
         engine.attach(pool, slots, experts)
-        engine.n_ubatch = budget.micro_batch(catalog, slots, engine.n_ubatch)
+        left = [n - away for n, away in zip(slots, spare, strict=True)]
+        engine.n_ubatch = budget.micro_batch(catalog, left, engine.n_ubatch)
+        prefetcher = None
+        if any(spare):
+            for predictor in predictors:
+                predictor.check_model(catalog.identity)
+                predictor.bind(len(catalog.layers), catalog.n_experts, catalog.top_k)
+            prefetcher = Prefetcher(predictors, experts)
+            engine.prefetch(prefetcher)
         pool.prefault()
-        loaded_model = Model(engine, experts, catalog, limit, report_progress, stack.pop_all())
+        loaded_model = Model(
+            engine, experts, catalog, limit, report_progress, stack.pop_all(), prefetcher=prefetcher
+        )
         if trace:
             loaded_model.record()
         loaded_model.telemetry.load_seconds = time.perf_counter() - started
@@ -166,14 +184,19 @@ def proven_library() -> Library:
     return open_library(path)
 
 
-def _compile(policy: EvictionPolicy, catalog: ExpertCatalog) -> None:
-    """Let numba compile the policy's kernels before memory is counted and before the first token waits for it."""
+def _compile(policy: EvictionPolicy, predictors: Sequence[Predictor], catalog: ExpertCatalog) -> None:
+    """Let numba compile the kernels before memory is counted and before the first token waits for them."""
     n = catalog.n_experts
     policy.bind(make_residency(len(catalog.layers), n, np.ones(len(catalog.layers), np.int32)))
     ids, out = np.zeros(1, np.int32), np.zeros((3, 1), np.int32)
     policy.begin_sequence()
     policy.access(0, ids, out[0], out[1], out[2])
     policy.release(0, 0)
+    for predictor in predictors:
+        predictor.bind(2, n, catalog.top_k)
+        predictor.begin_step(0)
+        predictor.observe(0, ids)
+        predictor.predict(0, 1, np.zeros(n, np.float32))
 
 
 class Model:
@@ -187,8 +210,9 @@ class Model:
         budget_bytes: int,
         progress: Progress,
         resources: ExitStack,
+        prefetcher: Prefetcher | None = None,
     ) -> None:
-        self.engine, self.cache, self.catalog = engine, cache, catalog
+        self.engine, self.cache, self.catalog, self.prefetcher = engine, cache, catalog, prefetcher
         self.budget_bytes = budget_bytes
         self.telemetry = telemetry.Telemetry()
         self._progress, self._resources = progress, resources
@@ -232,6 +256,8 @@ class Model:
             )
         self.engine.clear()
         self.cache.begin_sequence()
+        if self.prefetcher:
+            self.prefetcher.begin_sequence()
         self._sequence += 1
         self.engine.set_sampling(sampling or Sampling())
         self._prefill(tokens)
@@ -301,6 +327,8 @@ class Model:
             self.cache.stats,
             model=self.catalog.gguf.files[0].name,
             policy=self.cache.policy.name,
+            prefetch=self.prefetcher.predictor.name if self.prefetcher else "",
+            wasted=self.cache.staging.wasted_bytes if self.cache.staging else 0,
             text=text,
             slots=self.cache.policy.residency.n_slots,
             experts=self.catalog.total_experts,

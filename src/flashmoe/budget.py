@@ -17,9 +17,11 @@ from flashmoe.errors import BudgetError, UsageError
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.units import format_bytes, parse_bytes
 
+_MADV_PAGEOUT = 21  # Linux 5.4; not in Python's mmap module
 DEFAULT_SHARE = 0.7  # of the memory that is available: the machine stays usable
 # Not seen when the pool is sized: scratch of the expert products, read buffers, what Python takes while it runs
-RESERVE = 48 << 20
+RESERVE = 32 << 20
+SPARE_SHARE = 0.03  # of the slots, for experts that are prefetched and not yet asked for
 # Interpreter, libraries, compute buffers, as seen with small models: only to refuse hopeless budgets before loading
 _BEFORE_LOADING = 160 << 20
 
@@ -31,9 +33,9 @@ def micro_batch(catalog: ExpertCatalog, slots: Sequence[int], wished: int) -> in
 
 
 def release_code() -> None:
-    """Take the pages of program code out of this process's memory; those still in use come back by themselves.
+    """Take the pages of libraries out of this process's memory; those still in use come back by themselves.
 
-    Compilers and loaders that have done their work leave 60 MiB behind. Does nothing where there is no /proc.
+    Compilers and loaders that have done their work leave 80 MiB behind. Does nothing where there is no /proc.
     """
     try:
         lines = Path("/proc/self/maps").read_text().splitlines()
@@ -42,9 +44,11 @@ def release_code() -> None:
         return
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     for fields in (line.split(maxsplit=5) for line in lines):
-        if fields[1] == "r-xp" and len(fields) == 6 and fields[5].startswith("/"):
+        # code is never changed; read-only data may hold relocated addresses, which only PAGEOUT leaves alone
+        advice = {"r-xp": mmap.MADV_DONTNEED, "r--p": _MADV_PAGEOUT}.get(fields[1])
+        if advice is not None and len(fields) == 6 and fields[5].startswith("/"):
             start, end = (int(address, 16) for address in fields[0].split("-"))
-            madvise(start, end - start, mmap.MADV_DONTNEED)
+            madvise(start, end - start, advice)
 
 
 def memory_limit() -> int:
@@ -152,15 +156,33 @@ def too_small(budget: int, least: int) -> BudgetError:
     )
 
 
-def residency_for(catalog: ExpertCatalog, slots: Sequence[int]) -> Residency:
+def spare_slots(catalog: ExpertCatalog, slots: Sequence[int]) -> list[int]:
+    """Slots of each size group to set aside for prefetching: enough for a layer's misses, few enough not to be missed.
+
+    None where all experts of the group fit, or where slots are too few to give any away.
+    """
+    members = np.bincount(catalog.groups) * catalog.n_experts
+    return [
+        0 if n >= whole else min(2 * catalog.top_k, int(SPARE_SHARE * n))
+        for n, whole in zip(slots, members.tolist(), strict=True)
+    ]
+
+
+def residency_for(
+    catalog: ExpertCatalog, slots: Sequence[int], spare: Sequence[int] | None = None
+) -> Residency:
     """The arrays of a pool with `slots[g]` slots in size group g, shared equally by the layers of the group.
+
+    `spare[g]` of them are left to prefetching.
 
     Shares that do not hold one token's experts would never see a hit: then as many layers as possible get that much,
     and the others borrow in passing.
     """
     groups = np.array(catalog.groups)
     quota = np.zeros(len(groups), np.int32)
-    for group, n in enumerate(slots):
+    spare = list(spare or [0] * len(slots))
+    for group, (n, away) in enumerate(zip(slots, spare, strict=True)):
+        n -= away
         members = np.flatnonzero(groups == group)
         if n >= len(members) * catalog.top_k:
             quota[members] = equal_quota(n, len(members), catalog.n_experts)
@@ -168,4 +190,4 @@ def residency_for(catalog: ExpertCatalog, slots: Sequence[int]) -> Residency:
             served = -(-n // catalog.top_k)
             quota[members[:served]] = catalog.top_k
             quota[members[served - 1]] = n - (served - 1) * catalog.top_k
-    return make_residency(len(groups), catalog.n_experts, quota, groups)
+    return make_residency(len(groups), catalog.n_experts, quota, groups, spare=spare)

@@ -43,6 +43,7 @@ class Report:
 
     model: str
     policy: str
+    prefetch: str  # the predictor that is asked at present; "" for none
     text: str
     prefill: dict[str, float]
     decode: dict[str, float]
@@ -61,13 +62,19 @@ class Report:
         ceiling = f" of the drive's {io['ceiling_gb_per_s']:.2f}" if io["ceiling_gb_per_s"] else ""
         kept = "" if m["peak_bytes"] <= m["budget_bytes"] or not m["budget_bytes"] else " - OVER"
         budget = f" of {format_bytes(m['budget_bytes'])}{kept}" if m["budget_bytes"] else ""
+        requests = c["hits"] + c["late_hits"] + c["misses"]
+        ahead = (
+            f" ({c['prefetch_hits'] / requests:.1%} prefetched, {c['late_hits'] / requests:.1%} more late)"
+            if requests and self.prefetch
+            else ""
+        )
         return [
             f"prefill {p['tokens']} tokens, {p['tokens_per_s']:.1f} tokens/s; "
             f"decode {d['tokens']} tokens, {d['tokens_per_s']:.1f} tokens/s",
-            f"cache {c['slots']} of {c['experts']} experts ({self.policy}), hit rate {c['hit_rate']:.1%}; "
+            f"cache {c['slots']} of {c['experts']} experts ({self.policy}), hit rate {c['hit_rate']:.1%}{ahead}; "
             f"{format_bytes(io['bytes_per_token'])} read per token",
-            f"reads {io['gb_per_s']:.2f} GB/s{ceiling}, {io['stall_share']:.0%} of the time stalled on them; "
-            f"bound by {self.bound}",
+            f"reads {io['gb_per_s']:.2f} GB/s on average{ceiling}, {io['stall_share']:.0%} of the time stalled on "
+            f"them; bound by {self.bound}",
             f"memory {format_bytes(m['peak_bytes'])} at most{budget}",
         ]
 
@@ -90,6 +97,8 @@ def make_report(
     *,
     model: str,
     policy: str,
+    prefetch: str,
+    wasted: int,
     text: str,
     slots: int,
     experts: int,
@@ -99,10 +108,13 @@ def make_report(
     """Put the counters together. `cache` and `io` cover decoding; their prefill counterparts stand beside them."""
     decode, prefill = stats["decode"], stats["prefill"]
     main, phase = (decode, telemetry.decode) if telemetry.decode.tokens else (prefill, telemetry.prefill)
+    ahead = decode.prefetch_bytes + prefill.prefetch_bytes
+    read = main.bytes + main.prefetch_bytes + (wasted if main is decode else 0)
     stall_share = main.stall_seconds / phase.seconds if phase.seconds else 0.0
     return Report(
         model=model,
         policy=policy,
+        prefetch=prefetch,
         text=text,
         prefill={"tokens": telemetry.prefill.tokens, "tokens_per_s": telemetry.prefill.tokens_per_s},
         decode={"tokens": telemetry.decode.tokens, "tokens_per_s": telemetry.decode.tokens_per_s},
@@ -110,15 +122,19 @@ def make_report(
             "slots": slots,
             "experts": experts,
             "hits": decode.hits,
+            "late_hits": decode.late_hits,
             "misses": decode.misses,
+            "prefetch_hits": decode.prefetch_hits,
             "hit_rate": decode.hit_rate,
             "prefill_hits": prefill.hits,
             "prefill_misses": prefill.misses,
         },
         io={
-            "bytes": decode.bytes + prefill.bytes,
-            "bytes_per_token": main.bytes / max(1, phase.tokens),
-            "gb_per_s": main.bytes / main.stall_seconds / 1e9 if main.stall_seconds else 0.0,
+            "bytes": decode.bytes + prefill.bytes + ahead + wasted,
+            "bytes_per_token": read / max(1, phase.tokens),
+            "prefetch_bytes": ahead,
+            "wasted_bytes": wasted,
+            "gb_per_s": read / phase.seconds / 1e9 if phase.seconds else 0.0,
             "ceiling_gb_per_s": ceiling,
             "stall_share": stall_share,
             "stall_seconds": main.stall_seconds,

@@ -21,11 +21,21 @@ from flashmoe.cache.policies import create
 from flashmoe.cache.pool import SlotPool
 from flashmoe.cache.residency import check_residency
 from flashmoe.errors import BudgetError, ReadError
+from flashmoe.storage import reader as reader_module
+from flashmoe.storage.aio import ThreadQueue
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.direct import DirectFile
 from flashmoe.storage.gguf import read_gguf
-from flashmoe.storage.reader import ExpertReader
+from flashmoe.storage.reader import ExpertReader, Ticket
 from tests.conftest import Tiny
+
+
+@pytest.fixture(autouse=True, scope="module")
+def plain_reads() -> Iterator[None]:
+    """Reads through DirectFile.read_enclosing, which can be made to fail; the kernel's queue has tests of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reader_module, "open_queue", ThreadQueue)
+        yield
 
 
 class Checked:
@@ -35,7 +45,7 @@ class Checked:
         self.catalog = ExpertCatalog.from_gguf(read_gguf(path))
         self.data = path.read_bytes()
         self.tensors = {t.name: t.data for t in gguf.GGUFReader(path).tensors}
-        self.reader = ExpertReader(self.catalog.gguf.files, threads=2)
+        self.reader = ExpertReader(self.catalog.gguf.files)
         groups = max(self.catalog.groups) + 1
         counts = [slots] * groups if isinstance(slots, int) else slots
         self.pool = SlotPool(self.catalog, counts, self.reader)
@@ -186,11 +196,10 @@ def test_failed_reads_leave_absent_experts_and_free_slots(tiny: Tiny) -> None:
 
 def test_interrupted_wait_waits_for_the_reads(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """After Ctrl-C no thread may still write into a slot that is given to somebody else."""
-    from flashmoe.storage.reader import Ticket
-
     with checked(tiny("gpt-oss"), 4) as c:
         go, begun, read = threading.Event(), threading.Event(), DirectFile.read_enclosing
         finished: list[int] = []
+        wait, interrupted = ExpertReader.wait, []
 
         def slow(self: DirectFile, address: int, offset: int, nbytes: int) -> None:
             begun.set()
@@ -198,14 +207,17 @@ def test_interrupted_wait_waits_for_the_reads(tiny: Tiny, monkeypatch: pytest.Mo
             read(self, address, offset, nbytes)
             finished.append(offset)
 
-        def interrupt(self: Ticket) -> None:
+        def interrupt(self: ExpertReader, ticket: Ticket) -> None:
+            if interrupted:
+                return wait(self, ticket)
+            interrupted.append(True)
             assert begun.wait(20)
             go.set()
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
             patch.setattr(DirectFile, "read_enclosing", slow)
-            patch.setattr(Ticket, "wait", interrupt)
+            patch.setattr(ExpertReader, "wait", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 c.ensure(0, [1, 2, 3])
         assert len(finished) == 9

@@ -48,7 +48,7 @@ def test_every_expert_arrives_whole(name: str, tiny: Tiny) -> None:
                 experts = range(first, min(first + 5, layer.n_experts))
                 slots = [(expert * 3 + 1) % 5 for expert in experts]  # not in order, and each slot used again
                 wanted = [pool.reads(index, e, s) for e, s in zip(experts, slots, strict=True)]
-                reader.demand([read for reads in wanted for read in reads]).wait()
+                reader.wait(reader.demand([read for reads in wanted for read in reads]))
                 for expert, slot in zip(experts, slots, strict=True):
                     pool.fill_tables(index, expert, slot)
                 for expert, slot in zip(experts, slots, strict=True):
@@ -65,7 +65,7 @@ def test_parts_of_a_split_model(tiny: Tiny, tmp_path: Path) -> None:
     with pool_of(files[0], 2) as (catalog, reader, pool):
         assert len({p.file for layer in catalog.layers for p in layer.planes}) > 1
         for index, layer in enumerate(catalog.layers):
-            reader.demand(pool.reads(index, layer.n_experts - 1, 1)).wait()
+            reader.wait(reader.demand(pool.reads(index, layer.n_experts - 1, 1)))
             pool.fill_tables(index, layer.n_experts - 1, 1)
             for window in (*pool.windows[index], *pool.tables(index)):
                 original = np.ascontiguousarray(theirs[window.plane.tensor.name][-1]).tobytes()

@@ -26,7 +26,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ExpertRe
     monkeypatch.setattr(disk, "_LEAST_FILE", 1 << 20)
     monkeypatch.setattr(disk, "_SAMPLE_BYTES", 1 << 20)
     (tmp_path / "large").write_bytes(bytes(2 << 20))
-    opened = ExpertReader([tmp_path / "large"], threads=1)
+    opened = ExpertReader([tmp_path / "large"])
     if not opened.direct:
         opened.close()
         pytest.skip("the temporary folder's file system has no direct reads")

@@ -1,4 +1,4 @@
-"""The reader's threads: order, cancelling, promoting, errors and the end."""
+"""The reader: bytes arrive, demand goes first, prefetches can be dropped, errors reach who waits; on both queues."""
 
 from __future__ import annotations
 
@@ -11,28 +11,35 @@ import numpy as np
 import pytest
 
 from flashmoe.errors import ReadError
+from flashmoe.storage import reader as reader_module
+from flashmoe.storage.aio import Done, KernelQueue, ThreadQueue, open_queue
 from flashmoe.storage.direct import DirectFile
-from flashmoe.storage.reader import ExpertReader, Read
+from flashmoe.storage.reader import ExpertReader, Read, Ticket
 
 CONTENT = np.random.default_rng(1).integers(0, 256, 1 << 18, np.uint8).tobytes()
 
 
-class Slow:
-    """Stands between the reader and its file: reads wait for `go`, and are noted in the order in which they begin."""
+class Held:
+    """A queue whose reads end when they are let go; notes what was started, in order."""
 
-    def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.go = threading.Event()
-        self.begun: list[int] = []
-        self.first = threading.Event()
-        read = DirectFile.read_enclosing
+    depth = 2
 
-        def slow(file: DirectFile, address: int, offset: int, nbytes: int) -> None:
-            self.begun.append(offset)
-            self.first.set()
-            self.go.wait(20)
-            read(file, address, offset, nbytes)
+    def __init__(self, files: list[DirectFile]) -> None:
+        self.started: list[int] = []
+        self.under_way: list[tuple[int, Read]] = []
 
-        patch.setattr(DirectFile, "read_enclosing", slow)
+    def start(self, reads: list[tuple[int, Read]]) -> None:
+        self.started += [read.offset for _, read in reads]
+        self.under_way += reads
+        assert len(self.under_way) <= self.depth
+
+    def collect(self, wait: bool) -> list[Done]:
+        ended = self.under_way[:1] if wait else []
+        self.under_way = self.under_way[len(ended) :]
+        return [(number, None) for number, _ in ended]
+
+    def close(self) -> None:
+        self.under_way.clear()
 
 
 @pytest.fixture
@@ -41,12 +48,24 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "f"
 
 
+@pytest.fixture(params=[KernelQueue, ThreadQueue])
+def reader(
+    path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[ExpertReader]:
+    if request.param is KernelQueue and not isinstance(open_queue([DirectFile(path)]), KernelQueue):
+        pytest.skip("no direct reads, or no asynchronous I/O, on this system")
+    monkeypatch.setattr(reader_module, "open_queue", request.param)
+    opened = ExpertReader([path, path])
+    yield opened
+    opened.close()
+
+
 @pytest.fixture
-def single(path: Path) -> Iterator[ExpertReader]:
-    """A reader with one thread: its order can be told."""
-    reader = ExpertReader([path], threads=1)
-    yield reader
-    reader.close()
+def held(path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ExpertReader, Held]:
+    monkeypatch.setattr(reader_module, "open_queue", Held)
+    made = ExpertReader([path])
+    assert isinstance(made._queue, Held)
+    return made, made._queue
 
 
 @pytest.fixture
@@ -63,124 +82,182 @@ def content(memory: np.ndarray, read: Read) -> bytes:
     return memory[start : start + read.nbytes].tobytes()
 
 
-def test_bytes_arrive(path: Path, memory: np.ndarray) -> None:
-    reader = ExpertReader([path, path])
-    batch = [r._replace(file=i % 2) for i, r in enumerate(reads(memory, [4096 * i for i in range(50)]))]
-    ticket = reader.demand(batch)
-    ticket.wait()
-    assert ticket.done.is_set()
+def check(memory: np.ndarray, batch: list[Read]) -> None:
     for read in batch:
         assert content(memory, read) == CONTENT[read.offset : read.offset + read.nbytes]
-    reader.close()
 
 
-def test_no_reads_are_done_at_once(single: ExpertReader) -> None:
-    single.demand([]).wait()
-    single.prefetch([]).wait()
+def test_bytes_arrive(reader: ExpertReader, memory: np.ndarray) -> None:
+    batch = [r._replace(file=i % 2) for i, r in enumerate(reads(memory, [4096 * i for i in range(50)]))]
+    ticket = reader.demand(batch)
+    reader.wait(ticket)
+    assert ticket.done
+    assert ticket.bytes == 50 * 4096
+    check(memory, batch)
 
 
-def test_demand_goes_before_prefetch(
-    single: ExpertReader, memory: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    slow = Slow(monkeypatch)
-    first = single.prefetch(reads(memory, [0]))
-    assert slow.first.wait(20)
-    later = single.prefetch(reads(memory, [8192, 12288]))
-    urgent = single.demand(reads(memory, [16384, 20480]))
-    slow.go.set()
-    for ticket in (first, later, urgent):
-        ticket.wait()
-    assert slow.begun == [0, 16384, 20480, 8192, 12288]
+def test_more_reads_than_the_queue_is_deep(reader: ExpertReader, memory: np.ndarray) -> None:
+    offsets = [512 * i for i in range(500)]
+    batch = [Read(0, offset, 512, memory.ctypes.data + 1024 * i) for i, offset in enumerate(offsets)]
+    reader.wait(reader.demand(batch))
+    check(memory, batch)
 
 
-def test_promoted_prefetch_overtakes_others(
-    single: ExpertReader, memory: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    slow = Slow(monkeypatch)
-    first = single.prefetch(reads(memory, [0]))
-    assert slow.first.wait(20)
-    waiting, wanted = (
-        single.prefetch(reads(memory, [4096, 8192])),
-        single.prefetch(reads(memory, [12288, 16384])),
-    )
-    single.promote(wanted)
-    single.promote(first)  # under way already: nothing to move
-    slow.go.set()
-    for ticket in (first, waiting, wanted):
-        ticket.wait()
-    assert slow.begun == [0, 12288, 16384, 4096, 8192]
-    assert content(memory, wanted.reads[1]) == CONTENT[16384:20480]
+@pytest.mark.parametrize("shift", [0, 96, 511])
+def test_misaligned_reads(reader: ExpertReader, memory: np.ndarray, shift: int) -> None:
+    """In place where the address is as misaligned as the offset, through a bounce buffer elsewhere."""
+    batch = [Read(0, 8192 + shift, 5000, memory.ctypes.data + 4096 + address) for address in (shift, 32)]
+    for read in batch:
+        reader.wait(reader.demand([read]))
+        check(memory, [read])
 
 
-def test_cancelled_prefetch_is_not_read_but_ends(
-    single: ExpertReader, memory: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    slow = Slow(monkeypatch)
-    begun = single.prefetch(reads(memory, [0, 4096]))
-    assert slow.first.wait(20)
-    queued = single.prefetch(reads(memory, [8192]))
-    single.cancel(begun)
-    single.cancel(queued)
-    slow.go.set()
-    assert begun.done.wait(20)
-    assert queued.done.wait(20)
-    assert slow.begun == [0]
-    single.demand(reads(memory, [8192])).wait()
-    assert slow.begun == [0, 8192]
+def test_no_reads_are_done_at_once(reader: ExpertReader) -> None:
+    reader.wait(reader.demand([]))
+    reader.wait(reader.prefetch([]))
 
 
-def test_error_reaches_the_waiter_and_nobody_else(single: ExpertReader, memory: np.ndarray) -> None:
+def test_prefetch_is_seen_to_end_without_waiting(reader: ExpertReader, memory: np.ndarray) -> None:
+    ticket = reader.prefetch(batch := reads(memory, [0, 8192]))
+    assert ticket.started
+    while not ticket.done:
+        reader.poll()
+    check(memory, batch)
+
+
+def test_errors_reach_the_waiter_and_nobody_else(reader: ExpertReader, memory: np.ndarray) -> None:
     beyond = [Read(0, len(CONTENT) + 8192, 4096, memory.ctypes.data)]
-    ticket = single.demand([*reads(memory, [0]), *beyond, *reads(memory, [4096])])
+    good = reads(memory, [0, 4096])
+    ticket = reader.demand([good[0], *beyond, good[1]])
     with pytest.raises(ReadError, match="ends at byte"):
-        ticket.wait()
-    for read in (ticket.reads[0], ticket.reads[2]):  # the others are done all the same
-        assert content(memory, read) == CONTENT[read.offset : read.offset + read.nbytes]
+        reader.wait(ticket)
+    check(memory, good)  # the others are done all the same
     with pytest.raises(ReadError):
-        ticket.wait()  # still
-    single.demand(reads(memory, [8192])).wait()
+        reader.wait(ticket)  # still
+    reader.wait(reader.demand(reads(memory, [8192])))
 
 
-def test_unexpected_errors_do_not_end_a_thread(
-    single: ExpertReader, memory: np.ndarray, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unexpected_errors_reach_the_waiter(path: Path, memory: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("a bug")
 
+    monkeypatch.setattr(reader_module, "open_queue", ThreadQueue)
+    reader = ExpertReader([path])
     with monkeypatch.context() as patch:
         patch.setattr(DirectFile, "read_enclosing", broken)
         with pytest.raises(RuntimeError, match="a bug"):
-            single.demand(reads(memory, [0])).wait()
-    single.demand(reads(memory, [0])).wait()
-
-
-def test_close_drops_what_is_queued(path: Path, memory: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = Slow(monkeypatch)
-    reader = ExpertReader([path], threads=1)
-    reader.demand(reads(memory, [0]))
-    assert slow.first.wait(20)
-    reader.prefetch(reads(memory, [4096]))
-    closing = threading.Thread(target=reader.close)
-    closing.start()
-    while reader._prefetch:  # close has emptied the queues
-        closing.join(0.001)
-    slow.go.set()
-    closing.join(20)
-    assert not closing.is_alive()
-    assert slow.begun == [0]
-    assert not any(thread.is_alive() for thread in reader._threads)
-
-
-def test_close_ends_the_threads(path: Path) -> None:
-    before = threading.active_count()
-    reader = ExpertReader([path], threads=3)
-    assert threading.active_count() == before + 3
+            reader.wait(reader.demand(reads(memory, [0])))
+    reader.wait(reader.demand(reads(memory, [0])))
     reader.close()
+
+
+def test_several_threads_wait(reader: ExpertReader, memory: np.ndarray) -> None:
+    batches = [reads(memory, [4096 * (8 * i + j) for j in range(8)]) for i in range(6)]
+    threads = [
+        threading.Thread(target=lambda b=b: reader.wait(reader.demand(b)))  # type: ignore[misc]
+        for b in batches
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+    check(memory, [read for batch in batches for read in batch])
+
+
+def test_demand_goes_before_prefetch(held: tuple[ExpertReader, Held], memory: np.ndarray) -> None:
+    reader, queue = held
+    first = reader.prefetch(reads(memory, [0]))
+    urgent = reader.demand(reads(memory, [4096, 8192]))
+    later = reader.prefetch(reads(memory, [12288, 16384]))
+    assert queue.started == [0, 4096]
+    reader.wait(urgent)
+    for ticket in (first, later):
+        reader.wait(ticket)
+    assert queue.started == [0, 4096, 8192, 12288, 16384]
+
+
+def test_no_prefetch_starts_beside_a_demand_read(held: tuple[ExpertReader, Held], memory: np.ndarray) -> None:
+    reader, queue = held
+    urgent = reader.demand(reads(memory, [0]))
+    prefetch = reader.prefetch(reads(memory, [4096]))
+    assert queue.started == [0]  # though there is room
+    reader.wait(urgent)
+    assert queue.started == [0, 4096]
+    assert prefetch.started
+    assert not prefetch.done
+
+
+def test_promoted_prefetch_is_a_demand_read(held: tuple[ExpertReader, Held], memory: np.ndarray) -> None:
+    reader, queue = held
+    urgent = reader.demand(reads(memory, [0]))
+    waiting, wanted = reader.prefetch(reads(memory, [4096])), reader.prefetch(reads(memory, [8192]))
+    reader.promote(wanted)
+    assert queue.started == [0, 8192]
+    reader.promote(wanted)  # nothing left to move
+    for ticket in (urgent, wanted, waiting):
+        reader.wait(ticket)
+    assert queue.started == [0, 8192, 4096]
+
+
+def test_cancelled_prefetch_is_not_read_but_ends(held: tuple[ExpertReader, Held], memory: np.ndarray) -> None:
+    reader, queue = held
+    begun = reader.prefetch(reads(memory, [0, 4096, 8192]))
+    queued = reader.prefetch(reads(memory, [12288]))
+    reader.cancel(begun)
+    reader.cancel(queued)
+    assert queued.done
+    assert not begun.done  # two of its reads are under way
+    reader.wait(begun)
+    assert begun.bytes == 8192
+    assert queue.started == [0, 4096]
+
+
+def test_close_drops_what_is_queued(held: tuple[ExpertReader, Held], memory: np.ndarray) -> None:
+    reader, queue = held
+    reader.demand(reads(memory, [0, 4096, 8192]))
+    reader.close()
+    assert queue.started == [0, 4096]
+
+
+def test_close_waits_for_what_is_under_way(path: Path, memory: np.ndarray) -> None:
+    before = threading.active_count()
+    for queue in (ThreadQueue, open_queue):
+        reader = ExpertReader([path])
+        reader._queue = queue([*reader.files])
+        tickets: list[Ticket] = [reader.demand(reads(memory, [4096 * i])) for i in range(4)]
+        reader.close()
+        assert len(tickets) == 4
     assert threading.active_count() == before
 
 
 def test_missing_file(tmp_path: Path) -> None:
-    before = threading.active_count()
     with pytest.raises(ReadError):
         ExpertReader([tmp_path / "none"])
-    assert threading.active_count() == before
+
+
+def test_kernel_queue_falls_back_where_a_read_is_refused(
+    path: Path, memory: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that the system refuses, or that ends short, is repeated by the plain way."""
+    files = [DirectFile(path)]
+    if not isinstance(queue := open_queue(files), KernelQueue):
+        pytest.skip("no direct reads, or no asynchronous I/O, on this system")
+    plain, read_now = [], KernelQueue._read_now
+
+    def note(self: KernelQueue, number: int, read: Read) -> None:
+        plain.append(number)
+        read_now(self, number, read)
+
+    monkeypatch.setattr(KernelQueue, "_read_now", note)
+    last = len(CONTENT) - 4096
+    batch = [Read(0, last, 8192, memory.ctypes.data), *reads(memory, [8192])]
+    queue.start(list(enumerate(batch)))
+    ended: dict[int, Exception | None] = {}
+    while len(ended) < 2:
+        ended.update(queue.collect(wait=True))
+    assert plain == [0]  # short: the file ends
+    assert isinstance(ended[0], ReadError)
+    assert ended[1] is None
+    check(memory, batch[1:])
+    queue.close()

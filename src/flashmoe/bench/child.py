@@ -100,6 +100,7 @@ def _measure_pool(job: Job) -> dict[str, Any]:
         n_ctx=job.n_ctx,
         n_ubatch=job.n_ubatch,
         threads=job.threads,
+        prefetch=job.prefetch,
         library=open_library(Path(job.library)),
         **options,
     )

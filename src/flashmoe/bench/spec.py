@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from flashmoe.errors import FlashMoEError, UsageError
+from flashmoe.prefetch import create_all
 from flashmoe.units import parse_bytes
 
 #: What can be measured against. The pool itself is the engine "pool".
@@ -19,8 +20,6 @@ OPPONENTS = {
 }
 NO_OPPONENT = "none"
 POOL = "pool"
-#: Values of --prefetch. A prefetcher that the API learns is added here and passed on in `child`.
-PREFETCHERS = ("none",)
 #: What a user gets who names nothing.
 DEFAULT_POLICY = "default"
 
@@ -50,7 +49,7 @@ class Job:
     ram: int | None = None
     cache: str | None = None
     policy: str = DEFAULT_POLICY
-    prefetch: str = "none"
+    prefetch: str = "auto"
     trace: str | None = None
     trace_start: int = 0
 
@@ -79,7 +78,7 @@ class Plan:
     sizes: Sequence[Size]
     opponents: Sequence[str] = ("mmap",)
     policies: Sequence[str] = (DEFAULT_POLICY,)
-    prefetchers: Sequence[str] = ("none",)
+    prefetchers: Sequence[str] = ("auto",)
     pairs: int = 5
     n_prompt: int = 16
     n_warmup: int = 32
@@ -97,9 +96,8 @@ class Plan:
         for name in self.opponents:
             if name not in OPPONENTS:
                 raise UsageError(f"--against {name!r}: choose from {', '.join(OPPONENTS)} or {NO_OPPONENT}")
-        for name in self.prefetchers:
-            if name not in PREFETCHERS:
-                raise UsageError(f"--prefetch {name!r}: choose from {', '.join(PREFETCHERS)}")
+        for spec in self.prefetchers:
+            create_all(spec)  # raises what is wrong with it
         if min(self.pairs, self.n_prompt, self.n_decode, self.n_ubatch) < 1 or self.n_warmup < 0:
             raise UsageError(
                 "--pairs, --prompt-tokens, --tokens and -ub must be at least 1, --warmup not negative"

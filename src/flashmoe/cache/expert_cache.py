@@ -1,9 +1,11 @@
-"""The expert cache: the only place that knows slots, policy and reader together."""
+"""The expert cache: the only place that knows slots, policy, staging and reader together."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +13,9 @@ from numpy.typing import NDArray
 
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.pool import SlotPool
-from flashmoe.errors import BudgetError
+from flashmoe.cache.residency import exchange
+from flashmoe.cache.staging import Staging
+from flashmoe.errors import BudgetError, ReadError
 from flashmoe.storage.reader import ExpertReader, Ticket
 
 Int32 = NDArray[np.int32]
@@ -21,15 +25,22 @@ Int32 = NDArray[np.int32]
 class CacheStats:
     """Counters of one phase (prefill or decode). A request is a distinct expert of a layer in one step."""
 
-    hits: int = 0
+    hits: int = 0  # resident and complete, prefetched ones among them
+    late_hits: int = 0  # the prefetch was queued or under way
     misses: int = 0
+    prefetch_hits: int = 0  # of the hits: through a prefetch that was complete
     bytes: int = 0  # read for misses
+    prefetch_bytes: int = 0  # asked for by hits and late hits that were prefetched
     stall_seconds: float = 0.0  # the engine waited for reads
     overhead_seconds: float = 0.0  # Python in the engine's way, reads aside; the engine's hook adds it up
 
     @property
+    def requests(self) -> int:
+        return self.hits + self.late_hits + self.misses
+
+    @property
     def hit_rate(self) -> float:
-        return self.hits / max(1, self.hits + self.misses)
+        return self.hits / max(1, self.requests)
 
 
 class ExpertCache:
@@ -38,15 +49,19 @@ class ExpertCache:
     Thread-safe; the slots that `ensure` returns are one caller's until the next call.
     """
 
-    def __init__(self, pool: SlotPool, reader: ExpertReader, policy: EvictionPolicy) -> None:
+    def __init__(
+        self, pool: SlotPool, reader: ExpertReader, policy: EvictionPolicy, spare: Sequence[int] = ()
+    ) -> None:
+        """`spare[g]`: slots of size group g that the policy's residency leaves to prefetching."""
         self.pool, self.reader, self.policy = pool, reader, policy
         self.stats: dict[str, CacheStats] = {"prefill": CacheStats(), "decode": CacheStats()}
         self.phase = "prefill"
         residency = policy.residency
+        self.staging = Staging(residency, pool, reader, spare) if any(spare) else None
         self._first_slot = [int(residency.group_start[g]) for g in residency.group]
         self._bytes = [sum(w.plane.nbytes for w in windows) for windows in pool.windows]
-        self._lock = threading.Lock()
-        self._under_way: tuple[Ticket, int, list[int]] | None = None  # reads, layer, experts
+        self._lock = threading.RLock()
+        self._under_way: tuple[list[Ticket], int, list[int]] | None = None  # reads, layer, experts
         self._resize(64)
 
     def _resize(self, n: int) -> None:
@@ -57,10 +72,18 @@ class ExpertCache:
         with self._lock:
             self.policy.begin_sequence()
 
-    def ensure(self, layer: int, ids: Int32, *, leave_last: bool = False) -> Int32:
+    def ensure(
+        self,
+        layer: int,
+        ids: Int32,
+        *,
+        leave_last: bool = False,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Int32:
         """Make the experts `ids` (int32 [n], may repeat) of a layer resident and complete.
 
-        With `leave_last` the last plane (down) may still be under way: call `finish` before it is used.
+        With `leave_last` the last plane (down) may still be under way: call `finish` before it is used. `meanwhile` is
+        called once the reads are queued, before they are waited for.
         Returns their slots, int32 [n], numbered in the layer's size group; valid until the next call. Raises ReadError
         (the failed experts are then absent and the cache is consistent) and BudgetError (they cannot fit at once).
         """
@@ -77,14 +100,26 @@ class ExpertCache:
                 )
             first = self._first_slot[layer]
             stats = self.stats[self.phase]
+            stats.hits += len(set(ids.tolist())) - misses
             if misses:
-                self._fill(layer, first, misses, leave_last)
+                self._fill(layer, slots, misses, leave_last, meanwhile)
+            else:
+                if self.staging:
+                    self.staging.served(layer)
+                if meanwhile:
+                    meanwhile()
             if first:
                 slots -= first
-            stats.hits += len(set(ids.tolist())) - misses
-            stats.misses += misses
-            stats.bytes += misses * self._bytes[layer]
         return slots
+
+    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
+        """Read experts that a layer will probably ask for, the likeliest first, while no demand read is under way.
+
+        Earlier wishes for the same layer that have not begun are forgotten. Does nothing without spare slots.
+        """
+        with self._lock:
+            if self.staging:
+                self.staging.plan(layer, experts)
 
     @property
     def pending(self) -> bool:
@@ -96,43 +131,85 @@ class ExpertCache:
         with self._lock:
             self._finish()
 
-    def _fill(self, layer: int, first: int, misses: int, leave_last: bool) -> None:
-        """Read `misses` experts into their slots, plane by plane over all of them: what is needed first comes first."""
-        experts, tickets = self._miss_expert[:misses].tolist(), []
+    def _fill(
+        self, layer: int, slots: Int32, misses: int, leave_last: bool, meanwhile: Callable[[], None] | None
+    ) -> None:
+        """Read what `access` missed, plane by plane over all experts: what is needed first comes first."""
+        began = time.perf_counter()
+        experts, now, later = self._miss_expert[:misses].tolist(), [], []
         try:
-            slots = (self._miss_slot[:misses] - first).tolist()
-            reads = [self.pool.reads(layer, e, s) for e, s in zip(experts, slots, strict=True)]
+            absent = list(zip(experts, self._miss_slot[:misses].tolist(), strict=True))
+            if self.staging:
+                self.reader.poll()
+                absent = self._adopt(layer, slots, absent, now, later)
+            first = self._first_slot[layer]
+            reads = [self.pool.reads(layer, expert, slot - first) for expert, slot in absent]
             planes = list(zip(*reads, strict=True))
-            now, later = (planes[:-1], planes[-1:]) if leave_last and len(planes) > 1 else (planes, [])
-            began = time.perf_counter()
-            tickets.append(self.reader.demand([read for plane in now for read in plane]))
-            if later:
-                tickets.append(self.reader.demand(later[0]))
-            for expert, slot in zip(experts, slots, strict=True):
-                self.pool.fill_tables(layer, expert, slot)
-            tickets[0].wait()
+            if planes:
+                now.append(self.reader.demand([read for plane in planes[:-1] for read in plane]))
+                later.append(self.reader.demand(planes[-1]))
+            for expert in experts:
+                self.pool.fill_tables(layer, expert, int(self.policy.residency.slot_of[layer, expert]) - first)
+            if meanwhile:
+                meanwhile()
+            for ticket in now if leave_last else now + later:
+                self.reader.wait(ticket)
         except BaseException:  # also what a signal's handler raises
-            self._give_back(tickets, layer, experts)
+            self._give_back(now + later, layer, experts)
             raise
-        self.stats[self.phase].stall_seconds += time.perf_counter() - began
-        if later:
-            self._under_way = tickets[1], layer, experts
+        stats = self.stats[self.phase]
+        stats.misses += len(absent)
+        stats.bytes += len(absent) * self._bytes[layer]
+        stats.stall_seconds += time.perf_counter() - began
+        if leave_last:
+            self._under_way = later, layer, experts
+
+    def _adopt(
+        self,
+        layer: int,
+        slots: Int32,
+        absent: list[tuple[int, int]],
+        now: list[Ticket],
+        later: list[Ticket],
+    ) -> list[tuple[int, int]]:
+        """Let staged experts change places with the slots meant for them; returns those that are not staged."""
+        assert self.staging
+        rest, stats = [], self.stats[self.phase]
+        for expert, slot in absent:
+            entry = self.staging.take(layer, expert)
+            if entry is None:
+                rest.append((expert, slot))
+                continue
+            self.staging.give(layer, exchange(self.policy.residency, layer, expert, entry.slot))
+            slots[slots == slot] = entry.slot
+            stats.prefetch_bytes += self._bytes[layer]
+            if entry.complete:
+                stats.hits += 1
+                stats.prefetch_hits += 1
+            else:
+                stats.late_hits += 1
+                now.append(entry.first)
+                later.append(entry.last)
+        self.staging.served(layer)
+        return rest
 
     def _finish(self) -> None:
         if not self._under_way:
             return
-        (ticket, layer, experts), self._under_way = self._under_way, None
+        (tickets, layer, experts), self._under_way = self._under_way, None
         began = time.perf_counter()
         try:
-            ticket.wait()
+            for ticket in tickets:
+                self.reader.wait(ticket)
         except BaseException:
-            self._give_back([ticket], layer, experts)
+            self._give_back(tickets, layer, experts)
             raise
         self.stats[self.phase].stall_seconds += time.perf_counter() - began
 
     def _give_back(self, tickets: list[Ticket], layer: int, experts: list[int]) -> None:
         """Free the slots of experts that are not complete; before, let no thread write into them any more."""
         for ticket in tickets:
-            ticket.done.wait()
+            with suppress(ReadError):
+                self.reader.wait(ticket)
         for expert in experts:
             self.policy.release(layer, expert)

@@ -88,11 +88,13 @@ def make_residency(
     quota: Sequence[int] | NDArray[np.int32],
     group: Sequence[int] | NDArray[np.int32] | None = None,
     partition: str = "per-layer",
+    spare: Sequence[int] | None = None,
 ) -> Residency:
-    """An empty pool with S = sum(quota) slots.
+    """An empty pool with S = sum(quota) + sum(spare) slots.
 
     quota: [L] slots of each layer, 1..E (with partition "global" only the sums over the groups matter).
     group: [L] size group of each layer, numbered 0..G-1 without gaps; None means one group.
+    spare: [G] further slots at the end of each group that no policy knows: see `exchange` (default: none).
     Raises ValueError for shapes, quotas or groups that make no sense.
     """
     if n_layers < 1 or n_experts < 1:
@@ -112,11 +114,11 @@ def make_residency(
             "every size group needs at least one slot, and groups are numbered 0..G-1 without gaps"
         )
     start = np.zeros(n_groups + 1, np.int32)
-    np.cumsum(sizes, out=start[1:])
+    np.cumsum(sizes + np.asarray(spare or [0] * n_groups, np.int32), out=start[1:])
     n_slots = int(start[-1])
     free = np.empty(n_slots, np.int32)
-    for g in range(n_groups):  # the top of each stack is the group's lowest slot
-        free[start[g] : start[g + 1]] = np.arange(start[g + 1] - 1, start[g] - 1, -1)
+    for g, size in enumerate(sizes):  # the top of each stack is the group's lowest slot
+        free[start[g] : start[g] + size] = np.arange(start[g] + size - 1, start[g] - 1, -1)
     return Residency(
         slot_of=np.full((n_layers, n_experts), -1, np.int32),
         owner=np.full(n_slots, -1, np.int32),
@@ -138,7 +140,17 @@ def make_residency(
     )
 
 
-def check_residency(res: Residency) -> None:
+def exchange(res: Residency, layer: int, expert: int, slot: int) -> int:
+    """Move a resident expert to a spare slot of its group; returns its old slot, which is spare from now on."""
+    old = int(res.slot_of[layer, expert])
+    res.slot_of[layer, expert] = slot
+    for column in (res.owner, res.pin, res.locked, res.place, res.fresh):
+        column[slot] = column[old]
+    res.owner[old], res.pin[old], res.locked[old], res.fresh[old] = -1, -1, 0, 0
+    return old
+
+
+def check_residency(res: Residency, spare: Sequence[int] = ()) -> None:
     """Raise AssertionError where the arrays contradict each other (for tests and debugging)."""
     n_experts = res.n_experts
     for slot, key in enumerate(res.owner):
@@ -154,5 +166,6 @@ def check_residency(res: Residency) -> None:
         assert sorted(res.members[layer, : res.used[layer]].tolist()) == res.resident(layer).tolist(), layer
     for g in range(len(res.free_count)):
         stack = res.free[res.group_start[g] : res.group_start[g] + res.free_count[g]]
-        free = np.flatnonzero(res.owner[res.group_start[g] : res.group_start[g + 1]] < 0) + res.group_start[g]
-        assert sorted(stack.tolist()) == free.tolist(), g
+        unowned = np.flatnonzero(res.owner[res.group_start[g] : res.group_start[g + 1]] < 0)
+        free = set((unowned + res.group_start[g]).tolist()) - set(spare)
+        assert sorted(stack.tolist()) == sorted(free), g

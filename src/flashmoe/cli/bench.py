@@ -71,7 +71,7 @@ def run(
         ),
     ] = "mmap",
     policy: Annotated[str, typer.Option("--policy", help="Eviction policies, a list.")] = "default",
-    prefetch: Annotated[str, typer.Option("--prefetch", help="Prefetchers, a list.")] = "none",
+    prefetch: Annotated[str, typer.Option("--prefetch", help="Prefetchers, a list.")] = "auto",
     pairs: Annotated[int, typer.Option("--pairs", help="Measurements of each kind, interleaved.")] = 5,
     tokens: Annotated[int, typer.Option("--tokens", help="Tokens decoded and counted.")] = 48,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Tokens of the prompt.")] = 16,

@@ -33,6 +33,9 @@ def run(
     policy: Annotated[
         str | None, typer.Option("--policy", help="Eviction policy: NAME or NAME:FILE.")
     ] = None,
+    prefetch: Annotated[
+        str, typer.Option("--prefetch", help="Predictor of the next experts: NAME, NAME:FILE, auto or none.")
+    ] = "auto",
     n_predict: Annotated[
         int, typer.Option("-n", "--n-predict", help="Tokens to make; -1: until the end.")
     ] = -1,
@@ -68,6 +71,7 @@ def run(
             ram=ram,
             cache=cache,
             policy=policy,
+            prefetch=prefetch,
             n_ctx=ctx_size,
             n_ubatch=ubatch,
             threads=threads,

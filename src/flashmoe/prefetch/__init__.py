@@ -19,22 +19,31 @@ from typing import Any
 
 from flashmoe.prefetch.base import Predictor, PredictorError
 
-__all__ = ["BUILTIN", "Predictor", "PredictorError", "available", "create"]
+__all__ = ["BUILTIN", "Predictor", "PredictorError", "available", "create", "create_all"]
 
 ENTRY_POINTS = "flashmoe.predictors"
 
 #: name -> module:class, imported when asked for (each module brings compiled kernels)
 BUILTIN = {
+    "gate": "gate:Gate",
     "table": "table:Table",
     "promoe": "promoe:ProMoE",
     "moe-infinity": "moe_infinity:MoEInfinity",
 }
+
+AUTO = ("gate",)
 
 
 def available() -> list[str]:
     """Names of all predictors: "none", then those built in, then those of other packages."""
     others = {point.name for point in entry_points(group=ENTRY_POINTS)}
     return ["none", *BUILTIN, *sorted(others - set(BUILTIN) - {"none"})]
+
+
+def create_all(spec: str) -> list[Predictor]:
+    """The predictors of a spec, to be tried in turn: none for "none", several for "auto", else one. Raises as create."""
+    specs = AUTO if spec.strip() == "auto" else (spec,)
+    return [predictor for predictor in map(create, specs) if predictor is not None]
 
 
 def create(spec: str, **options: Any) -> Predictor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -75,6 +75,13 @@ class Predictor:
         where nothing is known yet.
         """
         raise NotImplementedError
+
+    def use_routers(self, routers: Sequence[Any]) -> None:
+        """The routers of all layers (gate.Router), from an engine that can show them; kept by `gate` only."""
+
+    def see(self, layer: int, hidden: Float32) -> None:
+        """The input of a layer's router for the token of this step, float32 [n], before `observe`; only from
+        engines that can show it. The memory is valid until the next call of any method."""
 
     def check_model(self, model: Mapping[str, Any]) -> None:
         """Raise PredictorError where it was trained for another model than this identity says."""

@@ -59,7 +59,7 @@ def _measure(reader: ExpertReader, read_bytes: int) -> float:
     units = file.size // unit - size // unit
     reads = [Read(0, draw.randrange(units) * unit, size, address + i % _SLOTS * size) for i in range(count)]
     started = time.perf_counter()
-    reader.demand(reads).wait()
+    reader.wait(reader.demand(reads))
     seconds = time.perf_counter() - started
     del memory  # held until the last read was in
     return count * size / seconds / 1e9

@@ -1,74 +1,50 @@
-"""A few threads that read expert slices: demand reads first, prefetches when nothing else waits."""
+"""Reads expert slices in the background: demand reads first, then what was asked for ahead of time."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
-from queue import SimpleQueue
-from typing import NamedTuple
 
+from flashmoe.storage.aio import Read, open_queue
 from flashmoe.storage.direct import DirectFile
 
-DEFAULT_THREADS = 4
-
-
-class Read(NamedTuple):
-    """`nbytes` at `offset` of file number `file`, to memory at `address` (slack around it: see DirectFile)."""
-
-    file: int
-    offset: int
-    nbytes: int
-    address: int
+__all__ = ["ExpertReader", "Read", "Ticket"]
 
 
 class Ticket:
-    """A batch of reads under way. `wait` returns when every byte is in, or raises the first ReadError."""
+    """A batch of reads under way; `ExpertReader.wait` returns when every byte is in."""
 
-    __slots__ = ("_lock", "_pending", "cancelled", "done", "error", "reads")
+    __slots__ = ("bytes", "error", "pending", "started")
 
     def __init__(self, reads: Sequence[Read]) -> None:
-        self.reads = reads
-        self.error: Exception | None = None
-        self.cancelled = False
-        self.done = threading.Event()
-        self._pending = len(reads)
-        self._lock = threading.Lock()
-        if not reads:
-            self.done.set()
+        self.pending = len(reads)
+        self.started = False  # a read has begun
+        self.bytes = 0  # read so far
+        self.error: Exception | None = None  # the first
 
-    def finish_one(self, error: Exception | None) -> None:
-        with self._lock:
-            self.error = self.error or error
-            self._pending -= 1
-            if self._pending == 0:
-                self.done.set()
-
-    def wait(self) -> None:
-        self.done.wait()
-        if self.error:
-            raise self.error
+    @property
+    def done(self) -> bool:
+        """Whether all reads have ended, as far as the reader has looked (`poll`)."""
+        return self.pending == 0
 
 
 class ExpertReader:
-    """Reads from a model's files on `threads` threads; preadv releases the GIL, so reads overlap with Python.
+    """Reads from a model's files without a thread of its own in the way (see storage.aio).
 
-    Threads sleep while nothing is queued. The queue depth that the drive sees is the number of threads.
+    Reads make progress on their own as far as the queue is deep; beyond that, whenever a method is called. Thread-safe.
     """
 
-    def __init__(self, files: Sequence[Path], threads: int = DEFAULT_THREADS) -> None:
+    def __init__(self, files: Sequence[Path]) -> None:
         self.files = [DirectFile(path) for path in files]
+        self._queue = open_queue(self.files)
+        self._lock = threading.RLock()
         self._demand: deque[tuple[Ticket, Read]] = deque()
         self._prefetch: deque[tuple[Ticket, Read]] = deque()
-        self._wake: SimpleQueue[bool] = SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._work, name=f"flashmoe-read-{i}", daemon=True)
-            for i in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._under_way: dict[int, tuple[Ticket, Read]] = {}
+        self._urgent: set[int] = set()  # of those, the demand reads
+        self._number = 0
 
     @property
     def direct(self) -> bool:
@@ -76,61 +52,86 @@ class ExpertReader:
         return all(file.direct for file in self.files)
 
     def demand(self, reads: Sequence[Read]) -> Ticket:
-        """Queue reads that somebody waits for."""
+        """Start reads that somebody waits for."""
         return self._submit(reads, self._demand)
 
     def prefetch(self, reads: Sequence[Read]) -> Ticket:
-        """Queue reads that start only while no demand read waits."""
+        """Queue reads that nobody waits for yet: they start when no demand read is queued or under way."""
         return self._submit(reads, self._prefetch)
 
     def promote(self, ticket: Ticket) -> None:
-        """Move what is still queued of a prefetch ahead of all other prefetches."""
-        for item in [item for item in list(self._prefetch) if item[0] is ticket]:
-            try:
-                self._prefetch.remove(item)
-            except ValueError:  # a thread has just taken it
-                continue
-            self._demand.append(item)
-            self._wake.put(True)  # a thread that looked between the two queues has lost its wake-up
+        """Make demand reads of what has not started of a prefetch."""
+        with self._lock:
+            self._demand.extend(self._withdraw(ticket))
+            self._pump()
 
     def cancel(self, ticket: Ticket) -> None:
-        """Drop what has not started of a prefetch; `ticket.done` is set when the rest has ended."""
-        ticket.cancelled = True
+        """Drop what has not started of a prefetch; the ticket is done when the rest has ended."""
+        with self._lock:
+            ticket.pending -= len(self._withdraw(ticket))
+
+    def poll(self) -> None:
+        """See what has ended, without waiting."""
+        with self._lock:
+            if self._under_way:
+                self._collect(wait=False)
+
+    def wait(self, ticket: Ticket) -> None:
+        """Return when the reads of a ticket have ended. Raises the first ReadError."""
+        while not ticket.done:
+            with self._lock:
+                if not ticket.done:
+                    self._collect(wait=True)
+        if ticket.error:
+            raise ticket.error
 
     def close(self) -> None:
-        """End the threads (queued reads are dropped) and close the files."""
-        self._demand.clear()
-        self._prefetch.clear()
-        for _ in self._threads:
-            self._wake.put(False)
-        for thread in self._threads:
-            thread.join()
-        for file in self.files:
-            file.close()
+        """Drop what is queued, wait for what is under way, and close the files."""
+        with self._lock:
+            self._demand.clear()
+            self._prefetch.clear()
+            self._queue.close()
+            for file in self.files:
+                file.close()
 
     def _submit(self, reads: Sequence[Read], queue: deque[tuple[Ticket, Read]]) -> Ticket:
         ticket = Ticket(reads)
-        queue.extend((ticket, read) for read in reads)
-        for _ in reads:
-            self._wake.put(True)
+        with self._lock:
+            queue.extend((ticket, read) for read in reads)
+            self._pump()
         return ticket
 
-    def _take(self) -> tuple[Ticket, Read] | None:
+    def _pump(self) -> None:
+        """Start as much as the queue takes."""
+        room = self._queue.depth - len(self._under_way)
+        started = []
         for queue in (self._demand, self._prefetch):
-            with suppress(IndexError):  # empty, or another thread was faster
-                return queue.popleft()
-        return None
+            if queue is self._prefetch and self._urgent:
+                break
+            while queue and room > 0:
+                ticket, read = queue.popleft()
+                ticket.started = True
+                self._number += 1
+                self._under_way[self._number] = ticket, read
+                if queue is self._demand:
+                    self._urgent.add(self._number)
+                started.append((self._number, read))
+                room -= 1
+        if started:
+            self._queue.start(started)
 
-    def _work(self) -> None:
-        while self._wake.get():
-            item = self._take()
-            if item is None:
-                continue
-            ticket, read = item
-            error: Exception | None = None
-            if not ticket.cancelled:
-                try:
-                    self.files[read.file].read_enclosing(read.address, read.offset, read.nbytes)
-                except Exception as caught:  # handed to whoever waits
-                    error = caught
-            ticket.finish_one(error)
+    def _collect(self, wait: bool) -> None:
+        for number, error in self._queue.collect(wait):
+            ticket, read = self._under_way.pop(number)
+            self._urgent.discard(number)
+            ticket.pending -= 1
+            ticket.bytes += 0 if error else read.nbytes
+            ticket.error = ticket.error or error
+        self._pump()
+
+    def _withdraw(self, ticket: Ticket) -> list[tuple[Ticket, Read]]:
+        """Take what has not started of a prefetch out of the queue."""
+        taken = [item for item in self._prefetch if item[0] is ticket]
+        if taken:
+            self._prefetch = deque(item for item in self._prefetch if item[0] is not ticket)
+        return taken

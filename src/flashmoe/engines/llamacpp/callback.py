@@ -22,6 +22,7 @@ ROUTER_WEIGHTS = (
     b"ffn_moe_weights-"  # gathers the router's weights by the true ids, before any expert product
 )
 ROUTER_IDS = b"ffn_moe_topk-"
+ROUTER_LOGITS = b"ffn_moe_logits-"  # the router's product with the layer's hidden state
 RETURNED, NOT_RETURNED = 0, 1
 
 # Python's half: (node, asked); what it returns is not looked at, Control.outcome says whether to go on
@@ -45,21 +46,25 @@ class Control(C.Structure):
         ("pending", C.c_int64),  # whether reads for the layer's last product are still under way
         ("late", C.c_int64),  # address and length of the name's prefix of that product's input
         ("late_length", C.c_int64),
+        ("logits", C.c_int64),  # address of the router's logits' tensor, 0 if it was not found
+        ("hidden", C.c_int64),  # address of the router's input, float32 [tokens, n]
     ]
 
 
-_FIELDS = 13
+_FIELDS = 15
 _PYTHON, _INSPECT, _OUTCOME, _BUFFER, _CAPACITY, _BLOCK, _TOKENS, _TOP_K, _IDS, _WEIGHTS = range(10)
-_PENDING, _LATE, _LATE_LENGTH = range(10, _FIELDS)
+_PENDING, _LATE, _LATE_LENGTH, _LOGITS, _HIDDEN = range(10, _FIELDS)
 _WEIGHTS_NAME, _IDS_NAME = np.frombuffer(ROUTER_WEIGHTS, np.uint8), np.frombuffer(ROUTER_IDS, np.uint8)
+_LOGITS_NAME = np.frombuffer(ROUTER_LOGITS, np.uint8)
+_STEPS_TO_LOGITS = 12  # at most, from the gathered weights back: reshape, softmax, bias, groups
 _NAME, _NAME_END = Tensor.name.offset, Tensor.name.offset + Tensor.name.size
-_DATA, _NE1, _NB1, _SOURCE1 = (
+_DATA, _NE0, _NE1, _NB1 = (
     Tensor.data.offset,
+    Tensor.ne.offset,
     Tensor.ne.offset + 8,
     Tensor.nb.offset + 8,
-    Tensor.src.offset + 8,
 )
-_NE0 = Tensor.ne.offset
+_SOURCE0, _SOURCE1 = Tensor.src.offset, Tensor.src.offset + 8
 
 
 def _pointer_to(kind: Any) -> Any:
@@ -141,6 +146,20 @@ def _is_late(control: Any, node: Any) -> Any:  # pragma: no cover - compiled
     return _block_of(node, carray(_bytes_at(control[_LATE]), control[_LATE_LENGTH])) >= 0
 
 
+@njit(cache=True)
+def _find_logits(control: Any, node: Any) -> Any:  # pragma: no cover - compiled
+    """From the gathered weights back to the router's product and its input."""
+    control[_LOGITS] = control[_HIDDEN] = 0
+    for _ in range(_STEPS_TO_LOGITS):
+        node = _read(node + _SOURCE0)
+        if node == 0:
+            return
+        if _block_of(node, _LOGITS_NAME) >= 0:
+            if _read(node + _SOURCE1) != 0:
+                control[_LOGITS], control[_HIDDEN] = node, _read(_read(node + _SOURCE1) + _DATA)
+            return
+
+
 @cfunc(types.uint8(types.int64, types.uint8, types.CPointer(types.int64)), cache=True)
 def on_node(node: Any, ask: Any, shared: Any) -> Any:  # pragma: no cover - compiled
     """ggml_backend_sched_eval_callback; `shared` is a Control."""
@@ -163,6 +182,7 @@ def on_node(node: Any, ask: Any, shared: Any) -> Any:  # pragma: no cover - comp
         if control[_TOKENS] * control[_TOP_K] > control[_CAPACITY]:
             return 0
         _copy_ids(ids, control[_BUFFER], False)
+        _find_logits(control, node)
     if not _ask_python(control, node, ask):
         return 0
     if block >= 0:

@@ -17,6 +17,7 @@ from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.loader import LoadedModel
 from flashmoe.engines.llamacpp.template import render_chat
 from flashmoe.errors import FlashMoEError, ModelError
+from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import Recorder
 
 
@@ -58,6 +59,10 @@ class LlamaEngine:
         """Let `recorder` see every layer's routing from here on; whoever calls `decode` ends its steps."""
         self._hook.recorder = recorder
 
+    def prefetch(self, prefetcher: Prefetcher) -> None:
+        """Let `prefetcher` see every layer's routing from here on, and read ahead."""
+        self._hook.prefetcher = prefetcher
+
     def override_routing(self, override: Callable[[int, NDArray[np.int32]], None]) -> None:
         """Let `override` overwrite the ids, (layer, int32 [tokens, top_k]), before they are made resident."""
         self._hook.override = override
@@ -76,6 +81,8 @@ class LlamaEngine:
         single = len(tokens) == 1
         inspect = single in self._uninspected
         self._hook.inspect(inspect)
+        if self._hook.prefetcher is not None:
+            self._hook.prefetcher.begin_step(tokens)
         with self._hook.watch():
             status = self._context.decode(tokens)
         if self._hook.error or status:

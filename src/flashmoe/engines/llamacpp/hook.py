@@ -12,6 +12,7 @@ import ctypes as C
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +22,10 @@ from flashmoe.engines.llamacpp.abi import Tensor
 from flashmoe.engines.llamacpp.callback import NOT_RETURNED, PYTHON_CALLBACK, RETURNED, Control, on_node
 from flashmoe.engines.llamacpp.interrupts import hold_interrupts
 from flashmoe.engines.llamacpp.loader import LoadedModel
+from flashmoe.engines.llamacpp.routers import read_router
 from flashmoe.errors import FlashMoEError, ModelError
+from flashmoe.prefetch.gate import Router
+from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import Recorder
 
 
@@ -49,6 +53,10 @@ class RouterHook:
         )
         self.cache: ExpertCache | None = None
         self.recorder: Recorder | None = None
+        self.prefetcher: Prefetcher | None = None
+        self._met: dict[int, Router | None] = {}
+        self._routers: list[Router] = []  # of all layers, once a graph of one token was inspected
+        self._hidden: dict[int, NDArray[np.float32]] = {}
         #: Called with (layer, ids [tokens, top_k]) to put other experts in place of the router's.
         self.override: Callable[[int, NDArray[np.int32]], None] | None = None
         self.error: BaseException | None = None
@@ -65,6 +73,10 @@ class RouterHook:
 
     def inspect(self, enable: bool) -> None:
         """Check, node by node, that the next graph uses expert tensors only with ids that were renamed."""
+        routers = [router for _, router in sorted(self._met.items()) if router]
+        if self.prefetcher is not None and not self._routers and len(routers) == len(self._layer_of_block):
+            self._routers = routers
+            self.prefetcher.use_routers(routers)
         if enable:
             self._experts = self._model.layer_of_tensor()
             self._renamed = {}
@@ -103,7 +115,7 @@ class RouterHook:
                 if ask:
                     self._inspect(Tensor.from_address(address))
                 elif control.block >= 0:
-                    self._rename(control)
+                    self._rename(control, address)
                 else:
                     self._finish(control)
             if self.error is None:
@@ -113,7 +125,7 @@ class RouterHook:
             self.error = self.error or error
         return int(self.error is None)
 
-    def _rename(self, control: Control) -> None:
+    def _rename(self, control: Control, node: int) -> None:
         began = time.perf_counter()
         assert self.cache is not None
         stats = self.cache.stats[self.cache.phase]
@@ -130,11 +142,32 @@ class RouterHook:
             raise ModelError(
                 f"the last product of layer {layer - 1} did not wait for its reads; please report it"
             )
-        ids[:] = self.cache.ensure(layer, ids, leave_last=control.late_length > 0)
+        meanwhile = None
+        if self.prefetcher is not None:
+            if control.inspect and tokens == 1 and control.logits:
+                self._met[layer] = read_router(self._model.lib, node, control.logits, control.ids)
+            meanwhile = partial(self._look_ahead, self.prefetcher, control, layer)
+        ids[:] = self.cache.ensure(layer, ids, leave_last=control.late_length > 0, meanwhile=meanwhile)
         control.pending = self.cache.pending
         if control.inspect:
             self._renamed[control.ids] = layer
         stats.overhead_seconds += time.perf_counter() - began - (stats.stall_seconds - stalled)
+
+    def _look_ahead(self, prefetcher: Prefetcher, control: Control, layer: int) -> None:
+        """Let the prefetcher see this layer's routing, while its reads are under way."""
+        tokens, top_k = control.tokens, control.top_k
+        ids = self._ids[: tokens * top_k]
+        if tokens > 1:
+            prefetcher.routed_many(layer, ids.reshape(tokens, top_k))
+            return
+        if control.hidden and self._routers:
+            hidden = self._hidden.get(control.hidden)
+            if hidden is None:
+                n = len(self._routers[0].norm)
+                hidden = np.ctypeslib.as_array((C.c_float * n).from_address(control.hidden))
+                self._hidden[control.hidden] = hidden
+            prefetcher.predictor.see(layer, hidden)
+        prefetcher.routed(layer, ids)
 
     def _finish(self, control: Control) -> None:
         assert self.cache is not None

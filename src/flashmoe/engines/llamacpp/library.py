@@ -60,6 +60,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_sampler_init_min_p": (ptr, (f32, _size)),
     "llama_sampler_init_temp": (ptr, (f32,)),
     "ggml_tensor_overhead": (_size, ()),
+    "ggml_op_desc": (_text, (ptr,)),
     "ggml_backend_cpu_buffer_type": (ptr, ()),
     "ggml_backend_buffer_init": (ptr, (ptr, abi.BufferInterface, ptr, _size)),
     "ggml_threadpool_params_default": (abi.ThreadpoolParams, (i32,)),

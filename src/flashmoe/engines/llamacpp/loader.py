@@ -27,7 +27,7 @@ class LoadedModel:
         progress: Callable[[int], None] = lambda _: None,
     ) -> None:
         """Load; `progress` gets the dense bytes read so far. Raises ModelError, with the engine's own reason."""
-        self._lib = lib
+        self.lib = lib
         self._buffer = ExpertBuffer(lib)
         experts = {p.tensor.name for layer in catalog.layers for p in (*layer.planes, *layer.tables)}
         file = VirtualFile(segments(catalog.gguf, files, experts), progress)
@@ -84,7 +84,7 @@ class LoadedModel:
 
     def close(self) -> None:
         if self.pointer:
-            self._lib.llama_model_free(self.pointer)
+            self.lib.llama_model_free(self.pointer)
             self.pointer = None
 
 

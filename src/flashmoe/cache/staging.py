@@ -1,0 +1,134 @@
+"""Where prefetched experts wait: a few slots of the pool that no policy owns.
+
+A prefetched expert becomes resident only when its router asks for it. Then it changes places with the slot that the
+policy has named for it, and that slot is free for the next prefetch. So a wrong prediction evicts nothing, and the policy
+sees the same requests, hits and victims as it would without prefetching.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flashmoe.cache.pool import SlotPool
+from flashmoe.cache.residency import Residency
+from flashmoe.storage.reader import ExpertReader, Ticket
+
+
+@dataclass
+class Staged:
+    """A prefetched expert: complete, under way or still queued."""
+
+    slot: int
+    first: Ticket  # all planes but the last
+    last: Ticket  # the last plane (down)
+
+    @property
+    def complete(self) -> bool:
+        return self.first.done and self.last.done
+
+    @property
+    def started(self) -> bool:
+        return self.first.started
+
+    @property
+    def bytes_read(self) -> int:
+        return self.first.bytes + self.last.bytes
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.first.error or self.last.error)
+
+
+class Staging:
+    """The spare slots of every size group. Not thread-safe: its owner is the ExpertCache."""
+
+    def __init__(self, residency: Residency, pool: SlotPool, reader: ExpertReader, spare: Sequence[int]) -> None:
+        self._pool, self._reader = pool, reader
+        self.wasted_bytes = 0  # read and never asked for
+        self._group = residency.group.tolist()
+        self._first_slot = residency.group_start.tolist()
+        self._staged: list[dict[int, Staged]] = [{} for _ in self._group]
+        self._free = [
+            deque(range(end - n, end)) for end, n in zip(self._first_slot[1:], spare, strict=True)
+        ]
+        self._ending: list[deque[Staged]] = [deque() for _ in spare]  # cancelled; a read may still be under way
+        #: (layer, expert) complete and not asked for, the oldest first
+        self._stale: list[dict[tuple[int, int], None]] = [{} for _ in spare]
+
+    @property
+    def slots(self) -> list[int]:
+        """Numbers of all spare slots at present."""
+        entries = [entry.slot for layer in self._staged for entry in layer.values()]
+        ending = [entry.slot for group in self._ending for entry in group]
+        return entries + ending + [slot for group in self._free for slot in group]
+
+    def plan(self, layer: int, experts: Sequence[int]) -> None:
+        """Prefetch `experts` of a layer, the likeliest first, as far as there are slots; forget others not yet begun."""
+        staged = self._staged[layer]
+        for expert in [e for e, entry in staged.items() if e not in experts and not entry.started]:
+            self._cancel(layer, expert)
+        for expert in experts:
+            if expert in staged:
+                self._stale[self._group[layer]].pop((layer, expert), None)
+            else:
+                slot = self._slot(self._group[layer], layer)
+                if slot < 0:
+                    return
+                local = slot - self._first_slot[self._group[layer]]
+                *first, last = self._pool.reads(layer, expert, local)
+                staged[expert] = Staged(slot, self._reader.prefetch(first), self._reader.prefetch([last]))
+
+    def take(self, layer: int, expert: int) -> Staged | None:
+        """The router has asked for an expert: give it away, its reads made urgent. None where it is not staged."""
+        entry = self._staged[layer].pop(expert, None)
+        if entry is None:
+            return None
+        self._stale[self._group[layer]].pop((layer, expert), None)
+        if entry.failed:  # whoever asks reads again, and gets the error
+            self._ending[self._group[layer]].append(entry)
+            return None
+        if not entry.complete:
+            self._reader.promote(entry.first)
+            self._reader.promote(entry.last)
+        return entry
+
+    def give(self, layer: int, slot: int) -> None:
+        """A slot that the policy's residency no longer uses, in exchange for a taken one."""
+        self._free[self._group[layer]].append(slot)
+
+    def served(self, layer: int) -> None:
+        """The router of a layer has spoken: what it did not ask for is stopped, or may be overwritten."""
+        staged = self._staged[layer]
+        for expert in list(staged):
+            if staged[expert].complete:
+                self._stale[self._group[layer]][layer, expert] = None
+            else:
+                self._cancel(layer, expert)
+
+    def _cancel(self, layer: int, expert: int) -> None:
+        entry = self._staged[layer].pop(expert)
+        self._reader.cancel(entry.first)
+        self._reader.cancel(entry.last)
+        self._ending[self._group[layer]].append(entry)
+
+    def _slot(self, group: int, layer: int) -> int:
+        """A slot to read into, or -1."""
+        free, ending, stale = self._free[group], self._ending[group], self._stale[group]
+        for _ in range(len(ending)):
+            entry = ending.popleft()
+            if entry.complete:
+                self.wasted_bytes += entry.bytes_read
+                free.append(entry.slot)
+            else:
+                ending.append(entry)
+        if not free:
+            oldest = next((key for key in stale if key[0] != layer), None)
+            if oldest is None:
+                return -1
+            del stale[oldest]
+            entry = self._staged[oldest[0]].pop(oldest[1])
+            self.wasted_bytes += entry.bytes_read
+            return entry.slot
+        return free.popleft()

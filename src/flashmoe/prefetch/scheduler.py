@@ -1,0 +1,170 @@
+"""Turns predictions into reads that only an otherwise idle drive makes.
+
+When a layer's router has spoken, and while its own reads are under way, the likeliest experts of the next layer that are
+not resident are queued. They are read while the engine computes; demand reads go before them (storage.reader), what the
+next router contradicts is dropped, and a wrong guess evicts nothing (cache.staging). What is left to decide is whether
+a guess is worth a read: its chance must reach `LEAST_CHANCE`, and a chance is what this predictor's guesses of that
+confidence have been worth on this very text, not what it says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from flashmoe.cache.expert_cache import ExpertCache
+from flashmoe.prefetch.base import Int32, Predictor
+
+LEAST_CHANCE = 0.7
+MOST = 3  # experts queued per layer: about what a drive reads while a layer computes
+_GUESSES = 6  # candidates per layer whose fate is watched
+_BINS = 24
+_PRIOR = 12.0  # guesses that the predictor's own word counts for
+_FORGET = 400.0  # guesses a bin remembers
+_TRIAL = 12  # steps after which a predictor is judged, again and again
+_LEAST_RIGHT = 0.05  # right guesses per layer and step that make a predictor worth asking
+_SLEEP = 8  # when none is, one step of so many is still looked at
+
+
+@njit(cache=True, nogil=True)
+def choose(chances, slot_of, kept, asked, experts, bins):
+    """Fill experts and bins [GUESSES] with the likeliest absent experts; returns how many, and how many are worth it.
+
+    chances: float32 [E] by the predictor; slot_of: int32 [E], -1 where absent; kept, asked: float64 [BINS] guesses that
+    came true and all guesses, by chance.
+    """
+    found, worth = 0, 0
+    taken = np.zeros(chances.shape[0], np.uint8)
+    while found < experts.shape[0]:
+        best, value = -1, np.float32(0)
+        for e in range(chances.shape[0]):
+            if chances[e] > value and slot_of[e] < 0 and taken[e] == 0:
+                best, value = e, chances[e]
+        if best < 0:
+            break
+        taken[best] = 1
+        place = min(kept.shape[0] - 1, int(value * kept.shape[0]))
+        experts[found], bins[found] = best, place
+        if worth == found and (kept[place] + _PRIOR * value) / (asked[place] + _PRIOR) >= LEAST_CHANCE:
+            worth += 1
+        found += 1
+    return found, min(worth, MOST)
+
+
+@njit(cache=True, nogil=True)
+def learn(ids, experts, bins, found, worth, kept, asked):
+    """Compare what was guessed with what the router picked; returns how many of the first `worth` were right."""
+    right = 0
+    for i in range(found):
+        place = bins[i]
+        if asked[place] >= _FORGET:
+            asked[place] *= 0.5
+            kept[place] *= 0.5
+        asked[place] += 1
+        for j in range(ids.shape[0]):
+            if ids[j] == experts[i]:
+                kept[place] += 1
+                right += i < worth
+                break
+    return right
+
+
+class Prefetcher:
+    """Feeds a predictor with the routing and prefetches what it is sure enough of while single tokens are decoded.
+
+    Given several predictors (`auto`), it keeps the first that is worth asking on this text, and tries them in turn
+    until one is; when none is, it hardly asks any more.
+    """
+
+    def __init__(self, predictors: Sequence[Predictor], cache: ExpertCache) -> None:
+        self._predictors, self._cache = predictors, cache
+        residency = cache.policy.residency
+        self._slot_of, self._used, self._n_experts = (
+            residency.slot_of,
+            residency.used,
+            residency.n_experts,
+        )
+        self._layers = residency.n_layers
+        self._chances = np.zeros(residency.n_experts, np.float32)
+        self._experts = np.zeros((self._layers, _GUESSES), np.int32)
+        self._bins = np.zeros((self._layers, _GUESSES), np.int32)
+        self._made = [(0, 0)] * self._layers  # guesses for a layer, and those worth a read
+        self._tokens: Int32 = np.zeros(0, np.int32)
+        self._active = 0
+        self._start()
+
+    def _start(self) -> None:
+        """From here on another predictor is asked, or the same one in another light."""
+        self._kept, self._asked = np.zeros(_BINS), np.zeros(_BINS)
+        self._step, self._right, self._asleep = 0, 0, False
+
+    @property
+    def predictor(self) -> Predictor:
+        """The one that is asked at present."""
+        return self._predictors[self._active]
+
+    def use_routers(self, routers: Sequence[Any]) -> None:
+        """The routers of all layers, from an engine that can show them."""
+        for predictor in self._predictors:
+            predictor.use_routers(routers)
+
+    def begin_sequence(self) -> None:
+        """A new prompt or conversation begins."""
+        for predictor in self._predictors:
+            predictor.begin_sequence()
+
+    def begin_step(self, tokens: Sequence[int]) -> None:
+        """Tokens are about to be evaluated: one while decoding, a micro-batch of a prompt."""
+        if len(tokens) > 1:
+            self._tokens = np.array(tokens, np.int32)
+            return
+        self._step += 1
+        if self._step % _TRIAL == 0:
+            self._judge()
+        self.predictor.begin_step(tokens[0])
+        self._guess(-1)
+
+    def routed_many(self, layer: int, ids: Int32) -> None:
+        """The router of a layer has picked `ids`, int32 [tokens, k], for a micro-batch of a prompt."""
+        self.predictor.observe_many(layer, ids, self._tokens[-len(ids) :])
+
+    def routed(self, layer: int, ids: Int32) -> None:
+        """The router of a layer has picked `ids`, int32 [k], for the present token."""
+        self.predictor.observe(layer, ids)
+        found, worth = self._made[layer]
+        if found:
+            self._made[layer] = 0, 0
+            self._right += learn(
+                ids, self._experts[layer], self._bins[layer], found, worth, self._kept, self._asked
+            )
+        self._guess(layer)
+
+    def _guess(self, layer: int) -> None:
+        """Prefetch for the layer after `layer`."""
+        target = layer + 1
+        if target == self._layers or self._used[target] == self._n_experts:
+            return
+        if self._asleep and self._step % _SLEEP:
+            return
+        self.predictor.predict(layer, target, self._chances)
+        experts = self._experts[target]
+        found, worth = choose(
+            self._chances, self._slot_of[target], self._kept, self._asked, experts, self._bins[target]
+        )
+        self._made[target] = found, worth
+        self._cache.prefetch(target, experts[:worth].tolist())
+
+    def _judge(self) -> None:
+        looked_at = _TRIAL // _SLEEP if self._asleep else _TRIAL
+        useful = self._right >= _LEAST_RIGHT * self._layers * looked_at
+        self._right = 0
+        if useful:
+            self._asleep = False
+        elif self._active + 1 < len(self._predictors):
+            self._active += 1
+            self._start()
+        else:
+            self._asleep = True
