@@ -49,7 +49,8 @@ class PredictorFile:
         metadata = {"format": FORMAT, "version": VERSION, "kind": self.kind}
         metadata |= {name: json.dumps(value, sort_keys=True) for name, value in parts.items()}
         try:
-            write_atomically(Path(path), save(self.arrays, metadata))
+            arrays = {name: np.ascontiguousarray(value) for name, value in self.arrays.items()}
+            write_atomically(Path(path), save(arrays, metadata))
         except OSError as error:
             raise PredictorError(f"cannot write {path}: {error.strerror}; choose another place") from None
 

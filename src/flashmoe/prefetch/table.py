@@ -32,6 +32,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from flashmoe.prefetch.base import Float32, Int32, Predictor, PredictorError
+from flashmoe.prefetch.batch import MicroBatch
 from flashmoe.prefetch.files import PredictorFile
 
 #: Classes: layers between the last one observed and the target; 0 stands for the token alone.
@@ -301,8 +302,7 @@ class Table(Predictor):
         super().__init__()
         self.trained = PredictorFile.load(file, self.name) if file is not None else trained
         self.memory = memory
-        self._batch: list[Int32] = []  # layers of the micro-batch under way, each [T, k]
-        self._tokens: Int32 = np.zeros(0, np.int32)
+        self._batch = MicroBatch(0, 0)
 
     def check_model(self, model: Mapping[str, Any]) -> None:
         """See Predictor."""
@@ -311,7 +311,7 @@ class Table(Predictor):
 
     def make_state(self, n_layers: int, n_experts: int, top_k: int) -> TableState:
         """See Predictor."""
-        self._batch = []
+        self._batch = MicroBatch(n_layers, top_k)
         rows = min(max(self.memory // (n_layers * n_experts), 2 * PROBES), 1 << 17)
         compiled = cold(1, 1, 1, 2 * PROBES)  # so that the first token does not wait for the compiler
         watch_text(compiled, np.zeros((1, 1, 1), np.int32), np.zeros(1, np.int32), np.ones(1, np.uint8))
@@ -343,28 +343,16 @@ class Table(Predictor):
     def observe_many(self, layer: int, ids: Int32, tokens: Int32) -> None:
         """See Predictor. The micro-batch is learned from when its last layer has come: some 10 us per token and
         layer."""
-        if layer < len(self._batch):
+        if self._batch.begins_with(layer):
             self._settle()
-        nothing = np.full((0, self.top_k), -1, np.int32)
-        self._batch += [nothing] * (layer - len(self._batch))
-        self._batch.append(np.array(ids[:, : self.top_k], np.int32))
-        if len(tokens) >= len(self._tokens) or layer == 0:
-            self._tokens = np.array(tokens, np.int32)
-        if layer == self.n_layers - 1:
+        if self._batch.add(layer, ids, tokens):
             self._settle()
 
     def _settle(self) -> None:
         """Learn from the micro-batch that has been observed, whole or in part."""
-        if not self._batch:
-            return
-        n = max(len(self._tokens), max(len(ids) for ids in self._batch))
-        text = np.full((n, self.n_layers, self.top_k), -1, np.int32)
-        for layer, ids in enumerate(self._batch):
-            text[n - len(ids) :, layer, : ids.shape[1]] = ids
-        tokens = np.full(n, -1, np.int32)
-        tokens[n - len(self._tokens) :] = self._tokens
-        self._batch, self._tokens = [], np.zeros(0, np.int32)
-        watch_text(self._state, text, tokens, np.zeros(n, np.uint8))
+        if self._batch:
+            ids, tokens = self._batch.take()
+            watch_text(self._state, ids, tokens, np.zeros(len(ids), np.uint8))
 
     def predict(self, layer: int, target: int, out: Float32) -> None:
         """See Predictor."""
@@ -385,13 +373,14 @@ class Table(Predictor):
         self._settle()
         arrays = {name: np.array(value) for name, value in self._state._asdict().items() if name != "counts"}
         used = np.flatnonzero(self._state.row[0])
-        arrays["row"], arrays["counts"] = self._state.row[:, used], self._state.counts[used]
+        arrays["row"] = np.ascontiguousarray(self._state.row[:, used])  # savers write the memory as it lies
+        arrays["counts"] = self._state.counts[used]
         del arrays["feature"]
         return arrays
 
     def load_state(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """See Predictor."""
-        self._batch = []
+        self._batch = MicroBatch(self.n_layers, self.top_k)
         fresh = cold(self.n_layers, self.n_experts, self.top_k, self._state.row.shape[1])
         self._take(fresh, arrays)
         self._state = fresh
