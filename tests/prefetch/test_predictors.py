@@ -246,6 +246,16 @@ def test_table_keeps_to_its_memory_and_prefers_frequent_tokens() -> None:
     assert 7 + 1 in smaller.state()["row"][0]
 
 
+def test_size_of_large_models_is_bounded() -> None:
+    predictor = Table()
+    for layers, experts, k, most in ((26, 64, 6, 40), (48, 128, 8, 60), (58, 256, 8, 100)):
+        predictor.bind(layers, experts, k)  # pages are not taken yet
+        assert predictor.nbytes < most << 20, predictor.nbytes
+    predictor.begin_step(5)
+    predictor.observe(0, np.arange(8, dtype=np.int32))
+    assert np.isfinite(chances(predictor, 0)[:5]).all()
+
+
 def test_odd_observations_do_no_harm() -> None:
     """Repeated, foreign and missing ids, layers left out, more ids than k."""
     for name in NAMES:

@@ -41,7 +41,7 @@ AHEAD = (0, 1, 2, 4)
 #: token before; NONE: nowhere.
 NONE = 99
 SOURCES = ((0, -3, -6, NONE), (1, 2, 3, 0), (2, 3, 4, 0), (4, 5, 6, 0))
-N_SOURCES = 4
+MATRICES = 64 << 20  # most bytes of matrices: models of many experts use fewer sources
 N_FEATURES = 5  # 1, log frequency, recent and very recent against it, token against it
 RATES = (0.003, 0.03, 0.15)  # of the moving averages
 UNIT = 4096  # matrices hold int16 of this fraction
@@ -53,14 +53,13 @@ FULL = 255  # occurrences at which a row is halved
 
 
 class TableState(NamedTuple):
-    """Few arrays, since each costs time in every call. L layers, E experts, k per token, R rows."""
+    """Few arrays, since each costs time in every call. L layers, E experts, k per token, R rows, C
+    classes of S sources."""
 
     average: NDArray[np.float32]  # [3, L, E] moving averages of being picked
     feature: NDArray[np.float32]  # [L, 5, E] as they are now
     weight: NDArray[np.float32]  # [2, C, L, 5] of the features; sums of squared gradients
-    matrix: NDArray[
-        np.int16
-    ]  # [C * N_SOURCES, L, E, E] in units of 1 / UNIT: [class and source, target, from, to]
+    matrix: NDArray[np.int16]  # [C * S, L, E, E] in units of 1 / UNIT: [class and source, target, from, to]
     picked: NDArray[
         np.int32
     ]  # [2, L, k + 1] experts of this token and of the one before; their number at the end
@@ -145,11 +144,13 @@ def rate(st, c, target, out):
     n_experts = out.shape[0]
     k = st.picked.shape[2] - 1
     total = np.zeros(n_experts, np.int32)
-    for i in range(N_SOURCES):
+    for i in range(st.matrix.shape[0] // len(AHEAD)):
         which, layer = source(st, c, i, target)
         if layer >= 0:
             for j in range(st.picked[which, layer, k]):
-                row = st.matrix[c * N_SOURCES + i, target, st.picked[which, layer, j]]
+                row = st.matrix[
+                    c * (st.matrix.shape[0] // len(AHEAD)) + i, target, st.picked[which, layer, j]
+                ]
                 for e in range(n_experts):
                     total[e] += row[e]
     w, x = st.weight[0, c, target], st.feature[target]
@@ -198,11 +199,11 @@ def learn(st, c, layer, wanted, chance):
     for e in range(n_experts):  # rounded up or down in turn, so that small steps are not lost
         part = at + np.float32(0.6180339887) * e
         change[e] = math.floor(chance[e] * step + (part - math.floor(part)))
-    for i in range(N_SOURCES):
+    for i in range(st.matrix.shape[0] // len(AHEAD)):
         which, m = source(st, c, i, layer)
         if m >= 0:
             for j in range(st.picked[which, m, k]):
-                row = st.matrix[c * N_SOURCES + i, layer, st.picked[which, m, j]]
+                row = st.matrix[c * (st.matrix.shape[0] // len(AHEAD)) + i, layer, st.picked[which, m, j]]
                 for e in range(n_experts):
                     row[e] = min(max(row[e] + change[e], -32767), 32767)
 
@@ -268,6 +269,8 @@ def watch_text(st, ids, tokens, starts):
 def cold(n_layers: int, n_experts: int, top_k: int, rows: int) -> TableState:
     """The state that knows nothing: every expert equally likely."""
     n_classes = len(AHEAD)
+    sources = MATRICES // (n_classes * n_layers * n_experts * n_experts * 2)
+    sources = max(1, min(len(SOURCES[0]), sources))
     weight = np.zeros((2, n_classes, n_layers, N_FEATURES), np.float32)
     weight[0, :, :, 1] = 1.0
     weight[0, 0, :, 4], weight[0, 1:, :, 4] = 0.7, 0.4
@@ -275,7 +278,7 @@ def cold(n_layers: int, n_experts: int, top_k: int, rows: int) -> TableState:
         average=np.full((len(RATES), n_layers, n_experts), top_k / n_experts, np.float32),
         feature=np.ones((n_layers, N_FEATURES, n_experts), np.float32),
         weight=weight,
-        matrix=np.zeros((n_classes * N_SOURCES, n_layers, n_experts, n_experts), np.int16),
+        matrix=np.zeros((n_classes * sources, n_layers, n_experts, n_experts), np.int16),
         picked=np.zeros((2, n_layers, top_k + 1), np.int32),
         row=np.zeros((2, rows), np.int32),
         counts=np.zeros((rows, n_layers, n_experts), np.uint8),  # pages are taken as rows are
