@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 from rich.console import Console
 
 from flashmoe.cli.progress import stderr_console
 from flashmoe.errors import UsageError
+from flashmoe.routing.trace import RoutingTrace
 from flashmoe.storage.files import write_atomically
 from flashmoe.units import parse_bytes
 
@@ -20,6 +22,16 @@ def simulate(
     policy: Annotated[
         str, typer.Option("--policy", help="Comma-separated: all, NAME or NAME:FILE of a trained policy.")
     ] = "all",
+    prefetch: Annotated[
+        str | None,
+        typer.Option(
+            "--prefetch",
+            help="Judge predictors of routing instead: all, NAME or NAME:FILE; --policy names one (lfu-aged).",
+        ),
+    ] = None,
+    first: Annotated[
+        int | None, typer.Option("--first", min=1, help="Only that many tokens of the trace.")
+    ] = None,
     capacity: Annotated[
         str, typer.Option("--capacity", help="Comma-separated: 25%, a share such as 0.25, or slots.")
     ] = "12.5%,25%,50%",
@@ -54,9 +66,14 @@ def simulate(
     from flashmoe.simulate.replay import parse_capacities, parse_policies, simulate
 
     recorded = read(trace)
+    if first is not None:
+        recorded = recorded.rows(np.arange(min(first, recorded.n_tokens)))
     slots = parse_capacities(capacity, recorded.n_layers * recorded.num_experts)
     machine = _machine(model, expert_bytes, disk, compute_ms, recorded.n_layers * recorded.num_experts)
     console = stderr_console(quiet)
+    if prefetch is not None:
+        _prefetch(recorded, prefetch, policy, slots, partition, plot, json_file, quiet)
+        return
     with console.status("compiling") as status:
         rows = simulate(
             recorded,
@@ -73,6 +90,40 @@ def simulate(
         write_atomically(json_file, json.dumps([row.as_dict() for row in rows], indent=1).encode() + b"\n")
     if plot:
         report.plot(rows, plot, str(recorded.model.get("name", trace.stem)))
+
+
+def _prefetch(
+    trace: RoutingTrace,
+    predictors: str,
+    policy: str,
+    slots: list[int],
+    partition: str,
+    figure: Path | None,
+    json_file: Path | None,
+    quiet: bool,
+) -> None:
+    """Judge predictors: a table, JSON, a figure."""
+    from flashmoe.simulate import prefetch
+
+    specs = prefetch.parse_predictors(predictors)
+    policy = "lfu-aged" if policy == "all" else policy
+    if "," in policy:
+        raise UsageError(f"--prefetch judges against one policy, got {policy}: name one")
+    with stderr_console(quiet).status("compiling") as status:
+        rows = prefetch.simulate_prefetch(
+            trace,
+            specs,
+            slots,
+            policy,
+            partition,
+            lambda name, done: status.update(f"{name}, {done} of {trace.n_tokens} tokens"),
+        )
+    if not quiet:
+        Console().print(prefetch.table(rows, trace))
+    if json_file:
+        write_atomically(json_file, json.dumps([row.as_dict() for row in rows], indent=1).encode() + b"\n")
+    if figure:
+        prefetch.plot(rows, figure, str(trace.model.get("name", "trace")))
 
 
 def _machine(model: str | None, expert: str | None, disk: str | None, compute_ms: float, total: int):  # type: ignore[no-untyped-def]

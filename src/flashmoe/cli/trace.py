@@ -45,6 +45,8 @@ def record(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing.")] = False,
 ) -> None:
     """Run a model over many prompts and record its routing; run again to go on where it stopped."""
+    import numpy as np
+
     from flashmoe.routing.files import merge
     from flashmoe.routing.trace import RoutingTrace
 
@@ -71,9 +73,12 @@ def record(
         if before and dict(before.model) != loaded.catalog.identity:
             raise UsageError(f"{output} is a trace of another model: add --restart, or choose another -o")
 
+        complete = 0  # tokens of finished prompts: one that is interrupted is recorded again
+
         def save() -> None:
-            if len(recorder):
-                merge([*([before] if before else []), recorder.trace()]).save(output)
+            if complete:
+                rows = recorder.trace().rows(np.arange(complete))
+                merge([*([before] if before else []), rows]).save(output)
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         saved = time.monotonic()
@@ -88,13 +93,14 @@ def record(
                     )
                     for _ in pieces:
                         pass
+                    complete = len(recorder)
                     bar.update(task, advance=1, description=f"{len(recorder)} tokens")
                     if time.monotonic() - saved > SAVE_EVERY:
                         save()
                         saved = time.monotonic()
         finally:
             save()
-    console.print(f"wrote {output}: {len(recorder)} new tokens", highlight=False)
+    console.print(f"wrote {output}: {complete} new tokens", highlight=False)
 
 
 def read_prompts(path: Path) -> Iterator[str | list[dict[str, str]]]:

@@ -1,4 +1,4 @@
-"""`flashmoe train policy`: an eviction policy learned from routing traces."""
+"""`flashmoe train`: an eviction policy or a predictor of routing, learned from routing traces."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def policy(
         str, typer.Option("--kind", help="flashmoe (the paper's network) or flashmoe+.")
     ] = "flashmoe+",
     epochs: Annotated[
-        int | None, typer.Option("--epochs", help="Most epochs (default: 200, flashmoe+: 4).")
+        int | None, typer.Option("--epochs", help="Most epochs (default: 200, flashmoe+: 5).")
     ] = None,
     minutes: Annotated[float, typer.Option("--minutes", help="Stop after that time.")] = 10.0,
     held_out: Annotated[float, typer.Option("--held-out", help="Share of sequences to judge by.")] = 0.05,
@@ -79,6 +79,61 @@ def policy(
         Console().print(_table(trained.report["held_out"], trained.trained_on["held_out_tokens"]))
         Console().print(
             f"wrote {output}: use it with --policy {kind}:{output}", highlight=False, soft_wrap=True
+        )
+
+
+@app.command("prefetch")
+def prefetch(
+    traces: Annotated[list[Path], typer.Argument(help="Routing traces of one model.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The predictor file to write (.safetensors).")
+    ],
+    kind: Annotated[
+        str, typer.Option("--kind", help="table (a start for what learns online) or promoe (a network).")
+    ] = "table",
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", help="Passes over the traces (default: 1, promoe: 3).")
+    ] = None,
+    minutes: Annotated[float, typer.Option("--minutes", help="Stop after that time (promoe).")] = 5.0,
+    held_out: Annotated[float, typer.Option("--held-out", help="Share of sequences to judge by.")] = 0.05,
+    threads: Annotated[int | None, typer.Option("-t", "--threads", help="Threads to train with.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of weights and order.")] = 0,
+    report: Annotated[Path | None, typer.Option("--report", help="Write losses and recall as JSON.")] = None,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing.")] = False,
+) -> None:
+    """Train a predictor of routing; use it with --prefetch KIND:FILE."""
+    from flashmoe.learn.prefetch import train
+    from flashmoe.learn.train import Plan
+    from flashmoe.routing.files import merge, read
+
+    trace = merge([read(path) for path in traces])
+    plan = Plan(epochs=epochs, minutes=minutes, held_out=held_out, threads=threads, seed=seed)
+    with Progress(console=stderr_console(quiet), transient=True) as bar:
+        task = bar.add_task("preparing", total=None)
+
+        def show(what: str, done: int, total: int, loss: float | None) -> None:
+            text = what if loss is None else f"{what}, loss {loss:.4f}"
+            bar.update(task, description=text, completed=done, total=total)
+
+        trained = train(trace, kind, plan, show)
+    trained.save(output)
+    if report:
+        text = json.dumps({"trained_on": trained.trained_on, **trained.report}, indent=1)
+        write_atomically(report, text.encode() + b"\n")
+    if not quiet:
+        if "held_out" in trained.report:
+            k = trained.top_k
+            table = Table(
+                title=f"share of the experts found on {trained.trained_on['held_out_tokens']} held-out tokens"
+            )
+            for column in ("known", f"with {k} guesses", f"with {2 * k}"):
+                table.add_column(column)
+            for known, row in trained.report["held_out"].items():
+                name = "token alone" if known == "token" else f"layers up to {known} behind"
+                table.add_row(name, *(f"{100 * value:.1f} %" for value in row.values()))
+            Console().print(table)
+        Console().print(
+            f"wrote {output}: use it with --prefetch {kind}:{output}", highlight=False, soft_wrap=True
         )
 
 

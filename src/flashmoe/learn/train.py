@@ -29,7 +29,7 @@ KINDS = ("flashmoe", "flashmoe+")
 class Plan:
     """How to train. None: the default of the kind."""
 
-    epochs: int | None = None  # most epochs: 200 for flashmoe, 4 for flashmoe+
+    epochs: int | None = None  # most epochs: 200 for flashmoe, 5 for flashmoe+
     patience: int = 5  # epochs without a better held-out loss before stopping (flashmoe)
     minutes: float = 10.0  # stop after that time, at the end of an epoch
     held_out: float = 0.05  # share of the sequences, the last ones
@@ -125,10 +125,10 @@ def _fit(
 
     rng = np.random.default_rng(plan.seed)
     paper = kind == "flashmoe"
-    epochs = plan.epochs or (200 if paper else 4)
+    epochs = plan.epochs or (200 if paper else 5)
     per_batch = min(per_batch, data.n_segments)
     steps = data.n_segments // per_batch
-    optimiser = torch.optim.AdamW(net.parameters(), rate, weight_decay=0.01)
+    optimiser = torch.optim.AdamW(net.parameters(), rate, weight_decay=0.01, fused=True)
     schedule = (
         None
         if paper
@@ -138,8 +138,11 @@ def _fit(
     checks = [held.batch([s]) for s in range(0, held.n_segments, stride)]
 
     def held_out_loss() -> float:
+        net.eval()
         with torch.no_grad():
-            return float(np.mean([net.loss(batch).item() for batch in checks if batch.present.shape[1] > 1]))
+            losses = [net.loss(batch).item() for batch in checks if batch.present.shape[1] > 1]
+        net.train()
+        return float(np.mean(losses))
 
     best, best_epoch = held_out_loss(), 0
     weights = {name: value.clone() for name, value in net.state_dict().items()}

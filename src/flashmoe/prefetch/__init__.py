@@ -70,6 +70,8 @@ def create(spec: str, **options: Any) -> Predictor | None:
         inspect.signature(factory).bind(**options)
     except TypeError as error:
         raise PredictorError(f"predictor {name!r} cannot be made from {spec!r}: {error}") from None
+    except ValueError:  # a callable that does not say what it takes
+        pass
     predictor = factory(**options)
     if not isinstance(predictor, Predictor):
         raise PredictorError(

@@ -98,6 +98,11 @@ class Predictor:
         self.n_layers, self.n_experts, self.top_k = n_layers, n_experts, top_k
         self._state = self.make_state(n_layers, n_experts, top_k)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it may take in the end: pages of tables are committed as they fill."""
+        return 0 if self._state is None else sum(value.nbytes for value in self._state)
+
     def state(self) -> dict[str, NDArray[Any]]:
         """Copies of what it has learned and observed, for a warm start."""
         return {name: np.array(value) for name, value in self._state._asdict().items()}

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from flashmoe.cache.policies import flashmoe_plus as plus
 from flashmoe.cache.policies import kernels as loops
-from flashmoe.cache.policies.base import EvictionPolicy, Kernels
+from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.policies.flashmoe_plus import FlashmoePlus, FlashmoePlusState
 from flashmoe.cache.policies.learned import PolicyFile
+from flashmoe.cache.policies.slots import allocating, lean
 
 MEMBERS = ("lru", "lfu-aged", "flashmoe+")
 LRU, AGED, PLUS = 0, 1, 2
@@ -45,7 +45,7 @@ class AdaptiveState(NamedTuple):
     learned: FlashmoePlusState  # of flashmoe+, size 0 without
 
 
-@njit(cache=True)
+@allocating
 def score_members(st, res, layer, ids, n):
     """Bring the scores of a layer up to date for every member."""
     n_experts = st.average.shape[1]
@@ -68,7 +68,7 @@ def score_members(st, res, layer, ids, n):
                 st.score[PLUS, layer, e] = plus.rate(st.learned, layer, e, hidden, x, y, now)
 
 
-@njit(cache=True)
+@lean
 def serve_shadow(st, res, m, layer, ids, n):
     """Serve the requests from a member's shadow cache; hits."""
     n_experts = st.average.shape[1]
@@ -131,39 +131,11 @@ def begin(st):
     pass
 
 
-loops.rules(AdaptiveState, record, victim, evicted, begin)
-
-
-@njit(cache=True)
-def access(st, res, layer, ids, slots_out, miss_expert, miss_slot):
-    return loops.access_loop(st, res, layer, ids, slots_out, miss_expert, miss_slot)
-
-
-@njit(cache=True)
-def room(st, res, layer):
-    return loops.room_loop(st, res, layer)
-
-
-@njit(cache=True)
-def release(st, res, layer, expert):
-    return loops.release_loop(st, res, layer, expert)
-
-
-@njit(cache=True)
-def replay(st, res, ids, first, starts, bits, requests, hits):
-    return loops.replay_loop(st, res, ids, first, starts, bits, requests, hits)
-
-
-@njit(cache=True)
-def start(st):
-    loops.begin(st)
-
-
 class Adaptive(EvictionPolicy):
     """The best of lru, lfu-aged and, from a file of `flashmoe train policy`, flashmoe+."""
 
     name = "adaptive"
-    kernels = Kernels(access, room, release, replay, start)
+    kernels = loops.compiled(AdaptiveState, record, victim, evicted, begin)
 
     def __init__(self, file: str | Path | None = None, trained: PolicyFile | None = None) -> None:
         super().__init__()

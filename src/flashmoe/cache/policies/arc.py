@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from flashmoe.cache.policies import kernels as loops
-from flashmoe.cache.policies.base import EvictionPolicy, Kernels
+from flashmoe.cache.policies.base import EvictionPolicy
+from flashmoe.cache.policies.slots import lean
 from flashmoe.cache.residency import GLOBAL
 
 NOWHERE, T1, T2, B1, B2 = 0, 1, 2, 3, 4
@@ -29,7 +29,7 @@ class ArcState(NamedTuple):
     clock: NDArray[np.float64]  # [1]
 
 
-@njit(cache=True)
+@lean
 def span(res, layer):
     """(first, last + 1, capacity) of the layers that share lists with `layer`; filter by group inside."""
     if res.partition[0] == GLOBAL:
@@ -41,7 +41,7 @@ def span(res, layer):
     return layer, layer + 1, max(res.quota[layer], res.used[layer])
 
 
-@njit(cache=True)
+@lean
 def size(st, res, layer, kind):
     """Length of a list (residents only for T1 and T2)."""
     first, last, _ = span(res, layer)
@@ -54,7 +54,7 @@ def size(st, res, layer, kind):
     return n
 
 
-@njit(cache=True)
+@lean
 def forget_oldest(st, res, layer, kind):
     """Drop the oldest ghost of a list."""
     first, last, _ = span(res, layer)
@@ -69,7 +69,7 @@ def forget_oldest(st, res, layer, kind):
         st.where[at, expert] = NOWHERE
 
 
-@njit(cache=True)
+@lean
 def oldest_resident(st, res, layer, kind):
     """Slot of the least recent evictable expert of T1 or T2, or -1."""
     first, last, _ = span(res, layer)
@@ -153,39 +153,11 @@ def begin(st):
     pass
 
 
-loops.rules(ArcState, record, victim, evicted, begin)
-
-
-@njit(cache=True)
-def access(st, res, layer, ids, slots_out, miss_expert, miss_slot):
-    return loops.access_loop(st, res, layer, ids, slots_out, miss_expert, miss_slot)
-
-
-@njit(cache=True)
-def room(st, res, layer):
-    return loops.room_loop(st, res, layer)
-
-
-@njit(cache=True)
-def release(st, res, layer, expert):
-    return loops.release_loop(st, res, layer, expert)
-
-
-@njit(cache=True)
-def replay(st, res, ids, first, starts, bits, requests, hits):
-    return loops.replay_loop(st, res, ids, first, starts, bits, requests, hits)
-
-
-@njit(cache=True)
-def start(st):
-    loops.begin(st)
-
-
 class Arc(EvictionPolicy):
     """Adaptive replacement cache."""
 
     name = "arc"
-    kernels = Kernels(access, room, release, replay, start)
+    kernels = loops.compiled(ArcState, record, victim, evicted, begin)
 
     def make_state(self, n_layers: int, n_experts: int) -> ArcState:
         """See EvictionPolicy."""

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe.cache.policies.kernels import place_free
+from flashmoe.cache.policies.kernels import Kernels
+from flashmoe.cache.policies.slots import place_free
 from flashmoe.cache.residency import Residency
 from flashmoe.errors import PolicyError
 
 Int32 = NDArray[np.int32]
-
-
-class Kernels(NamedTuple):
-    """The compiled entry points of a policy, module-level functions so that numba caches them on disk."""
-
-    access: Callable[..., int]  # (state, res, layer, ids, slots_out, miss_expert, miss_slot) -> misses or -1
-    room: Callable[..., int]  # (state, res, layer) -> slot or -1
-    release: Callable[..., int]  # (state, res, layer, expert) -> slot or -1
-    replay: Callable[
-        ..., int
-    ]  # (state, res, ids, first, starts, bits, requests, hits) -> -1 or step that failed
-    begin: Callable[..., None]  # (state) -> None
 
 
 class Replay(NamedTuple):

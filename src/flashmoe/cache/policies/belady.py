@@ -12,7 +12,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from flashmoe.cache.policies import kernels as loops
-from flashmoe.cache.policies.base import EvictionPolicy, Kernels
+from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.errors import PolicyError
 
 
@@ -44,34 +44,6 @@ def evicted(st, res, layer, expert):
 
 def begin(st):
     pass
-
-
-loops.rules(BeladyState, record, victim, evicted, begin)
-
-
-@njit(cache=True)
-def access(st, res, layer, ids, slots_out, miss_expert, miss_slot):
-    return loops.access_loop(st, res, layer, ids, slots_out, miss_expert, miss_slot)
-
-
-@njit(cache=True)
-def room(st, res, layer):
-    return loops.room_loop(st, res, layer)
-
-
-@njit(cache=True)
-def release(st, res, layer, expert):
-    return loops.release_loop(st, res, layer, expert)
-
-
-@njit(cache=True)
-def replay(st, res, ids, first, starts, bits, requests, hits):
-    return loops.replay_loop(st, res, ids, first, starts, bits, requests, hits)
-
-
-@njit(cache=True)
-def start(st):
-    loops.begin(st)
 
 
 @njit(cache=True)
@@ -109,7 +81,7 @@ class Belady(EvictionPolicy):
     """Farthest next use. Knows only traces: `replay`, not `access`."""
 
     name = "belady"
-    kernels = Kernels(access, room, release, replay, start)
+    kernels = loops.compiled(BeladyState, record, victim, evicted, begin)
     oracle = True
 
     def make_state(self, n_layers: int, n_experts: int) -> BeladyState:

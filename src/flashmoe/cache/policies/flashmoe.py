@@ -16,8 +16,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from flashmoe.cache.policies import kernels as loops
-from flashmoe.cache.policies.base import Kernels
 from flashmoe.cache.policies.learned import LearnedPolicy, PolicyFile
+from flashmoe.cache.policies.slots import allocating, lean
 from flashmoe.cache.residency import GLOBAL
 from flashmoe.errors import PolicyError
 
@@ -41,7 +41,7 @@ class FlashmoeState(NamedTuple):
     b3: NDArray[np.float32]  # [L, E]
 
 
-@njit(cache=True)
+@lean
 def observe(last, count, layer, ids, n, now):
     """Note the requests ids[:n] of a layer at its access `now`. Shared by runtime and training."""
     for i in range(n):
@@ -49,7 +49,7 @@ def observe(last, count, layer, ids, n, now):
         count[layer, ids[i]] += np.float32(1.0)
 
 
-@njit(cache=True)
+@lean
 def features(last, count, layer, now, x):
     """Fill x float32 [2E] with the inputs of the layer's network. Shared by runtime and training."""
     n_experts = last.shape[1]
@@ -62,7 +62,7 @@ def features(last, count, layer, now, x):
         x[n_experts + e] = count[layer, e] / (most + EPSILON)
 
 
-@njit(cache=True, fastmath=True)
+@njit(_nrt=False, fastmath=True)
 def dense(x, w, b, out):
     """out = x @ w + b for float32 [i], [i, j], [j]."""
     for j in range(out.shape[0]):
@@ -73,14 +73,14 @@ def dense(x, w, b, out):
             out[j] += a * w[i, j]
 
 
-@njit(cache=True, fastmath=True)
+@njit(_nrt=False, fastmath=True)
 def silu(x):
     """x / (1 + exp(-x)), in place."""
     for i in range(x.shape[0]):
         x[i] = x[i] / (np.float32(1.0) + math.exp(-x[i]))
 
 
-@njit(cache=True)
+@allocating
 def infer(st, layer, now):
     """Run the layer's network and write its scores."""
     x = np.empty(2 * st.last.shape[1], np.float32)
@@ -119,39 +119,11 @@ def begin(st):
     st.counts[:] = 0.0
 
 
-loops.rules(FlashmoeState, record, victim, evicted, begin)
-
-
-@njit(cache=True)
-def access(st, res, layer, ids, slots_out, miss_expert, miss_slot):
-    return loops.access_loop(st, res, layer, ids, slots_out, miss_expert, miss_slot)
-
-
-@njit(cache=True)
-def room(st, res, layer):
-    return loops.room_loop(st, res, layer)
-
-
-@njit(cache=True)
-def release(st, res, layer, expert):
-    return loops.release_loop(st, res, layer, expert)
-
-
-@njit(cache=True)
-def replay(st, res, ids, first, starts, bits, requests, hits):
-    return loops.replay_loop(st, res, ids, first, starts, bits, requests, hits)
-
-
-@njit(cache=True)
-def start(st):
-    loops.begin(st)
-
-
 class Flashmoe(LearnedPolicy):
     """The paper's policy, from a file of `flashmoe train policy --kind flashmoe`."""
 
     name = "flashmoe"
-    kernels = Kernels(access, room, release, replay, start)
+    kernels = loops.compiled(FlashmoeState, record, victim, evicted, begin)
 
     def __init__(self, file: str | Path | None = None, trained: PolicyFile | None = None) -> None:
         super().__init__(file, trained)

@@ -26,8 +26,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from flashmoe.cache.policies import kernels as loops
-from flashmoe.cache.policies.base import Kernels
 from flashmoe.cache.policies.learned import LearnedPolicy, PolicyFile
+from flashmoe.cache.policies.slots import allocating, lean
 from flashmoe.cache.residency import GLOBAL
 from flashmoe.errors import PolicyError
 
@@ -61,7 +61,7 @@ class FlashmoePlusState(NamedTuple):
     mean: NDArray[np.float32]  # [J] weights of the horizons
 
 
-@njit(cache=True, fastmath=True)
+@njit(_nrt=False, fastmath=True)
 def observe(average, last, decay, layer, ids, n, now):
     """Note the requests ids[:n] of a layer at its access `now`. Shared by runtime and training."""
     n_scales = decay.shape[0]
@@ -74,7 +74,7 @@ def observe(average, last, decay, layer, ids, n, now):
             average[layer, ids[i], d] += np.float32(1.0) - decay[d]
 
 
-@njit(cache=True, fastmath=True)
+@njit(_nrt=True, fastmath=True)
 def follow(st, layer, n):
     """Bring the layer's part of the context, and the sum over the layers, up to date."""
     n_channels, width = st.context.shape
@@ -101,7 +101,7 @@ def follow(st, layer, n):
             st.part[layer, c, r] = new
 
 
-@njit(cache=True, fastmath=True)
+@njit(_nrt=False, fastmath=True)
 def rate(st, layer, e, hidden, x, y, now):
     """Score of one expert; x float32 [I], y float32 [M] are scratch."""
     n_scales, n_context, width = st.decay.shape[0], st.b2.shape[2], hidden.shape[0]
@@ -131,7 +131,7 @@ def rate(st, layer, e, hidden, x, y, now):
     return score
 
 
-@njit(cache=True, fastmath=True)
+@njit(_nrt=False, fastmath=True)
 def read_context(st, layer, hidden):
     """Fill hidden float32 [H] from the context, as the layer reads it."""
     n_channels, width = st.context.shape
@@ -145,7 +145,7 @@ def read_context(st, layer, hidden):
         hidden[h] = max(hidden[h], np.float32(0.0))
 
 
-@njit(cache=True)
+@allocating
 def infer(st, res, layer, now):
     """Score what can be a victim before the layer's next access: residents, and what was just requested."""
     hidden = np.empty(st.b1.shape[1], np.float32)
@@ -162,7 +162,7 @@ def infer(st, res, layer, now):
     st.scored[layer] = now
 
 
-@njit(cache=True)
+@lean
 def note(st, layer, ids, n, now):
     """Everything that an access changes but the scores."""
     observe(st.average, st.last, st.decay, layer, ids, n, now)
@@ -193,34 +193,6 @@ def begin(st):
     pass
 
 
-loops.rules(FlashmoePlusState, record, victim, evicted, begin)
-
-
-@njit(cache=True)
-def access(st, res, layer, ids, slots_out, miss_expert, miss_slot):
-    return loops.access_loop(st, res, layer, ids, slots_out, miss_expert, miss_slot)
-
-
-@njit(cache=True)
-def room(st, res, layer):
-    return loops.room_loop(st, res, layer)
-
-
-@njit(cache=True)
-def release(st, res, layer, expert):
-    return loops.release_loop(st, res, layer, expert)
-
-
-@njit(cache=True)
-def replay(st, res, ids, first, starts, bits, requests, hits):
-    return loops.replay_loop(st, res, ids, first, starts, bits, requests, hits)
-
-
-@njit(cache=True)
-def start(st):
-    loops.begin(st)
-
-
 def empty_state() -> FlashmoePlusState:
     """A state of no layers, where a policy that may contain this one does not."""
     dims = {"embed": 3, "w1": 3, "b1": 2, "w2": 4, "b2": 3, "v1": 3, "c1": 2, "v2": 3, "v0": 3, "c2": 2}
@@ -244,7 +216,7 @@ class FlashmoePlus(LearnedPolicy):
     """Chances of the next uses, from a file of `flashmoe train policy --kind flashmoe+`."""
 
     name = "flashmoe+"
-    kernels = Kernels(access, room, release, replay, start)
+    kernels = loops.compiled(FlashmoePlusState, record, victim, evicted, begin)
 
     def __init__(self, file: str | Path | None = None, trained: PolicyFile | None = None) -> None:
         super().__init__(file, trained)

@@ -9,174 +9,167 @@ A policy is four kernels over its own state (a NamedTuple class of arrays) and t
     evicted(st, res, layer, expert)  the expert is about to lose its slot.
     begin(st)                        a sequence begins.
 
-`rules(State, ...)` registers them, and the loops find them by the type of the state they are given (numba
-resolves
-that while compiling: no pointers, no Python). Each policy module wraps the loops in cached module-level
-functions, so that a second start compiles nothing. Kernels return numbers and never raise.
+They return numbers, never raise, and allocate nothing; what must allocate goes into a function of its own, which
+`allocating` decorates. `compiled(State, ...)` makes the entry points of a policy of them: the loops find the four
+kernels by the type of the state they are given, which numba resolves while compiling: no pointers, no Python.
 """
 
 from __future__ import annotations
 
+import hashlib
+import sys
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
 from numba.extending import overload
 
+from flashmoe.cache import residency
+from flashmoe.cache.policies.slots import (
+    allocating,
+    drop,
+    enough_room,
+    evictable,
+    inlined,
+    lean,
+    lowest,
+    pop_free,
+    push_free,
+    put,
+)
 from flashmoe.cache.residency import GLOBAL
+
+__all__ = ["Kernels", "allocating", "compiled", "evictable", "lean", "lowest"]
 
 # What happened to a request, in the bits that replay writes.
 NOT_COUNTED, MISS, HIT = 0, 1, 2
 
-
 _RULES: dict[type, dict[str, Callable[..., Any]]] = {}
 
 
-def rules(
+class Kernels(NamedTuple):
+    """The compiled entry points of a policy."""
+
+    access: Callable[..., int]  # (state, res, layer, ids, slots_out, miss_expert, miss_slot) -> misses or -1
+    room: Callable[..., int]  # (state, res, layer) -> slot or -1
+    release: Callable[..., int]  # (state, res, layer, expert) -> slot or -1
+    replay: Callable[..., int]  # (state, res, ids, first, starts, bits, requests, hits) -> -1 or failed step
+    begin: Callable[..., None]  # (state) -> None
+
+
+def compiled(
     state: type,
     record: Callable[..., Any],
     victim: Callable[..., Any],
     evicted: Callable[..., Any],
     begin: Callable[..., Any],
-) -> None:
-    """Register the four kernels (plain functions or njit ones, with the argument names above) of a state
-    class. The name of the class must be its own: numba names compiled code after it."""
+) -> Kernels:
+    """The entry points of a policy from its four kernels (plain functions with the argument names above).
+
+    They are kept on disk: a second start compiles nothing, and a change of the sources compiles afresh. The name
+    of the state's class must be its own: numba names compiled code after it.
+    """
     for other in _RULES:
         if other is not state and other.__name__ == state.__name__:
             raise ValueError(f"{other} has the same name: numba's symbols would clash, choose another")
-    kernels = {"record": record, "victim": victim, "evicted": evicted, "begin": begin}
-    _RULES[state] = {name: getattr(kernel, "py_func", kernel) for name, kernel in kernels.items()}
+    _RULES[state] = {"record": record, "victim": victim, "evicted": evicted, "begin": begin}
+    version = _version(state)  # numba keeps compiled code by what a function closes over
+
+    def keep(function: Callable[..., Any]) -> Any:
+        function.__qualname__ = f"{state.__name__}.{function.__name__}"  # a file of its own on disk
+        return njit(cache=True)(function)
+
+    def access(st, res, layer, ids, slots_out, miss_expert, miss_slot):
+        _ = version
+        return access_loop(st, res, layer, ids, slots_out, miss_expert, miss_slot)
+
+    def room(st, res, layer):
+        _ = version
+        return room_loop(st, res, layer)
+
+    def release(st, res, layer, expert):
+        _ = version
+        return release_loop(st, res, layer, expert)
+
+    def replay(st, res, ids, first, starts, bits, requests, hits):
+        _ = version
+        longest = 1
+        for s in range(first.shape[0] - 1):
+            longest = max(longest, first[s + 1] - first[s])
+        scratch = np.empty((6, longest * ids.shape[2]), np.int32)
+        return replay_loop(st, res, ids, first, starts, bits, requests, hits, scratch)
+
+    def start(st):
+        _ = version
+        begin_rule(st)
+
+    return Kernels(keep(access), keep(room), keep(release), keep(replay), keep(start))
 
 
-def record(st, res, layer, ids, n):
+def _version(state: type) -> int:
+    """Of the sources that a policy is compiled from: this folder, the pool's arrays, the module of its state."""
+    own = getattr(sys.modules[state.__module__], "__file__", None)
+    files = [*Path(__file__).parent.glob("*.py"), Path(residency.__file__), *([Path(own)] if own else [])]
+    digest = hashlib.sha256()
+    for file in sorted(set(files)):
+        try:
+            digest.update(file.read_bytes())
+        except OSError:  # sources that are not files of their own do not change either
+            continue
+    return int.from_bytes(digest.digest()[:7], "little")
+
+
+def record_rule(st, res, layer, ids, n):
     raise NotImplementedError
 
 
-def victim(st, res, layer, g):
+def victim_rule(st, res, layer, g):
     raise NotImplementedError
 
 
-def evicted(st, res, layer, expert):
+def evicted_rule(st, res, layer, expert):
     raise NotImplementedError
 
 
-def begin(st):
+def begin_rule(st):
     raise NotImplementedError
 
 
-@overload(record, jit_options={"forceinline": True})
+_OPTIONS = {"forceinline": True, "_nrt": False}
+
+
+@overload(record_rule, jit_options=_OPTIONS)
 def _record(st, res, layer, ids, n):
     return _RULES[st.instance_class]["record"]
 
 
-@overload(victim, jit_options={"forceinline": True})
+@overload(victim_rule, jit_options={"_nrt": False})
 def _victim(st, res, layer, g):
     return _RULES[st.instance_class]["victim"]
 
 
-@overload(evicted, jit_options={"forceinline": True})
+@overload(evicted_rule, jit_options=_OPTIONS)
 def _evicted(st, res, layer, expert):
     return _RULES[st.instance_class]["evicted"]
 
 
-@overload(begin, jit_options={"forceinline": True})
+@overload(begin_rule, jit_options=_OPTIONS)
 def _begin(st):
     return _RULES[st.instance_class]["begin"]
 
 
-@njit(forceinline=True)
-def evictable(res, slot):
-    """True when the slot's expert may go: owned, not pinned, not locked, not a prefetch that still waits."""
-    key = res.owner[slot]
-    if key < 0 or res.pin[slot] == res.step[0] or res.locked[slot] != 0:
-        return False
-    return res.fresh[slot] != res.accesses[key // res.slot_of.shape[1]] + 1
-
-
-@njit(forceinline=True)
-def lowest(score, res, layer, g):
-    """Slot with the lowest score[L, E] among the evictable ones of a layer (of group g if layer < 0), or -1.
-
-    Equal scores: the lowest (layer, expert) goes.
-    """
-    best = -1
-    best_layer = -1
-    worst = np.inf
-    step = res.step[0]
-    first = max(layer, 0)
-    last = layer + 1 if layer >= 0 else res.used.shape[0]
-    for m in range(first, last):
-        if res.group[m] != g:
-            continue
-        waits = res.accesses[m] + 1
-        for i in range(res.used[m]):
-            e = res.members[m, i]
-            value = score[m, e]
-            if value < worst or (value == worst and m == best_layer and e < best):
-                slot = res.slot_of[m, e]
-                if res.pin[slot] != step and res.locked[slot] == 0 and res.fresh[slot] != waits:
-                    worst = value
-                    best = e
-                    best_layer = m
-    return res.slot_of[best_layer, best] if best >= 0 else -1
-
-
-@njit(forceinline=True)
-def pop_free(res, g):
-    """Take the slot on top of group g's free stack, or -1."""
-    n = res.free_count[g]
-    if n == 0:
-        return -1
-    res.free_count[g] = n - 1
-    return res.free[res.group_start[g] + n - 1]
-
-
-@njit(forceinline=True)
-def put(res, layer, expert, slot):
-    """Give a slot (owned by nobody, on no stack) to an expert."""
-    res.slot_of[layer, expert] = slot
-    res.owner[slot] = layer * res.slot_of.shape[1] + expert
-    res.members[layer, res.used[layer]] = expert
-    res.place[slot] = res.used[layer]
-    res.used[layer] += 1
-
-
-@njit(forceinline=True)
-def drop(res, slot):
-    """Take a slot from its expert; the slot is then owned by nobody and on no stack."""
-    key = res.owner[slot]
-    layer = key // res.slot_of.shape[1]
-    res.slot_of[layer, key % res.slot_of.shape[1]] = -1
-    res.owner[slot] = -1
-    res.fresh[slot] = 0
-    res.used[layer] -= 1
-    other = res.members[layer, res.used[layer]]  # the last member closes the gap
-    res.members[layer, res.place[slot]] = other
-    if res.slot_of[layer, other] >= 0:
-        res.place[res.slot_of[layer, other]] = res.place[slot]
-
-
-@njit(forceinline=True)
-def push_free(res, slot):
-    """Put a slot that nobody owns on the free stack of its group."""
-    g = 0
-    while slot >= res.group_start[g + 1]:
-        g += 1
-    res.free[res.group_start[g] + res.free_count[g]] = slot
-    res.free_count[g] += 1
-
-
-@njit(forceinline=True)
+@inlined
 def evict(st, res, slot):
     """Tell the policy and take the slot from its expert."""
     key = res.owner[slot]
     layer = key // res.slot_of.shape[1]
-    evicted(st, res, layer, key - layer * res.slot_of.shape[1])
+    evicted_rule(st, res, layer, key - layer * res.slot_of.shape[1])
     drop(res, slot)
 
 
-@njit
+@lean
 def donor_above_quota(st, res, layer):
     """Victim among the other layers of the group that are above their quota, the most indebted first; slot or
     -1."""
@@ -192,13 +185,13 @@ def donor_above_quota(st, res, layer):
                 best, best_layer = excess, other
         if best_layer < 0:
             return -1
-        slot = victim(st, res, best_layer, g)
+        slot = victim_rule(st, res, best_layer, g)
         if slot >= 0:
             return slot
         bound, bound_layer = best, best_layer
 
 
-@njit
+@lean
 def borrow_from_others(st, res, layer):
     """Slot for a layer whose own slots are all pinned: a free one, one above quota, or of the layers just
     behind."""
@@ -212,11 +205,11 @@ def borrow_from_others(st, res, layer):
             break
         other = (layer - back + n_layers) % n_layers  # just served, so needed last
         if res.group[other] == g:
-            slot = victim(st, res, other, g)
+            slot = victim_rule(st, res, other, g)
     return slot
 
 
-@njit(forceinline=True)
+@lean
 def find_victim(st, res, layer, borrow):
     """Slot that `layer` may take for a new expert, without changing anything; free (owner < 0) or owned, -1
     if none.
@@ -234,13 +227,13 @@ def find_victim(st, res, layer, borrow):
             slot = donor_above_quota(st, res, layer)
             if slot >= 0:
                 return slot
-    slot = victim(st, res, -1 if everyone else layer, g)
+    slot = victim_rule(st, res, -1 if everyone else layer, g)
     if slot < 0 and borrow and not everyone:
         slot = borrow_from_others(st, res, layer)
     return slot
 
 
-@njit(forceinline=True)
+@lean
 def take(st, res, layer):
     """Slot for a demanded expert of `layer`, freed from its owner; -1 where the whole group is pinned or
     locked."""
@@ -258,22 +251,7 @@ def take(st, res, layer):
     return slot
 
 
-@njit(forceinline=True)
-def enough_room(res, layer, misses):
-    """True when `misses` experts of `layer` can be placed beside what is pinned in this step and locked."""
-    g = res.group[layer]
-    room = res.free_count[g]
-    if room >= misses:
-        return True
-    for slot in range(res.group_start[g], res.group_start[g + 1]):
-        if res.owner[slot] >= 0 and res.pin[slot] != res.step[0] and res.locked[slot] == 0:
-            room += 1
-            if room >= misses:
-                return True
-    return False
-
-
-@njit
+@lean
 def access_loop(st, res, layer, ids, slots_out, miss_expert, miss_slot):
     """One request step of a layer: see EvictionPolicy.access. ids int32 [n], may repeat; -1 in ids is
     skipped."""
@@ -298,7 +276,7 @@ def access_loop(st, res, layer, ids, slots_out, miss_expert, miss_slot):
     if misses > 0 and not enough_room(res, layer, misses):
         return -1
     res.accesses[layer] += 1
-    record(st, res, layer, miss_expert, n_distinct)
+    record_rule(st, res, layer, miss_expert, n_distinct)
     done = 0
     if misses > 0:
         for i in range(n_distinct):  # compacts in place: done <= i
@@ -318,7 +296,7 @@ def access_loop(st, res, layer, ids, slots_out, miss_expert, miss_slot):
     return done
 
 
-@njit
+@lean
 def room_loop(st, res, layer):
     """Make sure that `layer` has a free slot for a prefetch and return it, or -1. The slot stays on the free
     stack."""
@@ -330,26 +308,7 @@ def room_loop(st, res, layer):
     return slot
 
 
-@njit(cache=True)
-def place_free(res, layer, expert, slot):
-    """Give a free slot to a prefetched expert; 0, or -1 where the slot is not free or the expert is
-    resident."""
-    g = res.group[layer]
-    if res.slot_of[layer, expert] >= 0:
-        return -1
-    first = res.group_start[g]
-    top = first + res.free_count[g] - 1
-    for i in range(top, first - 1, -1):
-        if res.free[i] == slot:
-            res.free[i] = res.free[top]
-            res.free_count[g] -= 1
-            put(res, layer, expert, slot)
-            res.fresh[slot] = res.accesses[layer] + 1
-            return 0
-    return -1
-
-
-@njit
+@lean
 def release_loop(st, res, layer, expert):
     """Free the slot of an expert whose read failed; the slot, or -1 where the expert is not resident."""
     slot = res.slot_of[layer, expert]
@@ -360,27 +319,21 @@ def release_loop(st, res, layer, expert):
     return slot
 
 
-@njit
-def replay_loop(st, res, ids, first, starts, bits, requests, hits):
+@lean
+def replay_loop(st, res, ids, first, starts, bits, requests, hits, scratch):
     """Run a whole trace through a policy.
 
     ids: int16 [T, L, k], -1 where a layer did not see the token; first: int64 [N+1] token offsets of the N
     steps (a decode step is one token, a prefill step a micro-batch); starts: uint8 [N], 1 where a sequence
     begins, 2 where the pool must be emptied first (cold start); bits: uint8 [T, L, k] for
-    NOT_COUNTED/MISS/HIT per request, or size 0;
-    requests, hits: int64 [N, L] counts of distinct experts. A step that does not fit into the pool is served
-    token by token. Returns -1, or the number of a step that does not even fit so.
+    NOT_COUNTED/MISS/HIT per request, or size 0; requests, hits: int64 [N, L] counts of distinct experts;
+    scratch: int32 [6, experts of the longest step]. A step that does not fit into the pool is served token by
+    token. Returns -1, or the number of a step that does not even fit so.
     """
     n_layers = ids.shape[1]
     k = ids.shape[2]
-    widest = 1
-    for s in range(first.shape[0] - 1):
-        widest = max(widest, first[s + 1] - first[s])
-    batch = np.empty(widest * k, np.int32)
-    slots = np.empty(widest * k, np.int32)
-    miss_expert = np.empty(widest * k, np.int32)
-    miss_slot = np.empty(widest * k, np.int32)
-    fill = np.empty((widest * k, 2), np.int32)
+    batch, slots, miss_expert, miss_slot = scratch[0], scratch[1], scratch[2], scratch[3]
+    fill = scratch[4:6]
     for s in range(first.shape[0] - 1):
         if starts[s] == 2:
             for slot in range(res.owner.shape[0]):
@@ -388,7 +341,7 @@ def replay_loop(st, res, ids, first, starts, bits, requests, hits):
                     evict(st, res, slot)
                     push_free(res, slot)
         if starts[s] > 0:
-            begin(st)
+            begin_rule(st)
         for layer in range(n_layers):
             lo = first[s]
             hi = first[s + 1]
@@ -400,8 +353,8 @@ def replay_loop(st, res, ids, first, starts, bits, requests, hits):
                         e = ids[t, layer, j]
                         if e >= 0:
                             batch[n] = e
-                            fill[n, 0] = t
-                            fill[n, 1] = j
+                            fill[0, n] = t
+                            fill[1, n] = j
                             n += 1
                 if n > 0:
                     m = access_loop(st, res, layer, batch[:n], slots, miss_expert, miss_slot)
@@ -417,7 +370,7 @@ def replay_loop(st, res, ids, first, starts, bits, requests, hits):
     return -1
 
 
-@njit(forceinline=True)
+@inlined
 def count_step(res, s, layer, batch, n, miss_expert, m, fill, bits, requests, hits):
     """Add one access to the counts [N, L] and, where wanted, to the bits [T, L, k]."""
     step = res.step[0]
@@ -433,6 +386,6 @@ def count_step(res, s, layer, batch, n, miss_expert, m, fill, bits, requests, hi
                     if miss_expert[j] == e:
                         missed = True
                         break
-                bits[fill[i, 0], layer, fill[i, 1]] = MISS if missed else HIT
+                bits[fill[0, i], layer, fill[1, i]] = MISS if missed else HIT
     requests[s, layer] += distinct
     hits[s, layer] += distinct - m

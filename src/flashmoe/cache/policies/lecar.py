@@ -9,11 +9,10 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from flashmoe.cache.policies import kernels as loops
-from flashmoe.cache.policies.base import EvictionPolicy, Kernels
+from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.policies.lfu import COUNT
 
 LEARNING_RATE = 0.45
@@ -79,39 +78,11 @@ def begin(st):
             st.key[layer, e] = st.last[layer, e]  # counts are of the sequence
 
 
-loops.rules(LeCaRState, record, victim, evicted, begin)
-
-
-@njit(cache=True)
-def access(st, res, layer, ids, slots_out, miss_expert, miss_slot):
-    return loops.access_loop(st, res, layer, ids, slots_out, miss_expert, miss_slot)
-
-
-@njit(cache=True)
-def room(st, res, layer):
-    return loops.room_loop(st, res, layer)
-
-
-@njit(cache=True)
-def release(st, res, layer, expert):
-    return loops.release_loop(st, res, layer, expert)
-
-
-@njit(cache=True)
-def replay(st, res, ids, first, starts, bits, requests, hits):
-    return loops.replay_loop(st, res, ids, first, starts, bits, requests, hits)
-
-
-@njit(cache=True)
-def start(st):
-    loops.begin(st)
-
-
 class LeCaR(EvictionPolicy):
     """LRU and LFU, weighted by regret, per layer."""
 
     name = "lecar"
-    kernels = Kernels(access, room, release, replay, start)
+    kernels = loops.compiled(LeCaRState, record, victim, evicted, begin)
 
     def __init__(self, seed: int = 1) -> None:
         super().__init__()

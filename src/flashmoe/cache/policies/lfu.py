@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from flashmoe.cache.policies import kernels as loops
-from flashmoe.cache.policies.base import EvictionPolicy, Kernels
+from flashmoe.cache.policies.base import EvictionPolicy
 
 # One key orders by count first and, among equal counts, by recency: count * 2^36 + step of the last request.
 COUNT = float(1 << 36)
@@ -48,34 +47,6 @@ def begin(st):
             st.counts[layer, e] = 0.0
 
 
-loops.rules(LfuState, record, victim, evicted, begin)
-
-
-@njit(cache=True)
-def access(st, res, layer, ids, slots_out, miss_expert, miss_slot):
-    return loops.access_loop(st, res, layer, ids, slots_out, miss_expert, miss_slot)
-
-
-@njit(cache=True)
-def room(st, res, layer):
-    return loops.room_loop(st, res, layer)
-
-
-@njit(cache=True)
-def release(st, res, layer, expert):
-    return loops.release_loop(st, res, layer, expert)
-
-
-@njit(cache=True)
-def replay(st, res, ids, first, starts, bits, requests, hits):
-    return loops.replay_loop(st, res, ids, first, starts, bits, requests, hits)
-
-
-@njit(cache=True)
-def start(st):
-    loops.begin(st)
-
-
 class Lfu(EvictionPolicy):
     """Least frequently used in this sequence; equal counts: least recently used.
 
@@ -83,7 +54,7 @@ class Lfu(EvictionPolicy):
     """
 
     name = "lfu"
-    kernels = Kernels(access, room, release, replay, start)
+    kernels = loops.compiled(LfuState, record, victim, evicted, begin)
 
     def __init__(self, forget: bool = False) -> None:
         super().__init__()

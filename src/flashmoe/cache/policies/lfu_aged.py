@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from flashmoe.cache.policies import kernels as loops
-from flashmoe.cache.policies.base import EvictionPolicy, Kernels
+from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.residency import GLOBAL
 from flashmoe.errors import PolicyError
 
@@ -57,40 +56,12 @@ def begin(st):
     pass
 
 
-loops.rules(LfuAgedState, record, victim, evicted, begin)
-
-
-@njit(cache=True)
-def access(st, res, layer, ids, slots_out, miss_expert, miss_slot):
-    return loops.access_loop(st, res, layer, ids, slots_out, miss_expert, miss_slot)
-
-
-@njit(cache=True)
-def room(st, res, layer):
-    return loops.room_loop(st, res, layer)
-
-
-@njit(cache=True)
-def release(st, res, layer, expert):
-    return loops.release_loop(st, res, layer, expert)
-
-
-@njit(cache=True)
-def replay(st, res, ids, first, starts, bits, requests, hits):
-    return loops.replay_loop(st, res, ids, first, starts, bits, requests, hits)
-
-
-@njit(cache=True)
-def start(st):
-    loops.begin(st)
-
-
 class LfuAged(EvictionPolicy):
     """Exponential moving average of requests; decay 0..1 per step of the layer, nearer to 1 remembers
     longer."""
 
     name = "lfu-aged"
-    kernels = Kernels(access, room, release, replay, start)
+    kernels = loops.compiled(LfuAgedState, record, victim, evicted, begin)
 
     def __init__(self, decay: float = 0.97) -> None:
         super().__init__()

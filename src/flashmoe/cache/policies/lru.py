@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from flashmoe.cache.policies import kernels as loops
-from flashmoe.cache.policies.base import EvictionPolicy, Kernels
+from flashmoe.cache.policies.base import EvictionPolicy
 
 
 class LruState(NamedTuple):
@@ -35,39 +34,11 @@ def begin(st):
     pass
 
 
-loops.rules(LruState, record, victim, evicted, begin)
-
-
-@njit(cache=True)
-def access(st, res, layer, ids, slots_out, miss_expert, miss_slot):
-    return loops.access_loop(st, res, layer, ids, slots_out, miss_expert, miss_slot)
-
-
-@njit(cache=True)
-def room(st, res, layer):
-    return loops.room_loop(st, res, layer)
-
-
-@njit(cache=True)
-def release(st, res, layer, expert):
-    return loops.release_loop(st, res, layer, expert)
-
-
-@njit(cache=True)
-def replay(st, res, ids, first, starts, bits, requests, hits):
-    return loops.replay_loop(st, res, ids, first, starts, bits, requests, hits)
-
-
-@njit(cache=True)
-def start(st):
-    loops.begin(st)
-
-
 class Lru(EvictionPolicy):
     """Least recently used, the baseline of every comparison."""
 
     name = "lru"
-    kernels = Kernels(access, room, release, replay, start)
+    kernels = loops.compiled(LruState, record, victim, evicted, begin)
 
     def make_state(self, n_layers: int, n_experts: int) -> LruState:
         """See EvictionPolicy."""

@@ -11,11 +11,10 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from flashmoe.cache.policies import kernels as loops
-from flashmoe.cache.policies.base import EvictionPolicy, Kernels
+from flashmoe.cache.policies.base import EvictionPolicy
 
 EPSILON = 1e-4
 
@@ -77,39 +76,11 @@ def begin(st):
     st.dot[:] = 0.0
 
 
-loops.rules(MoEInfinityState, record, victim, evicted, begin)
-
-
-@njit(cache=True)
-def access(st, res, layer, ids, slots_out, miss_expert, miss_slot):
-    return loops.access_loop(st, res, layer, ids, slots_out, miss_expert, miss_slot)
-
-
-@njit(cache=True)
-def room(st, res, layer):
-    return loops.room_loop(st, res, layer)
-
-
-@njit(cache=True)
-def release(st, res, layer, expert):
-    return loops.release_loop(st, res, layer, expert)
-
-
-@njit(cache=True)
-def replay(st, res, ids, first, starts, bits, requests, hits):
-    return loops.replay_loop(st, res, ids, first, starts, bits, requests, hits)
-
-
-@njit(cache=True)
-def start(st):
-    loops.begin(st)
-
-
 class MoEInfinity(EvictionPolicy):
     """Sequence-level activation matrices. size: entries of the collection (the paper: about 120)."""
 
     name = "moe-infinity"
-    kernels = Kernels(access, room, release, replay, start)
+    kernels = loops.compiled(MoEInfinityState, record, victim, evicted, begin)
 
     def __init__(self, size: int = 120) -> None:
         super().__init__()

@@ -1,0 +1,120 @@
+"""Routing of a real model: the runtime's hits are the simulator's, and recording goes on where it was interrupted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import flashmoe
+from flashmoe import api
+from flashmoe.cache.policies import BUILTIN, create
+from flashmoe.cache.residency import make_residency
+from flashmoe.cli.trace import app
+from flashmoe.engines.base import Sampling
+from flashmoe.engines.llamacpp.library import Library
+from flashmoe.hub import DEMO, default_policy
+from flashmoe.routing.trace import PREFILL, RoutingTrace
+from flashmoe.storage.catalog import ExpertCatalog
+from flashmoe.storage.gguf import read_gguf
+from tests.learn.test_learned import untrained
+
+PROMPTS = ("Tell me a story about a king and his three sons.", "The bread was cold, and nobody came.")
+
+
+@pytest.mark.parametrize("name", [*(n for n in BUILTIN if n != "belady"), "adaptive:FILE"])
+def test_hits_of_the_runtime_are_the_simulator_s(name: str, lib: Library, demo: Path, tmp_path: Path) -> None:
+    """Request by request, prompts in micro-batches included."""
+    spec = name
+    learned = default_policy(DEMO)  # flashmoe+:FILE
+    if name == "flashmoe":
+        catalog = ExpertCatalog.from_gguf(read_gguf(demo))
+        file = untrained("flashmoe", len(catalog.layers), catalog.n_experts, catalog.top_k)
+        file.save(tmp_path / "p.safetensors")
+        spec = f"flashmoe:{tmp_path / 'p.safetensors'}"
+    elif name == "flashmoe+":
+        spec = learned
+    elif name == "adaptive:FILE":
+        spec = learned.replace("flashmoe+", "adaptive")
+    calls: list[tuple[int, list[int]]] = []
+    with flashmoe.load(
+        demo, cache="25%", n_ctx=128, n_ubatch=8, threads=1, policy=spec, trace=True, library=lib
+    ) as model:
+        policy = model.cache.policy
+        access = policy.access
+
+        def noted(layer: int, ids: Any, slots: Any, miss_expert: Any, miss_slot: Any) -> int:
+            misses = access(layer, ids, slots, miss_expert, miss_slot)
+            calls.append((layer, sorted(miss_expert[:misses].tolist())))
+            return misses
+
+        policy.access = noted  # type: ignore[method-assign]
+        for prompt in PROMPTS:
+            for _ in model.generate(prompt, max_tokens=12, sampling=Sampling(temperature=0)):
+                pass
+        assert model.recorder is not None
+        trace, pool = model.recorder.trace(), policy.residency
+        counted = sum(phase.hits for phase in model.cache.stats.values())
+    simulated = create(spec)
+    simulated.bind(make_residency(pool.n_layers, pool.n_experts, pool.quota, pool.group))
+    result = simulated.replay(trace.expert_ids, trace.steps(), trace.starts(), want_bits=True)
+    first = trace.steps()
+    at = 0
+    for a, b in zip(first, first[1:], strict=False):
+        for layer in range(trace.n_layers):
+            ids = trace.expert_ids[a:b, layer]
+            if (ids >= 0).any():
+                assert calls[at] == (layer, sorted(ids[result.bits[a:b, layer] == 1].tolist())), (a, layer)
+                at += 1
+    assert at == len(calls)
+    assert (trace.phase == PREFILL).any()
+    assert result.hits.sum() == counted > 0
+
+
+@pytest.fixture
+def record(lib: Library, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """record(output): `flashmoe trace record` of three prompts."""
+    monkeypatch.setattr(api, "proven_library", lambda: lib)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("A cat sat.\nThe rain fell on the roof.\nWhy not?\n", encoding="utf-8")
+    options = ["-n", "6", "-c", "64", "-t", "1", "--temp", "0", "--cache", "50%"]
+
+    def call(output: Path, *more: str) -> Any:
+        return CliRunner().invoke(
+            app, ["record", str(demo), "--prompts", str(prompts), "-o", str(output), *options, *more]
+        )
+
+    return call
+
+
+def test_recording_goes_on_where_it_was_interrupted(
+    record: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert record(tmp_path / "whole.safetensors").exit_code == 0
+    whole = RoutingTrace.load(tmp_path / "whole.safetensors")
+    output = tmp_path / "parts.safetensors"
+    decode, left = api.Model._decode, [2]
+
+    def interrupted(model: api.Model, limit: int) -> Iterator[int]:
+        left[0] -= 1
+        for number, token in enumerate(decode(model, limit)):
+            if left[0] == 0 and number == 3:
+                raise KeyboardInterrupt
+            yield token
+
+    monkeypatch.setattr(api.Model, "_decode", interrupted)  # in the middle of the second prompt
+    assert record(output).exit_code != 0
+    assert RoutingTrace.load(output).n_sequences == 1  # an unfinished prompt is not kept
+    result = record(output)
+    assert result.exit_code == 0, result.output
+    assert "1 of 3 prompts: going on" in result.output
+    parts = RoutingTrace.load(output)
+    for field in ("expert_ids", "router_weights", "token_id", "sequence_id", "phase", "step"):
+        np.testing.assert_array_equal(getattr(parts, field), getattr(whole, field), err_msg=field)
+    assert record(output).exit_code == 0  # nothing left to do
+    assert record(output, "--restart", "-q").exit_code == 0
+    np.testing.assert_array_equal(RoutingTrace.load(output).expert_ids, whole.expert_ids)
