@@ -40,6 +40,7 @@ from flashmoe.units import parse_bytes
 DEFAULT_CONTEXT = 4096
 DEFAULT_UBATCH = 512  # llama.cpp's own
 SMALL_UBATCH = 64  # prompts are still read fast
+MOST_FOR_PREDICTING = 0.02  # of the budget: slots are worth more
 MOST_FOR_BUFFERS = 0.05  # of the pool's memory, where the micro-batch is larger
 
 #: Called with what is going on ("load" or "prefill"), how much is done, and of how much.
@@ -106,7 +107,8 @@ def load(
         )
         stack.callback(loaded.close)
         catalog = loaded.catalog
-        _compile(evict, predictors, catalog)
+        _compile(evict, catalog)
+        predictors = _bind(predictors, catalog, limit if prefetch == "auto" else 0)
         budget.release_code()
         make = partial(
             LlamaEngine,
@@ -118,7 +120,7 @@ def load(
         )
         step = min(n_ubatch, context)
         if limit:
-            engine, slots = _fit(make, catalog, step, limit, align)
+            engine, slots = _fit(make, catalog, step, limit, align, sum(p.nbytes for p in predictors))
         else:
             engine, slots = make(n_ubatch=step), budget.parse_cache(str(cache), catalog, align)
         stack.callback(engine.close)
@@ -131,10 +133,7 @@ def load(
         left = [n - away for n, away in zip(slots, spare, strict=True)]
         engine.n_ubatch = budget.micro_batch(catalog, left, engine.n_ubatch)
         prefetcher = None
-        if any(spare):
-            for predictor in predictors:
-                predictor.check_model(catalog.identity)
-                predictor.bind(len(catalog.layers), catalog.n_experts, catalog.top_k)
+        if predictors and any(spare):
             prefetcher = Prefetcher(predictors, experts)
             engine.prefetch(prefetcher)
         pool.prefault()
@@ -148,12 +147,12 @@ def load(
 
 
 def _fit(
-    make: Callable[..., LlamaEngine], catalog: ExpertCatalog, step: int, limit: int, align: int
+    make: Callable[..., LlamaEngine], catalog: ExpertCatalog, step: int, limit: int, align: int, promised: int
 ) -> tuple[LlamaEngine, list[int]]:
     """The engine with the largest micro-batch up to `step` that leaves room for a pool, and that pool's slots.
 
     Compute buffers grow with the micro-batch: in a tight budget slots are worth more, and a small pool does not allow
-    a large micro-batch anyway. Raises BudgetError.
+    a large micro-batch anyway. `promised`: bytes that others have reserved and not touched. Raises BudgetError.
     """
     hoped = max(limit - budget.status_bytes("VmRSS") - budget.RESERVE, budget.least_pool(catalog, align))
     step = budget.micro_batch(catalog, budget.slots_for(catalog, hoped, align), step)
@@ -164,7 +163,7 @@ def _fit(
         reserved = budget.status_bytes("VmData") - data
         touched = budget.status_bytes("RssAnon") - anonymous
         to_come = max(0, reserved - touched)
-        used = budget.status_bytes("VmRSS") + to_come + budget.RESERVE
+        used = budget.status_bytes("VmRSS") + to_come + promised + budget.RESERVE
         least = used + budget.least_pool(catalog, align)
         greedy = step > SMALL_UBATCH and to_come > MOST_FOR_BUFFERS * (limit - used)
         if least <= limit and not greedy:
@@ -184,19 +183,25 @@ def proven_library() -> Library:
     return open_library(path)
 
 
-def _compile(policy: EvictionPolicy, predictors: Sequence[Predictor], catalog: ExpertCatalog) -> None:
-    """Let numba compile the kernels before memory is counted and before the first token waits for them."""
+def _bind(predictors: Sequence[Predictor], catalog: ExpertCatalog, limit: int) -> list[Predictor]:
+    """The predictors, compiled and fitted to the model; under a limit only those that take little of it.
+
+    Raises PredictorError.
+    """
+    for predictor in predictors:
+        predictor.check_model(catalog.identity)
+        predictor.bind(len(catalog.layers), catalog.n_experts, catalog.top_k)
+    return [p for p in predictors if not limit or p.nbytes <= MOST_FOR_PREDICTING * limit]
+
+
+def _compile(policy: EvictionPolicy, catalog: ExpertCatalog) -> None:
+    """Let numba compile the policy's kernels before memory is counted and before the first token waits for it."""
     n = catalog.n_experts
     policy.bind(make_residency(len(catalog.layers), n, np.ones(len(catalog.layers), np.int32)))
     ids, out = np.zeros(1, np.int32), np.zeros((3, 1), np.int32)
     policy.begin_sequence()
     policy.access(0, ids, out[0], out[1], out[2])
     policy.release(0, 0)
-    for predictor in predictors:
-        predictor.bind(2, n, catalog.top_k)
-        predictor.begin_step(0)
-        predictor.observe(0, ids)
-        predictor.predict(0, 1, np.zeros(n, np.float32))
 
 
 class Model:

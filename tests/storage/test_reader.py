@@ -137,7 +137,9 @@ def test_errors_reach_the_waiter_and_nobody_else(reader: ExpertReader, memory: n
     reader.wait(reader.demand(reads(memory, [8192])))
 
 
-def test_unexpected_errors_reach_the_waiter(path: Path, memory: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_errors_reach_the_waiter(
+    path: Path, memory: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("a bug")
 

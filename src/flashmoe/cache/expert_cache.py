@@ -149,7 +149,9 @@ class ExpertCache:
                 now.append(self.reader.demand([read for plane in planes[:-1] for read in plane]))
                 later.append(self.reader.demand(planes[-1]))
             for expert in experts:
-                self.pool.fill_tables(layer, expert, int(self.policy.residency.slot_of[layer, expert]) - first)
+                self.pool.fill_tables(
+                    layer, expert, int(self.policy.residency.slot_of[layer, expert]) - first
+                )
             if meanwhile:
                 meanwhile()
             for ticket in now if leave_last else now + later:

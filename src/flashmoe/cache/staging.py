@@ -1,8 +1,8 @@
 """Where prefetched experts wait: a few slots of the pool that no policy owns.
 
 A prefetched expert becomes resident only when its router asks for it. Then it changes places with the slot that the
-policy has named for it, and that slot is free for the next prefetch. So a wrong prediction evicts nothing, and the policy
-sees the same requests, hits and victims as it would without prefetching.
+policy has named for it, and that slot is free for the next prefetch. So a wrong prediction evicts nothing, and the
+policy sees the same requests, hits and victims as it would without prefetching.
 """
 
 from __future__ import annotations
@@ -44,16 +44,18 @@ class Staged:
 class Staging:
     """The spare slots of every size group. Not thread-safe: its owner is the ExpertCache."""
 
-    def __init__(self, residency: Residency, pool: SlotPool, reader: ExpertReader, spare: Sequence[int]) -> None:
+    def __init__(
+        self, residency: Residency, pool: SlotPool, reader: ExpertReader, spare: Sequence[int]
+    ) -> None:
         self._pool, self._reader = pool, reader
         self.wasted_bytes = 0  # read and never asked for
         self._group = residency.group.tolist()
         self._first_slot = residency.group_start.tolist()
         self._staged: list[dict[int, Staged]] = [{} for _ in self._group]
-        self._free = [
-            deque(range(end - n, end)) for end, n in zip(self._first_slot[1:], spare, strict=True)
-        ]
-        self._ending: list[deque[Staged]] = [deque() for _ in spare]  # cancelled; a read may still be under way
+        self._free = [deque(range(end - n, end)) for end, n in zip(self._first_slot[1:], spare, strict=True)]
+        self._ending: list[deque[Staged]] = [
+            deque() for _ in spare
+        ]  # cancelled; a read may still be under way
         #: (layer, expert) complete and not asked for, the oldest first
         self._stale: list[dict[tuple[int, int], None]] = [{} for _ in spare]
 
@@ -65,7 +67,7 @@ class Staging:
         return entries + ending + [slot for group in self._free for slot in group]
 
     def plan(self, layer: int, experts: Sequence[int]) -> None:
-        """Prefetch `experts` of a layer, the likeliest first, as far as there are slots; forget others not yet begun."""
+        """Prefetch `experts` of a layer, the likeliest first, as far as there are slots; forget others not begun."""
         staged = self._staged[layer]
         for expert in [e for e, entry in staged.items() if e not in experts and not entry.started]:
             self._cancel(layer, expert)

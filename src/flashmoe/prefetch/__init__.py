@@ -31,7 +31,7 @@ BUILTIN = {
     "moe-infinity": "moe_infinity:MoEInfinity",
 }
 
-AUTO = ("gate",)
+AUTO = ("gate", "table")
 
 
 def available() -> list[str]:
@@ -41,7 +41,7 @@ def available() -> list[str]:
 
 
 def create_all(spec: str) -> list[Predictor]:
-    """The predictors of a spec, to be tried in turn: none for "none", several for "auto", else one. Raises as create."""
+    """The predictors of a spec, to be tried in turn: none for "none", several for "auto". Raises as create."""
     specs = AUTO if spec.strip() == "auto" else (spec,)
     return [predictor for predictor in map(create, specs) if predictor is not None]
 

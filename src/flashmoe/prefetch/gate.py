@@ -1,7 +1,7 @@
 """Predictor `gate`: the routers of the layers ahead, applied to the hidden state of the present layer.
 
-From HOBBIT (arXiv 2411.01433, section 3.3): the residual stream changes little from one layer to the next, so a router of a
-layer ahead mostly chooses already what it will choose later. The present layer's router input is the normalised hidden
+From HOBBIT (arXiv 2411.01433, section 3.3): the residual stream changes little from one layer to the next, so a router
+of a layer ahead mostly chooses already what it will choose later. The present layer's router input is the normalised hidden
 state times that layer's norm weights; for another layer the weights are exchanged. Needs an engine that shows the
 hidden state, so it has no figures on traces.
 """
@@ -24,7 +24,9 @@ class Router(NamedTuple):
     weights: Float32  # [E, n]
     norm: Float32  # [n] the norm's weights; ones where there are none
     bias: Float32  # [E] added to the logits
-    choice_bias: Float32  # [E] added to the sigmoids of the logits before the choice (DeepSeek-V3); empty: none
+    choice_bias: (
+        Float32  # [E] added to the sigmoids of the logits before the choice (DeepSeek-V3); empty: none
+    )
 
 
 @njit(cache=True, fastmath=True, nogil=True)
@@ -75,7 +77,9 @@ class Gate(Predictor):
         """See Predictor."""
         one, table = np.ones(1, np.float32), np.ones((n_experts, 1), np.float32)
         out = np.zeros(n_experts, np.float32)
-        score(table, out.copy(), one[:0], one, one, one, one.copy(), top_k, out)  # compiled now, not while it runs
+        score(
+            table, out.copy(), one[:0], one, one, one, one.copy(), top_k, out
+        )  # compiled now, not while it runs
         return _NoState()
 
     def begin_sequence(self) -> None:

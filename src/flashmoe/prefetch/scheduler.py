@@ -1,7 +1,7 @@
 """Turns predictions into reads that only an otherwise idle drive makes.
 
-When a layer's router has spoken, and while its own reads are under way, the likeliest experts of the next layer that are
-not resident are queued. They are read while the engine computes; demand reads go before them (storage.reader), what the
+When a layer's router has spoken, and while its own reads are under way, the likeliest experts of the next layer that
+are not resident are queued. They are read while the engine computes; demand reads go before them (storage.reader), what the
 next router contradicts is dropped, and a wrong guess evicts nothing (cache.staging). What is left to decide is whether
 a guess is worth a read: its chance must reach `LEAST_CHANCE`, and a chance is what this predictor's guesses of that
 confidence have been worth on this very text, not what it says.

@@ -1,7 +1,7 @@
 """Queues of reads that run while nobody looks: Linux's own asynchronous I/O, and threads where that does not work.
 
 With `KernelQueue` a batch of reads costs one system call, no thread wakes up while they run, and their ends are
-collected when somebody waits: on a machine whose every core computes, a thread per read costs more than the read itself.
+collected when somebody waits: where every core computes, a thread that wakes up for a read costs more than the read.
 It needs direct I/O; a read of a buffered file would happen inside the submitting call.
 """
 
