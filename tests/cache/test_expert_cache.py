@@ -69,6 +69,9 @@ class Checked:
                 there = ctypes.string_at(window.address + slot * window.stride, window.plane.nbytes)
                 wanted = np.ascontiguousarray(self.tensors[window.plane.tensor.name][expert]).tobytes()
                 assert there == wanted, (window.plane.tensor.name, expert, slot)
+        self.check_residency()
+
+    def check_residency(self) -> None:
         check_residency(self.policy.residency)
 
     def close(self) -> None:

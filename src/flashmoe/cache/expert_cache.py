@@ -136,7 +136,9 @@ class ExpertCache:
     ) -> None:
         """Read what `access` missed, plane by plane over all experts: what is needed first comes first."""
         began = time.perf_counter()
-        experts, now, later = self._miss_expert[:misses].tolist(), [], []
+        experts = self._miss_expert[:misses].tolist()
+        now: list[Ticket] = []
+        later: list[Ticket] = []
         try:
             absent = list(zip(experts, self._miss_slot[:misses].tolist(), strict=True))
             if self.staging:

@@ -1,9 +1,9 @@
 """Predictor `gate`: the routers of the layers ahead, applied to the hidden state of the present layer.
 
 From HOBBIT (arXiv 2411.01433, section 3.3): the residual stream changes little from one layer to the next, so a router
-of a layer ahead mostly chooses already what it will choose later. The present layer's router input is the normalised hidden
-state times that layer's norm weights; for another layer the weights are exchanged. Needs an engine that shows the
-hidden state, so it has no figures on traces.
+of a layer ahead mostly chooses already what it will choose later. The present layer's router input is the normalised
+hidden state times that layer's norm weights; for another layer the weights are exchanged. Needs an engine that shows
+the hidden state, so it has no figures on traces.
 """
 
 from __future__ import annotations
@@ -30,7 +30,17 @@ class Router(NamedTuple):
 
 
 @njit(cache=True, fastmath=True, nogil=True)
-def score(weights, bias, choice_bias, hidden, old_norm, new_norm, scaled, top_k, out):
+def score(
+    weights: Any,
+    bias: Any,
+    choice_bias: Any,
+    hidden: Any,
+    old_norm: Any,
+    new_norm: Any,
+    scaled: Any,
+    top_k: Any,
+    out: Any,
+) -> None:  # pragma: no cover - compiled
     """Fill out [E] with chances by rank: near 1 for the router's first choice, falling to 0 at rank 3k."""
     n = hidden.shape[0]
     for i in range(n):

@@ -1,10 +1,10 @@
 """Turns predictions into reads that only an otherwise idle drive makes.
 
 When a layer's router has spoken, and while its own reads are under way, the likeliest experts of the next layer that
-are not resident are queued. They are read while the engine computes; demand reads go before them (storage.reader), what the
-next router contradicts is dropped, and a wrong guess evicts nothing (cache.staging). What is left to decide is whether
-a guess is worth a read: its chance must reach `LEAST_CHANCE`, and a chance is what this predictor's guesses of that
-confidence have been worth on this very text, not what it says.
+are not resident are queued. They are read while the engine computes; demand reads go before them (storage.reader),
+what the next router contradicts is dropped, and a wrong guess evicts nothing (cache.staging). What is left to decide
+is whether a guess is worth a read: its chance must reach `LEAST_CHANCE`, and a chance is what this predictor's guesses
+of that confidence have been worth on this very text, not what it says.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ _SLEEP = 8  # when none is, one step of so many is still looked at
 
 
 @njit(cache=True, nogil=True)
-def choose(chances, slot_of, kept, asked, experts, bins):
+def choose(
+    chances: Any, slot_of: Any, kept: Any, asked: Any, experts: Any, bins: Any
+) -> Any:  # pragma: no cover - compiled
     """Fill experts and bins [GUESSES] with the likeliest absent experts; returns how many, and how many are worth it.
 
     chances: float32 [E] by the predictor; slot_of: int32 [E], -1 where absent; kept, asked: float64 [BINS] guesses that
@@ -55,7 +57,9 @@ def choose(chances, slot_of, kept, asked, experts, bins):
 
 
 @njit(cache=True, nogil=True)
-def learn(ids, experts, bins, found, worth, kept, asked):
+def learn(
+    ids: Any, experts: Any, bins: Any, found: Any, worth: Any, kept: Any, asked: Any
+) -> Any:  # pragma: no cover - compiled
     """Compare what was guessed with what the router picked; returns how many of the first `worth` were right."""
     right = 0
     for i in range(found):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes as C
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -31,25 +32,38 @@ def read_router(lib: Library, weights: int, logits: int, ids: int) -> Router | N
     norm = None
     if lib.ggml_op_desc(C.addressof(hidden)) == b"MUL":
         norm = _floats(Tensor.from_address(hidden.src[1]), n)
+    bias = choice_bias = None
+    for node in _chain(weights):
+        if node.src[0] == logits:
+            bias = _added(lib, node, experts)
+    for node in _chain(ids):
+        if node.src[0] != logits and choice_bias is None:
+            choice_bias = _added(lib, node, experts)
     return Router(
         table.reshape(experts, n),
         np.ones(n, np.float32) if norm is None else norm,
-        _added(weights, b"ffn_moe_logits_biased-", experts, np.zeros(experts, np.float32)),
-        _added(ids, b"ffn_moe_probs_biased-", experts, np.zeros(0, np.float32)),
+        np.zeros(experts, np.float32) if bias is None else bias,
+        np.zeros(0, np.float32) if choice_bias is None else choice_bias,
     )
 
 
-def _added(node: int, prefix: bytes, n: int, otherwise: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What the node of a name, somewhere behind `node`, adds: float32 [n]; `otherwise` where there is none."""
+def _chain(address: int) -> Iterator[Tensor]:
+    """A node, its first source, that one's first source, and so on."""
     for _ in range(_CHAIN):
-        tensor = Tensor.from_address(node)
-        if tensor.name.startswith(prefix) and tensor.src[1]:
-            found = _floats(Tensor.from_address(tensor.src[1]), n)
-            return otherwise if found is None else found
-        if not tensor.src[0]:
-            break
-        node = tensor.src[0]
-    return otherwise
+        node = Tensor.from_address(address)
+        if not node.src[0]:
+            return
+        yield node
+        address = node.src[0]
+
+
+def _added(lib: Library, node: Tensor, n: int) -> NDArray[np.float32] | None:
+    """What an addition adds, float32 [n]; None for any other node."""
+    return (
+        _floats(Tensor.from_address(node.src[1]), n)
+        if lib.ggml_op_desc(C.addressof(node)) == b"ADD"
+        else None
+    )
 
 
 def _floats(tensor: Any, n: int) -> NDArray[np.float32] | None:

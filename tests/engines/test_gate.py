@@ -1,0 +1,87 @@
+"""The routers that the hook reads out of the graph are the model's own, and prefetching with them works."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+import flashmoe
+from flashmoe.engines.llamacpp.library import Library
+from flashmoe.prefetch.base import Float32, Int32
+from flashmoe.prefetch.gate import Gate
+from flashmoe.prefetch.scheduler import Prefetcher
+from tests.conftest import Tiny
+
+
+class Spy(Gate):
+    """Applies each layer's router to that very layer's hidden state: it must choose what the engine chose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.right = self.asked = 0
+
+    def see(self, layer: int, hidden: Float32) -> None:
+        super().see(layer, hidden)
+        self._out = np.zeros(self.n_experts, np.float32)
+        super().predict(layer, layer, self._out)
+
+    def observe(self, layer: int, ids: Int32) -> None:
+        if self.routers and self._seen == layer:
+            chosen = set(np.argsort(-self._out)[: len(ids)].tolist())
+            self.right += len(chosen & set(ids.tolist()))
+            self.asked += len(ids)
+
+
+# softmax; a bias on the logits; sigmoid with a bias on the choice; norms of other names, or none
+ROUTERS = [
+    "llama",
+    "olmoe",
+    "qwen2moe",
+    "qwen3moe",
+    "gpt-oss",
+    "deepseek2-lite",
+    "glm4moe",
+    "granitemoe",
+    "phimoe",
+    "minimax-m2",
+    "jamba",
+]
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_routers_are_read_right(name: str, tiny: Tiny, lib: Library) -> None:
+    with flashmoe.load(tiny(name), cache="100%", threads=1, n_ctx=64, prefetch="none", library=lib) as model:
+        spy = Spy()
+        spy.bind(len(model.catalog.layers), model.catalog.n_experts, model.catalog.top_k)
+        model.engine.prefetch(Prefetcher([spy], model.cache))
+        for token in range(3, 15):
+            model.engine.decode([token])
+    assert spy.asked >= 10 * len(model.catalog.layers) * model.catalog.top_k
+    assert spy.right >= 0.99 * spy.asked
+
+
+@pytest.mark.parametrize("prefetch", ["gate", "auto"])
+def test_demo_prefetches_what_is_then_asked_for(prefetch: str, demo: Any, lib: Library) -> None:
+    tokens: Sequence[int] = range(100, 160)
+
+    def run(prefetch: str) -> tuple[flashmoe.Model, bytes]:
+        with flashmoe.load(
+            "demo", cache="40%", policy="lru", threads=1, n_ctx=128, prefetch=prefetch, library=lib
+        ) as model:
+            model.cache.phase = "decode"
+            for token in tokens:
+                model.engine.decode([token])
+            return model, model.engine.logits().tobytes()
+
+    plain, expected = run("none")
+    ahead, logits = run(prefetch)
+    assert logits == expected
+    counted, alone = ahead.cache.stats["decode"], plain.cache.stats["decode"]
+    assert counted.requests == alone.requests
+    through = counted.prefetch_hits + counted.late_hits
+    assert through > 0.04 * alone.misses  # few are certain enough: it is a small model
+    assert ahead.cache.staging
+    assert ahead.cache.staging.wasted_bytes < counted.prefetch_bytes
