@@ -243,7 +243,9 @@ def table(rows: Sequence[PrefetchRow], trace: RoutingTrace) -> Group:
             kept = [found.get((name, ahead, g, capacity)) for g, _ in columns]
             values = [getattr(row, what, None) for row, (_, what) in zip(kept, columns, strict=True)]
             cells = ["" if value is None else f"{100 * value:.1f}" for value in values]
-            result.add_row(name, "token" if ahead == 0 else f"{ahead} on", *cells)
+            kind, _, file = name.partition(":")
+            label = f"{kind}:{Path(file).stem}" if file else kind
+            result.add_row(label, "token" if ahead == 0 else f"{ahead} on", *cells)
         tables.append(result)
     return Group(*tables)
 
