@@ -14,6 +14,8 @@ import numpy as np
 import flashmoe
 from flashmoe.engines.base import Sampling
 
+CONTEXT = 512
+
 
 def main() -> None:
     parser = argparse.ArgumentParser()
@@ -24,7 +26,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     with flashmoe.load(
-        options.model, cache=options.cache, n_ctx=2048, policy="lfu-aged", threads=options.threads
+        options.model, cache=options.cache, n_ctx=CONTEXT, policy="lfu-aged", threads=options.threads
     ) as model:
         recorder = model.record()
         rows: list[tuple[float, float]] = []
@@ -36,7 +38,7 @@ def main() -> None:
                 model.cache.begin_sequence()
                 model.engine.set_sampling(Sampling(temperature=1.0, seed=block))
                 model._prefill(tokens)
-                left = 2048 - len(tokens) - 1
+                left = CONTEXT - len(tokens) - 1
             on = block % 4 in (1, 2)  # off on on off: drift cancels
             model.recorder = recorder if on else None
             model.engine.record(model.recorder)  # type: ignore[arg-type]

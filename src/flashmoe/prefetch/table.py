@@ -45,8 +45,12 @@ MATRICES = 64 << 20  # most bytes of matrices: models of many experts use fewer 
 N_FEATURES = 5  # 1, log frequency, recent and very recent against it, token against it
 RATES = (0.003, 0.03, 0.15)  # of the moving averages
 UNIT = 4096  # matrices hold int16 of this fraction
-STEP = (0.05, 2000.0, 0.015)  # of the matrices: at the start, tokens until it falls by sqrt(2), least
-FEATURE_STEP = 0.05
+STEP = (
+    0.12,
+    400.0,
+    0.015,
+)  # of the matrices: at the start, tokens until it falls by sqrt(2), least; half for class 0
+FEATURE_STEP = 0.1
 PRIOR = 0.5  # weight of the usual frequency against one occurrence of a token
 PROBES = 8  # rows of the token table that a token may take
 FULL = 255  # occurrences at which a row is halved
@@ -194,6 +198,8 @@ def learn(st, c, layer, wanted, chance):
             np.float32(FEATURE_STEP) * slope / math.sqrt(st.weight[1, c, layer, f] + 1.0)
         )
     step = np.float32(UNIT * max(STEP[2], STEP[0] / math.sqrt(1.0 + st.now[2] / STEP[1])))
+    if c == 0:
+        step *= np.float32(0.5)
     change = np.empty(n_experts, np.int32)
     at = np.float32((st.now[2] * 0.7548776662) % 1.0)
     for e in range(n_experts):  # rounded up or down in turn, so that small steps are not lost

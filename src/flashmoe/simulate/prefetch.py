@@ -221,6 +221,12 @@ def _share(part: Any, whole: Any) -> float:
     return float(part) / float(whole) if whole else 0.0
 
 
+def _label(spec: str) -> str:
+    """NAME, or NAME:FILE without folder and suffix."""
+    kind, _, file = spec.partition(":")
+    return f"{kind}:{Path(file).stem}" if file else kind
+
+
 def table(rows: Sequence[PrefetchRow], trace: RoutingTrace) -> Group:
     """A table per capacity, one line per predictor and distance: of all experts picked the share that k and 2k guesses
     found; of the first 1, 2 and 4 guesses among absent experts the share that was right; of the misses the share
@@ -243,7 +249,7 @@ def table(rows: Sequence[PrefetchRow], trace: RoutingTrace) -> Group:
             kept = [found.get((name, ahead, g, capacity)) for g, _ in columns]
             values = [getattr(row, what, None) for row, (_, what) in zip(kept, columns, strict=True)]
             cells = ["" if value is None else f"{100 * value:.1f}" for value in values]
-            result.add_row(name, "token" if ahead == 0 else f"{ahead} on", *cells)
+            result.add_row(_label(name), "token" if ahead == 0 else f"{ahead} on", *cells)
         tables.append(result)
     return Group(*tables)
 
@@ -275,7 +281,7 @@ def plot(rows: Sequence[PrefetchRow], path: str | Path, title: str = "") -> None
                 for r in rows
                 if (r.predictor, r.ahead, r.capacity) == (name, ahead, capacity)
             ]
-            axes.plot(*zip(*points, strict=True), label=name.partition(":")[0], marker="o", ms=3)
+            axes.plot(*zip(*points, strict=True), label=_label(name), marker="o", ms=3)
         known = "token alone" if ahead == 0 else f"{ahead} ahead"
         axes.set(xlabel="misses found, %", title=known)
         axes.grid(alpha=0.3)

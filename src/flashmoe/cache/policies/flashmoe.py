@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from flashmoe.cache.policies import kernels as loops
 from flashmoe.cache.policies.learned import LearnedPolicy, PolicyFile
-from flashmoe.cache.policies.slots import allocating, lean
+from flashmoe.cache.policies.slots import allocating, lean, loose
 from flashmoe.cache.residency import GLOBAL
 from flashmoe.errors import PolicyError
 
@@ -62,7 +61,7 @@ def features(last, count, layer, now, x):
         x[n_experts + e] = count[layer, e] / (most + EPSILON)
 
 
-@njit(_nrt=False, fastmath=True)
+@loose
 def dense(x, w, b, out):
     """out = x @ w + b for float32 [i], [i, j], [j]."""
     for j in range(out.shape[0]):
@@ -73,7 +72,7 @@ def dense(x, w, b, out):
             out[j] += a * w[i, j]
 
 
-@njit(_nrt=False, fastmath=True)
+@loose
 def silu(x):
     """x / (1 + exp(-x)), in place."""
     for i in range(x.shape[0]):

@@ -22,12 +22,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from flashmoe.cache.policies import kernels as loops
 from flashmoe.cache.policies.learned import LearnedPolicy, PolicyFile
-from flashmoe.cache.policies.slots import allocating, lean
+from flashmoe.cache.policies.slots import allocating, lean, loose
 from flashmoe.cache.residency import GLOBAL
 from flashmoe.errors import PolicyError
 
@@ -61,7 +60,7 @@ class FlashmoePlusState(NamedTuple):
     mean: NDArray[np.float32]  # [J] weights of the horizons
 
 
-@njit(_nrt=False, fastmath=True)
+@loose
 def observe(average, last, decay, layer, ids, n, now):
     """Note the requests ids[:n] of a layer at its access `now`. Shared by runtime and training."""
     n_scales = decay.shape[0]
@@ -74,7 +73,7 @@ def observe(average, last, decay, layer, ids, n, now):
             average[layer, ids[i], d] += np.float32(1.0) - decay[d]
 
 
-@njit(_nrt=True, fastmath=True)
+@allocating
 def follow(st, layer, n):
     """Bring the layer's part of the context, and the sum over the layers, up to date."""
     n_channels, width = st.context.shape
@@ -101,7 +100,7 @@ def follow(st, layer, n):
             st.part[layer, c, r] = new
 
 
-@njit(_nrt=False, fastmath=True)
+@loose
 def rate(st, layer, e, hidden, x, y, now):
     """Score of one expert; x float32 [I], y float32 [M] are scratch."""
     n_scales, n_context, width = st.decay.shape[0], st.b2.shape[2], hidden.shape[0]
@@ -131,7 +130,7 @@ def rate(st, layer, e, hidden, x, y, now):
     return score
 
 
-@njit(_nrt=False, fastmath=True)
+@loose
 def read_context(st, layer, hidden):
     """Fill hidden float32 [H] from the context, as the layer reads it."""
     n_channels, width = st.context.shape

@@ -137,25 +137,26 @@ def begin_rule(st):
     raise NotImplementedError
 
 
-_OPTIONS = {"forceinline": True, "_nrt": False}
+_LEAN: Any = {"_nrt": False}  # numba's types do not know this option
+_INLINED: Any = {"_nrt": False, "forceinline": True}
 
 
-@overload(record_rule, jit_options=_OPTIONS)
+@overload(record_rule, jit_options=_INLINED)
 def _record(st, res, layer, ids, n):
     return _RULES[st.instance_class]["record"]
 
 
-@overload(victim_rule, jit_options={"_nrt": False})
+@overload(victim_rule, jit_options=_LEAN)
 def _victim(st, res, layer, g):
     return _RULES[st.instance_class]["victim"]
 
 
-@overload(evicted_rule, jit_options=_OPTIONS)
+@overload(evicted_rule, jit_options=_INLINED)
 def _evicted(st, res, layer, expert):
     return _RULES[st.instance_class]["evicted"]
 
 
-@overload(begin_rule, jit_options=_OPTIONS)
+@overload(begin_rule, jit_options=_INLINED)
 def _begin(st):
     return _RULES[st.instance_class]["begin"]
 

@@ -7,12 +7,16 @@ kernels are compiled without (`lean`, `inlined`). What allocates says so (`alloc
 
 from __future__ import annotations
 
-import numpy as np
-from numba import njit
+from typing import Any
 
-lean = njit(_nrt=False)
-inlined = njit(_nrt=False, forceinline=True)
-allocating = njit(_nrt=True)
+import numba
+import numpy as np
+
+_njit: Any = numba.njit  # its types do not know the option `_nrt`
+lean = _njit(_nrt=False)
+inlined = _njit(_nrt=False, forceinline=True)
+loose = _njit(_nrt=False, fastmath=True)  # sums in any order, so that they use vector instructions
+allocating = _njit(_nrt=True)
 
 
 @inlined
@@ -112,7 +116,7 @@ def enough_room(res, layer, misses):
     return False
 
 
-@njit(cache=True, _nrt=False)
+@_njit(cache=True, _nrt=False)
 def place_free(res, layer, expert, slot):
     """Give a free slot to a prefetched expert; 0, or -1 where the slot is not free or the expert is
     resident."""
