@@ -333,7 +333,6 @@ class Model:
             model=self.catalog.gguf.files[0].name,
             policy=self.cache.policy.name,
             prefetch=self.prefetcher.predictor.name if self.prefetcher else "",
-            wasted=self.cache.staging.wasted_bytes if self.cache.staging else 0,
             text=text,
             slots=self.cache.policy.residency.n_slots,
             experts=self.catalog.total_experts,

@@ -98,7 +98,6 @@ def make_report(
     model: str,
     policy: str,
     prefetch: str,
-    wasted: int,
     text: str,
     slots: int,
     experts: int,
@@ -109,7 +108,8 @@ def make_report(
     decode, prefill = stats["decode"], stats["prefill"]
     main, phase = (decode, telemetry.decode) if telemetry.decode.tokens else (prefill, telemetry.prefill)
     ahead = decode.prefetch_bytes + prefill.prefetch_bytes
-    read = main.bytes + main.prefetch_bytes + (wasted if main is decode else 0)
+    wasted = decode.wasted_bytes + prefill.wasted_bytes
+    read = main.bytes + main.prefetch_bytes + main.wasted_bytes
     stall_share = main.stall_seconds / phase.seconds if phase.seconds else 0.0
     return Report(
         model=model,

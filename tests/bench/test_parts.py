@@ -10,7 +10,7 @@ import pytest
 
 from flashmoe.bench import opponent, quiet
 from flashmoe.bench.cgroup import memory_group
-from flashmoe.bench.forced import ForcedRouting, expert_table
+from flashmoe.bench.forced import ForcedRouting, expert_table, trace_tokens
 from flashmoe.bench.results import Round, bounds, make_row, spread
 from flashmoe.bench.spec import Job, Plan, Size, cache_sizes, ram_sizes
 from flashmoe.bench.tokens import make_tokens
@@ -36,7 +36,7 @@ def test_sizes() -> None:
     ("wrong", "message"),
     [
         ({"opponents": ["ollama"]}, "--against 'ollama': choose from mmap"),
-        ({"prefetchers": ["gate"]}, "--prefetch 'gate'"),
+        ({"prefetchers": ["gaet"]}, "unknown predictor 'gaet'"),
         ({"pairs": 0}, "at least 1"),
     ],
 )
@@ -165,6 +165,17 @@ def test_a_trace_of_another_shape_fits(experts: int, top_k: int) -> None:
     if top_k <= 4 and experts >= 16:
         assert np.array_equal(table[:40, 1], given.expert_ids[:, 1, :top_k])
         assert not np.array_equal(table[:, 0], table[:, 2])
+
+
+def test_tokens_of_a_trace_follow_its_rows() -> None:
+    given = trace()
+    ids = given.expert_ids.copy()
+    ids[5, 1] = -1  # a token that the last layer did not see: no row of it either
+    known = RoutingTrace(ids, 16, token_id=np.arange(100, 140, dtype=np.int32))
+    assert trace_tokens(known, 3, 5).tolist() == [103, 104, 106, 107, 108]
+    assert np.array_equal(expert_table(known, [16, 16], 4, 3, 5), given.expert_ids[[3, 4, 6, 7, 8]])
+    assert trace_tokens(known, 37, 4).tolist() == [138, 139, 100, 101]
+    assert trace_tokens(given, 0, 2).tolist() == [-1, -1]
 
 
 def test_a_layer_that_sees_fewer_tokens_sees_the_last_ones() -> None:

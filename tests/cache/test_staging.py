@@ -98,8 +98,7 @@ def test_wrong_guesses_evict_nothing_and_are_counted(tiny: Tiny) -> None:
         c.ensure(0, [11])
     assert before == [[], []]
     assert c.policy.residency.resident(0).tolist() == c.policy.residency.resident(1).tolist() == [11]
-    assert c.cache.staging
-    assert c.cache.staging.wasted_bytes > 0
+    assert c.cache.stats["prefill"].wasted_bytes > 0
     c.close()
 
 

@@ -52,8 +52,7 @@ def expert_table(trace: RoutingTrace, experts: list[int], top_k: int, start: int
     for the layers beyond, from other tokens. Ids are taken modulo the layer's experts; where that or a smaller top-k
     leaves a token with too few distinct experts, those of the following tokens fill up, then the lowest unused.
     """
-    complete = trace.expert_ids[(trace.expert_ids >= 0).all(axis=(1, 2))]
-    rows = complete if len(complete) else np.maximum(trace.expert_ids, 0)
+    rows = np.maximum(trace.expert_ids[_usable(trace)], 0)
     n = len(rows)
     table = np.empty((positions, len(experts), top_k), np.int32)
     for layer, n_experts in enumerate(experts):
@@ -70,6 +69,18 @@ def expert_table(trace: RoutingTrace, experts: list[int], top_k: int, start: int
                 chosen.update(dict.fromkeys(range(n_experts)))
             table[position, layer] = list(chosen)[:top_k]
     return table
+
+
+def trace_tokens(trace: RoutingTrace, start: int, positions: int) -> Int32:
+    """The tokens that belong to `expert_table`'s rows, int32 [positions]; -1 where the trace does not know them."""
+    known = trace.token_id[_usable(trace)]
+    return np.take(known, np.arange(start, start + positions), mode="wrap").astype(np.int32)
+
+
+def _usable(trace: RoutingTrace) -> NDArray[np.bool_]:
+    """The tokens that every layer has seen; all where there are none."""
+    complete = (trace.expert_ids >= 0).all(axis=(1, 2))
+    return complete if complete.any() else np.ones(len(complete), np.bool_)
 
 
 class StockRouting:

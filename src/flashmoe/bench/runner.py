@@ -17,11 +17,12 @@ from typing import Any
 
 from flashmoe.bench import quiet
 from flashmoe.bench.cgroup import memory_group
+from flashmoe.bench.forced import trace_tokens
 from flashmoe.bench.machine import describe
 from flashmoe.bench.opponent import OpponentFiles, drop_from_page_cache, opponent_files
 from flashmoe.bench.results import Round, make_row
 from flashmoe.bench.spec import DEFAULT_POLICY, POOL, BenchError, Job, Plan, Size
-from flashmoe.bench.tokens import ROUTINGS, make_tokens
+from flashmoe.bench.tokens import ROUTINGS, make_tokens, vocabulary_size
 from flashmoe.cache.policies import create
 from flashmoe.errors import UsageError
 from flashmoe.routing.files import read as read_trace
@@ -128,6 +129,15 @@ class _Runner:
         finally:
             reader.close()
 
+    def _tokens(self, n: int) -> list[int]:
+        """The tokens to evaluate; those of the trace, as far as it knows them, where the routing is one's."""
+        plan, gguf = self._plan, self._catalog.gguf
+        tokens = make_tokens(plan.routing, n, gguf, self._lib, plan.seed)
+        if self._trace is None:
+            return tokens
+        known, vocabulary = trace_tokens(read_trace(self._trace), plan.seed, n), vocabulary_size(gguf)
+        return [int(k) % vocabulary if k >= 0 else t for k, t in zip(known, tokens, strict=True)]
+
     def _template(self) -> Job:
         plan, gguf = self._plan, self._catalog.gguf
         n = plan.n_prompt + plan.n_warmup + plan.n_decode
@@ -140,7 +150,7 @@ class _Runner:
             model=str(gguf.files[0]),
             source=str(gguf.files[0]),
             library=str(self._lib.path),
-            tokens=make_tokens(plan.routing, n, gguf, self._lib, plan.seed),
+            tokens=self._tokens(n),
             n_prompt=plan.n_prompt,
             n_warmup=plan.n_warmup,
             n_ctx=n_ctx,

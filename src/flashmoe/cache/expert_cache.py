@@ -30,7 +30,8 @@ class CacheStats:
     misses: int = 0
     prefetch_hits: int = 0  # of the hits: through a prefetch that was complete
     bytes: int = 0  # read for misses
-    prefetch_bytes: int = 0  # asked for by hits and late hits that were prefetched
+    prefetch_bytes: int = 0  # of hits and late hits that were prefetched
+    wasted_bytes: int = 0  # prefetched, never asked for, and overwritten
     stall_seconds: float = 0.0  # the engine waited for reads
     overhead_seconds: float = 0.0  # Python in the engine's way, reads aside; the engine's hook adds it up
 
@@ -120,6 +121,7 @@ class ExpertCache:
         with self._lock:
             if self.staging:
                 self.staging.plan(layer, experts)
+                self.stats[self.phase].wasted_bytes += self.staging.take_waste()
 
     @property
     def pending(self) -> bool:

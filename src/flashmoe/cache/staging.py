@@ -48,7 +48,7 @@ class Staging:
         self, residency: Residency, pool: SlotPool, reader: ExpertReader, spare: Sequence[int]
     ) -> None:
         self._pool, self._reader = pool, reader
-        self.wasted_bytes = 0  # read and never asked for
+        self._wasted = 0
         self._group = residency.group.tolist()
         self._first_slot = residency.group_start.tolist()
         self._staged: list[dict[int, Staged]] = [{} for _ in self._group]
@@ -109,6 +109,11 @@ class Staging:
             else:
                 self._cancel(layer, expert)
 
+    def take_waste(self) -> int:
+        """Bytes that were read, never asked for and given up since the last call."""
+        wasted, self._wasted = self._wasted, 0
+        return wasted
+
     def _cancel(self, layer: int, expert: int) -> None:
         entry = self._staged[layer].pop(expert)
         self._reader.cancel(entry.first)
@@ -121,7 +126,7 @@ class Staging:
         for _ in range(len(ending)):
             entry = ending.popleft()
             if entry.complete:
-                self.wasted_bytes += entry.bytes_read
+                self._wasted += entry.bytes_read
                 free.append(entry.slot)
             else:
                 ending.append(entry)
@@ -131,6 +136,6 @@ class Staging:
                 return -1
             del stale[oldest]
             entry = self._staged[oldest[0]].pop(oldest[1])
-            self.wasted_bytes += entry.bytes_read
+            self._wasted += entry.bytes_read
             return entry.slot
         return free.popleft()
