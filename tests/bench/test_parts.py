@@ -15,7 +15,7 @@ from flashmoe.bench.results import Round, bounds, make_row, spread
 from flashmoe.bench.spec import Job, Plan, Size, cache_sizes, ram_sizes
 from flashmoe.bench.tokens import make_tokens
 from flashmoe.engines.llamacpp.library import find_library, open_library
-from flashmoe.errors import UsageError
+from flashmoe.errors import FlashMoEError, UsageError
 from flashmoe.routing import RoutingTrace
 from flashmoe.storage.gguf import read_gguf
 
@@ -41,7 +41,7 @@ def test_sizes() -> None:
     ],
 )
 def test_wrong_plans(wrong: dict, message: str) -> None:
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(FlashMoEError, match=message):
         Plan(Path("m.gguf"), [Size("25%", cache="25%")], **wrong)
 
 

@@ -79,8 +79,9 @@ def trace_tokens(trace: RoutingTrace, start: int, positions: int) -> Int32:
 
 def _usable(trace: RoutingTrace) -> NDArray[np.bool_]:
     """The tokens that every layer has seen; all where there are none."""
-    complete = (trace.expert_ids >= 0).all(axis=(1, 2))
-    return complete if complete.any() else np.ones(len(complete), np.bool_)
+    seen = np.asarray(trace.expert_ids >= 0).reshape(len(trace.expert_ids), -1)
+    complete = seen.min(axis=1)
+    return complete if complete.any() else np.ones_like(complete)
 
 
 class StockRouting:
