@@ -372,8 +372,10 @@ class Table(Predictor):
         """Learn from recorded routing: ids [T, L, k], tokens [T] (-1: unknown), starts [T]: 1 where a sequence
         begins."""
         kinds = (np.int32, np.int32, np.uint8)
-        parts = (np.ascontiguousarray(a, kind) for a, kind in zip((ids, tokens, starts), kinds, strict=True))
-        watch_text(self._state, *parts, 0)
+        text, words, begins = (
+            np.ascontiguousarray(a, kind) for a, kind in zip((ids, tokens, starts), kinds, strict=True)
+        )
+        watch_text(self._state, text, words, begins, 0)
 
     # Saved without the rows of the token table that are free ----------------------------------------------
 
