@@ -26,7 +26,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     with flashmoe.load(
-        options.model, cache=options.cache, n_ctx=CONTEXT, policy="lfu-aged", threads=options.threads
+        options.model,
+        cache=options.cache,
+        n_ctx=CONTEXT,
+        policy="lfu-aged",
+        prefetch="none",
+        threads=options.threads,
     ) as model:
         recorder = model.record()
         rows: list[tuple[float, float]] = []

@@ -42,7 +42,15 @@ def test_hits_of_the_runtime_are_the_simulator_s(name: str, lib: Library, demo: 
         spec = learned.replace("flashmoe+", "adaptive")
     calls: list[tuple[int, list[int]]] = []
     with flashmoe.load(
-        demo, cache="25%", n_ctx=128, n_ubatch=8, threads=1, policy=spec, trace=True, library=lib
+        demo,
+        cache="25%",
+        n_ctx=128,
+        n_ubatch=8,
+        threads=1,
+        policy=spec,
+        prefetch="none",
+        trace=True,
+        library=lib,
     ) as model:
         policy = model.cache.policy
         access = policy.access

@@ -52,6 +52,7 @@ STEP = (
 )  # of the matrices: at the start, tokens until it falls by sqrt(2), least; half for class 0
 FEATURE_STEP = 0.1
 PRIOR = 0.5  # weight of the usual frequency against one occurrence of a token
+PROMPT = 128  # last tokens of a micro-batch whose every choice is followed; those before are counted
 PROBES = 8  # rows of the token table that a token may take
 FULL = 255  # occurrences at which a row is halved
 
@@ -225,8 +226,8 @@ def describe(st, layer):
 
 
 @njit(cache=True, fastmath=True)
-def watch(st, layer, ids):
-    """Predictor.observe: learn from what a layer picked, ids int32 [n]."""
+def watch(st, layer, ids, follow):
+    """Predictor.observe: learn from what a layer picked, ids int32 [n]; without `follow` only count it."""
     n_experts = st.feature.shape[2]
     k = st.picked.shape[2] - 1
     wanted = np.zeros(n_experts, np.float32)
@@ -240,7 +241,7 @@ def watch(st, layer, ids):
     if n == 0:
         return
     for c in range(len(AHEAD)):
-        if layer >= AHEAD[c]:
+        if follow and layer >= AHEAD[c]:
             learn(st, c, layer, wanted, chance)
     st.picked[0, layer, k] = n
     for a in range(len(RATES)):
@@ -261,15 +262,15 @@ def forget(st):
 
 
 @njit(cache=True)
-def watch_text(st, ids, tokens, starts):
+def watch_text(st, ids, tokens, starts, first):
     """Learn from text token by token: ids int32 [T, L, k] (-1: none), tokens int32 [T], starts uint8 [T]: 1 where
-    a sequence begins."""
+    a sequence begins. Tokens before `first` are only counted."""
     for t in range(ids.shape[0]):
         if starts[t] > 0:
             forget(st)
         begin(st, tokens[t])
         for layer in range(ids.shape[1]):
-            watch(st, layer, ids[t, layer])
+            watch(st, layer, ids[t, layer], t >= first)
 
 
 def cold(n_layers: int, n_experts: int, top_k: int, rows: int) -> TableState:
@@ -323,9 +324,9 @@ class Table(Predictor):
         self._batch = MicroBatch(n_layers, top_k)
         rows = min(max(self.memory // (n_layers * n_experts), 2 * PROBES), 1 << 17)
         compiled = cold(1, 1, 1, 2 * PROBES)  # so that the first token does not wait for the compiler
-        watch_text(compiled, np.zeros((1, 1, 1), np.int32), np.zeros(1, np.int32), np.ones(1, np.uint8))
+        watch_text(compiled, np.zeros((1, 1, 1), np.int32), np.zeros(1, np.int32), np.ones(1, np.uint8), 0)
         begin(compiled, 0)
-        watch(compiled, 0, np.zeros(1, np.int32))
+        watch(compiled, 0, np.zeros(1, np.int32), True)
         foresee(compiled, -1, 0, np.zeros(1, np.float32))
         forget(compiled)
         state = cold(n_layers, n_experts, top_k, rows)
@@ -347,11 +348,11 @@ class Table(Predictor):
 
     def observe(self, layer: int, ids: Int32) -> None:
         """See Predictor."""
-        watch(self._state, layer, ids)
+        watch(self._state, layer, ids, True)
 
     def observe_many(self, layer: int, ids: Int32, tokens: Int32) -> None:
-        """See Predictor. The micro-batch is learned from when its last layer has come: some 10 us per token and
-        layer."""
+        """See Predictor. The micro-batch is learned from when its last layer has come: its last PROMPT tokens as
+        single ones are, of those before only the counts are kept, which takes a tenth of the time."""
         if self._batch.begins_with(layer):
             self._settle()
         if self._batch.add(layer, ids, tokens):
@@ -361,7 +362,7 @@ class Table(Predictor):
         """Learn from the micro-batch that has been observed, whole or in part."""
         if self._batch:
             ids, tokens = self._batch.take()
-            watch_text(self._state, ids, tokens, np.zeros(len(ids), np.uint8))
+            watch_text(self._state, ids, tokens, np.zeros(len(ids), np.uint8), len(ids) - PROMPT)
 
     def predict(self, layer: int, target: int, out: Float32) -> None:
         """See Predictor."""
@@ -371,8 +372,10 @@ class Table(Predictor):
         """Learn from recorded routing: ids [T, L, k], tokens [T] (-1: unknown), starts [T]: 1 where a sequence
         begins."""
         kinds = (np.int32, np.int32, np.uint8)
-        parts = (np.ascontiguousarray(a, kind) for a, kind in zip((ids, tokens, starts), kinds, strict=True))
-        watch_text(self._state, *parts)
+        text, words, begins = (
+            np.ascontiguousarray(a, kind) for a, kind in zip((ids, tokens, starts), kinds, strict=True)
+        )
+        watch_text(self._state, text, words, begins, 0)
 
     # Saved without the rows of the token table that are free ----------------------------------------------
 
