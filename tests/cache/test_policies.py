@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashmoe.cache.policies import BUILTIN, EvictionPolicy, create
-from flashmoe.cache.residency import check_residency, equal_quota, make_residency
+from flashmoe.cache.residency import check_residency, exchange, equal_quota, make_residency
 from flashmoe.errors import PolicyError
 
 NEEDS_FILE = {"flashmoe", "flashmoe+"}
@@ -127,30 +127,28 @@ def test_lfu_is_a_counter_with_recency(case: Any) -> None:
 @given(seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=20, deadline=None)
 def test_random_use_keeps_the_pool_consistent(name: str, seed: int) -> None:
-    """Micro-batches, prefetches, locked slots, failed reads, size groups: the arrays never contradict each
-    other."""
+    """Micro-batches, exchanged slots, failed reads, size groups: the arrays never contradict each other."""
     rng = np.random.default_rng(seed)
     n_layers, n_experts = 4, 8
     group = [0, 1, 0, 1]
     quota = rng.integers(2, 5, n_layers).astype(np.int32)
     partition = "global" if seed % 2 else "per-layer"
     policy = create(name)
-    policy.bind(make_residency(n_layers, n_experts, quota, group, partition))
+    policy.bind(make_residency(n_layers, n_experts, quota, group, partition, spare=[1, 2]))
     res = policy.residency
+    ends = res.group_start[1:].tolist()
+    spare = [[ends[0] - 1], [ends[1] - 2, ends[1] - 1]]
     policy.begin_sequence()
     for _ in range(60):
         layer = int(rng.integers(n_layers))
-        res.locked[:] = rng.random(res.n_slots) < 0.2
         action = rng.integers(4)
-        owned_and_locked = [(s, int(res.owner[s])) for s in np.flatnonzero(res.locked)]
-        if action == 0:
-            slot = policy.make_room(layer)
-            if slot >= 0:
-                absent = np.flatnonzero(res.slot_of[layer] < 0)
-                policy.place(layer, int(absent[0]), slot)
+        if action == 0 and res.used[layer]:
+            moved, mine = int(res.resident(layer)[-1]), spare[group[layer]]
+            taken = mine.pop(0)
+            mine.append(exchange(res, layer, moved, taken))
+            assert res.slot_of[layer, moved] == taken
         elif action == 1 and res.used[layer]:
             gone = int(res.resident(layer)[0])
-            owned_and_locked = [pair for pair in owned_and_locked if pair[0] != res.slot_of[layer, gone]]
             policy.release(layer, gone)
             assert res.slot_of[layer, gone] < 0
         else:
@@ -165,10 +163,7 @@ def test_random_use_keeps_the_pool_consistent(name: str, seed: int) -> None:
                 assert m == (before[layer, wanted] < 0).sum()
                 assert (res.slot_of[layer, wanted] >= 0).all()
                 assert (slots_out[: len(ids)][ids >= 0] == res.slot_of[layer, ids[ids >= 0]]).all()
-        check_residency(res)
-        for slot, key in owned_and_locked:  # a locked slot keeps its expert
-            if key >= 0:
-                assert res.owner[slot] == key
+        check_residency(res, spare[0] + spare[1])
 
 
 def test_prefill_borrows_and_gives_back() -> None:
@@ -196,23 +191,6 @@ def test_too_many_experts_at_once() -> None:
     assert policy.access(0, np.arange(4, dtype=np.int32), *out) == 4
     with pytest.raises(PolicyError, match="raise the capacity"):
         policy.replay(np.arange(5, dtype=np.int16).reshape(1, 1, 5))
-
-
-def test_prefetches_wait_for_their_layer() -> None:
-    """A prefetch is no victim of later prefetches; once its layer was served without it, it is the first
-    victim."""
-    policy = bound("lru", 1, 8, 3)
-    out = [np.zeros(8, np.int32) for _ in range(3)]
-    policy.access(0, np.array([0, 1, 2], np.int32), *out)
-    policy.residency.step[0] += 1  # another layer was served: nothing is pinned any more
-    for expert in (3, 4):
-        policy.place(0, expert, policy.make_room(0))
-    assert policy.residency.resident(0).tolist() == [2, 3, 4]
-    assert policy.access(0, np.array([2, 3], np.int32), *out) == 0
-    assert policy.access(0, np.array([5], np.int32), *out) == 1
-    assert policy.residency.resident(0).tolist() == [2, 3, 5]
-    with pytest.raises(PolicyError):
-        policy.place(0, 2, 0)
 
 
 @pytest.mark.parametrize("name", ONLINE)

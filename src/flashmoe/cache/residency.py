@@ -22,17 +22,14 @@ PARTITIONS = {"per-layer": PER_LAYER, "weighted": PER_LAYER, "global": GLOBAL}
 class Residency(NamedTuple):
     """State of a pool: L MoE layers, E experts a layer, S slots, G size groups.
 
-    A slot may be evicted when it is owned, not pinned (pin != step), not locked, and not a prefetch that
-    still waits for its layer (fresh == accesses[layer] + 1).
+    A slot may be evicted when it is owned and not pinned (pin != step).
     """
 
     slot_of: NDArray[np.int32]  # [L, E] slot of an expert, -1 where absent
     owner: NDArray[np.int32]  # [S] layer * E + expert, -1 where free
     pin: NDArray[np.int64]  # [S] pinned while equal to step[0]
-    locked: NDArray[np.uint8]  # [S] 1 while a read into the slot is in flight (set by the runtime)
     place: NDArray[np.int32]  # [S] position of the slot's expert in members[layer]
     members: NDArray[np.int32]  # [L, E] resident experts of a layer in its first used[l] columns, in no order
-    fresh: NDArray[np.int64]  # [S] accesses[layer] + 1 when placed by a prefetch, else 0
     step: NDArray[np.int64]  # [1] number of accesses so far, all layers
     accesses: NDArray[np.int64]  # [L] number of accesses so far, each layer
     seen: NDArray[np.int64]  # [E] scratch: step in which an expert was last counted
@@ -123,10 +120,8 @@ def make_residency(
         slot_of=np.full((n_layers, n_experts), -1, np.int32),
         owner=np.full(n_slots, -1, np.int32),
         pin=np.full(n_slots, -1, np.int64),
-        locked=np.zeros(n_slots, np.uint8),
         place=np.zeros(n_slots, np.int32),
         members=np.zeros((n_layers, n_experts), np.int32),
-        fresh=np.zeros(n_slots, np.int64),
         step=np.zeros(1, np.int64),
         accesses=np.zeros(n_layers, np.int64),
         seen=np.zeros(n_experts, np.int64),
@@ -144,9 +139,9 @@ def exchange(res: Residency, layer: int, expert: int, slot: int) -> int:
     """Move a resident expert to a spare slot of its group; returns its old slot, which is spare from now on."""
     old = int(res.slot_of[layer, expert])
     res.slot_of[layer, expert] = slot
-    for column in (res.owner, res.pin, res.locked, res.place, res.fresh):
+    for column in (res.owner, res.pin, res.place):
         column[slot] = column[old]
-    res.owner[old], res.pin[old], res.locked[old], res.fresh[old] = -1, -1, 0, 0
+    res.owner[old] = res.pin[old] = -1
     return old
 
 

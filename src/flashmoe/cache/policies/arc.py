@@ -132,7 +132,7 @@ def victim(st, res, layer, g):
         slot = oldest_resident(st, res, home, T2)
     if slot < 0:
         slot = oldest_resident(st, res, home, T1)
-    if slot < 0:  # prefetched, never requested
+    if slot < 0:  # resident from a warm start, never requested since
         slot = oldest_resident(st, res, home, NOWHERE)
     return slot if slot >= 0 else loops.lowest(st.stamp, res, layer, g)
 

@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe.cache.policies.kernels import Kernels
-from flashmoe.cache.policies.slots import place_free
 from flashmoe.cache.residency import Residency
 from flashmoe.errors import PolicyError
 
@@ -92,23 +91,6 @@ class EvictionPolicy:
         counted.
         """
         return self._access(self._state, self._res, layer, ids, slots_out, miss_expert, miss_slot)  # type: ignore
-
-    def make_room(self, layer: int) -> int:
-        """A free slot for a prefetch of `layer`, evicting if need be; -1 where only pinned or locked ones are
-        left.
-
-        Does not borrow from other layers, and does not evict a prefetch whose layer has not been served
-        since. The slot stays free (and may be taken by the next access) until `place` is called.
-        """
-        return self.kernels.room(self._state, self.residency, layer)
-
-    def place(self, layer: int, expert: int, slot: int) -> None:
-        """Give a slot from `make_room` to a prefetched expert; counts as no access. Raises PolicyError on
-        misuse."""
-        if place_free(self.residency, layer, expert, slot) < 0:
-            raise PolicyError(
-                f"cannot place expert {expert} of layer {layer} in slot {slot}: not free, or resident"
-            )
 
     def release(self, layer: int, expert: int) -> int:
         """Free the slot of an expert whose read failed; the slot, or -1 where the expert is not resident."""

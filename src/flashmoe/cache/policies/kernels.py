@@ -1,4 +1,4 @@
-"""The loops that every eviction policy shares: one access, room for a prefetch, the replay of a trace.
+"""The loops that every eviction policy shares: one access, and the replay of a trace.
 
 A policy is four kernels over its own state (a NamedTuple class of arrays) and the pool's `Residency`:
 
@@ -53,7 +53,6 @@ class Kernels(NamedTuple):
     """The compiled entry points of a policy."""
 
     access: Callable[..., int]  # (state, res, layer, ids, slots_out, miss_expert, miss_slot) -> misses or -1
-    room: Callable[..., int]  # (state, res, layer) -> slot or -1
     release: Callable[..., int]  # (state, res, layer, expert) -> slot or -1
     replay: Callable[..., int]  # (state, res, ids, first, starts, bits, requests, hits) -> -1 or failed step
     begin: Callable[..., None]  # (state) -> None
@@ -85,10 +84,6 @@ def compiled(
         _ = version
         return access_loop(st, res, layer, ids, slots_out, miss_expert, miss_slot)
 
-    def room(st, res, layer):
-        _ = version
-        return room_loop(st, res, layer)
-
     def release(st, res, layer, expert):
         _ = version
         return release_loop(st, res, layer, expert)
@@ -105,7 +100,7 @@ def compiled(
         _ = version
         begin_rule(st)
 
-    return Kernels(keep(access), keep(room), keep(release), keep(replay), keep(start))
+    return Kernels(keep(access), keep(release), keep(replay), keep(start))
 
 
 def _version(state: type) -> int:
@@ -211,13 +206,13 @@ def borrow_from_others(st, res, layer):
 
 
 @lean
-def find_victim(st, res, layer, borrow):
+def find_victim(st, res, layer):
     """Slot that `layer` may take for a new expert, without changing anything; free (owner < 0) or owned, -1
     if none.
 
     Global partition: a free slot, else any layer's victim. Otherwise a layer below its quota takes a free
-    slot, else a victim of the layer most above quota; a layer at its quota takes its own victim. With
-    `borrow` a layer whose own slots are all pinned goes on to free slots and to other layers.
+    slot, else a victim of the layer most above quota; a layer at its quota takes its own victim, and one whose
+    own slots are all pinned goes on to free slots and to other layers.
     """
     g = res.group[layer]
     everyone = res.partition[0] == GLOBAL
@@ -229,23 +224,17 @@ def find_victim(st, res, layer, borrow):
             if slot >= 0:
                 return slot
     slot = victim_rule(st, res, -1 if everyone else layer, g)
-    if slot < 0 and borrow and not everyone:
+    if slot < 0 and not everyone:
         slot = borrow_from_others(st, res, layer)
     return slot
 
 
 @lean
 def take(st, res, layer):
-    """Slot for a demanded expert of `layer`, freed from its owner; -1 where the whole group is pinned or
-    locked."""
-    slot = find_victim(st, res, layer, True)
-    if slot < 0:  # only prefetches that still wait are left: a demand goes first
-        g = res.group[layer]
-        for s in range(res.group_start[g], res.group_start[g + 1]):
-            res.fresh[s] = 0
-        slot = find_victim(st, res, layer, True)
-        if slot < 0:
-            return -1
+    """Slot for a demanded expert of `layer`, freed from its owner; -1 where the whole group is pinned."""
+    slot = find_victim(st, res, layer)
+    if slot < 0:
+        return -1
     if res.owner[slot] < 0:
         return pop_free(res, res.group[layer])
     evict(st, res, slot)
@@ -295,18 +284,6 @@ def access_loop(st, res, layer, ids, slots_out, miss_expert, miss_slot):
     for i in range(n):
         slots_out[i] = res.slot_of[layer, ids[i]] if ids[i] >= 0 else -1
     return done
-
-
-@lean
-def room_loop(st, res, layer):
-    """Make sure that `layer` has a free slot for a prefetch and return it, or -1. The slot stays on the free
-    stack."""
-    slot = find_victim(st, res, layer, False)
-    if slot < 0 or res.owner[slot] < 0:
-        return slot
-    evict(st, res, slot)
-    push_free(res, slot)
-    return slot
 
 
 @lean

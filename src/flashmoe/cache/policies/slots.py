@@ -21,11 +21,8 @@ allocating = _njit(_nrt=True)
 
 @inlined
 def evictable(res, slot):
-    """True when the slot's expert may go: owned, not pinned, not locked, not a prefetch that still waits."""
-    key = res.owner[slot]
-    if key < 0 or res.pin[slot] == res.step[0] or res.locked[slot] != 0:
-        return False
-    return res.fresh[slot] != res.accesses[key // res.slot_of.shape[1]] + 1
+    """True when the slot's expert may go: owned and not pinned."""
+    return res.owner[slot] >= 0 and res.pin[slot] != res.step[0]
 
 
 @inlined
@@ -43,13 +40,12 @@ def lowest(score, res, layer, g):
     for m in range(first, last):
         if res.group[m] != g:
             continue
-        waits = res.accesses[m] + 1
         for i in range(res.used[m]):
             e = res.members[m, i]
             value = score[m, e]
             if value < worst or (value == worst and m == best_layer and e < best):
                 slot = res.slot_of[m, e]
-                if res.pin[slot] != step and res.locked[slot] == 0 and res.fresh[slot] != waits:
+                if res.pin[slot] != step:
                     worst = value
                     best = e
                     best_layer = m
@@ -83,7 +79,6 @@ def drop(res, slot):
     layer = key // res.slot_of.shape[1]
     res.slot_of[layer, key % res.slot_of.shape[1]] = -1
     res.owner[slot] = -1
-    res.fresh[slot] = 0
     res.used[layer] -= 1
     other = res.members[layer, res.used[layer]]  # the last member closes the gap
     res.members[layer, res.place[slot]] = other
@@ -103,33 +98,14 @@ def push_free(res, slot):
 
 @inlined
 def enough_room(res, layer, misses):
-    """True when `misses` experts of `layer` can be placed beside what is pinned in this step and locked."""
+    """True when `misses` experts of `layer` can be placed beside what is pinned in this step."""
     g = res.group[layer]
     room = res.free_count[g]
     if room >= misses:
         return True
     for slot in range(res.group_start[g], res.group_start[g + 1]):
-        if res.owner[slot] >= 0 and res.pin[slot] != res.step[0] and res.locked[slot] == 0:
+        if res.owner[slot] >= 0 and res.pin[slot] != res.step[0]:
             room += 1
             if room >= misses:
                 return True
     return False
-
-
-@_njit(cache=True, _nrt=False)
-def place_free(res, layer, expert, slot):
-    """Give a free slot to a prefetched expert; 0, or -1 where the slot is not free or the expert is
-    resident."""
-    g = res.group[layer]
-    if res.slot_of[layer, expert] >= 0:
-        return -1
-    first = res.group_start[g]
-    top = first + res.free_count[g] - 1
-    for i in range(top, first - 1, -1):
-        if res.free[i] == slot:
-            res.free[i] = res.free[top]
-            res.free_count[g] -= 1
-            put(res, layer, expert, slot)
-            res.fresh[slot] = res.accesses[layer] + 1
-            return 0
-    return -1
