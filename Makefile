@@ -5,7 +5,7 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test lint
 
 demo: $(STAMP)
-	$(VENV)/bin/flashmoe run demo --cache 25% --temp 0 -n 96 --chat -p "Tell me a story about a king."
+	$(VENV)/bin/flashmoe run demo --cache 25% --temp 0 -n 96 --chat -p "What is a mixture of experts?"
 
 test: $(STAMP)
 	$(PYTHON) -m pytest

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashmoe.cache.policies import BUILTIN, EvictionPolicy, create
-from flashmoe.cache.residency import check_residency, exchange, equal_quota, make_residency
+from flashmoe.cache.residency import check_residency, equal_quota, exchange, make_residency
 from flashmoe.errors import PolicyError
 
 NEEDS_FILE = {"flashmoe", "flashmoe+"}
