@@ -1,6 +1,6 @@
 """Predictor `gate`: the routers of the layers ahead, applied to the hidden state of the present layer.
 
-From HOBBIT (arXiv 2411.01433, section 3.3): the residual stream changes little from one layer to the next, so a router
+From HOBBIT (arXiv 2411.01433): the residual stream changes little from one layer to the next, so a router
 of a layer ahead mostly chooses already what it will choose later. The present layer's router input is the normalised
 hidden state times that layer's norm weights; for another layer the weights are exchanged. Needs an engine that shows
 the hidden state, so it has no figures on traces.
