@@ -188,10 +188,12 @@ def _bind(predictors: Sequence[Predictor], catalog: ExpertCatalog, limit: int) -
 
     Raises PredictorError.
     """
+    most = MOST_FOR_PREDICTING * limit if limit else float("inf")
+    predictors = [p for p in predictors if p.least_bytes <= most]
     for predictor in predictors:
         predictor.check_model(catalog.identity)
         predictor.bind(len(catalog.layers), catalog.n_experts, catalog.top_k)
-    return [p for p in predictors if not limit or p.nbytes <= MOST_FOR_PREDICTING * limit]
+    return [p for p in predictors if p.nbytes <= most]
 
 
 def _compile(policy: EvictionPolicy, catalog: ExpertCatalog) -> None:

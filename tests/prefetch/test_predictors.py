@@ -357,7 +357,7 @@ def test_names() -> None:
     assert available()[0] == "none"
     assert set(BUILTIN) <= set(available())
     for spec, message in (
-        ("tabel", "unknown predictor 'tabel': use one of none, table"),
+        ("tabel", "unknown predictor 'tabel': use one of none, gate, table"),
         ("none:x.safetensors", "does not exist"),
         ("promoe", "needs a trained file"),
         ("table:/nowhere.safetensors", "does not exist"),

@@ -37,6 +37,8 @@ class Predictor:
     """
 
     name: ClassVar[str] = ""
+    #: Memory it takes in any model, in bytes: known before `bind` spends it.
+    least_bytes: ClassVar[int] = 0
 
     def __init__(self) -> None:
         self.n_layers = self.n_experts = self.top_k = 0

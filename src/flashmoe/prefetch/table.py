@@ -302,12 +302,13 @@ class Table(Predictor):
     table (rows of L * E bytes, taken as tokens come)."""
 
     name: ClassVar[str] = "table"
+    least_bytes: ClassVar[int] = 32 << 20
 
     def __init__(
         self,
         file: str | Path | None = None,
         trained: PredictorFile | None = None,
-        memory: int = 32 << 20,
+        memory: int = least_bytes,
     ) -> None:
         super().__init__()
         self.trained = PredictorFile.load(file, self.name) if file is not None else trained
