@@ -164,7 +164,8 @@ def _fit(
         touched = budget.status_bytes("RssAnon") - anonymous
         to_come = max(0, reserved - touched)
         used = budget.status_bytes("VmRSS") + to_come + promised + budget.RESERVE
-        least = used + budget.least_pool(catalog, align)
+        # nor can less be kept than starting has taken already
+        least = max(used + budget.least_pool(catalog, align), budget.status_bytes("VmHWM"))
         greedy = step > SMALL_UBATCH and to_come > MOST_FOR_BUFFERS * (limit - used)
         if least <= limit and not greedy:
             return engine, budget.slots_for(catalog, limit - used, align)
