@@ -6,27 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flashmoe.errors import FlashMoEError, UsageError
+from flashmoe.figures import new_figure, save_figure
 
 _GIB = 1 << 30
 
 
-def require_matplotlib() -> None:
-    """Raise UsageError where matplotlib is missing: before the measuring, not after it."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UsageError("--plot needs matplotlib: pip install 'flashmoe-ssd[plot]'") from None
-
-
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Write the figure of a report (the layout of `--json`) to a .png, .svg or .pdf file. Raises FlashMoEError."""
-    require_matplotlib()
-    from matplotlib.figure import Figure
+    """Write the figure of a report (the layout of `--json`) to a .png, .svg or .pdf file. Raises UsageError."""
+    figure = new_figure(7.5, 4.8)
     from matplotlib.ticker import FuncFormatter
 
-    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
-    axes = figure.add_subplot()
+    axes = figure.subplots()
     rows = report["rows"]
     pools: dict[str, list[dict[str, Any]]] = {}
     opponents: dict[str, list[dict[str, Any]]] = {}
@@ -66,10 +56,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     )
     axes.grid(True, which="both", alpha=0.25)
     axes.legend()
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise FlashMoEError(f"{path}: the figure cannot be written ({error})") from None
+    save_figure(figure, path)
 
 
 def _pool_name(row: dict[str, Any]) -> str:

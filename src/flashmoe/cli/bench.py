@@ -128,7 +128,8 @@ def run(
         seed=seed,
     )
     if plot_file:
-        from flashmoe.bench.plot import draw, require_matplotlib
+        from flashmoe.bench.plot import draw
+        from flashmoe.figures import require_matplotlib
 
         require_matplotlib()
     with _Bar(stderr_console(quiet)) as bar:

@@ -17,6 +17,7 @@ from flashmoe.cache.policies.flashmoe import Flashmoe
 from flashmoe.cache.policies.flashmoe_plus import FlashmoePlus
 from flashmoe.cache.policies.learned import PolicyFile
 from flashmoe.errors import FlashMoEError, TraceError, UsageError
+from flashmoe.figures import new_figure, save_figure
 from flashmoe.learn.samples import SEGMENT, Batch, Samples
 from flashmoe.routing.files import split
 from flashmoe.routing.trace import RoutingTrace
@@ -211,14 +212,8 @@ def judge(trained: PolicyFile, trace: RoutingTrace) -> dict[str, dict[str, float
 
 def plot(trained: PolicyFile, path: str | Path) -> None:
     """Losses by epoch and held-out hit rates by capacity, to a .png, .svg or .pdf. Needs matplotlib."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UsageError("figures need matplotlib: pip install 'flashmoe-ssd[plot]'") from None
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = new_figure(10, 4)
+    left, right = figure.subplots(1, 2)
     loss: NDArray[np.float64] = np.array(trained.report["loss"])
     left.plot(np.arange(1, len(loss)), loss[1:, 0], marker=".", label="training")
     left.plot(np.arange(1, len(loss)), loss[1:, 1], marker=".", label="held out")
@@ -230,9 +225,4 @@ def plot(trained: PolicyFile, path: str | Path) -> None:
     right.set(title="held-out sequences", xlabel="capacity", ylabel="hit rate")
     right.grid(alpha=0.3)
     right.legend()
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot write figure {path}: {error}") from None
-    finally:
-        plt.close(figure)
+    save_figure(figure, path)

@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from flashmoe.errors import TraceError
+from flashmoe.figures import new_figure, save_figure
 from flashmoe.routing.trace import PREFILL, RoutingTrace
 
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
@@ -118,15 +118,9 @@ def summary(trace: RoutingTrace) -> dict[str, object]:
 
 def plot(trace: RoutingTrace, path: str | Path) -> None:
     """Draw popularity, overlap and LRU hit rate by capacity to a .png, .svg or .pdf. Needs matplotlib."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise TraceError("figures need matplotlib: pip install 'flashmoe[plot]'") from None
     rows = layer_statistics(trace)
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    figure = new_figure(13, 3.6)
+    axes = figure.subplots(1, 3)
     counts = np.stack(
         [
             np.bincount(ids[ids >= 0], minlength=trace.num_experts)
@@ -150,9 +144,4 @@ def plot(trace: RoutingTrace, path: str | Path) -> None:
         title="reuse within that many experts", xlabel="share of the layer's experts", ylabel="requests"
     )
     axes[2].legend()
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise TraceError(f"cannot write figure {path}: {error}") from None
-    finally:
-        plt.close(figure)
+    save_figure(figure, path)

@@ -17,6 +17,7 @@ from rich.table import Table
 from flashmoe.cache.policies import create as create_policy
 from flashmoe.cache.residency import make_residency
 from flashmoe.errors import UsageError
+from flashmoe.figures import new_figure, save_figure
 from flashmoe.prefetch import BUILTIN, create
 from flashmoe.prefetch.base import Predictor, PredictorError
 from flashmoe.routing.trace import RoutingTrace
@@ -257,23 +258,10 @@ def table(rows: Sequence[PrefetchRow], trace: RoutingTrace) -> Group:
 def plot(rows: Sequence[PrefetchRow], path: str | Path, title: str = "") -> None:
     """Precision of guesses among absent experts against the share of the misses found, a panel per distance, at the
     first capacity; to a .png, .svg or .pdf. Needs matplotlib."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UsageError("figures need matplotlib: pip install 'flashmoe-ssd[plot]'") from None
     distances = list(dict.fromkeys(row.ahead for row in rows))
     capacity = rows[0].capacity
-    figure, panels = plt.subplots(
-        1,
-        len(distances),
-        figsize=(3.4 * len(distances), 3.6),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    figure = new_figure(3.4 * len(distances), 3.6)
+    panels = figure.subplots(1, len(distances), sharey=True, squeeze=False)
     for axes, ahead in zip(panels[0], distances, strict=True):
         for name in dict.fromkeys(row.predictor for row in rows):
             points = [
@@ -288,9 +276,4 @@ def plot(rows: Sequence[PrefetchRow], path: str | Path, title: str = "") -> None
     panels[0][0].set_ylabel("guesses that were right, %")
     panels[0][0].legend(fontsize=8)
     figure.suptitle(f"{title}: experts absent at {100 * capacity:.4g} % under {rows[0].policy}")
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot write figure {path}: {error}") from None
-    finally:
-        plt.close(figure)
+    save_figure(figure, path)

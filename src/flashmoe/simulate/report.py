@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from flashmoe.errors import UsageError
+from flashmoe.figures import new_figure, save_figure
 from flashmoe.routing.trace import RoutingTrace
 from flashmoe.simulate.replay import Row
 from flashmoe.units import format_bytes
@@ -74,14 +74,8 @@ def table(rows: Sequence[Row], trace: RoutingTrace, machine: Machine | None = No
 
 def plot(rows: Sequence[Row], path: str | Path, title: str = "") -> None:
     """Hit rate by capacity, one curve per policy, to a .png, .svg or .pdf. Needs matplotlib."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UsageError("figures need matplotlib: pip install 'flashmoe-ssd[plot]'") from None
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = new_figure(7, 4.5)
+    axes = figure.subplots()
     for policy in dict.fromkeys(row.policy for row in rows):
         points = sorted((100 * row.capacity, row.hit_rate) for row in rows if row.policy == policy)
         oracle = policy == "belady"
@@ -91,9 +85,4 @@ def plot(rows: Sequence[Row], path: str | Path, title: str = "") -> None:
     axes.set(xlabel="capacity, % of all experts", ylabel="hit rate", title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"cannot write figure {path}: {error}") from None
-    finally:
-        plt.close(figure)
+    save_figure(figure, path)

@@ -1,0 +1,18 @@
+"""Figures: what is said where one cannot be written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from flashmoe.errors import UsageError
+from flashmoe.figures import new_figure, save_figure
+
+
+@pytest.mark.parametrize("name", ["missing/f.png", "f.nothing"])
+def test_figure_that_cannot_be_written(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'flashmoe-ssd[plot]'")
+    with pytest.raises(UsageError, match="cannot write figure"):
+        save_figure(new_figure(2, 2), tmp_path / name)
+    assert not any(tmp_path.iterdir())
