@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flashmoe import plugins
 from flashmoe.cache import policies
 from flashmoe.cache.residency import check_residency, make_residency
 from flashmoe.errors import PolicyError
@@ -29,7 +30,7 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         EntryPoint("fifo", "fifo_plugin:Fifo", policies.ENTRY_POINTS),
         EntryPoint("broken", "fifo_plugin:np", policies.ENTRY_POINTS),
     ]
-    monkeypatch.setattr(policies, "entry_points", lambda group: EntryPoints(points).select(group=group))
+    monkeypatch.setattr(plugins, "entry_points", lambda group: EntryPoints(points).select(group=group))
     yield
     sys.modules.pop("fifo_plugin", None)
 

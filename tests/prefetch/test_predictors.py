@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from flashmoe import plugins
 from flashmoe.cache.policies import create as create_policy
 from flashmoe.cache.residency import equal_quota, make_residency
 from flashmoe.errors import FlashMoEError
@@ -371,8 +372,6 @@ def test_names() -> None:
 
 
 def test_another_package_brings_a_predictor(monkeypatch: pytest.MonkeyPatch) -> None:
-    import flashmoe.prefetch as prefetch
-
     class Point:
         name = "mine"
 
@@ -388,7 +387,7 @@ def test_another_package_brings_a_predictor(monkeypatch: pytest.MonkeyPatch) -> 
             return dict
 
     monkeypatch.setattr(
-        prefetch, "entry_points", lambda group: [Point, Wrong] if group == ENTRY_POINTS else []
+        plugins, "entry_points", lambda group: [Point, Wrong] if group == ENTRY_POINTS else []
     )
     assert "mine" in available()
     assert isinstance(create("mine"), Table)

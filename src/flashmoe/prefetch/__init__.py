@@ -11,12 +11,9 @@ keyword `file`).
 
 from __future__ import annotations
 
-import importlib
-import inspect
-from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any
 
+from flashmoe.plugins import Registry
 from flashmoe.prefetch.base import Predictor, PredictorError
 
 __all__ = ["BUILTIN", "Predictor", "PredictorError", "available", "create", "create_all"]
@@ -34,10 +31,12 @@ BUILTIN = {
 AUTO = ("gate", "table")
 
 
+_REGISTRY = Registry(Predictor, "predictor", PredictorError, __name__, BUILTIN, ENTRY_POINTS, also=("none",))
+
+
 def available() -> list[str]:
     """Names of all predictors: "none", then those built in, then those of other packages."""
-    others = {point.name for point in entry_points(group=ENTRY_POINTS)}
-    return ["none", *BUILTIN, *sorted(others - set(BUILTIN) - {"none"})]
+    return _REGISTRY.available()
 
 
 def create_all(spec: str) -> list[Predictor]:
@@ -52,39 +51,9 @@ def create(spec: str, **options: Any) -> Predictor | None:
     options: keyword arguments of the predictor's class. Raises PredictorError for an unknown name, a file that
     is missing or damaged, or an option the predictor does not have.
     """
-    name, _, file = spec.partition(":")
-    name = name.strip()
-    if file:
-        path = Path(file).expanduser()
-        if not path.is_file():
-            raise PredictorError(
-                f"predictor file {file} does not exist: give NAME:FILE with the path of a .safetensors file"
-            )
-        options = {**options, "file": path}
-    if name == "none":
-        if options:
-            raise PredictorError(f"predictor 'none' takes nothing, got {spec!r}: write none")
-        return None
-    factory = _find(name)
-    try:
-        inspect.signature(factory).bind(**options)
-    except TypeError as error:
-        raise PredictorError(f"predictor {name!r} cannot be made from {spec!r}: {error}") from None
-    except ValueError:  # a callable that does not say what it takes
-        pass
-    predictor = factory(**options)
-    if not isinstance(predictor, Predictor):
-        raise PredictorError(
-            f"entry point {name!r} returned {type(predictor).__name__}, which is not a Predictor"
-        )
-    return predictor
-
-
-def _find(name: str) -> Any:
-    if name in BUILTIN:
-        module, _, attribute = BUILTIN[name].partition(":")
-        return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
-    for point in entry_points(group=ENTRY_POINTS):
-        if point.name == name:
-            return point.load()
-    raise PredictorError(f"unknown predictor {name!r}: use one of {', '.join(available())}")
+    name, given = _REGISTRY.parse(spec)
+    if name != "none":
+        return _REGISTRY.create(spec, **options)
+    if given or options:
+        raise PredictorError(f"predictor 'none' takes nothing, got {spec!r}: write none")
+    return None

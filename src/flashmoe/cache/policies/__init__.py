@@ -11,14 +11,11 @@ keyword `file`).
 
 from __future__ import annotations
 
-import importlib
-import inspect
-from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any
 
 from flashmoe.cache.policies.base import EvictionPolicy, Kernels, Replay
 from flashmoe.errors import PolicyError
+from flashmoe.plugins import Registry
 
 __all__ = ["BUILTIN", "EvictionPolicy", "Kernels", "Replay", "available", "create"]
 
@@ -41,10 +38,12 @@ BUILTIN = {
 }
 
 
+_REGISTRY = Registry(EvictionPolicy, "policy", PolicyError, __name__, BUILTIN, ENTRY_POINTS)
+
+
 def available() -> list[str]:
     """Names of all policies: built in first, then those of other packages."""
-    others = {point.name for point in entry_points(group=ENTRY_POINTS)}
-    return list(BUILTIN) + sorted(others - set(BUILTIN))
+    return _REGISTRY.available()
 
 
 def create(spec: str, **options: Any) -> EvictionPolicy:
@@ -54,33 +53,4 @@ def create(spec: str, **options: Any) -> EvictionPolicy:
     Raises PolicyError for an unknown name, a file that is missing or damaged, or an option the policy does
     not have.
     """
-    name, _, file = spec.partition(":")
-    name = name.strip()
-    if file:
-        path = Path(file).expanduser()
-        if not path.is_file():
-            raise PolicyError(
-                f"policy file {file} does not exist: give NAME:FILE with the path of a .safetensors file"
-            )
-        options = {**options, "file": path}
-    factory = _find(name)
-    try:
-        inspect.signature(factory).bind(**options)
-    except TypeError as error:
-        raise PolicyError(f"policy {name!r} cannot be made from {spec!r}: {error}") from None
-    policy = factory(**options)
-    if not isinstance(policy, EvictionPolicy):
-        raise PolicyError(
-            f"entry point {name!r} returned {type(policy).__name__}, which is not an EvictionPolicy"
-        )
-    return policy
-
-
-def _find(name: str) -> Any:
-    if name in BUILTIN:
-        module, _, attribute = BUILTIN[name].partition(":")
-        return getattr(importlib.import_module(f"{__name__}.{module}"), attribute)
-    for point in entry_points(group=ENTRY_POINTS):
-        if point.name == name:
-            return point.load()
-    raise PolicyError(f"unknown policy {name!r}: use one of {', '.join(available())}")
+    return _REGISTRY.create(spec, **options)

@@ -1,0 +1,74 @@
+"""Classes by name, those built in and those of other packages: what a spec NAME or NAME:FILE makes."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from flashmoe.errors import FlashMoEError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Registry(Generic[T]):
+    """All classes of a kind. Another package adds one with an entry point in `group`: its name is the name in specs,
+    its value a callable that returns a `kind` (for NAME:FILE, it is called with the path as keyword `file`)."""
+
+    kind: type[T]
+    noun: str  # what messages call it
+    error: type[FlashMoEError]
+    package: str
+    builtin: Mapping[str, str]  # name -> module:class in the package, imported when asked for
+    group: str
+    also: tuple[str, ...] = ()  # names that the caller handles, listed first
+
+    def available(self) -> list[str]:
+        """All names: built in first, then those of other packages."""
+        own = [*self.also, *self.builtin]
+        return own + sorted({point.name for point in entry_points(group=self.group)} - set(own))
+
+    def parse(self, spec: str) -> tuple[str, dict[str, Any]]:
+        """The name in a spec, and the options it stands for. Raises `error` where its file is missing."""
+        name, _, file = spec.partition(":")
+        if not file:
+            return name.strip(), {}
+        path = Path(file).expanduser()
+        if not path.is_file():
+            raise self.error(
+                f"{self.noun} file {file} does not exist: give NAME:FILE with the path of a .safetensors file"
+            )
+        return name.strip(), {"file": path}
+
+    def create(self, spec: str, **options: Any) -> T:
+        """Make what a spec says. Raises `error` for an unknown name, a missing file, or options it does not have."""
+        name, given = self.parse(spec)
+        options |= given
+        factory = self._find(name)
+        try:
+            inspect.signature(factory).bind(**options)
+        except TypeError as error:
+            raise self.error(f"{self.noun} {name!r} cannot be made from {spec!r}: {error}") from None
+        except ValueError:  # a callable that does not say what it takes
+            pass
+        made = factory(**options)
+        if not isinstance(made, self.kind):
+            article = "an" if self.kind.__name__[0] in "AEIOU" else "a"
+            raise self.error(
+                f"entry point {name!r} returned {type(made).__name__}, which is not {article} {self.kind.__name__}"
+            )
+        return made
+
+    def _find(self, name: str) -> Any:
+        if name in self.builtin:
+            module, _, attribute = self.builtin[name].partition(":")
+            return getattr(importlib.import_module(f"{self.package}.{module}"), attribute)
+        for point in entry_points(group=self.group):
+            if point.name == name:
+                return point.load()
+        raise self.error(f"unknown {self.noun} {name!r}: use one of {', '.join(self.available())}")
