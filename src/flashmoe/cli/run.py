@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,54 +9,36 @@ from typing import Annotated
 
 import typer
 
+from flashmoe.cli import options
 from flashmoe.cli.progress import LoadProgress, stderr_console
+from flashmoe.cli.report import show, write
 from flashmoe.engines.base import Sampling
-from flashmoe.errors import FlashMoEError, UsageError
-from flashmoe.storage.files import write_atomically
+from flashmoe.errors import UsageError
 
 _SAMPLING = Sampling()
 
 
 def run(
-    model: Annotated[
-        str, typer.Argument(help="A GGUF file (or the first of a split set), hf:ORG/REPO[:FILE], or demo.")
-    ],
+    model: options.Model,
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="The prompt.")] = None,
     file: Annotated[Path | None, typer.Option("-f", "--file", help="Read the prompt from a file.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use the prompt as a chat message.")] = False,
-    ram: Annotated[str | None, typer.Option("--ram", help="Memory for the whole process, e.g. 6GiB.")] = None,
-    cache: Annotated[
-        str | None,
-        typer.Option("--cache", help="Size of the expert pool instead: 25%, 2GiB or a number of slots."),
-    ] = None,
-    policy: Annotated[
-        str | None, typer.Option("--policy", help="Eviction policy: NAME or NAME:FILE.")
-    ] = None,
-    prefetch: Annotated[
-        str, typer.Option("--prefetch", help="Predictor of the next experts: NAME, NAME:FILE, auto or none.")
-    ] = "auto",
-    n_predict: Annotated[
-        int, typer.Option("-n", "--n-predict", help="Tokens to make; -1: until the end.")
-    ] = -1,
-    ctx_size: Annotated[int | None, typer.Option("-c", "--ctx-size", help="Context in tokens.")] = None,
-    ubatch: Annotated[
-        int, typer.Option("-ub", "--ubatch-size", help="Prompt tokens evaluated at once.")
-    ] = 512,
-    threads: Annotated[int | None, typer.Option("-t", "--threads", help="Compute threads.")] = None,
-    temp: Annotated[float, typer.Option("--temp", help="Temperature; 0 is greedy.")] = _SAMPLING.temperature,
-    top_k: Annotated[
-        int, typer.Option("--top-k", help="Sample from the k likeliest tokens.")
-    ] = _SAMPLING.top_k,
-    top_p: Annotated[float, typer.Option("--top-p", help="Nucleus sampling.")] = _SAMPLING.top_p,
-    min_p: Annotated[
-        float, typer.Option("--min-p", help="Least share of the top probability.")
-    ] = _SAMPLING.min_p,
-    seed: Annotated[int | None, typer.Option("-s", "--seed", help="Seed of the sampler.")] = None,
-    trace: Annotated[
-        Path | None, typer.Option("--trace", help="Record the routing to a .safetensors file.")
-    ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report to a file.")] = None,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Nothing but the text.")] = False,
+    ram: options.Ram = None,
+    cache: options.Cache = None,
+    policy: options.Policy = None,
+    prefetch: options.Prefetch = "auto",
+    n_predict: options.NPredict = -1,
+    ctx_size: options.CtxSize = None,
+    ubatch: options.Ubatch = 512,
+    threads: options.Threads = None,
+    temp: options.Temp = _SAMPLING.temperature,
+    top_k: options.TopK = _SAMPLING.top_k,
+    top_p: options.TopP = _SAMPLING.top_p,
+    min_p: options.MinP = _SAMPLING.min_p,
+    seed: options.Seed = None,
+    trace: options.Trace = None,
+    json_file: options.Json = None,
+    quiet: options.Quiet = False,
 ) -> None:
     """Generate text with a model that need not fit in memory."""
     text = _prompt(prompt, file)
@@ -97,15 +78,11 @@ def run(
             if not made or not made[-1].endswith("\n"):
                 sys.stdout.write("\n")
             report = loaded.report("".join(made))
-    for line in report.lines():
-        console.print(line, style="dim", highlight=False)
+    show(console, report)
     if trace and loaded.recorder is not None:
         loaded.recorder.save(trace)
     if json_file:
-        try:
-            write_atomically(json_file, json.dumps(report.as_dict(), indent=1).encode())
-        except OSError as error:
-            raise FlashMoEError(f"{json_file}: the report cannot be written ({error.strerror})") from None
+        write(json_file, report)
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from flashmoe.cli import options
 from flashmoe.cli.progress import stderr_console
 from flashmoe.errors import TraceError, UsageError
 
@@ -26,7 +27,7 @@ app = typer.Typer(help="Record, inspect, import, merge and split routing traces.
 
 @app.command()
 def record(
-    model: Annotated[str, typer.Argument(help="A GGUF file, hf:ORG/REPO[:FILE], or demo.")],
+    model: options.Model,
     prompts: Annotated[
         Path,
         typer.Option(
@@ -35,12 +36,12 @@ def record(
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The trace to write, or to go on with.")],
     n_predict: Annotated[int, typer.Option("-n", "--n-predict", help="Tokens to make per prompt.")] = 128,
-    ram: Annotated[str | None, typer.Option("--ram", help="Memory for the whole process, e.g. 6GiB.")] = None,
-    cache: Annotated[str | None, typer.Option("--cache", help="Size of the expert pool instead.")] = None,
-    ctx_size: Annotated[int | None, typer.Option("-c", "--ctx-size", help="Context in tokens.")] = None,
-    threads: Annotated[int | None, typer.Option("-t", "--threads", help="Compute threads.")] = None,
-    temp: Annotated[float, typer.Option("--temp", help="Temperature; 0 is greedy.")] = 0.8,
-    seed: Annotated[int | None, typer.Option("-s", "--seed", help="Seed of the sampler.")] = None,
+    ram: options.Ram = None,
+    cache: options.Cache = None,
+    ctx_size: options.CtxSize = None,
+    threads: options.Threads = None,
+    temp: options.Temp = 0.8,
+    seed: options.Seed = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew where the output exists.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing.")] = False,
 ) -> None:

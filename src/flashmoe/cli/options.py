@@ -1,0 +1,33 @@
+"""Options that several verbs have, declared once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str, typer.Argument(help="A GGUF file (or the first of a split set), hf:ORG/REPO[:FILE], or demo.")
+]
+Ram = Annotated[str | None, typer.Option("--ram", help="Memory for the whole process, e.g. 6GiB.")]
+Cache = Annotated[
+    str | None,
+    typer.Option("--cache", help="Size of the expert pool instead: 25%, 2GiB or a number of slots."),
+]
+Policy = Annotated[str | None, typer.Option("--policy", help="Eviction policy: NAME or NAME:FILE.")]
+Prefetch = Annotated[
+    str, typer.Option("--prefetch", help="Predictor of the next experts: NAME, NAME:FILE, auto or none.")
+]
+NPredict = Annotated[int, typer.Option("-n", "--n-predict", help="Tokens to make; -1: until the end.")]
+CtxSize = Annotated[int | None, typer.Option("-c", "--ctx-size", help="Context in tokens.")]
+Ubatch = Annotated[int, typer.Option("-ub", "--ubatch-size", help="Prompt tokens evaluated at once.")]
+Threads = Annotated[int | None, typer.Option("-t", "--threads", help="Compute threads.")]
+Temp = Annotated[float, typer.Option("--temp", help="Temperature; 0 is greedy.")]
+TopK = Annotated[int, typer.Option("--top-k", help="Sample from the k likeliest tokens.")]
+TopP = Annotated[float, typer.Option("--top-p", help="Nucleus sampling.")]
+MinP = Annotated[float, typer.Option("--min-p", help="Least share of the top probability.")]
+Seed = Annotated[int | None, typer.Option("-s", "--seed", help="Seed of the sampler.")]
+Trace = Annotated[Path | None, typer.Option("--trace", help="Record the routing to a .safetensors file.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the report to a file.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Nothing but the text.")]

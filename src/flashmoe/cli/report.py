@@ -1,0 +1,26 @@
+"""The report of a run: what the user reads, and the file that `--json` names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from flashmoe.errors import FlashMoEError
+from flashmoe.storage.files import write_atomically
+from flashmoe.telemetry import Report
+
+
+def show(console: Console, report: Report) -> None:
+    """Print the report's lines."""
+    for line in report.lines():
+        console.print(line, style="dim", highlight=False)
+
+
+def write(path: Path, report: Report) -> None:
+    """Write the report as JSON. Raises FlashMoEError where that is not possible."""
+    try:
+        write_atomically(path, json.dumps(report.as_dict(), indent=1).encode())
+    except OSError as error:
+        raise FlashMoEError(f"{path}: the report cannot be written ({error.strerror})") from None
