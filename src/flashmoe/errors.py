@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+_MOST = 600  # characters of a message: it may quote a damaged file
+
 
 class FlashMoEError(Exception):
     """Base of all errors that FlashMoE reports without a traceback; the command line exits with `exit_status`."""
 
     exit_status = 1
+
+    def __init__(self, message: str) -> None:
+        """What is too long for a line loses its middle: the end says what to do."""
+        if len(message) > _MOST:
+            message = f"{message[: 2 * _MOST // 3]} ... {message[-_MOST // 3 :]}"
+        super().__init__(message)
 
 
 class UsageError(FlashMoEError):

@@ -141,7 +141,7 @@ class _Runner:
     def _template(self) -> Job:
         plan, gguf = self._plan, self._catalog.gguf
         n = plan.n_prompt + plan.n_warmup + plan.n_decode
-        trained = int(gguf.arch_value("context_length", n))
+        trained = gguf.arch_int("context_length", n)
         if n > trained:
             raise UsageError(f"{n} tokens are more than this model's context ({trained}): ask for fewer")
         n_ctx = min(trained, -(-n // _CONTEXT_STEP) * _CONTEXT_STEP)

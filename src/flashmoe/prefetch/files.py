@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from flashmoe.prefetch.base import PredictorError
+from flashmoe.storage.arrays import read_safetensors
 from flashmoe.storage.files import write_atomically
 
 FORMAT = "flashmoe-predictor"
@@ -62,10 +62,8 @@ class PredictorFile:
                 f"predictor file {path} does not exist: train one with `flashmoe train prefetch`"
             )
         try:
-            with safe_open(str(path), "np") as file:
-                metadata = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except (SafetensorError, OSError, ValueError) as error:
+            metadata, arrays = read_safetensors(path)
+        except (OSError, ValueError) as error:
             raise PredictorError(f"predictor file {path} is damaged ({error}): train it again") from None
         if metadata.get("format") != FORMAT:
             raise PredictorError(
@@ -85,8 +83,10 @@ class PredictorFile:
                 for name in ("shape", "constants", "model", "trained_on", "report")
             )
             sizes = [int(shape[name]) for name in ("layers", "experts", "top_k")]
+            if min(sizes) < 1 or sizes[2] > sizes[1]:
+                raise ValueError(f"shape {shape}")
             return cls(kind, arrays, sizes[0], sizes[1], sizes[2], *rest)
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise PredictorError(
                 f"predictor file {path} has damaged metadata ({error}): train it again"
             ) from None

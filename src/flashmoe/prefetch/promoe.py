@@ -141,7 +141,9 @@ class ProMoE(Predictor):
             r, h, v = (int(trained.constants[name]) for name in ("R", "H", "V"))
             if trained.constants["ahead"] != list(AHEAD):
                 raise ValueError(f"ahead {trained.constants['ahead']}")
-        except (KeyError, ValueError, TypeError) as error:
+            if min(r, h, v) < 1 or not all(0 <= decay < 1 for decay in self.decays):
+                raise ValueError("R, H, V or decays out of range")
+        except (KeyError, ValueError, TypeError, OverflowError) as error:
             raise PredictorError(
                 f"predictor file is damaged or too old: constant {error}; train it again"
             ) from None

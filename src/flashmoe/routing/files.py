@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,9 @@ from numpy.typing import NDArray
 
 from flashmoe.errors import TraceError
 from flashmoe.routing.trace import RoutingTrace
+from flashmoe.storage.arrays import read_npz as arrays_of_npz
+
+MOST = float(np.finfo(np.float16).max)
 
 
 def read(path: str | Path) -> RoutingTrace:
@@ -32,9 +33,8 @@ def read_npz(path: str | Path, model: dict[str, Any] | None = None) -> RoutingTr
     if not Path(path).is_file():
         raise TraceError(f"trace {path} does not exist")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, KeyError, zlib.error) as error:
+        arrays = arrays_of_npz(path)
+    except (OSError, ValueError) as error:
         raise TraceError(f"{path} is damaged or no .npz file ({error}): fetch it again") from None
     if "expert_ids" not in arrays:
         raise TraceError(
@@ -46,10 +46,17 @@ def read_npz(path: str | Path, model: dict[str, Any] | None = None) -> RoutingTr
     optional = {
         name: arrays[name] for name in ("sequence_id", "token_id", "router_weights") if name in arrays
     }
+    try:
+        if not np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"expert ids must be integers, got {ids.dtype}")
+        num_experts = int(arrays.get("num_experts", int(ids.max()) + 1))
+        first_moe_layer = int(arrays.get("first_moe_layer", 0))
+    except (ValueError, TypeError, OverflowError) as error:
+        raise TraceError(f"{path}: {error}") from None
     return RoutingTrace(
-        expert_ids=ids.astype(np.int16) if np.issubdtype(ids.dtype, np.integer) else ids,
-        num_experts=int(arrays.get("num_experts", int(ids.max()) + 1)),
-        first_moe_layer=int(arrays.get("first_moe_layer", 0)),
+        expert_ids=ids,
+        num_experts=num_experts,
+        first_moe_layer=first_moe_layer,
         model=model if model is not None else {"name": Path(path).stem},
         **optional,
     )
@@ -84,23 +91,23 @@ def read_jsonl(path: str | Path) -> RoutingTrace:
                 tokens.append(int(row.get("token", -1)))
                 sequences.append(int(row.get("sequence", 0)))
                 if "weights" in row:
-                    weights.append(np.asarray(row["weights"], np.float16))
+                    weights.append(np.clip(np.asarray(row["weights"], float), -MOST, MOST).astype(np.float16))
+        if not ids:
+            raise TraceError(f"{path} is empty: it has no line with experts")
+        stacked = np.stack(ids)
+        return RoutingTrace(
+            expert_ids=stacked,
+            num_experts=int(head.get("num_experts", int(stacked.max()) + 1)),
+            token_id=np.array(tokens, np.int64),
+            sequence_id=np.array(sequences, np.int64),
+            router_weights=np.stack(weights) if len(weights) == len(ids) else None,
+            first_moe_layer=int(head.get("first_moe_layer", 0)),
+            model=dict(head.get("model") or {"name": Path(path).stem}),
+        )
     except OSError as error:
         raise TraceError(f"trace {path} cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, OverflowError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, AttributeError, RecursionError) as error:
         raise TraceError(f"{path}, line {number}: {error}") from None
-    if not ids:
-        raise TraceError(f"{path} is empty: it has no line with experts")
-    stacked = np.stack(ids)
-    return RoutingTrace(
-        expert_ids=stacked,
-        num_experts=int(head.get("num_experts", int(stacked.max()) + 1)),
-        token_id=np.array(tokens, np.int32),
-        sequence_id=np.array(sequences, np.int32),
-        router_weights=np.stack(weights) if len(weights) == len(ids) else None,
-        first_moe_layer=int(head.get("first_moe_layer", 0)),
-        model=head.get("model") or {"name": Path(path).stem},
-    )
 
 
 def merge(traces: Sequence[RoutingTrace]) -> RoutingTrace:

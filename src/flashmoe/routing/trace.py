@@ -18,8 +18,6 @@ Metadata: format, version, num_experts, first_moe_layer, model (JSON: whose rout
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,12 +25,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from flashmoe.errors import TraceError
+from flashmoe.storage.arrays import read_safetensors
+from flashmoe.storage.files import write_atomically
 
 DECODE, PREFILL = 0, 1
+MAX_EXPERTS = 1 << 15  # of a layer: ids have 16 bits
 FORMAT = "flashmoe-routing-trace"
 VERSION = "1"
 
@@ -64,6 +64,10 @@ class RoutingTrace:
             )
         if not np.issubdtype(ids.dtype, np.integer):
             raise TraceError(f"expert ids must be integers, got {ids.dtype}")
+        if not 0 < self.num_experts <= MAX_EXPERTS:
+            raise TraceError(
+                f"a trace of {self.num_experts} experts per layer; at most {MAX_EXPERTS} are possible"
+            )
         if ids.max() >= self.num_experts or ids.min() < -1:
             raise TraceError(
                 f"the trace has experts {int(ids.min())}..{int(ids.max())}, "
@@ -79,14 +83,18 @@ class RoutingTrace:
         object.__setattr__(self, "expert_ids", np.ascontiguousarray(ids, np.int16))
         for name, default in defaults.items():
             value = getattr(self, name)
-            value = default if value.size == 0 else np.ascontiguousarray(value, default.dtype)
+            value = default if value.size == 0 else value
             if value.shape != (n,):
                 raise TraceError(f"{name} has shape {list(value.shape)}, but the trace has {n} tokens")
-            object.__setattr__(self, name, value)
+            known = np.iinfo(default.dtype)
+            if value.dtype.kind not in "iu" or value.min() < known.min or value.max() > known.max:
+                raise TraceError(f"{name} must be integers of {known.bits} bits; record the trace again")
+            object.__setattr__(self, name, np.ascontiguousarray(value, default.dtype))
         if self.router_weights is not None:
-            if self.router_weights.shape != ids.shape:
+            if self.router_weights.shape != ids.shape or self.router_weights.dtype.kind != "f":
                 raise TraceError(
-                    f"router weights {list(self.router_weights.shape)} do not match {list(ids.shape)}"
+                    f"router weights {self.router_weights.dtype} {list(self.router_weights.shape)} do not match "
+                    f"{list(ids.shape)}"
                 )
             object.__setattr__(self, "router_weights", np.ascontiguousarray(self.router_weights, np.float16))
         if (np.diff(self.step) < 0).any():
@@ -173,7 +181,10 @@ class RoutingTrace:
             "first_moe_layer": str(self.first_moe_layer),
             "model": json.dumps(dict(self.model), sort_keys=True),
         }
-        write_atomically(path, save(arrays, metadata))
+        try:
+            write_atomically(Path(path), save(arrays, metadata))
+        except OSError as error:
+            raise TraceError(f"cannot write {path}: {error.strerror}; choose another place") from None
 
     @classmethod
     def load(cls, path: str | Path) -> RoutingTrace:
@@ -182,10 +193,8 @@ class RoutingTrace:
         if not Path(path).is_file():
             raise TraceError(f"trace {path} does not exist: record one with `flashmoe trace record`")
         try:
-            with safe_open(str(path), "np") as file:
-                metadata = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except (SafetensorError, OSError, ValueError) as error:
+            metadata, arrays = read_safetensors(path)
+        except (OSError, ValueError) as error:
             raise TraceError(
                 f"trace {path} is damaged or no .safetensors file ({error}): record it again, or import it "
                 "with `flashmoe trace import`"
@@ -204,29 +213,10 @@ class RoutingTrace:
                 expert_ids=arrays["expert_ids"],
                 num_experts=int(metadata["num_experts"]),
                 first_moe_layer=int(metadata.get("first_moe_layer", "0")),
-                model=json.loads(metadata.get("model", "{}")),
+                model=dict(json.loads(metadata.get("model", "{}"))),
                 **{name: arrays[name] for name in known if name in arrays},
             )
         except TraceError as error:
             raise TraceError(f"{path}: {error}") from None
-        except (KeyError, ValueError) as error:
+        except (KeyError, ValueError, TypeError, RecursionError) as error:
             raise TraceError(f"trace {path} has damaged metadata ({error}): record it again") from None
-
-
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write a file under a temporary name and move it into place. Raises TraceError where that fails."""
-    target = Path(path)
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent or ".")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        raise TraceError(f"cannot write {target}: {error.strerror}; choose another place") from None

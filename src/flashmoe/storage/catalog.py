@@ -17,6 +17,7 @@ from typing import Any
 from flashmoe.errors import ModelError
 from flashmoe.storage.gguf import GGUF, TensorInfo
 
+MAX_EXPERTS = 1 << 14  # of a layer; far beyond all models, and ids stay within 16 bits
 # up and gate are multiplied first, down last: the order in which a slot's planes are read
 _PLANES = ("ffn_up_exps", "ffn_gate_exps", "ffn_gate_up_exps", "ffn_down_exps")
 _EXPERT_TENSOR = re.compile(rf"blk\.(\d+)\.({'|'.join(_PLANES)})\.(weight|bias|scale)")
@@ -125,7 +126,14 @@ class ExpertCatalog:
         if not isinstance(top_k, int) or not isinstance(n_experts, int) or not 0 < top_k <= n_experts:
             raise ModelError(f"{name}: damaged GGUF: expert_count {n_experts!r}, expert_used_count {top_k!r}")
         files = {path: i for i, path in enumerate(gguf.files)}
-        return cls(gguf, tuple(_layer(b, found[b], files) for b in sorted(found)), top_k)
+        layers = tuple(_layer(b, found[b], files) for b in sorted(found))
+        largest = max(layer.n_experts for layer in layers)
+        if not top_k <= largest <= min(n_experts, MAX_EXPERTS):
+            raise ModelError(
+                f"{name}: damaged GGUF: {largest} experts in a layer, expert_count is {n_experts}, "
+                f"expert_used_count {top_k}"
+            )
+        return cls(gguf, layers, top_k)
 
 
 def _largest(gguf: GGUF, key: str) -> Any:

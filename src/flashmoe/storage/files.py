@@ -23,6 +23,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # mkstemp's are for nobody else
         os.replace(name, path)
     except BaseException:
         with suppress(OSError):

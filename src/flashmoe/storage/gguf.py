@@ -18,6 +18,11 @@ from flashmoe.errors import ModelError
 MAGIC = b"GGUF"
 MAX_DIMS = 4
 MAX_KEEP = 4096  # arrays up to this many elements are kept as lists, longer ones as their length only
+# Beyond all models there are; they bound what a damaged file can cost
+MAX_HEADER = 256 << 20
+MAX_ENTRIES = 1 << 16  # tensors, and metadata keys
+MAX_KEPT = 1 << 20  # elements of arrays that are kept, altogether
+MAX_NESTING = 4  # arrays of arrays
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
@@ -94,6 +99,13 @@ class GGUF:
         """The value of `<architecture>.<key>`."""
         return self.metadata.get(f"{self.architecture}.{key}", default)
 
+    def arch_int(self, key: str, default: int) -> int:
+        """The same for a positive whole number. Raises ModelError where it is none."""
+        value = self.arch_value(key, default)
+        if not isinstance(value, int) or value < 1:
+            raise ModelError(f"{self.files[0]}: damaged GGUF ({key} is {value!r}); download the file again")
+        return value
+
 
 @dataclass
 class Part:
@@ -114,6 +126,7 @@ class _Header:
 
     def __init__(self, path: Path, size: int) -> None:
         self.path, self.size, self.pos = path, size, 0
+        self._kept = 0
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by parse_part
         self._data = bytearray()
 
@@ -128,6 +141,8 @@ class _Header:
         start, end = self.pos, self.pos + n
         if n < 0 or end > self.size:
             raise self.damaged(f"the header wants bytes {start} to {end}, the file has {self.size}")
+        if end > MAX_HEADER:
+            raise self.damaged(f"a header of more than {MAX_HEADER >> 20} MiB")
         while len(self._data) < end:
             chunk = self._file.read(max(1 << 20, end - len(self._data)))
             if not chunk:
@@ -147,18 +162,22 @@ class _Header:
     def string(self) -> str:
         return self.take(self.scalar("Q")).decode("utf-8", errors="replace")
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int, depth: int = 0) -> Any:
         if kind == _STRING:
             return self.string()
         if kind in _SCALARS:
             return self.scalar(_SCALARS[kind])
-        if kind == _ARRAY:
-            return self.array()
+        if kind == _ARRAY and depth < MAX_NESTING:
+            return self.array(depth)
         raise self.damaged(f"unknown value type {kind}")
 
-    def array(self) -> Any:
+    def array(self, depth: int) -> Any:
         """The elements of a short array, the length of a long one."""
         kind, n = self.scalar("I"), self.scalar("Q")
+        if n <= MAX_KEEP or kind == _ARRAY:
+            self._kept += n
+            if self._kept > MAX_KEPT:
+                raise self.damaged(f"arrays of more than {MAX_KEPT} elements")
         if kind in _SCALARS:
             fmt = _SCALARS[kind]
             start = self.need(struct.calcsize("<" + fmt) * n)
@@ -166,7 +185,7 @@ class _Header:
         if n > self.size:
             raise self.damaged(f"an array of {n} elements")
         if kind != _STRING or n <= MAX_KEEP:
-            return [self.value(kind) for _ in range(n)]
+            return [self.value(kind, depth + 1) for _ in range(n)]
         unpack, step = struct.Struct("<Q").unpack_from, self.need
         for _ in range(n):
             step(unpack(self._data, step(8))[0])
@@ -217,7 +236,7 @@ def _parse(header: _Header, part: Part) -> Part:
     if part.version not in (2, 3):
         raise ModelError(f"{part.path}: GGUF version {part.version} is not supported (2 and 3 are)")
     n_tensors, n_keys = header.scalar("Q"), header.scalar("Q")
-    if n_tensors > header.size // 24 or n_keys > header.size // 13:
+    if max(n_tensors, n_keys) > MAX_ENTRIES or n_tensors > header.size // 24 or n_keys > header.size // 13:
         raise header.damaged(f"{n_tensors} tensors and {n_keys} keys cannot fit")
     for _ in range(n_keys):
         start = header.pos

@@ -230,7 +230,11 @@ class FlashmoePlus(LearnedPolicy):
             mean = known["horizon_weights"]
             self.decay, self.channel = np.array(decays, np.float32), np.array(channels, np.int32)
             self.mean = np.array(mean, np.float32) / np.float32(sum(mean))
-        except (KeyError, ValueError, TypeError) as error:
+            if not np.isfinite(self.mean).all() or not ((self.decay >= 0) & (self.decay < 1)).all():
+                raise ValueError("horizon_weights or decays out of range")
+            if not ((self.channel >= 0) & (self.channel < len(self.decay))).all():
+                raise ValueError("channel_decays out of range")
+        except (KeyError, ValueError, TypeError, OverflowError, ZeroDivisionError) as error:
             raise PolicyError(f"policy file is damaged: constant {error}; train it again") from None
         n_layers, e = self.trained.n_layers, self.trained.n_experts
         c, i, j = len(channels) + 1, len(decays) + 1 + k, len(mean)

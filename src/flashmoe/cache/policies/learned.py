@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.errors import PolicyError
+from flashmoe.storage.arrays import read_safetensors
 from flashmoe.storage.files import write_atomically
 
 FORMAT = "flashmoe-policy"
@@ -64,10 +64,8 @@ class PolicyFile:
         if not Path(path).is_file():
             raise PolicyError(f"policy file {path} does not exist: train one with `flashmoe train policy`")
         try:
-            with safe_open(str(path), "np") as file:
-                metadata = file.metadata() or {}
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        except (SafetensorError, OSError, ValueError) as error:
+            metadata, arrays = read_safetensors(path)
+        except (OSError, ValueError) as error:
             raise PolicyError(f"policy file {path} is damaged ({error}): train it again") from None
         if metadata.get("format") != FORMAT:
             raise PolicyError(f"{path} is no policy file: give one made by `flashmoe train policy`")
@@ -83,8 +81,13 @@ class PolicyFile:
             rest = {
                 n: json.loads(metadata[n]) for n in ("features", "constants", "model", "trained_on", "report")
             }
-            return cls(kind, arrays, int(shape["layers"]), int(shape["experts"]), int(shape["top_k"]), **rest)
-        except (KeyError, ValueError, TypeError) as error:
+            sizes = [int(shape[name]) for name in ("layers", "experts", "top_k")]
+            if min(sizes) < 1 or sizes[2] > sizes[1]:
+                raise ValueError(f"shape {shape}")
+            if not all(isinstance(rest[n], dict) for n in rest if n != "features"):
+                raise ValueError("not an object")
+            return cls(kind, arrays, sizes[0], sizes[1], sizes[2], **rest)
+        except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
             raise PolicyError(f"policy file {path} has damaged metadata ({error}): train it again") from None
 
     def array(self, name: str, *shape: int) -> NDArray[np.float32]:
