@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.library import Library, find_library, open_library
 from flashmoe.engines.llamacpp.loader import LoadedModel
 from flashmoe.errors import UsageError
+from flashmoe.generation import Generation, Held, Reuse, Rule
 from flashmoe.hub import default_policy, resolve
 from flashmoe.prefetch import Predictor
 from flashmoe.prefetch import create_all as create_predictors
@@ -59,6 +60,7 @@ def load(
     threads: int | None = None,
     all_logits: bool = False,
     trace: bool = False,
+    sequences: int = 1,
     progress: Progress | None = None,
     library: Library | None = None,
 ) -> Model:
@@ -74,6 +76,7 @@ def load(
     n_ubatch: tokens evaluated at once while a prompt is read; the results are llama.cpp's at the same value.
     threads: compute threads (default: physical cores). all_logits: keep the logits of every token, not the last only.
     trace: record which experts every token is routed to, see `Model.recorder`.
+    sequences: prompts that can be continued in turns (see `Model.start`); each has a context of `n_ctx` tokens.
     library: a llama.cpp library to use unproven (default: the one that is found, proven once by `flashmoe.probe`).
 
     Raises ModelError, BudgetError, PolicyError, LibraryError and UsageError, each saying what to do.
@@ -117,6 +120,7 @@ def load(
             n_ctx=context,
             threads=threads or psutil.cpu_count(logical=False) or 1,
             all_logits=all_logits,
+            sequences=sequences,
         )
         step = min(n_ubatch, context)
         if limit:
@@ -223,10 +227,11 @@ class Model:
         self.engine, self.cache, self.catalog, self.prefetcher = engine, cache, catalog, prefetcher
         self.budget_bytes = budget_bytes
         self.telemetry = telemetry.Telemetry()
-        self._progress, self._resources = progress, resources
-        self._created = time.perf_counter()
+        self.progress, self._resources = progress, resources
+        #: What each sequence of the engine holds.
+        self.held = [Held() for _ in range(engine.sequences)]
         self.recorder: Recorder | None = None
-        self._sequence = -1
+        self._prompts = -1
 
     def record(self) -> Recorder:
         """Record which experts every token is routed to from here on; `Recorder.save` writes the trace."""
@@ -256,27 +261,43 @@ class Model:
         when the model file cannot be read; the model stays usable.
         """
         tokens = self.engine.tokenize(prompt, special) if isinstance(prompt, str) else list(prompt)
-        if not tokens:
-            raise UsageError("the prompt is empty")
-        if len(tokens) > self.engine.n_ctx:
-            raise UsageError(
-                f"the prompt has {len(tokens)} tokens, the context {self.engine.n_ctx}: shorten it or raise -c"
-            )
-        self.engine.clear()
-        self.cache.begin_sequence()
-        if self.prefetcher:
-            self.prefetcher.begin_sequence()
-        self._sequence += 1
-        self.engine.set_sampling(sampling or Sampling())
-        self._prefill(tokens)
-        room = self.engine.n_ctx - len(tokens) + 1
+        generation = self.start(tokens, max_tokens=max_tokens, sampling=sampling)
         text = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for token in self._decode(room if max_tokens < 0 else min(room, max_tokens)):
-            piece = text.decode(self.engine.piece(token))
-            if piece:
-                yield piece
+        try:
+            while not generation.finished:
+                token = generation.step()
+                if token and (piece := text.decode(self.engine.piece(token.id))):
+                    yield piece
+        finally:
+            generation.close()
         if rest := text.decode(b"", final=True):
             yield rest
+
+    def start(
+        self,
+        prompt: Sequence[int],
+        *,
+        sequence: int = 0,
+        max_tokens: int = -1,
+        sampling: Sampling | None = None,
+        reuse: Reuse = Reuse.NONE,
+        rules: Iterable[Rule] = (),
+        logprobs: int | None = None,
+    ) -> Generation:
+        """A generation that is run step by step (see `Generation`), for whoever runs several in turns.
+
+        Each of the engine's sequences can have one at a time. Raises UsageError for an empty or too long prompt.
+        """
+        return Generation(
+            self,
+            prompt,
+            sequence=sequence,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            reuse=reuse,
+            rules=rules,
+            logprobs=logprobs,
+        )
 
     def chat(
         self, messages: Sequence[dict[str, str]], *, max_tokens: int = -1, sampling: Sampling | None = None
@@ -285,42 +306,42 @@ class Model:
         prompt = self.engine.chat_prompt(messages)
         return self.generate(prompt, max_tokens=max_tokens, sampling=sampling, special=True)
 
-    def _prefill(self, tokens: Sequence[int]) -> None:
-        self.cache.phase = "prefill"
-        step = self.engine.n_ubatch
-        for start in range(0, len(tokens), step):
-            self._progress("prefill", start, len(tokens))
-            self._evaluate(tokens[start : start + step], self.telemetry.prefill, PREFILL)
-        self._progress("prefill", len(tokens), len(tokens))
-        self.cache.phase = "decode"
+    def keep(self, sequence: int, n: int) -> int:
+        """A new prompt begins in `sequence`, which keeps its first `n` tokens, or fewer; returns how many."""
+        held = self.held[sequence]
+        held.cut(n)
+        if self.engine.past(sequence) != n:
+            held.cut(self.engine.rewind(n, sequence))
+        self.cache.begin_sequence()
+        if self.prefetcher:
+            self.prefetcher.begin_sequence()
+        self._prompts += 1
+        held.number = self._prompts
+        return self.engine.past(sequence)
 
-    def _decode(self, limit: int) -> Iterator[int]:
-        for made in range(limit):
-            token = self.engine.sample()
-            if not self.telemetry.first_token_seconds:
-                waited = time.perf_counter() - self._created
-                self.telemetry.first_token_seconds = self.telemetry.load_seconds + waited
-            if self.engine.is_end(token):
-                return
-            yield token
-            if made + 1 == limit:
-                return
-            faults = telemetry.major_faults()
-            self._evaluate([token], self.telemetry.decode, DECODE)
-            self.telemetry.decode_faults += telemetry.major_faults() - faults
+    def evaluate(self, tokens: Sequence[int], sequence: int = 0, *, decode: bool) -> None:
+        """Evaluate tokens of a prompt (at most a micro-batch), or with `decode` one that was made.
 
-    def _evaluate(self, tokens: Sequence[int], phase: telemetry.Phase, kind: int) -> None:
+        Raises what the engine's `decode` raises.
+        """
+        phase = self.telemetry.decode if decode else self.telemetry.prefill
+        self.cache.phase = "decode" if decode else "prefill"
+        faults = telemetry.major_faults()
         began = time.perf_counter()
         try:
-            self.engine.decode(tokens)
+            self.engine.decode(tokens, sequence)
         except BaseException:
+            self.held[sequence].cut(self.engine.past(sequence))
             if self.recorder is not None:
                 self.recorder.drop_step()
             raise
+        self.held[sequence].chunks.append(tuple(tokens))
         phase.seconds += time.perf_counter() - began
         phase.tokens += len(tokens)
+        if decode:
+            self.telemetry.decode_faults += telemetry.major_faults() - faults
         if self.recorder is not None:
-            self.recorder.end_step(tokens, kind, self._sequence)
+            self.recorder.end_step(tokens, DECODE if decode else PREFILL, self.held[sequence].number)
 
     @property
     def stats(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -35,6 +36,12 @@ class Telemetry:
     decode_faults: int = 0
     load_seconds: float = 0.0
     first_token_seconds: float = 0.0  # from the start of loading to the first token made
+    loaded: float = field(default_factory=time.perf_counter)
+
+    def token_made(self) -> None:
+        """Take the time of the first one."""
+        if not self.first_token_seconds:
+            self.first_token_seconds = self.load_seconds + time.perf_counter() - self.loaded
 
 
 @dataclass(frozen=True)

@@ -104,13 +104,13 @@ def test_max_tokens_and_full_context(model: flashmoe.Model, monkeypatch: pytest.
     assert model.telemetry.decode.tokens == 0
     monkeypatch.setattr(model.engine, "is_end", lambda _: False)
     list(model.generate([65] * 246, sampling=GREEDY))
-    assert model.engine.n_past == model.engine.n_ctx == 256
+    assert model.engine.past() == model.engine.n_ctx == 256
     assert model.telemetry.decode.tokens == 10
 
 
 def test_prompt_that_fills_the_context_exactly(model: flashmoe.Model) -> None:
     list(model.generate([66] * 256, sampling=GREEDY))
-    assert model.engine.n_past == 256
+    assert model.engine.past() == 256
     with pytest.raises(UsageError, match="257 tokens, the context 256"):
         list(model.generate([66] * 257))
 
@@ -216,7 +216,7 @@ def test_read_error_leaves_the_context_as_it_was(
             patch.setattr(DirectFile, "read_enclosing", fail)
             with pytest.raises(ReadError):
                 engine.decode([200])
-        assert engine.n_past == 3
+        assert engine.past() == 3
         engine.decode([68])
         assert np.array_equal(engine.logits(), expected)
 

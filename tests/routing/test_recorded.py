@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from flashmoe.cache.residency import make_residency
 from flashmoe.cli.trace import app
 from flashmoe.engines.base import Sampling
 from flashmoe.engines.llamacpp.library import Library
+from flashmoe.generation import Generation, Token
 from flashmoe.hub import DEMO, default_policy
 from flashmoe.routing.trace import PREFILL, RoutingTrace
 from flashmoe.storage.catalog import ExpertCatalog
@@ -105,17 +105,19 @@ def test_recording_goes_on_where_it_was_interrupted(
     assert record(tmp_path / "whole.safetensors").exit_code == 0
     whole = RoutingTrace.load(tmp_path / "whole.safetensors")
     output = tmp_path / "parts.safetensors"
-    decode, left = api.Model._decode, [2]
+    step = Generation.step
+    begun: list[Generation] = []
 
-    def interrupted(model: api.Model, limit: int) -> Iterator[int]:
-        left[0] -= 1
-        for number, token in enumerate(decode(model, limit)):
-            if left[0] == 0 and number == 3:
-                raise KeyboardInterrupt
-            yield token
+    def interrupted(generation: Generation) -> Token | None:
+        if generation not in begun:
+            begun.append(generation)
+        if len(begun) == 2 and len(generation.made) == 3:
+            raise KeyboardInterrupt
+        return step(generation)
 
-    monkeypatch.setattr(api.Model, "_decode", interrupted)  # in the middle of the second prompt
-    assert record(output).exit_code != 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Generation, "step", interrupted)  # in the middle of the second prompt
+        assert record(output).exit_code != 0
     assert RoutingTrace.load(output).n_sequences == 1  # an unfinished prompt is not kept
     result = record(output)
     assert result.exit_code == 0, result.output

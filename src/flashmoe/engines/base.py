@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -18,18 +21,32 @@ class Sampling:
     seed: int | None = None
 
 
-class Engine(Protocol):
-    """A loaded model that runs its experts through an ExpertCache."""
+class Sampler(Protocol):
+    """Chooses tokens; has random numbers of its own."""
 
-    n_ctx: int
-    n_ubatch: int
-
-    def tokenize(self, text: str, special: bool = False) -> list[int]:
-        """Token ids of `text` (a beginning-of-sequence token first, where the model has one)."""
+    def sample(self) -> int:
+        """Choose a token from the logits of the last evaluation."""
         ...
 
-    def piece(self, token: int) -> bytes:
-        """The bytes that `token` stands for."""
+    def close(self) -> None: ...
+
+
+class Engine(Protocol):
+    """A loaded model that runs its experts through an ExpertCache. Several sequences of tokens, one at a time."""
+
+    n_ctx: int  # tokens that a sequence can hold
+    n_ubatch: int
+    sequences: int
+
+    def tokenize(self, text: str, special: bool = False, begin: bool = True) -> list[int]:
+        """Token ids of `text`; with `begin` a beginning-of-sequence token first, where the model has one.
+
+        `special`: control tokens that are written out in the text are read as such.
+        """
+        ...
+
+    def piece(self, token: int, special: bool = False) -> bytes:
+        """The bytes that `token` stands for; for a control token none, or with `special` its name."""
         ...
 
     def is_end(self, token: int) -> bool:
@@ -40,20 +57,35 @@ class Engine(Protocol):
         """`messages` ({"role", "content"}) in the model's own chat template. Raises ModelError without one."""
         ...
 
-    def decode(self, tokens: Sequence[int]) -> None:
-        """Evaluate at most `n_ubatch` tokens after those there. Raises ReadError, and leaves the context as it was."""
+    def past(self, sequence: int = 0) -> int:
+        """Tokens in a sequence."""
         ...
 
-    def set_sampling(self, sampling: Sampling) -> None:
-        """Use `sampling` from here on; restarts its random numbers."""
+    def decode(self, tokens: Sequence[int], sequence: int = 0) -> None:
+        """Evaluate at most `n_ubatch` tokens after those of a sequence.
+
+        Raises ReadError, or what `interrupt` was given, and leaves the sequence as it was.
+        """
         ...
 
-    def sample(self) -> int:
-        """Choose a token from the last logits."""
+    def interrupt(self, error: BaseException) -> None:
+        """From another thread: end the evaluation under way, which takes its tokens back and raises `error`."""
+        ...
+
+    def live_logits(self) -> NDArray[np.float32]:
+        """Logits of the last evaluation, float32 [vocabulary], in the engine's memory: samplers see changes."""
+        ...
+
+    def sampler(self, sampling: Sampling) -> Sampler:
+        """A sampler; close it."""
+        ...
+
+    def rewind(self, n_past: int, sequence: int = 0) -> int:
+        """Forget a sequence's tokens from position `n_past` on, or more; returns how many it still has."""
         ...
 
     def clear(self) -> None:
-        """Forget all tokens."""
+        """Forget all tokens of all sequences."""
         ...
 
     def close(self) -> None:

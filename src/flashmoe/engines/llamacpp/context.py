@@ -1,24 +1,27 @@
-"""A llama_context: evaluates tokens, gives logits, samples."""
+"""A llama_context: evaluates tokens of one or several sequences and gives logits."""
 
 from __future__ import annotations
 
 import ctypes as C
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe.engines.base import Sampling
 from flashmoe.engines.llamacpp import abi
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.errors import ModelError
 
-_RANDOM_SEED = 0xFFFFFFFF  # llama.cpp's own mark for "choose one"
+_PADDING = 256  # llama.cpp rounds the cells of a KV cache up to a multiple of this
 
 
 class Context:
-    """One sequence of tokens over a loaded model. With `all_logits`, the logits of every token are kept."""
+    """Sequences of tokens over a loaded model, each with a KV cache of its own of `n_ctx` tokens.
+
+    One sequence is evaluated at a time, so that its logits are those it would have alone. With `all_logits`, the
+    logits of every token are kept.
+    """
 
     def __init__(
         self,
@@ -30,10 +33,14 @@ class Context:
         threads: int,
         callback: tuple[int, int] | None = None,
         all_logits: bool = False,
+        sequences: int = 1,
     ) -> None:
         self._lib, self.n_ubatch, self._all_logits = lib, n_ubatch, all_logits
         params = lib.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, n_ubatch, n_ubatch
+        if sequences > 1:
+            params.n_seq_max = sequences
+            params.n_ctx = sequences * -(-n_ctx // _PADDING) * _PADDING
         params.n_threads = params.n_threads_batch = threads
         params.n_outputs_max = n_ubatch if all_logits else 1  # sizes the output buffer: vocabulary x outputs
         params.no_perf = True
@@ -46,21 +53,21 @@ class Context:
             raise ModelError(
                 f"llama.cpp cannot make a context of {n_ctx} tokens ({reason}); try a smaller one (-c)"
             )
-        self.n_ctx = int(lib.llama_n_ctx(self._pointer))
+        self.n_ctx = int(lib.llama_n_ctx(self._pointer)) // sequences
         self._memory = lib.llama_get_memory(self._pointer)
         self._vocab = lib.llama_model_get_vocab(model)
         self.n_vocab = int(lib.llama_vocab_n_tokens(self._vocab))
         self._pool = None if lib.openmp else self._attach_threads(threads)
-        self._sampler: int | None = None
-        self.n_past = 0
-        one = (C.c_int32 * 1)(0)
-        self._keep: list[Any] = [one]
+        self._cuttable = lib.llama_model_n_swa(model) == 0  # a sliding window forgets what a cut would need
+        #: Tokens in each sequence.
+        self.past = [0] * sequences
+        self._sequence = (C.c_int32 * 1)(0)  # of the batch
         self._batch = abi.Batch(
             n_tokens=0,
             token=(C.c_int32 * n_ubatch)(),
             pos=(C.c_int32 * n_ubatch)(),
             n_seq_id=(C.c_int32 * n_ubatch)(*[1] * n_ubatch),
-            seq_id=(C.POINTER(C.c_int32) * n_ubatch)(*[C.cast(one, C.POINTER(C.c_int32))] * n_ubatch),
+            seq_id=(C.POINTER(C.c_int32) * n_ubatch)(*[C.cast(self._sequence, C.POINTER(C.c_int32))] * n_ubatch),
             logits=(C.c_int8 * n_ubatch)(),
         )
 
@@ -71,61 +78,48 @@ class Context:
         self._lib.llama_attach_threadpool(self._pointer, pool, pool)
         return pool
 
-    def decode(self, tokens: Sequence[int]) -> int:
-        """Evaluate up to n_ubatch tokens after those already there; the library's status, 0 is success.
+    @property
+    def pointer(self) -> int | None:
+        """The llama_context, for samplers."""
+        return self._pointer
 
-        `n_past` moves on in any case: after a failure call `rewind`.
+    def decode(self, tokens: Sequence[int], sequence: int = 0) -> int:
+        """Evaluate up to n_ubatch tokens after those already in a sequence; the library's status, 0 is success.
+
+        `past` moves on in any case: after a failure call `rewind`.
         """
-        n, batch = len(tokens), self._batch
+        n, batch, past = len(tokens), self._batch, self.past[sequence]
         batch.n_tokens = n
+        self._sequence[0] = sequence
         for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i] = token, self.n_past + i
+            batch.token[i], batch.pos[i] = token, past + i
             batch.logits[i] = int(self._all_logits or i == n - 1)
-        self.n_past += n
+        self.past[sequence] += n
         return int(self._lib.llama_decode(self._pointer, batch))
 
-    def rewind(self, n_past: int) -> None:
-        """Forget the tokens from position `n_past` on; all of them where the model's memory cannot be cut (Mamba)."""
-        if n_past and self._lib.llama_memory_seq_rm(self._memory, 0, n_past, -1):
-            self.n_past = n_past
-        else:
+    def rewind(self, n_past: int, sequence: int = 0) -> None:
+        """Forget a sequence's tokens from position `n_past` on; all where its memory cannot be cut (Mamba, windows)."""
+        n_past = min(n_past, self.past[sequence])
+        remove = partial(self._lib.llama_memory_seq_rm, self._memory, sequence)
+        if n_past and self._cuttable and remove(n_past, -1):
+            self.past[sequence] = n_past
+            return
+        if len(self.past) == 1:
             self._lib.llama_memory_clear(self._memory, True)
-            self.n_past = 0
+        else:
+            remove(-1, -1)
+        self.past[sequence] = 0
 
     def logits(self, index: int = -1) -> NDArray[np.float32]:
         """Logits of the last evaluation, float32 [vocabulary]: of its last token, or with all_logits of any."""
+        return self.live_logits(index).copy()
+
+    def live_logits(self, index: int = -1) -> NDArray[np.float32]:
+        """The same in the engine's own memory: until the next evaluation; samplers see what is written into it."""
         address = self._lib.llama_get_logits_ith(self._pointer, index)
-        return np.ctypeslib.as_array(address, (self.n_vocab,)).copy()
-
-    def set_sampling(self, sampling: Sampling) -> None:
-        """Build llama.cpp's sampler chain: top-k, top-p, min-p, temperature, then a seeded draw; or greedy."""
-        lib = self._lib
-        if self._sampler:
-            lib.llama_sampler_free(self._sampler)
-        self._sampler = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
-        if sampling.temperature <= 0:
-            links = [lib.llama_sampler_init_greedy()]
-        else:
-            links = [
-                lib.llama_sampler_init_top_k(sampling.top_k),
-                lib.llama_sampler_init_top_p(sampling.top_p, 1),
-                lib.llama_sampler_init_min_p(sampling.min_p, 1),
-                lib.llama_sampler_init_temp(sampling.temperature),
-                lib.llama_sampler_init_dist(
-                    _RANDOM_SEED if sampling.seed is None else sampling.seed & 0xFFFFFFFF
-                ),
-            ]
-        for link in links:
-            lib.llama_sampler_chain_add(self._sampler, link)
-
-    def sample(self) -> int:
-        """Choose a token from the last logits (and tell the sampler that it was chosen)."""
-        return int(self._lib.llama_sampler_sample(self._sampler, self._pointer, -1))
+        return np.ctypeslib.as_array(address, (self.n_vocab,))
 
     def close(self) -> None:
-        if self._sampler:
-            self._lib.llama_sampler_free(self._sampler)
-            self._sampler = None
         if self._pointer:
             self._lib.llama_free(self._pointer)
             self._pointer = None

@@ -15,6 +15,7 @@ from flashmoe.engines.llamacpp.context import Context
 from flashmoe.engines.llamacpp.hook import RouterHook
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.loader import LoadedModel
+from flashmoe.engines.llamacpp.sampler import Sampler
 from flashmoe.engines.llamacpp.template import render_chat
 from flashmoe.errors import FlashMoEError, ModelError
 from flashmoe.prefetch.scheduler import Prefetcher
@@ -33,6 +34,7 @@ class LlamaEngine:
         n_ubatch: int,
         threads: int,
         all_logits: bool = False,
+        sequences: int = 1,
     ) -> None:
         assert model.pointer
         self._lib, self._model = lib, model
@@ -46,8 +48,9 @@ class LlamaEngine:
             threads=threads,
             callback=(self._hook.function, self._hook.data),
             all_logits=all_logits,
+            sequences=sequences,
         )
-        self.n_ctx, self.n_ubatch = self._context.n_ctx, n_ubatch
+        self.n_ctx, self.n_ubatch, self.sequences = self._context.n_ctx, n_ubatch, sequences
         self._uninspected = {True, False}  # graphs of one token and of several
 
     def attach(self, pool: SlotPool, slots: Sequence[int], cache: ExpertCache) -> None:
@@ -67,13 +70,12 @@ class LlamaEngine:
         """Let `override` overwrite the ids, (layer, int32 [tokens, top_k]), before they are made resident."""
         self._hook.override = override
 
-    @property
-    def n_past(self) -> int:
-        """Tokens in the context."""
-        return self._context.n_past
+    def past(self, sequence: int = 0) -> int:
+        """Tokens in a sequence."""
+        return self._context.past[sequence]
 
-    def decode(self, tokens: Sequence[int]) -> None:
-        before = self._context.n_past
+    def decode(self, tokens: Sequence[int], sequence: int = 0) -> None:
+        before = self._context.past[sequence]
         if before + len(tokens) > self.n_ctx:
             raise FlashMoEError(
                 f"the context is full: {before + len(tokens)} tokens of {self.n_ctx}; use a larger one (-c)"
@@ -84,44 +86,49 @@ class LlamaEngine:
         if self._hook.prefetcher is not None:
             self._hook.prefetcher.begin_step(tokens)
         with self._hook.watch():
-            status = self._context.decode(tokens)
+            status = self._context.decode(tokens, sequence)
         if self._hook.error or status:
-            self._context.rewind(before)
+            self._context.rewind(before, sequence)
             raise self._hook.error or ModelError(
                 f"llama.cpp failed to evaluate {len(tokens)} tokens (status {status})"
             )
         self._uninspected.discard(single)
 
+    def interrupt(self, error: BaseException) -> None:
+        """From another thread: end the evaluation under way, which takes its tokens back and raises `error`."""
+        self._hook.error = self._hook.error or error
+
     def logits(self, index: int = -1) -> NDArray[np.float32]:
         """Logits of the last evaluation, float32 [vocabulary]."""
         return self._context.logits(index)
 
-    def set_sampling(self, sampling: Sampling) -> None:
-        self._context.set_sampling(sampling)
+    def live_logits(self) -> NDArray[np.float32]:
+        return self._context.live_logits()
 
-    def sample(self) -> int:
-        return self._context.sample()
+    def sampler(self, sampling: Sampling) -> Sampler:
+        return Sampler(self._lib, self._context, sampling)
 
-    def rewind(self, n_past: int) -> None:
-        """Forget the tokens from position `n_past` on."""
-        self._context.rewind(n_past)
+    def rewind(self, n_past: int, sequence: int = 0) -> int:
+        self._context.rewind(n_past, sequence)
+        return self._context.past[sequence]
 
     def clear(self) -> None:
-        self._context.rewind(0)
+        """Forget everything."""
+        for sequence in range(self.sequences):
+            self._context.rewind(0, sequence)
 
-    def tokenize(self, text: str, special: bool = False) -> list[int]:
+    def tokenize(self, text: str, special: bool = False, begin: bool = True) -> list[int]:
         data = text.encode()
         room = len(data) + 8
         tokens = (C.c_int32 * room)()
-        add_bos = True  # where the model wants one
-        n = self._lib.llama_tokenize(self._vocab, data, len(data), tokens, room, add_bos, special)
+        n = self._lib.llama_tokenize(self._vocab, data, len(data), tokens, room, begin, special)
         if n < 0:
             raise ModelError(f"llama.cpp cannot tokenize this text ({-n} tokens for {len(data)} bytes)")
         return list(tokens[:n])
 
-    def piece(self, token: int) -> bytes:
+    def piece(self, token: int, special: bool = False) -> bytes:
         buffer = C.create_string_buffer(512)
-        n = self._lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, False)
+        n = self._lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, special)
         return buffer.raw[: max(0, n)]
 
     def is_end(self, token: int) -> bool:

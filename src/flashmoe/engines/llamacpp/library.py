@@ -30,6 +30,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_model_free": (None, (ptr,)),
     "llama_model_get_vocab": (ptr, (ptr,)),
     "llama_model_n_ctx_train": (i32, (ptr,)),
+    "llama_model_n_swa": (i32, (ptr,)),
     "llama_model_has_encoder": (flag, (ptr,)),
     "llama_model_chat_template": (_text, (ptr, _text)),
     "llama_free": (None, (ptr,)),
