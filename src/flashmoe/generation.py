@@ -172,7 +172,8 @@ class Generation:
             self.finished = "stop"
             return None
         self.made.append(token)
-        if not all([rule.accept(token) for rule in self._rules]):  # every rule hears of every token
+        heard = [rule.accept(token) for rule in self._rules]
+        if not all(heard):
             self.finished = "stop"
         elif len(self.made) == self._limit:
             self.finished = "length"
@@ -195,6 +196,4 @@ def check_prompt(prompt: Sequence[int], n_ctx: int) -> None:
     if not prompt:
         raise UsageError("the prompt is empty")
     if len(prompt) > n_ctx:
-        raise UsageError(
-            f"the prompt has {len(prompt)} tokens, the context {n_ctx}: shorten it or raise -c"
-        )
+        raise UsageError(f"the prompt has {len(prompt)} tokens, the context {n_ctx}: shorten it or raise -c")

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 
 from flashmoe import __version__
-from flashmoe.cli import bench, run, simulate, trace, train
+from flashmoe.cli import bench, run, serve, simulate, trace, train
 from flashmoe.errors import FlashMoEError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command("run")(run.run)
+app.command("serve")(serve.serve)
 app.command("simulate")(simulate.simulate)
 app.add_typer(bench.app, name="bench")
 app.add_typer(trace.app, name="trace")

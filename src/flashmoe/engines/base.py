@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,7 @@ class Engine(Protocol):
 
     n_ctx: int  # tokens that a sequence can hold
     n_ubatch: int
+    n_vocab: int
     sequences: int
 
     def tokenize(self, text: str, special: bool = False, begin: bool = True) -> list[int]:
@@ -53,8 +54,17 @@ class Engine(Protocol):
         """Whether `token` ends the generation."""
         ...
 
-    def chat_prompt(self, messages: Sequence[dict[str, str]]) -> str:
-        """`messages` ({"role", "content"}) in the model's own chat template. Raises ModelError without one."""
+    def chat_prompt(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None = None,
+        answer: bool = True,
+    ) -> str:
+        """`messages` ({"role", "content", ...}) in the model's own chat template, up to where the answer begins.
+
+        tools: what the model may call, as in OpenAI's requests. answer: False to end with the last message.
+        Raises ModelError where there is no template, or it does not take these messages.
+        """
         ...
 
     def past(self, sequence: int = 0) -> int:

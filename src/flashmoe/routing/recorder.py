@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe.errors import TraceError
 from flashmoe.routing.trace import DECODE, RoutingTrace
+
+
+class RoutingObserver(Protocol):
+    """Sees what every layer routes, before the experts are made resident."""
+
+    def add(self, layer: int, ids: NDArray[Any], weights: NDArray[Any] | None = None) -> None:
+        """What layer 0..L-1 routed in this step: ids [n, k], weights [n, k] or None."""
+        ...
 
 
 class Recorder:

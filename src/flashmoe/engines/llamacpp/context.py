@@ -42,7 +42,8 @@ class Context:
             params.n_seq_max = sequences
             params.n_ctx = sequences * -(-n_ctx // _PADDING) * _PADDING
         params.n_threads = params.n_threads_batch = threads
-        params.n_outputs_max = n_ubatch if all_logits else 1  # sizes the output buffer: vocabulary x outputs
+        # sizes the output buffer, vocabulary x outputs; the library wants one for each sequence
+        params.n_outputs_max = max(n_ubatch if all_logits else 1, sequences)
         params.no_perf = True
         if callback:
             params.cb_eval, params.cb_eval_user_data = callback
@@ -67,7 +68,9 @@ class Context:
             token=(C.c_int32 * n_ubatch)(),
             pos=(C.c_int32 * n_ubatch)(),
             n_seq_id=(C.c_int32 * n_ubatch)(*[1] * n_ubatch),
-            seq_id=(C.POINTER(C.c_int32) * n_ubatch)(*[C.cast(self._sequence, C.POINTER(C.c_int32))] * n_ubatch),
+            seq_id=(C.POINTER(C.c_int32) * n_ubatch)(
+                *[C.cast(self._sequence, C.POINTER(C.c_int32))] * n_ubatch
+            ),
             logits=(C.c_int8 * n_ubatch)(),
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes as C
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from flashmoe.engines.llamacpp.sampler import Sampler
 from flashmoe.engines.llamacpp.template import render_chat
 from flashmoe.errors import FlashMoEError, ModelError
 from flashmoe.prefetch.scheduler import Prefetcher
-from flashmoe.routing.recorder import Recorder
+from flashmoe.routing.recorder import RoutingObserver
 
 
 class LlamaEngine:
@@ -40,6 +41,7 @@ class LlamaEngine:
         self._lib, self._model = lib, model
         self._hook = RouterHook(model, n_ubatch)
         self._vocab = lib.llama_model_get_vocab(model.pointer)
+        self.n_vocab = int(lib.llama_vocab_n_tokens(self._vocab))
         self._context = Context(
             lib,
             model.pointer,
@@ -58,7 +60,7 @@ class LlamaEngine:
         self._model.attach(pool, slots)
         self._hook.cache = cache
 
-    def record(self, recorder: Recorder) -> None:
+    def record(self, recorder: RoutingObserver | None) -> None:
         """Let `recorder` see every layer's routing from here on; whoever calls `decode` ends its steps."""
         self._hook.recorder = recorder
 
@@ -134,11 +136,23 @@ class LlamaEngine:
     def is_end(self, token: int) -> bool:
         return bool(self._lib.llama_vocab_is_eog(self._vocab, token))
 
-    def chat_prompt(self, messages: Sequence[dict[str, str]]) -> str:
+    def chat_prompt(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None = None,
+        answer: bool = True,
+    ) -> str:
         template = self._lib.llama_model_chat_template(self._model.pointer, None)
         if not template:
             raise ModelError("this model has no chat template: use it without --chat, with a plain prompt")
-        return render_chat(template.decode(), messages, bos=self._text(True), eos=self._text(False))
+        return render_chat(
+            template.decode(),
+            messages,
+            tools=tools,
+            answer=answer,
+            bos=self._text(True),
+            eos=self._text(False),
+        )
 
     def _text(self, bos: bool) -> str:
         token = (self._lib.llama_vocab_bos if bos else self._lib.llama_vocab_eos)(self._vocab)

@@ -26,7 +26,7 @@ from flashmoe.engines.llamacpp.routers import read_router
 from flashmoe.errors import FlashMoEError, ModelError
 from flashmoe.prefetch.gate import Router
 from flashmoe.prefetch.scheduler import Prefetcher
-from flashmoe.routing.recorder import Recorder
+from flashmoe.routing.recorder import RoutingObserver
 
 
 class RouterHook:
@@ -52,7 +52,7 @@ class RouterHook:
             late=C.addressof(self._late),
         )
         self.cache: ExpertCache | None = None
-        self.recorder: Recorder | None = None
+        self.recorder: RoutingObserver | None = None
         self.prefetcher: Prefetcher | None = None
         self._met: dict[int, Router | None] = {}
         self._routers: list[Router] = []  # of all layers, once a graph of one token was inspected
@@ -135,9 +135,10 @@ class RouterHook:
         ids = self._ids[: tokens * top_k]
         if self.override is not None:
             self.override(layer, ids.reshape(tokens, top_k))
-        if self.recorder is not None:
+        recorder = self.recorder  # another thread may take it away
+        if recorder is not None:
             weights = np.ctypeslib.as_array((C.c_float * len(ids)).from_address(control.weights))
-            self.recorder.add(layer, ids.reshape(tokens, top_k), weights.reshape(tokens, top_k))
+            recorder.add(layer, ids.reshape(tokens, top_k), weights.reshape(tokens, top_k))
         if self.cache.pending:
             raise ModelError(
                 f"the last product of layer {layer - 1} did not wait for its reads; please report it"

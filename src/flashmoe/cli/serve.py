@@ -1,0 +1,101 @@
+"""`flashmoe serve`: an OpenAI-compatible server over one model."""
+
+from __future__ import annotations
+
+import os
+from contextlib import nullcontext
+from typing import Annotated
+
+import typer
+
+from flashmoe.cli.progress import LoadProgress, stderr_console
+from flashmoe.errors import UsageError
+
+KEY_VARIABLE = "FLASHMOE_API_KEY"
+
+
+def serve(
+    model: Annotated[
+        str, typer.Argument(help="A GGUF file (or the first of a split set), hf:ORG/REPO[:FILE], or demo.")
+    ],
+    ram: Annotated[str | None, typer.Option("--ram", help="Memory for the whole process, e.g. 6GiB.")] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option("--cache", help="Size of the expert pool instead: 25%, 2GiB or a number of slots."),
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="Port; 0 takes a free one.", min=0, max=65535)] = 8080,
+    api_key: Annotated[
+        str | None, typer.Option("--api-key", help=f"Key that clients must send (better: in {KEY_VARIABLE}).")
+    ] = None,
+    parallel: Annotated[
+        int,
+        typer.Option(
+            "--parallel", help="Requests that take turns; each has a context of its own.", min=1, max=64
+        ),
+    ] = 2,
+    cors: Annotated[
+        list[str] | None,
+        typer.Option("--cors", help="Origin whose pages may ask, e.g. http://localhost:3000."),
+    ] = None,
+    policy: Annotated[
+        str | None, typer.Option("--policy", help="Eviction policy: NAME or NAME:FILE.")
+    ] = None,
+    prefetch: Annotated[
+        str, typer.Option("--prefetch", help="Predictor of the next experts: NAME, NAME:FILE, auto or none.")
+    ] = "auto",
+    ctx_size: Annotated[
+        int | None, typer.Option("-c", "--ctx-size", help="Context of a request, in tokens.")
+    ] = None,
+    ubatch: Annotated[
+        int, typer.Option("-ub", "--ubatch-size", help="Prompt tokens evaluated at once.")
+    ] = 512,
+    threads: Annotated[int | None, typer.Option("-t", "--threads", help="Compute threads.")] = None,
+) -> None:
+    """Serve a model to OpenAI's clients."""
+    try:
+        import fastapi  # noqa: F401
+        import llguidance  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise UsageError(f"the server needs {error.name}: pip install 'flashmoe-ssd[serve]'") from None
+    from flashmoe.api import load
+    from flashmoe.server.security import is_loopback
+    from flashmoe.server.serve import listen
+    from flashmoe.server.serve import serve as run_server
+
+    console = stderr_console(False)
+    key = api_key or os.environ.get(KEY_VARIABLE) or None
+    with listen(host, port) as sock:
+        with LoadProgress(console) if console.is_terminal else nullcontext() as progress:
+            loaded = load(
+                model,
+                ram=ram,
+                cache=cache,
+                policy=policy,
+                prefetch=prefetch,
+                n_ctx=ctx_size,
+                n_ubatch=ubatch,
+                threads=threads,
+                sequences=parallel,
+                progress=progress.update if progress else None,
+            )
+            if progress:
+                progress.stop()
+        with loaded:
+            name = loaded.catalog.gguf.files[0].stem
+            address, real_port = sock.getsockname()[:2]
+            shown = f"[{address}]" if ":" in address else address
+
+            def started() -> None:
+                if not key and not is_loopback(host):
+                    console.print(
+                        f"warning: {host} can be reached from other machines, and no key is set (--api-key)",
+                        style="bold yellow",
+                    )
+                console.print(f"serving {name} on http://{shown}:{real_port}/v1", highlight=False)
+
+            run_server(loaded, sock, name=name, host=host, api_key=key, cors=cors or [], started=started)
+            for line in loaded.report().lines():
+                console.print(line, style="dim", highlight=False)

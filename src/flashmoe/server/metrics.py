@@ -1,0 +1,113 @@
+"""/metrics for Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from flashmoe.budget import status_bytes
+from flashmoe.server.scheduler import Job, Scheduler
+
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+
+
+class _ModelCollector(Collector):
+    """Reads the model's own counters when it is asked."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+
+    def collect(self) -> Iterable[Metric]:
+        model, stats = self._scheduler.model, self._scheduler.model.cache.stats
+        phases = {"prefill": model.telemetry.prefill, "decode": model.telemetry.decode}
+
+        def by_phase(name: str, text: str, values: dict[str, float]) -> Metric:
+            family = CounterMetricFamily(f"flashmoe_{name}", text, labels=["phase"])
+            for phase, value in values.items():
+                family.add_metric([phase], value)
+            return family
+
+        yield by_phase("tokens", "Tokens evaluated.", {p: v.tokens for p, v in phases.items()})
+        yield by_phase(
+            "evaluation_seconds",
+            "Seconds spent evaluating, reads included.",
+            {p: v.seconds for p, v in phases.items()},
+        )
+        for name, text, attribute in (
+            ("expert_hits", "Expert requests that found the expert resident.", "hits"),
+            ("expert_late_hits", "Expert requests whose prefetch was under way.", "late_hits"),
+            ("expert_misses", "Expert requests that had to read.", "misses"),
+            ("expert_prefetch_hits", "Hits through a prefetch that was complete.", "prefetch_hits"),
+            ("stall_seconds", "Seconds that the engine waited for reads.", "stall_seconds"),
+            ("overhead_seconds", "Seconds of Python in the engine's way, reads aside.", "overhead_seconds"),
+        ):
+            yield by_phase(name, text, {p: getattr(s, attribute) for p, s in stats.items()})
+        read = CounterMetricFamily(
+            "flashmoe_read_bytes", "Expert bytes read from the drive.", labels=["phase", "for"]
+        )
+        for phase, s in stats.items():
+            for what, value in (
+                ("miss", s.bytes),
+                ("prefetch", s.prefetch_bytes),
+                ("wasted_prefetch", s.wasted_bytes),
+            ):
+                read.add_metric([phase, what], value)
+        yield read
+        residency = model.cache.policy.residency
+        for name, text, gauge in (
+            ("pool_slots", "Slots of the expert pool.", residency.n_slots),
+            ("pool_slots_used", "Slots that hold an expert.", int(residency.used.sum())),
+            ("experts", "Experts of the model, all layers.", model.catalog.total_experts),
+            ("requests_running", "Requests that take turns.", self._scheduler.running),
+            ("requests_waiting", "Requests in the queue.", self._scheduler.waiting),
+            ("memory_budget_bytes", "The memory budget; 0 without one.", model.budget_bytes),
+            ("memory_resident_bytes", "Memory of the process.", status_bytes("VmRSS")),
+            ("memory_peak_bytes", "The most that the process has taken.", status_bytes("VmHWM")),
+        ):
+            yield GaugeMetricFamily(f"flashmoe_{name}", text, gauge)
+
+
+class Metrics:
+    """Collects figures of requests as they end, and the model's when asked."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_ModelCollector(scheduler))
+        self._requests = Counter(
+            "flashmoe_requests", "Requests that ended, by how.", ["outcome"], registry=self._registry
+        )
+        for outcome in ("stop", "length", "cancelled", "failed"):
+            self._requests.labels(outcome)
+        self._prompt = Counter("flashmoe_prompt_tokens", "Tokens of prompts.", registry=self._registry)
+        self._reused = Counter(
+            "flashmoe_reused_tokens", "Tokens of prompts that were in the KV cache.", registry=self._registry
+        )
+        self._made = Counter("flashmoe_generated_tokens", "Tokens made.", registry=self._registry)
+        self._queue = self._histogram("queue_seconds", "From a request to its first turn.")
+        self._first = self._histogram("first_token_seconds", "From a request to its first token.")
+        self._per_token = self._histogram("seconds_per_token", "Of a request, between its tokens.")
+        scheduler.on_end = self._observe
+
+    def _histogram(self, name: str, text: str) -> Histogram:
+        return Histogram(f"flashmoe_{name}", text, buckets=_SECONDS, registry=self._registry)
+
+    def _observe(self, job: Job) -> None:
+        self._requests.labels(job.outcome).inc()
+        if job.started:
+            self._prompt.inc(len(job.prompt))
+            self._reused.inc(job.reused)
+            self._made.inc(job.made)
+            self._queue.observe(job.started - job.submitted)
+        if job.first_token:
+            self._first.observe(job.first_token - job.submitted)
+        if job.made > 1:
+            self._per_token.observe((job.ended - job.first_token) / (job.made - 1))
+
+    def text(self) -> bytes:
+        """All figures in Prometheus's text format."""
+        return generate_latest(self._registry)
