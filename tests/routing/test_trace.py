@@ -210,4 +210,4 @@ def test_bad_traces(tmp_path: Path) -> None:
         with pytest.raises(TraceError, match=message):
             read(tmp_path / "e.jsonl")
     with pytest.raises(TraceError, match="cannot write"):
-        trace.save(tmp_path / "no" / "where.safetensors")
+        trace.save(path / "where.safetensors")
