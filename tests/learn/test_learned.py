@@ -47,7 +47,7 @@ def untrained(kind: str, layers: int, experts: int, k: int, r: int = 96, h: int 
         "M": m, "horizon_weights": [1] * j,
     }  # fmt: skip
     features = paper.FEATURES if kind == "flashmoe" else plus.FEATURES
-    return PolicyFile(kind, arrays, layers, experts, k, features, constants, {"name": "made up"})
+    return PolicyFile(kind, arrays, layers, experts, k, features, constants=constants, model={"name": "made up"})
 
 
 def policy_of(file: PolicyFile) -> EvictionPolicy:
@@ -125,7 +125,7 @@ def test_numba_computes_what_torch_trained(kind: str) -> None:
     }  # fmt: skip
     arrays = {name: value.astype(np.float32) for name, value in net.export().items()}
     features = paper.FEATURES if kind == "flashmoe" else plus.FEATURES
-    file = PolicyFile(kind, arrays, 3, 16, 2, features, constants)
+    file = PolicyFile(kind, arrays, 3, 16, 2, features, constants=constants)
     batch = Samples(trace, None if kind == "flashmoe" else networks.DECAYS).batch([0])
     with torch.no_grad():
         if kind == "flashmoe":

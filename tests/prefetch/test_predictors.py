@@ -55,7 +55,7 @@ def untrained(layers: int = LAYERS, experts: int = EXPERTS, k: int = K, seed: in
         name: rng.normal(0, 0.5, s).astype(np.float16) for name, s in shapes.items()
     }
     constants = {"R": r, "H": h, "V": v, "decays": [0.5, 0.9], "ahead": list(PROMOE_AHEAD)}
-    return PredictorFile("promoe", arrays, layers, experts, k, constants, {"name": "made up"})
+    return PredictorFile("promoe", arrays, layers, experts, k, constants=constants, model={"name": "made up"})
 
 
 def make(name: str, layers: int = LAYERS, experts: int = EXPERTS, k: int = K) -> Predictor:

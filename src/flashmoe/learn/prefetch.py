@@ -62,10 +62,10 @@ def train(
         trace.n_layers,
         trace.num_experts,
         trace.top_k,
-        constants,
-        dict(trace.model),
-        trained_on,
-        report,
+        constants=constants,
+        model=dict(trace.model),
+        trained_on=trained_on,
+        report=report,
     )
     if rest is not trace:
         trained.report["held_out"] = found(trained, rest)

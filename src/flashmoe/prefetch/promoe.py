@@ -152,7 +152,7 @@ class ProMoE(Predictor):
             "token": (v, r), "embed": (n, e, r), "w1": (c, n, i, h), "b1": (c, n, h), "w2": (c, n, h, e),
             "b2": (c, n, e),
         }  # fmt: skip
-        self.weights = {name: trained.array(name, shape, np.float32) for name, shape in shapes.items()}
+        self.weights = {name: trained.array(name, *shape) for name, shape in shapes.items()}
         self._batch = MicroBatch(0, 0)
 
     def check_model(self, model: Mapping[str, Any]) -> None:
