@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from flashmoe.prefetch.base import Int32
+from flashmoe.prefetch.base import Int32, Predictor
 
 
 class MicroBatch:
@@ -43,3 +43,32 @@ class MicroBatch:
         self._layers, self._tokens = [], np.zeros(0, np.int32)
         keep = slice(max(0, n - last), None) if last is not None else slice(None)
         return np.ascontiguousarray(text[keep]), np.ascontiguousarray(tokens[keep])
+
+
+class TextPredictor(Predictor):
+    """A predictor that follows text token by token: a micro-batch reaches it when its last layer has come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._batch = MicroBatch(0, 0)
+
+    def follow(self, batch: MicroBatch) -> None:
+        """Observe the tokens of a micro-batch."""
+        raise NotImplementedError
+
+    def bind(self, n_layers: int, n_experts: int, top_k: int) -> None:
+        """See Predictor."""
+        super().bind(n_layers, n_experts, top_k)
+        self._batch = MicroBatch(n_layers, top_k)
+
+    def observe_many(self, layer: int, ids: Int32, tokens: Int32) -> None:
+        """See Predictor."""
+        if self._batch.begins_with(layer):
+            self._settle()
+        if self._batch.add(layer, ids, tokens):
+            self._settle()
+
+    def _settle(self) -> None:
+        """Follow the micro-batch under way, whole or in part; to be called before the state is used otherwise."""
+        if self._batch:
+            self.follow(self._batch)

@@ -21,8 +21,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from flashmoe.prefetch.base import Float32, Int32, Predictor, PredictorError
-from flashmoe.prefetch.batch import MicroBatch
+from flashmoe.prefetch.base import Float32, Int32, PredictorError
+from flashmoe.prefetch.batch import MicroBatch, TextPredictor
 from flashmoe.prefetch.files import PredictorFile
 
 #: Layers between the one whose state is read and the target; 0: the token alone.
@@ -121,7 +121,7 @@ def watch_text(st, ids, tokens):
             watch(st, layer, ids[t, layer])
 
 
-class ProMoE(Predictor):
+class ProMoE(TextPredictor):
     """A trained network per layer and distance, from a file of `flashmoe train prefetch --kind promoe`."""
 
     name: ClassVar[str] = "promoe"
@@ -153,7 +153,6 @@ class ProMoE(Predictor):
             "b2": (c, n, e),
         }  # fmt: skip
         self.weights = {name: trained.array(name, *shape) for name, shape in shapes.items()}
-        self._batch = MicroBatch(0, 0)
 
     def check_model(self, model: Mapping[str, Any]) -> None:
         """See Predictor."""
@@ -162,7 +161,6 @@ class ProMoE(Predictor):
     def make_state(self, n_layers: int, n_experts: int, top_k: int) -> ProMoEState:
         """See Predictor."""
         self.trained.check_shape(n_layers, n_experts, top_k)
-        self._batch = MicroBatch(n_layers, top_k)
         r = self.weights["embed"].shape[2]
         state = ProMoEState(
             stream=np.zeros((n_layers + 1, r), np.float32),
@@ -193,16 +191,9 @@ class ProMoE(Predictor):
         """See Predictor."""
         watch(self._state, layer, ids)
 
-    def observe_many(self, layer: int, ids: Int32, tokens: Int32) -> None:
-        """See Predictor."""
-        if self._batch.begins_with(layer):
-            self._settle()
-        if self._batch.add(layer, ids, tokens):
-            self._settle()
-
-    def _settle(self) -> None:
-        if self._batch:
-            watch_text(self._state, *self._batch.take(RECENT))
+    def follow(self, batch: MicroBatch) -> None:
+        """See TextPredictor."""
+        watch_text(self._state, *batch.take(RECENT))
 
     def predict(self, layer: int, target: int, out: Float32) -> None:
         """See Predictor."""

@@ -31,8 +31,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from flashmoe.prefetch.base import Float32, Int32, Predictor, PredictorError
-from flashmoe.prefetch.batch import MicroBatch
+from flashmoe.prefetch.base import Float32, Int32, PredictorError
+from flashmoe.prefetch.batch import MicroBatch, TextPredictor
 from flashmoe.prefetch.files import PredictorFile
 
 #: Classes: layers between the last one observed and the target; 0 stands for the token alone.
@@ -297,7 +297,7 @@ def cold(n_layers: int, n_experts: int, top_k: int, rows: int) -> TableState:
     return state
 
 
-class Table(Predictor):
+class Table(TextPredictor):
     """Learns online. file: a start from `flashmoe train prefetch --kind table`; memory: most bytes of the token
     table (rows of L * E bytes, taken as tokens come)."""
 
@@ -313,7 +313,6 @@ class Table(Predictor):
         super().__init__()
         self.trained = PredictorFile.load(file, self.name) if file is not None else trained
         self.memory = memory
-        self._batch = MicroBatch(0, 0)
 
     def check_model(self, model: Mapping[str, Any]) -> None:
         """See Predictor."""
@@ -322,7 +321,6 @@ class Table(Predictor):
 
     def make_state(self, n_layers: int, n_experts: int, top_k: int) -> TableState:
         """See Predictor."""
-        self._batch = MicroBatch(n_layers, top_k)
         rows = min(max(self.memory // (n_layers * n_experts), 2 * PROBES), 1 << 17)
         compiled = cold(1, 1, 1, 2 * PROBES)  # so that the first token does not wait for the compiler
         watch_text(compiled, np.zeros((1, 1, 1), np.int32), np.zeros(1, np.int32), np.ones(1, np.uint8), 0)
@@ -343,27 +341,18 @@ class Table(Predictor):
 
     def begin_step(self, token: int) -> None:
         """See Predictor."""
-        if self._batch:
-            self._settle()
+        self._settle()
         begin(self._state, token)
 
     def observe(self, layer: int, ids: Int32) -> None:
         """See Predictor."""
         watch(self._state, layer, ids, True)
 
-    def observe_many(self, layer: int, ids: Int32, tokens: Int32) -> None:
-        """See Predictor. The micro-batch is learned from when its last layer has come: its last PROMPT tokens as
-        single ones are, of those before only the counts are kept, which takes a tenth of the time."""
-        if self._batch.begins_with(layer):
-            self._settle()
-        if self._batch.add(layer, ids, tokens):
-            self._settle()
-
-    def _settle(self) -> None:
-        """Learn from the micro-batch that has been observed, whole or in part."""
-        if self._batch:
-            ids, tokens = self._batch.take()
-            watch_text(self._state, ids, tokens, np.zeros(len(ids), np.uint8), len(ids) - PROMPT)
+    def follow(self, batch: MicroBatch) -> None:
+        """See TextPredictor. The last PROMPT tokens are learned from as single ones are, of those before only the
+        counts are kept, which takes a tenth of the time."""
+        ids, tokens = batch.take()
+        watch_text(self._state, ids, tokens, np.zeros(len(ids), np.uint8), len(ids) - PROMPT)
 
     def predict(self, layer: int, target: int, out: Float32) -> None:
         """See Predictor."""
