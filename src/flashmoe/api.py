@@ -90,6 +90,7 @@ def load(
     evict = create(policy or default_policy(model))
     predictors = create_predictors(prefetch)
     catalog = ExpertCatalog.from_gguf(read_gguf(resolve(model)))
+    evict.check_model(catalog.identity)
     trained = catalog.gguf.arch_int("context_length", DEFAULT_CONTEXT)
     context = min(trained, DEFAULT_CONTEXT) if n_ctx is None else n_ctx
     if context > trained:

@@ -4,6 +4,7 @@ checked."""
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
+from flashmoe.api import load
 from flashmoe.cache.policies import create
 from flashmoe.cache.policies import flashmoe as paper
 from flashmoe.cache.policies import flashmoe_plus as plus
@@ -24,7 +26,10 @@ from flashmoe.cache.residency import equal_quota, make_residency
 from flashmoe.errors import FlashMoEError, PolicyError, TraceError, UsageError
 from flashmoe.learn.samples import SEGMENT, Samples
 from flashmoe.routing.trace import RoutingTrace
-from flashmoe.simulate.replay import replay
+from flashmoe.simulate.replay import replay, simulate
+from flashmoe.storage.catalog import ExpertCatalog
+from flashmoe.storage.gguf import read_gguf
+from tests.conftest import Tiny
 from tests.simulate.traces import made_up
 
 
@@ -47,7 +52,9 @@ def untrained(kind: str, layers: int, experts: int, k: int, r: int = 96, h: int 
         "M": m, "horizon_weights": [1] * j,
     }  # fmt: skip
     features = paper.FEATURES if kind == "flashmoe" else plus.FEATURES
-    return PolicyFile(kind, arrays, layers, experts, k, features, constants=constants, model={"name": "made up"})
+    return PolicyFile(
+        kind, arrays, layers, experts, k, features, constants=constants, model={"name": "made up"}
+    )
 
 
 def policy_of(file: PolicyFile) -> EvictionPolicy:
@@ -249,6 +256,17 @@ def test_bad_policy_files(tmp_path: Path) -> None:
         Flashmoe(trained=named).check_model({"name": "B", "tensors_sha256": "2"})
     named.save(path)
     assert set(load_file(path)) == set(file.arrays)
+
+
+def test_a_policy_of_another_training(tmp_path: Path, tiny: Tiny) -> None:
+    path, model = tmp_path / "p.safetensors", tiny("olmoe")
+    identity = ExpertCatalog.from_gguf(read_gguf(model)).identity
+    replace(untrained("flashmoe", 4, 16, 4), model={**identity, "router_sha256": "of another"}).save(path)
+    with pytest.raises(PolicyError, match="trained for another version of"):
+        load(model, policy=f"flashmoe:{path}")
+    trace = replace(made_up(300, 4, 16, 4), model=identity)
+    with pytest.raises(PolicyError, match="trained for another version of"):
+        simulate(trace, [f"flashmoe:{path}"])
 
 
 def test_bad_training() -> None:

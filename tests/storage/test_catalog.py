@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flashmoe.errors import ModelError
-from flashmoe.storage.catalog import ExpertCatalog
+from flashmoe.storage.catalog import ExpertCatalog, same_model
 from flashmoe.storage.gguf import GGUF, read_gguf
 from tests.conftest import Tiny
 from tests.models import ARCHITECTURES, dense, split
@@ -93,6 +93,38 @@ def test_identity_tells_models_apart(tiny: Tiny, tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(tiny("olmoe").read_bytes())
     assert catalog_of(split(path, 3)[0]).identity == identity  # the same model in parts
+    flip_router(path)
+    later = catalog_of(path).identity  # the same tensors, trained further
+    assert {name for name in later if later[name] != identity[name]} == {"router_sha256"}
+    assert not same_model(identity, later)
+
+
+def flip_router(path: Path) -> None:
+    router = read_gguf(path).tensors["blk.0.ffn_gate_inp.weight"]
+    with open(path, "r+b") as file:
+        file.seek(router.offset + router.nbytes - 1)
+        last = file.read(1)[0]
+        file.seek(router.offset + router.nbytes - 1)
+        file.write(bytes([last ^ 1]))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ({}, {"architecture": "a", "tensors_sha256": "1", "router_sha256": "r"}, True),
+        ({"architecture": "a"}, {"architecture": "b"}, False),
+        ({"tensors_sha256": "1"}, {"tensors_sha256": "2"}, False),
+        (
+            {"tensors_sha256": "1"},
+            {"tensors_sha256": "1", "router_sha256": "r"},
+            True,
+        ),  # before routers were known
+        ({"tensors_sha256": "1", "router_sha256": "r"}, {"tensors_sha256": "1", "router_sha256": "s"}, False),
+        ({"tensors_sha256": "1", "router_sha256": "r"}, {"tensors_sha256": "2", "router_sha256": "r"}, True),
+    ],
+)
+def test_same_model(one: dict[str, str], other: dict[str, str], same: bool) -> None:
+    assert same_model(one, other) is same_model(other, one) is same
 
 
 def test_dense_model(tmp_path: Path) -> None:

@@ -119,6 +119,8 @@ def simulate(
     total = trace.n_layers * trace.num_experts
     sizes = list(slots) if slots is not None else parse_capacities("12.5%,25%,50%", total)
     made = {spec: create(spec) for spec in dict.fromkeys([*policies, "lru", "belady"])}
+    for policy in made.values():
+        policy.check_model(trace.model)
     rows = []
     for size in sizes:
         results: dict[str, tuple[Replay, float]] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -90,11 +90,12 @@ class ExpertCatalog:
 
     @cached_property
     def identity(self) -> dict[str, str]:
-        """What tells this model from another, for traces and trained policies."""
+        """What tells this model from another, for traces and trained files: see `same_model`. Reads the router of
+        the first MoE layer (512 KiB in OLMoE). Raises ModelError where that fails."""
         names = hashlib.sha256(
             "\n".join(f"{t.name} {t.type} {t.shape}" for t in self.gguf.tensors.values()).encode()
         ).hexdigest()
-        return {
+        known = {
             "architecture": self.gguf.architecture,
             "name": str(self.gguf.metadata.get("general.name", self.gguf.files[0].stem)),
             "layers": str(len(self.layers)),
@@ -102,6 +103,10 @@ class ExpertCatalog:
             "top_k": str(self.top_k),
             "tensors_sha256": names,
         }
+        router = self.gguf.tensors.get(f"blk.{self.layers[0].block}.ffn_gate_inp.weight")
+        if router is not None:
+            known["router_sha256"] = _content_hash(router)
+        return known
 
     def only(self, tensors: Container[str]) -> ExpertCatalog:
         """The layers whose planes are in `tensors`: engines skip blocks that they do not run (token prediction)."""
@@ -134,6 +139,30 @@ class ExpertCatalog:
                 f"expert_used_count {top_k}"
             )
         return cls(gguf, layers, top_k)
+
+
+def same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two identities can be of one model; what either lacks (it came from another program, or an earlier
+    version) is not compared.
+
+    Where both have a router's hash, that decides: training changes a router, and quantisation leaves it as it is
+    (llama.cpp keeps routers in F32). Else all tensors' names, types and shapes do.
+    """
+
+    def both(key: str) -> bool:
+        return bool(one.get(key) and other.get(key))
+
+    telling = "router_sha256" if both("router_sha256") else "tensors_sha256"
+    return all(one[key] == other[key] for key in ("architecture", telling) if both(key))
+
+
+def _content_hash(tensor: TensorInfo) -> str:
+    try:
+        with open(tensor.file, "rb") as file:
+            file.seek(tensor.offset)
+            return hashlib.sha256(file.read(tensor.nbytes)).hexdigest()
+    except OSError as error:
+        raise ModelError(f"{tensor.file}: cannot be read ({error.strerror})") from None
 
 
 def _largest(gguf: GGUF, key: str) -> Any:

@@ -17,6 +17,7 @@ from safetensors.numpy import save
 
 from flashmoe.errors import FlashMoEError
 from flashmoe.storage.arrays import read_safetensors
+from flashmoe.storage.catalog import same_model
 from flashmoe.storage.files import write_atomically
 
 if TYPE_CHECKING:
@@ -102,11 +103,10 @@ class TrainedFile:
         return np.ascontiguousarray(value, np.float32)
 
     def check_model(self, model: Mapping[str, Any]) -> None:
-        """Raise `error` where both models are known by their tensors or architecture and differ."""
-        own, other = self.model.get("tensors_sha256"), model.get("tensors_sha256")
-        names = self.model.get("architecture"), model.get("architecture")
-        if (own and other and own != other) or (all(names) and names[0] != names[1]):
+        """Raise `error` where this is for another model than the identity `model` says; see `same_model`."""
+        if not same_model(self.model, model):
+            own, other = self.model.get("name", "another model"), model.get("name", "this model")
+            which = f"{own}, not for {other}" if own != other else f"another version of {own}"
             raise self.error(
-                f"the {self.noun} was trained for {self.model.get('name', 'another model')}, not for "
-                f"{model.get('name', 'this model')}: train one with `{self.command}`, or use {self.instead}"
+                f"the {self.noun} was trained for {which}: train one with `{self.command}`, or use {self.instead}"
             )
