@@ -210,5 +210,7 @@ def test_command(tmp_path: Path) -> None:
     keys = {"policy", "partition", "capacity", "requests", "hits", "hit_rate", "gap_closed", "seconds"}
     assert [set(row) for row in rows] == [keys] * 4
     assert figure.stat().st_size > 1000
+    failed = CliRunner().invoke(app, [str(trace), "--policy", "lru", "--json", str(trace / "below.json")])
+    assert isinstance(failed.exception, FlashMoEError)
     failed = CliRunner().invoke(app, [str(trace), "--disk", "1GB"])
     assert isinstance(failed.exception, UsageError)

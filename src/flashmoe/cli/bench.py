@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,8 +24,8 @@ from typer.core import TyperGroup
 
 from flashmoe.bench.spec import NO_OPPONENT, Plan, cache_sizes, ram_sizes, split_list
 from flashmoe.cli.progress import stderr_console
-from flashmoe.errors import FlashMoEError, UsageError
-from flashmoe.storage.files import write_atomically
+from flashmoe.cli.report import write_json
+from flashmoe.errors import UsageError
 from flashmoe.units import format_bytes
 
 _RUN = "run"
@@ -136,7 +135,7 @@ def run(
         report = runner.run(plan, bar.update)
     _print(report, Console())
     if json_file:
-        _write(json_file, json.dumps(report, indent=1).encode())
+        write_json(json_file, report)
     if plot_file:
         draw(report, plot_file)
 
@@ -171,13 +170,6 @@ def make(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     console.print(f"{path}: {format_bytes(nbytes)} of random weights, no language model", highlight=False)
-
-
-def _write(path: Path, data: bytes) -> None:
-    try:
-        write_atomically(path, data)
-    except OSError as error:
-        raise FlashMoEError(f"{path}: the report cannot be written ({error.strerror})") from None
 
 
 class _Bar:

@@ -18,9 +18,9 @@ def show(console: Console, report: Report) -> None:
         console.print(line, style="dim", highlight=False)
 
 
-def write(path: Path, report: Report) -> None:
-    """Write the report as JSON. Raises FlashMoEError where that is not possible."""
+def write_json(path: Path, report: object) -> None:
+    """Write a report, of a run or of another command. Raises FlashMoEError where that is not possible."""
     try:
-        write_atomically(path, json.dumps(report.as_dict(), indent=1).encode())
+        write_atomically(path, json.dumps(report, indent=1).encode() + b"\n")
     except OSError as error:
         raise FlashMoEError(f"{path}: the report cannot be written ({error.strerror})") from None

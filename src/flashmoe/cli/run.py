@@ -11,7 +11,7 @@ import typer
 
 from flashmoe.cli import options
 from flashmoe.cli.progress import LoadProgress, stderr_console
-from flashmoe.cli.report import show, write
+from flashmoe.cli.report import show, write_json
 from flashmoe.engines.base import Sampling
 from flashmoe.errors import UsageError
 
@@ -82,7 +82,7 @@ def run(
     if trace and loaded.recorder is not None:
         loaded.recorder.save(trace)
     if json_file:
-        write(json_file, report)
+        write_json(json_file, report.as_dict())
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:

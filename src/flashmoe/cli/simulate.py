@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -11,9 +10,9 @@ import typer
 from rich.console import Console
 
 from flashmoe.cli.progress import stderr_console
+from flashmoe.cli.report import write_json
 from flashmoe.errors import UsageError
 from flashmoe.routing.trace import RoutingTrace
-from flashmoe.storage.files import write_atomically
 from flashmoe.units import parse_bytes
 
 
@@ -87,7 +86,7 @@ def simulate(
     if not quiet:
         Console().print(report.table(rows, recorded, machine))
     if json_file:
-        write_atomically(json_file, json.dumps([row.as_dict() for row in rows], indent=1).encode() + b"\n")
+        write_json(json_file, [row.as_dict() for row in rows])
     if plot:
         report.plot(rows, plot, str(recorded.model.get("name", trace.stem)))
 
@@ -121,7 +120,7 @@ def _prefetch(
     if not quiet:
         Console().print(prefetch.table(rows, trace))
     if json_file:
-        write_atomically(json_file, json.dumps([row.as_dict() for row in rows], indent=1).encode() + b"\n")
+        write_json(json_file, [row.as_dict() for row in rows])
     if figure:
         prefetch.plot(rows, figure, str(trace.model.get("name", "trace")))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from flashmoe.cli.progress import stderr_console
-from flashmoe.storage.files import write_atomically
+from flashmoe.cli.report import write_json
 
 app = typer.Typer(help="Learn from routing traces (needs torch).", no_args_is_help=True)
 
@@ -71,8 +70,7 @@ def policy(
         trained = train(trace, kind, plan, show)
     trained.save(output)
     if report:
-        text = json.dumps({"trained_on": trained.trained_on, **trained.report}, indent=1)
-        write_atomically(report, text.encode() + b"\n")
+        write_json(report, {"trained_on": trained.trained_on, **trained.report})
     if plot:
         draw(trained, plot)
     if not quiet:
@@ -118,8 +116,7 @@ def prefetch(
         trained = train(trace, kind, plan, show)
     trained.save(output)
     if report:
-        text = json.dumps({"trained_on": trained.trained_on, **trained.report}, indent=1)
-        write_atomically(report, text.encode() + b"\n")
+        write_json(report, {"trained_on": trained.trained_on, **trained.report})
     if not quiet:
         if "held_out" in trained.report:
             k = trained.top_k
