@@ -209,6 +209,8 @@ def _compile(policy: EvictionPolicy, catalog: ExpertCatalog) -> None:
     ids, out = np.zeros(1, np.int32), np.zeros((3, 1), np.int32)
     policy.begin_sequence()
     policy.access(0, ids, out[0], out[1], out[2])
+    policy.access_each(0, ids[np.newaxis], out[0], out[1], out[2])
+    policy.window(1, 1)
     policy.release(0, 0)
 
 

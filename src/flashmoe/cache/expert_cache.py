@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +13,14 @@ from numpy.typing import NDArray
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.pool import SlotPool
 from flashmoe.cache.residency import exchange
-from flashmoe.cache.staging import Staging
-from flashmoe.errors import BudgetError, ReadError
+from flashmoe.cache.staging import Staged, Staging
+from flashmoe.cache.window import PrefillWindow
+from flashmoe.errors import BudgetError
 from flashmoe.storage.reader import ExpertReader, Ticket
 
 Int32 = NDArray[np.int32]
+
+SURE = 0.7  # of a layer's experts asked for by a micro-batch: then the next layer's are read ahead
 
 
 @dataclass
@@ -58,7 +60,9 @@ class ExpertCache:
         self.stats: dict[str, CacheStats] = {"prefill": CacheStats(), "decode": CacheStats()}
         self.phase = "prefill"
         residency = policy.residency
-        self.staging = Staging(residency, pool, reader, spare) if any(spare) else None
+        self.staging = Staging(residency, pool, reader, spare or [0] * len(residency.free_count))
+        self._prefetching = any(spare)
+        self._window = PrefillWindow(policy, self.staging)
         self._first_slot = [int(residency.group_start[g]) for g in residency.group]
         self._bytes = [sum(w.plane.nbytes for w in windows) for windows in pool.windows]
         self._lock = threading.RLock()
@@ -73,6 +77,12 @@ class ExpertCache:
         with self._lock:
             self.policy.begin_sequence()
 
+    def begin_step(self, tokens: int, top_k: int) -> None:
+        """Call before `tokens` tokens are evaluated at once: prefill gets slots to work in, decode gets them back."""
+        with self._lock:
+            self._finish()
+            self._window.resize(tokens, top_k)
+
     def ensure(
         self,
         layer: int,
@@ -81,7 +91,7 @@ class ExpertCache:
         leave_last: bool = False,
         meanwhile: Callable[[], None] | None = None,
     ) -> Int32:
-        """Make the experts `ids` (int32 [n], may repeat) of a layer resident and complete.
+        """Make the experts `ids` (int32 [n] or [tokens, top_k], may repeat) of a layer resident and complete.
 
         With `leave_last` the last plane (down) may still be under way: call `finish` before it is used. `meanwhile` is
         called once the reads are queued, before they are waited for.
@@ -90,6 +100,9 @@ class ExpertCache:
         """
         with self._lock:
             self._finish()
+            if self._window.serves[layer]:
+                return self._ensure_batch(layer, np.atleast_2d(ids), leave_last, meanwhile)
+            ids = ids.ravel()
             if len(ids) > len(self._slots):
                 self._resize(2 * len(ids))
             slots = self._slots[: len(ids)]
@@ -105,13 +118,32 @@ class ExpertCache:
             if misses:
                 self._fill(layer, slots, misses, leave_last, meanwhile)
             else:
-                if self.staging:
-                    self.staging.served(layer)
+                self.staging.served(layer)
                 if meanwhile:
                     meanwhile()
             if first:
                 slots -= first
         return slots
+
+    def _ensure_batch(
+        self, layer: int, ids: Int32, leave_last: bool, meanwhile: Callable[[], None] | None
+    ) -> Int32:
+        """`ensure` for a micro-batch; while it computes, the next layer's experts are read."""
+        self._window.step_done()
+        self.reader.poll()
+        placed = self._window.place(layer, ids)
+        stats = self.stats[self.phase]
+        stats.hits += placed.requests - len(placed.absent) - len(placed.staged)
+
+        def look_ahead() -> None:
+            residency = self.policy.residency
+            if placed.requests >= SURE * residency.n_experts and layer + 1 < residency.n_layers:
+                self._plan(layer + 1, np.flatnonzero(residency.slot_of[layer + 1] < 0).tolist())
+            if meanwhile:
+                meanwhile()
+
+        self._read(layer, placed.absent, placed.staged, placed.admitted, leave_last, look_ahead)
+        return placed.slots - self._first_slot[layer]
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Read experts that a layer will probably ask for, the likeliest first, while no demand read is under way.
@@ -119,9 +151,12 @@ class ExpertCache:
         Earlier wishes for the same layer that have not begun are forgotten. Does nothing without spare slots.
         """
         with self._lock:
-            if self.staging:
-                self.staging.plan(layer, experts)
-                self.stats[self.phase].wasted_bytes += self.staging.take_waste()
+            if self._prefetching:
+                self._plan(layer, experts)
+
+    def _plan(self, layer: int, experts: Sequence[int]) -> None:
+        self.staging.plan(layer, experts)
+        self.stats[self.phase].wasted_bytes += self.staging.take_waste()
 
     @property
     def pending(self) -> bool:
@@ -136,68 +171,67 @@ class ExpertCache:
     def _fill(
         self, layer: int, slots: Int32, misses: int, leave_last: bool, meanwhile: Callable[[], None] | None
     ) -> None:
-        """Read what `access` missed, plane by plane over all experts: what is needed first comes first."""
-        began = time.perf_counter()
+        """Let in what `access` missed: staged experts change places with the slots meant for them, others are read."""
+        self.reader.poll()
         experts = self._miss_expert[:misses].tolist()
-        now: list[Ticket] = []
-        later: list[Ticket] = []
+        absent: list[tuple[int, int]] = []
+        staged: list[tuple[int, Staged]] = []
+        group = int(self.policy.residency.group[layer])
+        for expert, slot in zip(experts, self._miss_slot[:misses].tolist(), strict=True):
+            entry = self.staging.take(layer, expert) if self._prefetching else None
+            if entry is None:
+                absent.append((expert, slot))
+                continue
+            self.staging.give(group, [exchange(self.policy.residency, layer, expert, entry.slot)])
+            slots[slots == slot] = entry.slot
+            staged.append((expert, entry))
+        self.staging.served(layer)
+        self._read(layer, absent, staged, experts, leave_last, meanwhile)
+
+    def _read(
+        self,
+        layer: int,
+        absent: list[tuple[int, int]],
+        staged: list[tuple[int, Staged]],
+        admitted: list[int],
+        leave_last: bool,
+        meanwhile: Callable[[], None] | None,
+    ) -> None:
+        """Read experts into slots, plane by plane over all of them: what is needed first comes first.
+
+        absent: (expert, slot); staged: experts that were prefetched, perhaps not to the end; admitted: experts that are
+        resident only if everything succeeds.
+        """
+        began = time.perf_counter()
+        stats, first = self.stats[self.phase], self._first_slot[layer]
+        incomplete = [entry for _, entry in staged if not entry.complete]
+        now = [entry.first for entry in incomplete]
+        later = [entry.last for entry in incomplete]
         try:
-            absent = list(zip(experts, self._miss_slot[:misses].tolist(), strict=True))
-            if self.staging:
-                self.reader.poll()
-                absent = self._adopt(layer, slots, absent, now, later)
-            first = self._first_slot[layer]
             reads = [self.pool.reads(layer, expert, slot - first) for expert, slot in absent]
             planes = list(zip(*reads, strict=True))
             if planes:
                 now.append(self.reader.demand([read for plane in planes[:-1] for read in plane]))
                 later.append(self.reader.demand(planes[-1]))
-            for expert in experts:
-                self.pool.fill_tables(
-                    layer, expert, int(self.policy.residency.slot_of[layer, expert]) - first
-                )
+            for expert, slot in (*absent, *((expert, entry.slot) for expert, entry in staged)):
+                self.pool.fill_tables(layer, expert, slot - first)
             if meanwhile:
                 meanwhile()
             for ticket in now if leave_last else now + later:
                 self.reader.wait(ticket)
         except BaseException:  # also what a signal's handler raises
-            self._give_back(now + later, layer, experts)
+            self._give_back(now + later, layer, admitted)
             raise
-        stats = self.stats[self.phase]
+        complete = len(staged) - len(incomplete)
+        stats.hits += complete
+        stats.prefetch_hits += complete
+        stats.late_hits += len(incomplete)
+        stats.prefetch_bytes += len(staged) * self._bytes[layer]
         stats.misses += len(absent)
         stats.bytes += len(absent) * self._bytes[layer]
         stats.stall_seconds += time.perf_counter() - began
         if leave_last:
-            self._under_way = later, layer, experts
-
-    def _adopt(
-        self,
-        layer: int,
-        slots: Int32,
-        absent: list[tuple[int, int]],
-        now: list[Ticket],
-        later: list[Ticket],
-    ) -> list[tuple[int, int]]:
-        """Let staged experts change places with the slots meant for them; returns those that are not staged."""
-        assert self.staging
-        rest, stats = [], self.stats[self.phase]
-        for expert, slot in absent:
-            entry = self.staging.take(layer, expert)
-            if entry is None:
-                rest.append((expert, slot))
-                continue
-            self.staging.give(layer, exchange(self.policy.residency, layer, expert, entry.slot))
-            slots[slots == slot] = entry.slot
-            stats.prefetch_bytes += self._bytes[layer]
-            if entry.complete:
-                stats.hits += 1
-                stats.prefetch_hits += 1
-            else:
-                stats.late_hits += 1
-                now.append(entry.first)
-                later.append(entry.last)
-        self.staging.served(layer)
-        return rest
+            self._under_way = later, layer, admitted
 
     def _finish(self) -> None:
         if not self._under_way:
@@ -215,7 +249,6 @@ class ExpertCache:
     def _give_back(self, tickets: list[Ticket], layer: int, experts: list[int]) -> None:
         """Free the slots of experts that are not complete; before, let no thread write into them any more."""
         for ticket in tickets:
-            with suppress(ReadError):
-                self.reader.wait(ticket)
+            self.reader.settle(ticket)
         for expert in experts:
             self.policy.release(layer, expert)

@@ -40,6 +40,11 @@ class Residency(NamedTuple):
     free: NDArray[np.int32]  # [S] free slots, one stack per group, starting at group_start[g]
     free_count: NDArray[np.int32]  # [G] height of each stack
     partition: NDArray[np.int32]  # [1] PER_LAYER or GLOBAL
+    window: NDArray[
+        np.int32
+    ]  # [S] slots that prefill works in, one stack per group, starting at group_start[g]
+    window_count: NDArray[np.int32]  # [G] height of each stack
+    lent: NDArray[np.int32]  # [L] what a layer's share has lost to the window
 
     @property
     def n_layers(self) -> int:
@@ -132,6 +137,9 @@ def make_residency(
         free=free,
         free_count=sizes.copy(),
         partition=np.array([PARTITIONS[partition]], np.int32),
+        window=np.full(n_slots, -1, np.int32),
+        window_count=np.zeros(n_groups, np.int32),
+        lent=np.zeros(n_layers, np.int32),
     )
 
 
@@ -145,8 +153,21 @@ def exchange(res: Residency, layer: int, expert: int, slot: int) -> int:
     return old
 
 
+def renumber(res: Residency, layer: int, experts: NDArray[np.int64], slots: NDArray[np.int32]) -> None:
+    """Put all resident `experts` of a layer into other `slots`, which nobody else owns."""
+    old = res.slot_of[layer, experts]
+    place = res.place[old]
+    res.owner[old] = res.pin[old] = -1
+    res.slot_of[layer, experts] = slots
+    res.owner[slots] = layer * res.n_experts + experts
+    res.place[slots] = place
+
+
 def check_residency(res: Residency, spare: Sequence[int] = ()) -> None:
-    """Raise AssertionError where the arrays contradict each other (for tests and debugging)."""
+    """Raise AssertionError where the arrays contradict each other (for tests and debugging).
+
+    `spare`: slots that no policy owns; while they are exchanged for those of the window, these among them.
+    """
     n_experts = res.n_experts
     for slot, key in enumerate(res.owner):
         if key >= 0:
@@ -162,5 +183,6 @@ def check_residency(res: Residency, spare: Sequence[int] = ()) -> None:
     for g in range(len(res.free_count)):
         stack = res.free[res.group_start[g] : res.group_start[g] + res.free_count[g]]
         unowned = np.flatnonzero(res.owner[res.group_start[g] : res.group_start[g + 1]] < 0)
-        free = set((unowned + res.group_start[g]).tolist()) - set(spare)
+        window = res.window[res.group_start[g] : res.group_start[g] + res.window_count[g]]
+        free = set((unowned + res.group_start[g]).tolist()) - set(spare) - set(window.tolist())
         assert sorted(stack.tolist()) == sorted(free), g

@@ -1,4 +1,4 @@
-"""Where prefetched experts wait: a few slots of the pool that no policy owns.
+"""Slots of the pool that no policy owns: where prefetched experts wait, and what a prompt needs only in passing.
 
 A prefetched expert becomes resident only when its router asks for it. Then it changes places with the slot that the
 policy has named for it, and that slot is free for the next prefetch. So a wrong prediction evicts nothing, and the
@@ -8,7 +8,7 @@ policy sees the same requests, hits and victims as it would without prefetching.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from flashmoe.cache.pool import SlotPool
@@ -84,21 +84,26 @@ class Staging:
 
     def take(self, layer: int, expert: int) -> Staged | None:
         """The router has asked for an expert: give it away, its reads made urgent. None where it is not staged."""
-        entry = self._staged[layer].pop(expert, None)
+        entry = self._staged[layer].get(expert)
         if entry is None:
             return None
-        self._stale[self._group[layer]].pop((layer, expert), None)
         if entry.failed:  # whoever asks reads again, and gets the error
-            self._ending[self._group[layer]].append(entry)
+            self._cancel(layer, expert)
             return None
+        del self._staged[layer][expert]
+        self._stale[self._group[layer]].pop((layer, expert), None)
         if not entry.complete:
             self._reader.promote(entry.first)
             self._reader.promote(entry.last)
         return entry
 
-    def give(self, layer: int, slot: int) -> None:
-        """A slot that the policy's residency no longer uses, in exchange for a taken one."""
-        self._free[self._group[layer]].append(slot)
+    def give(self, group: int, slots: Iterable[int]) -> None:
+        """Slots that the policy's residency does not use (any more), to read into."""
+        self._free[group].extend(slots)
+
+    def claim(self, group: int, n: int) -> list[int]:
+        """Take `n` slots away; what was prefetched gives way, and reads that are under way are waited for."""
+        return [self._claim(group) for _ in range(n)]
 
     def served(self, layer: int) -> None:
         """The router of a layer has spoken: what it did not ask for is stopped, or may be overwritten."""
@@ -114,8 +119,23 @@ class Staging:
         wasted, self._wasted = self._wasted, 0
         return wasted
 
+    def _claim(self, group: int) -> int:
+        while (slot := self._slot(group, -1)) < 0:
+            waiting = [
+                layer for layer, staged in enumerate(self._staged) if staged and self._group[layer] == group
+            ]
+            if waiting:
+                self._cancel(waiting[0], next(iter(self._staged[waiting[0]])))
+            elif not self._ending[group]:
+                raise RuntimeError(f"size group {group} has no slot left; please report it")
+            else:
+                self._reader.settle(self._ending[group][0].first)
+                self._reader.settle(self._ending[group][0].last)
+        return slot
+
     def _cancel(self, layer: int, expert: int) -> None:
         entry = self._staged[layer].pop(expert)
+        self._stale[self._group[layer]].pop((layer, expert), None)
         self._reader.cancel(entry.first)
         self._reader.cancel(entry.last)
         self._ending[self._group[layer]].append(entry)

@@ -126,7 +126,8 @@ def judge(
     for size in slots:
         pool = create_policy(policy)
         pool.bind(make_residency(n_layers, n_experts, shares(trace, size, partition), partition=partition))
-        pool.prepare(trace.expert_ids, trace.steps())
+        if pool.oracle:
+            pool.prepare(trace.expert_ids, np.arange(trace.n_tokens + 1))
         pools.append(pool)
     most = min(2 * k, n_experts)
     counts = np.zeros((len(AHEAD), len(pools) + 1, most + 1, 2), np.int64)
@@ -134,8 +135,7 @@ def judge(
     absent = np.ones((len(pools), n_experts), np.uint8)
     order = np.zeros(most, np.int64)
     steps, starts = trace.steps(), trace.starts()
-    widest = int(np.diff(steps).max()) * k
-    scratch = [np.zeros(widest, np.int32) for _ in range(3)]
+    scratch = [np.zeros(k, np.int32) for _ in range(3)]
     ids32 = trace.expert_ids.astype(np.int32)
     for s, (a, b) in enumerate(zip(steps[:-1].tolist(), steps[1:].tolist(), strict=True)):
         if starts[s]:
@@ -157,10 +157,8 @@ def judge(
                     if layer >= ahead:
                         tally(chance[c, layer], ids[0], absent, order, counts[c])
             for pool in pools:
-                if pool.access(layer, ids.ravel(), *scratch) < 0:
-                    for row in ids:  # a micro-batch that does not fit
-                        if pool.access(layer, row, *scratch) < 0:
-                            raise UsageError(f"a token of layer {layer} does not fit: raise the capacity")
+                if pool.access_each(layer, ids, *scratch) < 0:
+                    raise UsageError(f"a token of layer {layer} does not fit: raise the capacity")
             if single and seen[0]:
                 predictor.observe(layer, ids[0])
             elif not single and seen.any():

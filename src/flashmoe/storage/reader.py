@@ -78,12 +78,16 @@ class ExpertReader:
 
     def wait(self, ticket: Ticket) -> None:
         """Return when the reads of a ticket have ended. Raises the first ReadError."""
+        self.settle(ticket)
+        if ticket.error:
+            raise ticket.error
+
+    def settle(self, ticket: Ticket) -> None:
+        """Return when the reads of a ticket have ended, well or not."""
         while not ticket.done:
             with self._lock:
                 if not ticket.done:
                     self._collect(wait=True)
-        if ticket.error:
-            raise ticket.error
 
     def close(self) -> None:
         """Drop what is queued, wait for what is under way, and close the files."""

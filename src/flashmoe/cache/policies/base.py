@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe.cache.policies.kernels import Kernels
+from flashmoe.cache.policies.loops import window_size
 from flashmoe.cache.residency import Residency
 from flashmoe.errors import PolicyError
 
@@ -55,7 +57,7 @@ class EvictionPolicy:
         raise NotImplementedError
 
     def prepare(self, ids: NDArray[np.int16], first: NDArray[np.int64]) -> None:
-        """Look at the whole trace before a replay (only oracles do)."""
+        """Look at the whole trace before a replay (only oracles do); first: where requests begin, int64 [R+1]."""
 
     def check_model(self, model: Mapping[str, Any]) -> None:
         """Raise PolicyError where the policy was trained for another model than this identity says."""
@@ -92,6 +94,25 @@ class EvictionPolicy:
         """
         return self._access(self._state, self._res, layer, ids, slots_out, miss_expert, miss_slot)  # type: ignore
 
+    def access_each(
+        self, layer: int, ids: Int32, slots_out: Int32, miss_expert: Int32, miss_slot: Int32
+    ) -> int:
+        """One request per token, ids int32 [tokens, k], one after the other; -1 where one does not fit, else 0.
+
+        The other arrays, int32 [>= k], are scratch: what stays is in the pool's arrays.
+        """
+        return self.kernels.access_each(self._state, self._res, layer, ids, slots_out, miss_expert, miss_slot)
+
+    def window(self, tokens: int, k: int) -> None:
+        """Call before a step: lend slots to a step of several tokens (prefill), take them back for a single one.
+
+        A layer's experts that a micro-batch needs and that the policy would not keep pass through the window, so that
+        prefill does not empty the other layers' shares. What stays resident is what would have stayed had the tokens
+        been decoded one by one (`access_each`). The window is residency.window, empty where it is not needed or too
+        small to be of use: then a micro-batch is one request (`access`).
+        """
+        self.kernels.window(self._state, self._res, tokens, k)
+
     def release(self, layer: int, expert: int) -> int:
         """Free the slot of an expert whose read failed; the slot, or -1 where the expert is not resident."""
         return self.kernels.release(self._state, self.residency, layer, expert)
@@ -122,7 +143,8 @@ class EvictionPolicy:
         )
         if starts is None and len(marks):
             marks[0] = 1
-        self.prepare(ids, steps)
+        if self.oracle:
+            self.prepare(ids, self.requests(steps, ids.shape[2]))
         requests = np.zeros((len(steps) - 1, res.n_layers), np.int64)
         hits = np.zeros_like(requests)
         bits = np.zeros(ids.shape if want_bits else (0, 0, 0), np.uint8)
@@ -132,6 +154,22 @@ class EvictionPolicy:
                 f"step {failed} of the trace needs more experts at once than the pool holds: raise the capacity"
             )
         return Replay(requests, hits, bits)
+
+    def requests(self, steps: NDArray[np.int64], k: int) -> NDArray[np.int64]:
+        """Token offsets int64 [R+1] of the requests that a replay of `steps` [N+1] makes of this pool.
+
+        A step is one request, or one for each of its tokens where it is served through the window.
+        """
+        res = self.residency
+        if len(res.window_count) > 1:
+            raise PolicyError("oracles know pools of one size group only")
+        slots = int(res.quota.sum() + res.window_count.sum())
+        size = partial(window_size.py_func, slots, res.n_layers, res.n_experts, k)
+        windowed = [n for n in np.unique(np.diff(steps)).tolist() if size(n) > 0]
+        inside = np.ones(int(steps[-1]) + 1, bool)
+        inside[:-1] = np.repeat(np.isin(np.diff(steps), windowed), np.diff(steps))
+        inside[steps] = True
+        return np.flatnonzero(inside)
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Copies of the policy's arrays, for a warm start."""

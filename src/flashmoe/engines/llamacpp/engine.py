@@ -85,6 +85,8 @@ class LlamaEngine:
         single = len(tokens) == 1
         inspect = single in self._uninspected
         self._hook.inspect(inspect)
+        if self._hook.cache is not None:
+            self._hook.cache.begin_step(len(tokens), self._model.catalog.top_k)
         if self._hook.prefetcher is not None:
             self._hook.prefetcher.begin_step(tokens)
         with self._hook.watch():

@@ -148,7 +148,10 @@ class RouterHook:
             if control.inspect and tokens == 1 and control.logits:
                 self._met[layer] = read_router(self._model.lib, node, control.logits, control.ids)
             meanwhile = partial(self._look_ahead, self.prefetcher, control, layer)
-        ids[:] = self.cache.ensure(layer, ids, leave_last=control.late_length > 0, meanwhile=meanwhile)
+        slots = self.cache.ensure(
+            layer, ids.reshape(tokens, top_k), leave_last=control.late_length > 0, meanwhile=meanwhile
+        )
+        ids[:] = slots
         control.pending = self.cache.pending
         if control.inspect:
             self._renamed[control.ids] = layer
