@@ -94,11 +94,17 @@ def test_equal_to_the_calls_of_the_runtime(name: str, partition: str) -> None:
     for s in range(len(offsets) - 1):
         if starts[s]:
             policy.begin_sequence()
+        policy.window(int(offsets[s + 1] - offsets[s]), ids.shape[2])
         for layer in range(3):
-            rows = ids[offsets[s] : offsets[s + 1], layer].ravel()
+            tokens = ids[offsets[s] : offsets[s + 1], layer]
+            rows = tokens.ravel()
             want = rows[rows >= 0].astype(np.int32)
             resident = policy.residency.slot_of[layer, want] >= 0
-            assert policy.access(layer, want, *out) == len(np.unique(want[~resident]))
+            if policy.residency.window_count.any():
+                seen = tokens[tokens[:, 0] >= 0].astype(np.int32)
+                assert policy.access_each(layer, seen, *out) == 0
+            else:
+                assert policy.access(layer, want, *out) == len(np.unique(want[~resident]))
             bits = simulated.bits[offsets[s] : offsets[s + 1], layer].ravel()[rows >= 0]
             assert (bits[bits > 0] == np.where(resident[bits > 0], 2, 1)).all()
             assert simulated.requests[s, layer] == len(np.unique(want))
