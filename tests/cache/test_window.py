@@ -110,7 +110,9 @@ def test_prompt_reads_every_expert_once_and_spares_the_shares(tiny: Tiny) -> Non
         c.step(everything)
         stats = c.cache.stats["prefill"]
         assert stats.requests == LAYERS * EXPERTS
-        assert stats.bytes + stats.prefetch_bytes == sum(EXPERTS * layer.expert_bytes for layer in c.catalog.layers)
+        assert stats.bytes + stats.prefetch_bytes == sum(
+            EXPERTS * layer.expert_bytes for layer in c.catalog.layers
+        )
         assert stats.prefetch_hits + stats.late_hits > 0  # layers after the first were read ahead
         assert stats.wasted_bytes == 0
         c.cache.begin_step(1, TOP_K)
