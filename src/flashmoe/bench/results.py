@@ -70,6 +70,7 @@ def make_row(
         "token_s": {
             "median": _median(our["decode"]["median_s"] for our in ours),
             "mean": _median(our["decode"]["mean_s"] for our in ours),
+            "each": chosen["decode"]["token_s"],  # of the run whose report this is
         },
         "load_s": _sides(ours, theirs, lambda run: run["load_s"]),
         "first_token_s": _sides(ours, theirs, lambda run: run["first_token_s"]),
