@@ -24,6 +24,7 @@ from flashmoe.engines.base import Sampling
 from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.library import Library, find_library, open_library
 from flashmoe.engines.llamacpp.loader import LoadedModel
+from flashmoe.engines.llamacpp.token_table import MOST_BYTES
 from flashmoe.errors import UsageError
 from flashmoe.generation import Generation, Held, Reuse, Rule
 from flashmoe.hub import default_policy, resolve
@@ -125,7 +126,8 @@ def load(
         )
         step = min(n_ubatch, context)
         if limit:
-            engine, slots = _fit(make, catalog, step, limit, align, sum(p.nbytes for p in predictors))
+            promised = sum(p.nbytes for p in predictors) + (MOST_BYTES if loaded.token_table else 0)
+            engine, slots = _fit(make, catalog, step, limit, align, promised)
         else:
             engine, slots = make(n_ubatch=step), budget.parse_cache(str(cache), catalog, align)
         stack.callback(engine.close)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import pytest
 
 import flashmoe
 from flashmoe.engines.llamacpp.library import Library
+from flashmoe.storage import catalog
 from tests.conftest import Tiny
 from tests.engines.reference import CONTEXT, PROMPT_TOKENS, Reference, closing, evaluate, prompt
 from tests.models import ARCHITECTURES, split
@@ -46,20 +48,34 @@ def llama(lib: Library, tiny: Tiny) -> Iterator[Reference]:
     yield from closing(Reference(lib, tiny("llama")))
 
 
+@contextmanager
+def streaming_tables_from(nbytes: int) -> Iterator[None]:
+    """Token embeddings of this size on are not kept in memory, where the model allows it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(catalog, "_WORTH_STREAMING", nbytes)
+        yield
+
+
 def assert_exact(
     path: Path, lib: Library, reference: Reference, case: Case, **options: int
 ) -> flashmoe.Model:
-    """Compare a pooled run with the stock one; the closed model, for a look at its counters."""
-    with flashmoe.load(
-        path,
-        cache=case.cache,
-        policy=case.policy,
-        threads=case.threads,
-        n_ctx=CONTEXT,
-        all_logits=True,
-        library=lib,
-        **options,  # type: ignore[arg-type]
-    ) as model:
+    """Compare a pooled run with the stock one; the closed model, for a look at its counters.
+
+    Part of the experts in memory: then the rows of the token embedding are read on demand too.
+    """
+    with (
+        streaming_tables_from(0 if case.cache == PART else 1 << 40),
+        flashmoe.load(
+            path,
+            cache=case.cache,
+            policy=case.policy,
+            threads=case.threads,
+            n_ctx=CONTEXT,
+            all_logits=True,
+            library=lib,
+            **options,  # type: ignore[arg-type]
+        ) as model,
+    ):
         n_ubatch = model.engine.n_ubatch
         expected = reference.run(n_ubatch, case.threads)
         tokens = prompt(expected.logits.shape[1])

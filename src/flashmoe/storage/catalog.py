@@ -21,8 +21,10 @@ MAX_EXPERTS = 1 << 14  # of a layer; far beyond all models, and ids stay within 
 # up and gate are multiplied first, down last: the order in which a slot's planes are read
 _PLANES = ("ffn_up_exps", "ffn_gate_exps", "ffn_gate_up_exps", "ffn_down_exps")
 _EXPERT_TENSOR = re.compile(rf"blk\.(\d+)\.({'|'.join(_PLANES)})\.(weight|bias|scale)")
-# The same pattern for the engine's tensor overrides (ECMAScript regex, searched anywhere in the name)
-OVERRIDE_PATTERN = rf"^blk\.[0-9]+\.({'|'.join(_PLANES)})\.(weight|bias|scale)$"
+# The same pattern for the engine's tensor overrides
+EXPERTS_PATTERN = rf"^blk\.[0-9]+\.({'|'.join(_PLANES)})\.(weight|bias|scale)$"
+TOKEN_TABLE = "token_embd.weight"
+_WORTH_STREAMING = 32 << 20  # bytes of a token embedding
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,23 @@ class ExpertCatalog:
 
     @cached_property
     def dense_bytes(self) -> int:
-        """Bytes of everything that stays in RAM: all tensors but the planes."""
-        return sum(t.nbytes for t in self.gguf.tensors.values()) - self.expert_bytes
+        """Bytes of everything that stays in RAM: all tensors but the planes and a streamed token embedding."""
+        streamed = self.expert_bytes + (self.token_table.nbytes if self.token_table else 0)
+        return sum(t.nbytes for t in self.gguf.tensors.values()) - streamed
+
+    @cached_property
+    def token_table(self) -> TensorInfo | None:
+        """The token embedding, where it is large and only gathered from: the output has weights of its own."""
+        tensors = self.gguf.tensors
+        table = tensors.get(TOKEN_TABLE)
+        worth = table is not None and len(table.shape) == 2 and table.nbytes >= _WORTH_STREAMING
+        return table if worth and "output.weight" in tensors else None
+
+    @cached_property
+    def override_pattern(self) -> str:
+        """Which tensors the engine's loader is to leave to us (ECMAScript regex, searched anywhere in the name)."""
+        table = rf"|^{re.escape(TOKEN_TABLE)}$" if self.token_table else ""
+        return EXPERTS_PATTERN + table
 
     @cached_property
     def total_experts(self) -> int:

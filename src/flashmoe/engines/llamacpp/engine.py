@@ -82,6 +82,8 @@ class LlamaEngine:
             raise FlashMoEError(
                 f"the context is full: {before + len(tokens)} tokens of {self.n_ctx}; use a larger one (-c)"
             )
+        if self._model.token_table is not None:
+            self._model.token_table.fetch(tokens)
         single = len(tokens) == 1
         inspect = single in self._uninspected
         self._hook.inspect(inspect)

@@ -28,6 +28,8 @@ from flashmoe.prefetch.gate import Router
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import RoutingObserver
 
+INDICES = 26  # GGML_TYPE_I32
+
 
 class RouterHook:
     """Connects a graph under evaluation with an ExpertCache.
@@ -179,7 +181,15 @@ class RouterHook:
         self.cache.finish()
 
     def _inspect(self, node: Tensor) -> None:
-        """Raise ModelError where a node uses expert tensors in a way that renaming does not cover."""
+        """Raise ModelError where a node uses tensors of ours in a way that is not provided for."""
+        table = self._model.table_address
+        if table and table in (node.src[0], node.src[1]):
+            indices = node.src[1] if node.src[0] == table else None
+            if not indices or Tensor.from_address(indices).type != INDICES:
+                raise ModelError(
+                    f"the architecture {self._model.catalog.gguf.architecture!r} does more with its token embedding "
+                    f"than to gather rows (node {node.name.decode()!r}); please report it"
+                )
         for source in (node.src[0], node.src[1]):
             layer = self._experts.get(source) if source else None
             if layer is None or node.view_src == source:  # a reshaped table keeps its slots

@@ -10,9 +10,10 @@ from flashmoe.engines.llamacpp import abi
 from flashmoe.engines.llamacpp.buffer import ExpertBuffer
 from flashmoe.engines.llamacpp.interrupts import hold_interrupts
 from flashmoe.engines.llamacpp.library import Library
+from flashmoe.engines.llamacpp.token_table import TokenTable
 from flashmoe.engines.llamacpp.vfile import VirtualFile, segments
 from flashmoe.errors import ModelError
-from flashmoe.storage.catalog import OVERRIDE_PATTERN, ExpertCatalog
+from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.direct import DirectFile
 
 
@@ -30,12 +31,14 @@ class LoadedModel:
         self.lib = lib
         self._buffer = ExpertBuffer(lib)
         experts = {p.tensor.name for layer in catalog.layers for p in (*layer.planes, *layer.tables)}
-        file = VirtualFile(segments(catalog.gguf, files, experts), progress)
+        table = catalog.token_table
+        holes = experts | {table.name} if table else experts
+        file = VirtualFile(segments(catalog.gguf, files, holes), progress)
         params = lib.llama_model_default_params()
         params.load_mode = abi.LOAD_MODE_NONE
         params.use_extra_bufts = False  # repacked layouts do not fit into slots read from the file
         params.n_gpu_layers = 0
-        params.tensor_buft_overrides = self._buffer.overrides(OVERRIDE_PATTERN)
+        params.tensor_buft_overrides = self._buffer.overrides(catalog.override_pattern)
         lib.messages.clear()
         self.pointer: int | None
         with hold_interrupts(file):
@@ -50,6 +53,11 @@ class LoadedModel:
         for layer in self.catalog.layers:
             for plane in (*layer.planes, *layer.tables):
                 self._set_shape(plane.tensor.name, plane.tensor.shape)
+        self.token_table: TokenTable | None = None
+        if table and table.name in self._buffer.tensors:
+            self.token_table = TokenTable(table, files[catalog.gguf.files.index(table.file)])
+            self._set_shape(table.name, table.shape)
+            self._buffer.tensors[table.name].data = self.token_table.address
 
     def attach(self, pool: SlotPool, slots: Sequence[int]) -> None:
         """Make every expert tensor a window into the pool; `slots[g]` is the number of slots of size group g."""
@@ -77,6 +85,11 @@ class LoadedModel:
             for i, layer in enumerate(self.catalog.layers)
             for plane in (*layer.planes, *layer.tables)
         }
+
+    @property
+    def table_address(self) -> int:
+        """Address of the token embedding's tensor where its rows are read on demand, else 0."""
+        return C.addressof(self._buffer.tensors[self.token_table.name]) if self.token_table else 0
 
     def last_plane(self, layer: int) -> int:
         """Address of the tensor that a layer multiplies last (down)."""
