@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flashmoe.errors import UsageError
+from flashmoe.storage.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,6 +33,8 @@ def new_figure(width: float, height: float) -> Figure:
 def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a .png, .svg or .pdf. Raises UsageError where the place or the format will not do."""
     try:
-        figure.savefig(path, dpi=150)
+        image = io.BytesIO()
+        figure.savefig(image, dpi=150, format=Path(path).suffix[1:] or "png")
+        write_atomically(Path(path), image.getvalue())
     except (OSError, ValueError) as error:
         raise UsageError(f"cannot write figure {path}: {error}") from None

@@ -33,8 +33,8 @@ class Held:
         self.under_way += reads
         assert len(self.under_way) <= self.depth
 
-    def collect(self, wait: bool) -> list[Done]:
-        ended = self.under_way[:1] if wait else []
+    def collect(self, timeout: float) -> list[Done]:
+        ended = self.under_way[:1] if timeout else []
         self.under_way = self.under_way[len(ended) :]
         return [(number, None) for number, _ in ended]
 
@@ -245,19 +245,19 @@ def test_kernel_queue_falls_back_where_a_read_is_refused(
     files = [DirectFile(path)]
     if not isinstance(queue := open_queue(files), KernelQueue):
         pytest.skip("no direct reads, or no asynchronous I/O, on this system")
-    plain, read_now = [], KernelQueue._read_now
+    plain, read_plainly = [], KernelQueue._read_plainly
 
     def note(self: KernelQueue, number: int, read: Read) -> None:
         plain.append(number)
-        read_now(self, number, read)
+        read_plainly(self, number, read)
 
-    monkeypatch.setattr(KernelQueue, "_read_now", note)
+    monkeypatch.setattr(KernelQueue, "_read_plainly", note)
     last = len(CONTENT) - 4096
     batch = [Read(0, last, 8192, memory.ctypes.data), *reads(memory, [8192])]
     queue.start(list(enumerate(batch)))
     ended: dict[int, Exception | None] = {}
     while len(ended) < 2:
-        ended.update(queue.collect(wait=True))
+        ended.update(queue.collect(10))
     assert plain == [0]  # short: the file ends
     assert isinstance(ended[0], ReadError)
     assert ended[1] is None

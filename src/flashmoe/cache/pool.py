@@ -96,6 +96,7 @@ class SlotPool:
     def _reserve(self, nbytes: int) -> int:
         memory, address = reserve_huge(nbytes)
         self._maps.append(memory)
+        self._reader.keep(memory)
         self._regions.append((address, nbytes))
         return address
 

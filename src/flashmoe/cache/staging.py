@@ -129,8 +129,11 @@ class Staging:
             elif not self._ending[group]:
                 raise RuntimeError(f"size group {group} has no slot left; please report it")
             else:
-                self._reader.settle(self._ending[group][0].first)
-                self._reader.settle(self._ending[group][0].last)
+                entry = self._ending[group].popleft()
+                self._reader.settle(entry.first)
+                self._reader.settle(entry.last)
+                self._wasted += entry.bytes_read
+                return entry.slot
         return slot
 
     def _cancel(self, layer: int, expert: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 
 import typer
@@ -40,15 +42,27 @@ def main() -> None:
     try:
         app()
     except FlashMoEError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {_plain(error)}")
+        _fail(str(error))
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone (`| head`)
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _fail(f"the output cannot be written ({error.strerror})")
+        _drop_output()
+        sys.exit(1)
 
 
-def _plain(error: Exception) -> str:
-    """The message without line breaks, and with brackets that rich would take for markup escaped."""
-    return " ".join(str(error).split()).replace("[", r"\[")
+def _fail(message: str) -> None:
+    """Print a message as one line, with brackets that rich would take for markup escaped."""
+    plain = " ".join(message.split()).replace("[", r"\[")
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {plain}")
+
+
+def _drop_output() -> None:
+    """What standard output still holds cannot be written either, and Python would try again at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -11,8 +11,9 @@ import ctypes as C
 import errno
 import os
 import platform
-from concurrent.futures import Future, ThreadPoolExecutor
-from queue import SimpleQueue
+import threading
+import time
+from queue import Empty, SimpleQueue
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -44,46 +45,55 @@ class ReadQueue(Protocol):
         """Start reads; with those under way at most `depth`."""
         ...
 
-    def collect(self, wait: bool) -> list[Done]:
-        """Reads that have ended since; with `wait` at least one (there must be one under way)."""
+    def collect(self, timeout: float) -> list[Done]:
+        """Reads that have ended since; where none has, wait up to `timeout` seconds for one."""
         ...
 
     def close(self) -> None:
-        """Wait for what is under way, and end."""
+        """End; no read may be under way."""
         ...
 
 
 class ThreadQueue:
-    """A few threads with preadv, for files that cannot be read directly."""
+    """A few threads with preadv, for files that cannot be read directly, and for reads that need patience."""
 
     def __init__(self, files: list[DirectFile]) -> None:
         self.depth = _THREADS
         self._files = files
-        self._pool = ThreadPoolExecutor(_THREADS, "flashmoe-read")
+        self._todo: SimpleQueue[tuple[int, Read] | None] = SimpleQueue()
         self._done: SimpleQueue[Done] = SimpleQueue()
+        for i in range(_THREADS):  # daemons: one that hangs in a read must not keep the program from ending
+            threading.Thread(target=self._work, name=f"flashmoe-read-{i}", daemon=True).start()
 
     def start(self, reads: list[tuple[int, Read]]) -> None:
         """See ReadQueue."""
-        for number, read in reads:
-            future = self._pool.submit(
-                self._files[read.file].read_enclosing, read.address, read.offset, read.nbytes
-            )
-            future.add_done_callback(lambda future, number=number: self._end(number, future))  # type: ignore[misc]
+        for item in reads:
+            self._todo.put(item)
 
-    def _end(self, number: int, future: Future[None]) -> None:
-        error = future.exception()
-        self._done.put((number, error if isinstance(error, Exception) else None))
+    def _work(self) -> None:
+        while (item := self._todo.get()) is not None:
+            number, read = item
+            error: Exception | None = None
+            try:
+                self._files[read.file].read_enclosing(read.address, read.offset, read.nbytes)
+            except Exception as caught:  # handed to whoever waits
+                error = caught
+            self._done.put((number, error))
 
-    def collect(self, wait: bool) -> list[Done]:
+    def collect(self, timeout: float) -> list[Done]:
         """See ReadQueue."""
-        ended = [self._done.get()] if wait else []
-        while not self._done.empty():
-            ended.append(self._done.get())
-        return ended
+        ended = []
+        try:
+            ended.append(self._done.get(timeout=timeout) if timeout > 0 else self._done.get_nowait())
+            while True:
+                ended.append(self._done.get_nowait())
+        except Empty:
+            return ended
 
     def close(self) -> None:
         """See ReadQueue."""
-        self._pool.shutdown()
+        for _ in range(_THREADS):
+            self._todo.put(None)
 
 
 # io_setup, io_destroy, io_submit, io_getevents: glibc has no functions for them
@@ -98,6 +108,7 @@ _CONTROL_BLOCK = np.dtype(
 )  # struct iocb of linux/aio_abi.h, little-endian; the rest stays 0, and so does opcode: IOCB_CMD_PREAD
 _EVENT = np.dtype([("data", "u8"), ("block", "u8"), ("result", "i8"), ("result2", "i8")])  # struct io_event
 _DEPTH = 128
+_TURN = 1e-3  # seconds that one of two queues is waited for
 
 
 class KernelQueue:
@@ -122,16 +133,17 @@ class KernelQueue:
         self._first = self._blocks.ctypes.data
         self._free = list(range(_DEPTH))
         self._under_way: dict[int, tuple[int, Read, int]] = {}  # block -> number, read, bytes wanted at least
-        self._ended: list[Done] = []
+        self._patient: ThreadQueue | None = None  # for what cannot go this way, or has failed
+        self._with_patience = 0  # reads that it has
 
     def start(self, reads: list[tuple[int, Read]]) -> None:
-        """See ReadQueue. What cannot go this way (a misaligned address) is read at once."""
+        """See ReadQueue."""
         started = []
         for number, read in reads:
             file = self._files[read.file]
             head = read.offset % file.align
             if (read.address - head) % file.align_memory:
-                self._read_now(number, read)
+                self._read_plainly(number, read)
                 continue
             index = self._free.pop()
             length = -(-(head + read.nbytes) // file.align) * file.align
@@ -150,46 +162,60 @@ class KernelQueue:
                 )
             except OSError:  # this one is refused: the plain way knows whether for good, and says why
                 number, read, _ = self._release(started[done])
-                self._read_now(number, read)
+                self._read_plainly(number, read)
                 done += 1
 
-    def collect(self, wait: bool) -> list[Done]:
+    def collect(self, timeout: float) -> list[Done]:
         """See ReadQueue."""
-        if self._under_way:
-            least = int(wait and not self._ended)
-            timeout = None if least else C.byref((C.c_long * 2)(0, 0))
-            count = self._checked(
-                self._getevents,
-                self._context,
-                C.c_long(least),
-                C.c_long(_DEPTH),
-                C.c_void_p(self._events.ctypes.data),
-                timeout,
-            )
-            for index, _, result, _ in self._events[:count].tolist():
-                number, read, wanted = self._release(index)
-                if result >= wanted:
-                    self._ended.append((number, None))
-                else:  # an error or a short read: the plain way retries, goes on, or says what is wrong
-                    self._read_now(number, read)
-        ended, self._ended = self._ended, []
+        ended: list[Done] = []
+        until = time.monotonic() + timeout
+        while True:
+            left = max(0.0, until - time.monotonic())
+            both = self._under_way and self._with_patience
+            if self._under_way:
+                ended += self._events_of(min(left, _TURN) if both else left)
+            if self._patient and self._with_patience:
+                done = self._patient.collect(0 if both or ended else left)
+                self._with_patience -= len(done)
+                ended += done
+            if ended or not left:
+                return ended
+
+    def _events_of(self, timeout: float) -> list[Done]:
+        """Reads that have ended well; others are handed on."""
+        seconds = int(timeout)
+        count = self._checked(
+            self._getevents,
+            self._context,
+            C.c_long(int(timeout > 0)),
+            C.c_long(_DEPTH),
+            C.c_void_p(self._events.ctypes.data),
+            C.byref((C.c_long * 2)(seconds, int((timeout - seconds) * 1e9))),
+        )
+        ended: list[Done] = []
+        for index, _, result, _ in self._events[:count].tolist():
+            number, read, wanted = self._release(index)
+            if result >= wanted:
+                ended.append((number, None))
+            else:  # an error or a short read: the plain way retries, goes on, or says what is wrong
+                self._read_plainly(number, read)
         return ended
 
     def close(self) -> None:
         """See ReadQueue."""
         self._call(C.c_long(self._destroy), self._context)
+        if self._patient:
+            self._patient.close()
 
     def _release(self, index: int) -> tuple[int, Read, int]:
         self._free.append(index)
         return self._under_way.pop(index)
 
-    def _read_now(self, number: int, read: Read) -> None:
-        error: Exception | None = None
-        try:
-            self._files[read.file].read_enclosing(read.address, read.offset, read.nbytes)
-        except Exception as caught:  # handed to whoever waits
-            error = caught
-        self._ended.append((number, error))
+    def _read_plainly(self, number: int, read: Read) -> None:
+        if self._patient is None:
+            self._patient = ThreadQueue(self._files)
+        self._with_patience += 1
+        self._patient.start([(number, read)])
 
     def _checked(self, number: int, *args: object) -> int:
         """A system call, repeated when a signal interrupts it. Raises OSError."""

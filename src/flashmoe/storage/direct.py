@@ -61,7 +61,20 @@ class DirectFile:
                 raise ReadError(f"{path}: cannot be opened ({error.strerror})") from None
             self.fd, self.direct = os.open(path, os.O_RDONLY), False
         self.align_memory, self.align = _direct_alignment(path) if self.direct else (1, 1)
-        self.size = os.fstat(self.fd).st_size
+        self._stamp = self._stat()
+        self.size = self._stamp[0]
+
+    def _stat(self) -> tuple[int, int]:
+        status = os.fstat(self.fd)
+        return status.st_size, status.st_mtime_ns
+
+    def check_unchanged(self) -> None:
+        """Raise ReadError where the file has been written to since it was opened.
+
+        A file that was renamed or deleted goes on to be the same; one that was overwritten in place does not.
+        """
+        if self._stat() != self._stamp:
+            raise ReadError(f"{self.path}: has changed while in use; load the model again")
 
     def close(self) -> None:
         os.close(self.fd)

@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from flashmoe.errors import ReadError
 from flashmoe.storage.files import cache_folder, write_atomically
 from flashmoe.storage.memory import reserve_huge
 from flashmoe.storage.reader import ExpertReader, Read
@@ -32,7 +33,10 @@ def read_ceiling(reader: ExpertReader, read_bytes: int, *, fresh: bool = False) 
     key = f"{os.stat(file.path).st_dev}:{read_bytes >> 10}KiB"
     known = _read_notes(notes)
     if fresh or key not in known:
-        known[key] = _measure(reader, read_bytes)
+        measured = _measure(reader, read_bytes)
+        if not measured:
+            return 0.0
+        known[key] = measured
         with suppress(OSError):  # measured again next time
             write_atomically(notes, json.dumps(known, indent=1).encode())
     return known[key]
@@ -59,7 +63,10 @@ def _measure(reader: ExpertReader, read_bytes: int) -> float:
     units = file.size // unit - size // unit
     reads = [Read(0, draw.randrange(units) * unit, size, address + i % _SLOTS * size) for i in range(count)]
     started = time.perf_counter()
-    reader.wait(reader.demand(reads))
+    try:
+        reader.wait(reader.demand(reads))
+    except ReadError:
+        reader.keep(memory)  # reads may still be under way
+        return 0.0
     seconds = time.perf_counter() - started
-    del memory  # held until the last read was in
     return count * size / seconds / 1e9

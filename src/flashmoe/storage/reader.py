@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
+from flashmoe.errors import ReadError
 from flashmoe.storage.aio import Read, open_queue
 from flashmoe.storage.direct import DirectFile
 
 __all__ = ["ExpertReader", "Read", "Ticket"]
+
+PATIENCE = 30.0  # seconds without an answer after which a drive counts as hanging
+_LAST_LOOK = 1.0  # seconds; this process may have been stopped meanwhile, not the drive
+
+# Readers closed while their drive hung, with the memory that it may still write to: kept for good
+_ABANDONED: list[ExpertReader] = []
 
 
 class Ticket:
@@ -45,6 +53,13 @@ class ExpertReader:
         self._under_way: dict[int, tuple[Ticket, Read]] = {}
         self._urgent: set[int] = set()  # of those, the demand reads
         self._number = 0
+        self._heard = time.monotonic()  # when the drive has last answered, or was last asked
+        self._given_up: dict[int, Read] = {}  # under way, and nobody waits any more
+        self._memory: list[object] = []
+
+    def keep(self, memory: object) -> None:
+        """Memory that reads go to: it lives as long as the reader, and longer where a read never ends."""
+        self._memory.append(memory)
 
     @property
     def direct(self) -> bool:
@@ -62,7 +77,8 @@ class ExpertReader:
     def promote(self, ticket: Ticket) -> None:
         """Make demand reads of what has not started of a prefetch."""
         with self._lock:
-            self._demand.extend(self._withdraw(ticket))
+            waiting = self._withdraw(ticket)
+            self._demand.extend(waiting)
             self._pump()
 
     def cancel(self, ticket: Ticket) -> None:
@@ -74,29 +90,60 @@ class ExpertReader:
         """See what has ended, without waiting."""
         with self._lock:
             if self._under_way:
-                self._collect(wait=False)
+                self._collect(0)
 
     def wait(self, ticket: Ticket) -> None:
-        """Return when the reads of a ticket have ended. Raises the first ReadError."""
+        """Return when the reads of a ticket have ended. Raises the first ReadError, or that the drive hangs."""
         self.settle(ticket)
         if ticket.error:
             raise ticket.error
+        for file in self.files:
+            file.check_unchanged()
 
     def settle(self, ticket: Ticket) -> None:
-        """Return when the reads of a ticket have ended, well or not."""
+        """Return when the reads of a ticket have ended, well or not, or the drive has not answered for PATIENCE seconds.
+
+        In the latter case the ticket has failed. What has not begun never will; what has begun may still end, and until
+        then nothing else is read into its memory: its slots may be given to others.
+        """
         while not ticket.done:
             with self._lock:
-                if not ticket.done:
-                    self._collect(wait=True)
+                left = self._heard + PATIENCE - time.monotonic()
+                if not ticket.done and not self._collect(max(left, _LAST_LOOK)) and left <= 0:
+                    self._give_up(ticket)
+                    return
 
     def close(self) -> None:
-        """Drop what is queued, wait for what is under way, and close the files."""
+        """Drop what is queued, wait for what is under way as long as `settle` does, and close the files."""
         with self._lock:
             self._demand.clear()
             self._prefetch.clear()
+            while self._under_way:
+                left = self._heard + PATIENCE - time.monotonic()
+                if not self._collect(max(left, _LAST_LOOK)) and left <= 0:
+                    _ABANDONED.append(self)
+                    return
+            self._memory.clear()
             self._queue.close()
             for file in self.files:
                 file.close()
+
+    def _give_up(self, ticket: Ticket) -> None:
+        ticket.pending -= len(self._withdraw(ticket))
+        self._given_up = {number: read for number, (_, read) in self._under_way.items()}
+        ticket.error = ReadError(
+            f"{self.files[0].path}: the drive has not answered for {PATIENCE:.0f} s; check the drive and its cable, "
+            "the network where it is a remote one, and try again"
+        )
+
+    def _is_free(self, read: Read) -> bool:
+        """Whether no read that was given up may still write where this one would."""
+        return not any(
+            read.address - slack < other.address + other.nbytes + slack
+            and other.address - slack < read.address + read.nbytes + slack
+            for other in self._given_up.values()
+            for slack in [self.files[other.file].align]
+        )
 
     def _submit(self, reads: Sequence[Read], queue: deque[tuple[Ticket, Read]]) -> Ticket:
         ticket = Ticket(reads)
@@ -112,8 +159,12 @@ class ExpertReader:
         for queue in (self._demand, self._prefetch):
             if queue is self._prefetch and self._urgent:
                 break
+            blocked = []
             while queue and room > 0:
                 ticket, read = queue.popleft()
+                if self._given_up and not self._is_free(read):
+                    blocked.append((ticket, read))
+                    continue
                 ticket.started = True
                 self._number += 1
                 self._under_way[self._number] = ticket, read
@@ -121,21 +172,30 @@ class ExpertReader:
                     self._urgent.add(self._number)
                 started.append((self._number, read))
                 room -= 1
+            queue.extendleft(reversed(blocked))
         if started:
+            self._heard = time.monotonic()
             self._queue.start(started)
 
-    def _collect(self, wait: bool) -> None:
-        for number, error in self._queue.collect(wait):
+    def _collect(self, timeout: float) -> bool:
+        """See what has ended, and start what is next; whether anything has."""
+        ended = self._queue.collect(timeout)
+        if ended:
+            self._heard = time.monotonic()
+        for number, error in ended:
             ticket, read = self._under_way.pop(number)
             self._urgent.discard(number)
+            self._given_up.pop(number, None)
             ticket.pending -= 1
             ticket.bytes += 0 if error else read.nbytes
             ticket.error = ticket.error or error
         self._pump()
+        return bool(ended)
 
     def _withdraw(self, ticket: Ticket) -> list[tuple[Ticket, Read]]:
-        """Take what has not started of a prefetch out of the queue."""
-        taken = [item for item in self._prefetch if item[0] is ticket]
+        """Take what has not started out of its queue."""
+        taken = [item for queue in (self._prefetch, self._demand) for item in queue if item[0] is ticket]
         if taken:
             self._prefetch = deque(item for item in self._prefetch if item[0] is not ticket)
+            self._demand = deque(item for item in self._demand if item[0] is not ticket)
         return taken
