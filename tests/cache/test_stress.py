@@ -10,7 +10,6 @@ import random
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import gguf
@@ -134,8 +133,8 @@ class Stage:
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    yield Stage(make("gpt-oss", tmp_path_factory.mktemp("stress") / "m.gguf"))
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Stage:
+    return Stage(make("gpt-oss", tmp_path_factory.mktemp("stress") / "m.gguf"))
 
 
 @pytest.mark.parametrize("first", range(0, 200, 50))

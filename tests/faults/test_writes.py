@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -54,15 +55,14 @@ def check(folder: Path, name: str, before: bytes) -> None:
 def test_files_on_a_full_disk(kind: str, small: Path) -> None:
     path = small / ("f.png" if kind == "figure" else "f.safetensors")
     path.write_bytes(b"what was there before")
+    save = {
+        "trace": made_up(2000).save,
+        "policy": untrained_policy("flashmoe", 3, 16, 2).save,
+        "predictor": untrained_predictor(8, 32).save,
+        "figure": partial(save_figure, new_figure(6, 6)),
+    }[kind]
     with pytest.raises(FlashMoEError, match="cannot write .*No space left on device"):
-        if kind == "trace":
-            made_up(2000).save(path)
-        elif kind == "policy":
-            untrained_policy("flashmoe", 3, 16, 2).save(path)
-        elif kind == "predictor":
-            untrained_predictor(8, 32).save(path)
-        else:
-            save_figure(new_figure(6, 6), path)
+        save(path)
     check(small, path.name, b"what was there before")
 
 
@@ -87,7 +87,20 @@ def test_notes_on_a_full_disk_are_done_without(small: Path, tiny: Tiny) -> None:
 
 
 def test_output_that_is_full(tiny: Tiny) -> None:
-    command = [*COMMAND, "run", str(tiny("llama")), "-p", "hello", "-n", "2", "-t", "1", "--cache", "50%", "-q"]
+    command = [
+        *COMMAND,
+        "run",
+        str(tiny("llama")),
+        "-p",
+        "hello",
+        "-n",
+        "2",
+        "-t",
+        "1",
+        "--cache",
+        "50%",
+        "-q",
+    ]
     with open("/dev/full", "wb") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
     assert done.returncode == 1
@@ -135,7 +148,26 @@ def test_killed_while_it_writes(number: signal.Signals, tmp_path: Path) -> None:
 def test_killed_while_it_generates(number: signal.Signals, tmp_path: Path) -> None:
     """Nothing has to be mended afterwards: no half-written trace or report, and the next run works."""
     trace, report = tmp_path / "t.safetensors", tmp_path / "r.json"
-    arguments = ("run", "demo", "-p", "The", "--temp", 3, "--top-k", 0, "--min-p", 0, "-t", 1, "--cache", "25%", "--trace", trace, "--json", report)
+    arguments = (
+        "run",
+        "demo",
+        "-p",
+        "The",
+        "--temp",
+        3,
+        "--top-k",
+        0,
+        "--min-p",
+        0,
+        "-t",
+        1,
+        "--cache",
+        "25%",
+        "--trace",
+        trace,
+        "--json",
+        report,
+    )
     for characters in (1, 20, 60):
         command = [*COMMAND, *map(str, arguments), "-n", "400"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
@@ -156,7 +188,20 @@ def test_out_of_memory_in_a_control_group(tmp_path: Path) -> None:
     if group is None:
         pytest.skip("no right to make a control group")
     with group:
-        arguments = ("run", "demo", "-p", "The", "-n", "8", "-t", "1", "--ram", "300MiB", "--json", tmp_path / "r.json")
+        arguments = (
+            "run",
+            "demo",
+            "-p",
+            "The",
+            "-n",
+            "8",
+            "-t",
+            "1",
+            "--ram",
+            "300MiB",
+            "--json",
+            tmp_path / "r.json",
+        )
         done = subprocess.run(
             group.command([*COMMAND, *map(str, arguments)]), capture_output=True, text=True, timeout=120
         )
