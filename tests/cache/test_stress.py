@@ -92,7 +92,7 @@ class Stage:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(300)
         assert not any(thread.is_alive() for thread in threads), f"schedule {seed} hangs"
         if wrong:
             raise AssertionError(f"schedule {seed}: {wrong[0]!r}") from wrong[0]
