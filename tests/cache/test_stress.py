@@ -10,6 +10,7 @@ import random
 import sys
 import tempfile
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import gguf
@@ -30,7 +31,7 @@ from flashmoe.storage.gguf import read_gguf
 from flashmoe.storage.reader import ExpertReader
 from tests.models import make
 
-SLOTS, SPARE, ACTIONS, THREADS = 14, 3, 12, 4
+SLOTS, SPARE, ACTIONS, THREADS, TOP_K = 14, 3, 12, 4, 4
 
 
 class Failing:
@@ -102,7 +103,7 @@ class Stage:
 
     def _act(self, rng: random.Random, cache: ExpertCache, pool: SlotPool, turn: threading.Lock) -> None:
         layer = rng.randrange(len(self.catalog.layers))
-        experts = rng.sample(range(self.catalog.n_experts), rng.randint(1, 4))
+        experts = rng.sample(range(self.catalog.n_experts), rng.randint(1, TOP_K))
         kind = rng.random()
         if kind < 0.3:
             cache.prefetch(layer, experts)
@@ -110,6 +111,9 @@ class Stage:
             cache.begin_sequence()
         elif kind < 0.4:
             cache.reader.poll()
+        elif kind < 0.45:  # a prompt begins or ends: prefill takes slots, or gives them back
+            with turn, suppress(ReadError):
+                cache.begin_step(rng.choice((1, 8)), TOP_K)
         else:
             late = rng.random() < 0.5
             with turn:
@@ -126,7 +130,7 @@ class Stage:
 
     def _settled(self, cache: ExpertCache) -> None:
         """Every slot is the policy's or staging's, once."""
-        assert cache.staging is not None
+        cache.begin_step(1, TOP_K)
         spare = cache.staging.slots
         assert len(spare) == len(set(spare)) == SPARE * (max(self.catalog.groups) + 1)
         check_residency(cache.policy.residency, spare)
