@@ -101,7 +101,7 @@ class ExpertReader:
             file.check_unchanged()
 
     def settle(self, ticket: Ticket) -> None:
-        """Return when the reads of a ticket have ended, well or not, or the drive has not answered for PATIENCE seconds.
+        """Return when the reads of a ticket have ended, well or not, or the drive is silent for PATIENCE seconds.
 
         In the latter case the ticket has failed. What has not begun never will; what has begun may still end, and until
         then nothing else is read into its memory: its slots may be given to others.
