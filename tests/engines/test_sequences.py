@@ -1,0 +1,115 @@
+"""Several prompts in turns over one context: each gets the logits that stock llama.cpp gives it alone, bit by bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import flashmoe
+from flashmoe.engines.base import Sampling
+from flashmoe.engines.llamacpp.library import Library
+from flashmoe.engines.llamacpp.stock import StockModel
+from flashmoe.generation import Generation, Reuse, split
+from tests.conftest import Tiny
+from tests.engines.reference import CONTEXT, prompt
+from tests.models import ARCHITECTURES
+
+MADE = 6
+GREEDY = Sampling(temperature=0)
+
+
+class NoEnd:
+    """Lets no end token come: the tests want their tokens."""
+
+    def __init__(self, model: flashmoe.Model) -> None:
+        self._ends = [token for token in range(model.engine.n_vocab) if model.engine.is_end(token)]
+
+    def apply(self, logits: NDArray[np.float32]) -> None:
+        logits[self._ends] = -np.inf
+
+    def accept(self, token: int) -> bool:
+        return True
+
+
+def alone(stock: StockModel, generation: Generation, n_ubatch: int) -> list[NDArray[np.float32]]:
+    """Logits after the prompt and after each token made, by stock llama.cpp."""
+    context = stock.context(n_ctx=CONTEXT, n_ubatch=n_ubatch, threads=1)
+    try:
+        for chunk in split(generation.prompt, n_ubatch):
+            context.decode(chunk)
+        logits = [context.logits()]
+        for token in generation.made[:-1]:
+            context.decode([token])
+            logits.append(context.logits())
+        return logits
+    finally:
+        context.close()
+
+
+def step(model: flashmoe.Model, generation: Generation, seen: list[NDArray[np.float32]]) -> None:
+    """One step; `seen` gets the logits that the token was chosen from."""
+    if generation.step():
+        logits = model.engine.logits()
+        finite = np.isfinite(logits)
+        seen.append(np.where(finite, logits, 0))
+
+
+def assert_same(
+    seen: list[NDArray[np.float32]], expected: list[NDArray[np.float32]], ends: list[int]
+) -> None:
+    assert len(seen) == len(expected)
+    for got, right in zip(seen, expected, strict=True):
+        right[ends] = 0
+        assert np.array_equal(got.view(np.int32), right.view(np.int32))
+
+
+@pytest.mark.parametrize(
+    ("cache", "n_ubatch"), [("100%", 8), ("1", 1)]
+)  # a small pool allows no micro-batches
+@pytest.mark.parametrize("name", ["demo", *ARCHITECTURES])
+def test_turns_change_nothing(
+    name: str, cache: str, n_ubatch: int, lib: Library, tiny: Tiny, request: pytest.FixtureRequest
+) -> None:
+    path = request.getfixturevalue("demo") if name == "demo" else tiny(name)
+    stock = StockModel(lib, path)
+    with flashmoe.load(
+        path, cache=cache, threads=1, n_ctx=CONTEXT, n_ubatch=n_ubatch, sequences=3, library=lib
+    ) as model:
+        assert model.engine.n_ubatch == n_ubatch
+        rule = NoEnd(model)
+        tokens = prompt(model.engine.n_vocab, 40)
+        begun: list[tuple[Generation, list[NDArray[np.float32]]]] = []
+
+        def begin(prompt_tokens: list[int], sequence: int) -> Generation:
+            generation = model.start(
+                prompt_tokens,
+                sequence=sequence,
+                max_tokens=MADE,
+                sampling=GREEDY,
+                reuse=Reuse.EXACT,
+                rules=[rule],
+            )
+            begun.append((generation, []))
+            return generation
+
+        begin(tokens[:21], 0)
+        begin(tokens[5:38], 1)
+        abandoned = begin(tokens[:30], 2)
+        for _ in range(5):
+            for generation, seen in begun:
+                step(model, generation, seen)
+        held = model.engine.past(2)
+        begun.pop()
+        abandoned.close()
+        again = begin(tokens[:18] + tokens[30:], 2)  # begins as the abandoned one did
+        while any(not generation.finished for generation, _ in begun):
+            for generation, seen in begun:
+                if not generation.finished:
+                    step(model, generation, seen)
+        shared = 18 // n_ubatch * n_ubatch if n_ubatch > 1 else min(18, held)
+        assert again.reused in (0, shared)  # none where the model's memory cannot be cut
+        assert again.reused or name not in ("demo", "llama", "olmoe", "deepseek2")
+        for generation, seen in begun:
+            assert_same(seen, alone(stock, generation, n_ubatch), rule._ends)
+    stock.close()
