@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -23,18 +25,20 @@ class NoEnd:
     """Lets no end token come: the tests want their tokens."""
 
     def __init__(self, model: flashmoe.Model) -> None:
-        self._ends = [token for token in range(model.engine.n_vocab) if model.engine.is_end(token)]
+        self.ends = [token for token in range(model.engine.n_vocab) if model.engine.is_end(token)]
 
     def apply(self, logits: NDArray[np.float32]) -> None:
-        logits[self._ends] = -np.inf
+        logits[self.ends] = -np.inf
 
     def accept(self, token: int) -> bool:
         return True
 
 
-def alone(stock: StockModel, generation: Generation, n_ubatch: int) -> list[NDArray[np.float32]]:
+def alone(
+    stock: StockModel, generation: Generation, n_ubatch: int, threads: int, n_ctx: int
+) -> list[NDArray[np.float32]]:
     """Logits after the prompt and after each token made, by stock llama.cpp."""
-    context = stock.context(n_ctx=CONTEXT, n_ubatch=n_ubatch, threads=1)
+    context = stock.context(n_ctx=n_ctx, n_ubatch=n_ubatch, threads=threads)
     try:
         for chunk in split(generation.prompt, n_ubatch):
             context.decode(chunk)
@@ -64,21 +68,25 @@ def assert_same(
         assert np.array_equal(got.view(np.int32), right.view(np.int32))
 
 
-@pytest.mark.parametrize(
-    ("cache", "n_ubatch"), [("100%", 8), ("1", 1)]
-)  # a small pool allows no micro-batches
-@pytest.mark.parametrize("name", ["demo", *ARCHITECTURES])
-def test_turns_change_nothing(
-    name: str, cache: str, n_ubatch: int, lib: Library, tiny: Tiny, request: pytest.FixtureRequest
+def check_turns(
+    path: Path,
+    lib: Library,
+    *,
+    cache: str,
+    n_ubatch: int,
+    threads: int = 1,
+    n_ctx: int = CONTEXT,
+    scale: int = 1,
+    cut: bool = False,
 ) -> None:
-    path = request.getfixturevalue("demo") if name == "demo" else tiny(name)
+    """Three prompts in turns, one of them abandoned for another. scale: of their lengths; cut: memory can be cut."""
     stock = StockModel(lib, path)
     with flashmoe.load(
-        path, cache=cache, threads=1, n_ctx=CONTEXT, n_ubatch=n_ubatch, sequences=3, library=lib
+        path, cache=cache, threads=threads, n_ctx=n_ctx, n_ubatch=n_ubatch, sequences=3, library=lib
     ) as model:
         assert model.engine.n_ubatch == n_ubatch
         rule = NoEnd(model)
-        tokens = prompt(model.engine.n_vocab, 40)
+        tokens = prompt(model.engine.n_vocab, 40 * scale)
         begun: list[tuple[Generation, list[NDArray[np.float32]]]] = []
 
         def begin(prompt_tokens: list[int], sequence: int) -> Generation:
@@ -93,23 +101,39 @@ def test_turns_change_nothing(
             begun.append((generation, []))
             return generation
 
-        begin(tokens[:21], 0)
-        begin(tokens[5:38], 1)
-        abandoned = begin(tokens[:30], 2)
+        begin(tokens[: 21 * scale], 0)
+        begin(tokens[5 * scale : 38 * scale], 1)
+        abandoned = begin(tokens[: 30 * scale], 2)
         for _ in range(5):
             for generation, seen in begun:
                 step(model, generation, seen)
         held = model.engine.past(2)
         begun.pop()
         abandoned.close()
-        again = begin(tokens[:18] + tokens[30:], 2)  # begins as the abandoned one did
+        again = begin(tokens[: 18 * scale] + tokens[30 * scale :], 2)  # begins as the abandoned one did
         while any(not generation.finished for generation, _ in begun):
             for generation, seen in begun:
                 if not generation.finished:
                     step(model, generation, seen)
-        shared = 18 // n_ubatch * n_ubatch if n_ubatch > 1 else min(18, held)
+        shared = min(18 * scale, held) // n_ubatch * n_ubatch
         assert again.reused in (0, shared)  # none where the model's memory cannot be cut
-        assert again.reused or name not in ("demo", "llama", "olmoe", "deepseek2")
+        assert again.reused or not cut
         for generation, seen in begun:
-            assert_same(seen, alone(stock, generation, n_ubatch), rule._ends)
+            assert_same(seen, alone(stock, generation, n_ubatch, threads, n_ctx), rule.ends)
     stock.close()
+
+
+# a small pool allows no micro-batches
+@pytest.mark.parametrize(("cache", "n_ubatch"), [("100%", 8), ("1", 1)])
+@pytest.mark.parametrize("name", ["demo", *ARCHITECTURES])
+def test_turns_change_nothing(
+    name: str, cache: str, n_ubatch: int, lib: Library, tiny: Tiny, request: pytest.FixtureRequest
+) -> None:
+    path = request.getfixturevalue("demo") if name == "demo" else tiny(name)
+    cut = name in ("demo", "llama", "olmoe", "deepseek2")
+    check_turns(path, lib, cache=cache, n_ubatch=n_ubatch, cut=cut)
+
+
+def test_long_prompts_on_two_threads(lib: Library, tiny: Tiny) -> None:
+    """From 512 cells on, the kernel for one token's attention shares them out among threads."""
+    check_turns(tiny("olmoe"), lib, cache="100%", n_ubatch=128, threads=2, n_ctx=512, scale=12, cut=True)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from flashmoe.cli import options
 from flashmoe.cli.progress import LoadProgress, stderr_console
 from flashmoe.errors import UsageError
 
@@ -15,14 +16,9 @@ KEY_VARIABLE = "FLASHMOE_API_KEY"
 
 
 def serve(
-    model: Annotated[
-        str, typer.Argument(help="A GGUF file (or the first of a split set), hf:ORG/REPO[:FILE], or demo.")
-    ],
-    ram: Annotated[str | None, typer.Option("--ram", help="Memory for the whole process, e.g. 6GiB.")] = None,
-    cache: Annotated[
-        str | None,
-        typer.Option("--cache", help="Size of the expert pool instead: 25%, 2GiB or a number of slots."),
-    ] = None,
+    model: options.Model,
+    ram: options.Ram = None,
+    cache: options.Cache = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="Port; 0 takes a free one.", min=0, max=65535)] = 8080,
     api_key: Annotated[
@@ -31,26 +27,18 @@ def serve(
     parallel: Annotated[
         int,
         typer.Option(
-            "--parallel", help="Requests that take turns; each has a context of its own.", min=1, max=64
+            "--parallel", help="Requests that take turns, each with its own context.", min=1, max=64
         ),
     ] = 2,
     cors: Annotated[
         list[str] | None,
         typer.Option("--cors", help="Origin whose pages may ask, e.g. http://localhost:3000."),
     ] = None,
-    policy: Annotated[
-        str | None, typer.Option("--policy", help="Eviction policy: NAME or NAME:FILE.")
-    ] = None,
-    prefetch: Annotated[
-        str, typer.Option("--prefetch", help="Predictor of the next experts: NAME, NAME:FILE, auto or none.")
-    ] = "auto",
-    ctx_size: Annotated[
-        int | None, typer.Option("-c", "--ctx-size", help="Context of a request, in tokens.")
-    ] = None,
-    ubatch: Annotated[
-        int, typer.Option("-ub", "--ubatch-size", help="Prompt tokens evaluated at once.")
-    ] = 512,
-    threads: Annotated[int | None, typer.Option("-t", "--threads", help="Compute threads.")] = None,
+    policy: options.Policy = None,
+    prefetch: options.Prefetch = "auto",
+    ctx_size: options.CtxSize = None,
+    ubatch: options.Ubatch = 512,
+    threads: options.Threads = None,
 ) -> None:
     """Serve a model to OpenAI's clients."""
     try:

@@ -37,14 +37,14 @@ def make_app(
     cors: Sequence[str] = (),
 ) -> FastAPI:
     """The application over a running scheduler. name: the model's; host: where it listens; cors: allowed origins."""
-    guard = Middleware(Guard, host=host, api_key=api_key)
+    max_body = max(LEAST_BODY, BODY_PER_TOKEN * scheduler.model.engine.n_ctx)
+    guard = Middleware(Guard, host=host, api_key=api_key, max_body=max_body)
     crossing = Middleware(CORSMiddleware, allow_origins=list(cors), allow_methods=["*"], allow_headers=["*"])
     app = FastAPI(
         title="FlashMoE",
         version=__version__,
         docs_url=None,
         redoc_url=None,
-        max_body_size=max(LEAST_BODY, BODY_PER_TOKEN * scheduler.model.engine.n_ctx),
         middleware=[crossing, guard] if cors else [guard],
     )
     app.include_router(completions(scheduler, Preparer(scheduler.model.engine), name))

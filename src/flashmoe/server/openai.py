@@ -122,4 +122,5 @@ def usage(jobs: Sequence[Job]) -> Json:
 
 def error(message: str, kind: str, param: str | None = None, code: str | None = None) -> Json:
     """OpenAI's error object. kind: invalid_request_error, authentication_error, server_error, ..."""
+    message = message.encode(errors="replace").decode()  # it may repeat half a character of the request
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import ipaddress
 
+from fastapi import HTTPException
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -34,36 +35,46 @@ class Guard:
     """
 
     def __init__(
-        self, app: ASGIApp, *, host: str, api_key: str | None, body_seconds: float = BODY_SECONDS
+        self,
+        app: ASGIApp,
+        *,
+        host: str,
+        api_key: str | None,
+        max_body: int,
+        body_seconds: float = BODY_SECONDS,
     ) -> None:
-        self._app, self._key, self._seconds = app, api_key.encode() if api_key else None, body_seconds
+        self._app, self._key = app, api_key.encode() if api_key else None
+        self._max_body, self._seconds = max_body, body_seconds
         self._names = {"localhost", "127.0.0.1", "[::1]", host.lower()} if is_loopback(host) else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-            return
-        headers = Headers(scope=scope)
-        refusal = self._refusal(scope["path"], headers)
-        if refusal:
+        elif refusal := self._refusal(scope["path"], Headers(scope=scope)):
             await refusal(scope, receive, send)
-            return
-        deadline = asyncio.get_running_loop().time() + self._seconds
-        complete = False
+        else:
+            await self._app(scope, self._limited(receive), send)
 
-        async def receive_in_time() -> Message:
-            nonlocal complete
+    def _limited(self, receive: Receive) -> Receive:
+        """`receive`, for a body that has to be small enough and there in time."""
+        now = asyncio.get_running_loop().time
+        deadline, size, complete = now() + self._seconds, 0, False
+
+        async def limited() -> Message:
+            nonlocal size, complete
             if complete:
                 return await receive()
-            left = deadline - asyncio.get_running_loop().time()
             try:
-                message = await asyncio.wait_for(receive(), max(0.0, left))
+                message = await asyncio.wait_for(receive(), max(0.0, deadline - now()))
             except asyncio.TimeoutError:
-                return {"type": "http.disconnect"}
+                raise HTTPException(408, "the request did not arrive in time") from None
+            size += len(message.get("body", b""))
+            if size > self._max_body:
+                raise HTTPException(413, f"the request is larger than {self._max_body} bytes")
             complete = not message.get("more_body", False)
             return message
 
-        await self._app(scope, receive_in_time, send)
+        return limited
 
     def _refusal(self, path: str, headers: Headers) -> JSONResponse | None:
         host = headers.get("host", "").lower()

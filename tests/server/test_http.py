@@ -1,0 +1,271 @@
+"""What is not OpenAI's API: keys, names, sizes, slow clients, hang-ups, the end, telemetry, metrics."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import signal
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2 as httpx
+import openai
+import psutil
+import pytest
+from openai import OpenAI
+
+from tests.cli.runner import own_process
+from tests.server.hangups import connect, hang_up_at_random, wait_for_idle
+from tests.server.load import ask
+from tests.server.process import ServerProcess, serving
+
+KEY = "correct horse"
+DOCS = Path(__file__).parents[2] / "docs"
+BODY: dict[str, Any] = {"prompt": "The sea", "max_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def guarded(tool_model: Path) -> Any:
+    """A server with a key, an allowed origin, and one sequence."""
+    arguments = ("--cache", "50%", "--parallel", 1, "--cors", "http://friend.example")
+    with serving(tool_model, *arguments, env={"FLASHMOE_API_KEY": KEY}) as process:
+        yield process
+
+
+def test_key(guarded: ServerProcess) -> None:
+    for key in ("", "wrong", KEY + "x", KEY[:-1], "\u00e9"):
+        headers = {"Authorization": f"Bearer {key}".rstrip().encode()}
+        answer = httpx.post(f"{guarded.url}/v1/completions", json=BODY, headers=headers)
+        assert answer.status_code == 401
+        assert answer.json()["error"]["code"] == "invalid_api_key"
+    with guarded.client("wrong") as client, pytest.raises(openai.AuthenticationError):
+        client.models.list()
+    with guarded.client(KEY) as client:
+        assert client.models.list().data
+    for path in ("metrics", "flashmoe/live", "openapi.json", "v1/models"):
+        assert httpx.get(f"{guarded.url}/{path}").status_code == 401
+    for path in ("health", "ready"):
+        assert httpx.get(f"{guarded.url}/{path}").status_code == 200
+
+
+def test_pages_of_other_origins(guarded: ServerProcess, server: ServerProcess) -> None:
+    ask = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization,content-type",
+    }
+    url = f"{guarded.url}/v1/completions"
+    friend = httpx.options(url, headers={"Origin": "http://friend.example", **ask})
+    assert friend.headers["access-control-allow-origin"] == "http://friend.example"
+    assert (
+        "access-control-allow-origin"
+        not in httpx.options(url, headers={"Origin": "http://foe.example", **ask}).headers
+    )
+    plain = httpx.options(f"{server.url}/v1/completions", headers={"Origin": "http://friend.example", **ask})
+    assert plain.status_code == 405  # off unless named
+    answer = httpx.post(
+        f"{server.url}/v1/completions", content=json.dumps(BODY), headers={"Content-Type": "text/plain"}
+    )
+    assert answer.status_code == 400  # what a page may send without asking first is not read
+
+
+def test_names_that_point_here(server: ServerProcess) -> None:
+    for name in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", ""):
+        answer = httpx.get(f"{server.url}/v1/models", headers={"Host": name})
+        assert answer.status_code in (400, 421), name
+    port = urlsplit(server.url).port
+    for name in ("localhost", f"localhost:{port}", f"[::1]:{port}", "[::1]"):
+        assert httpx.get(f"{server.url}/v1/models", headers={"Host": name}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"x"',
+        b'{"prompt": ',
+        b"\xff\xfe",
+        b"[" * 100_000,
+    ],
+)
+def test_bodies_that_are_not_requests(server: ServerProcess, content: bytes) -> None:
+    answer = httpx.post(
+        f"{server.url}/v1/completions", content=content, headers={"Content-Type": "application/json"}
+    )
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_half_a_character(server: ServerProcess) -> None:
+    """JSON can hold what no text can; it is neither a crash nor an answer that cannot be sent."""
+    half = b'"\\ud800"'
+    for body in (b'{"prompt": %s, "max_tokens": 2}', b'{"prompt": "x", "logit_bias": {%s: 1}}'):
+        answer = httpx.post(
+            f"{server.url}/v1/completions", content=body % half, headers={"Content-Type": "application/json"}
+        )
+        assert answer.status_code in (200, 400)
+        assert answer.json()
+
+
+def test_too_large(server: ServerProcess) -> None:
+    answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x" * 2_000_000})
+    assert answer.status_code == 413
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+    def pieces() -> Any:
+        for _ in range(64):
+            yield b"x" * 65536
+
+    answer = httpx.post(
+        f"{server.url}/v1/completions", content=pieces(), headers={"Content-Type": "application/json"}
+    )
+    assert answer.status_code == 413
+
+
+def test_unknown_places(server: ServerProcess) -> None:
+    for path in (
+        "nope",
+        "v1/files",
+        "../../etc/passwd",
+        "v1/models/../../etc/passwd",
+        "%2e%2e/%2e%2e/etc/passwd",
+    ):
+        answer = httpx.get(f"{server.url}/{path}")
+        assert answer.status_code == 404
+        assert answer.json()["error"]["message"]
+    assert httpx.get(f"{server.url}/v1/completions").status_code == 405
+
+
+def test_slow_clients_block_nobody(server: ServerProcess, client: OpenAI) -> None:
+    address = urlsplit(server.url)
+    slow = [socket.create_connection((address.hostname, address.port)) for _ in range(40)]
+    try:
+        for i, sock in enumerate(slow):
+            sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"[: 10 + i])
+        slow[0].sendall(b"")
+        answer = client.completions.create(model="any", **BODY)
+        assert answer.usage
+        assert answer.usage.completion_tokens == 4
+    finally:
+        for sock in slow:
+            sock.close()
+
+
+def test_hang_up_frees_the_work_at_once(guarded: ServerProcess) -> None:
+    """One sequence, an endless answer whose client goes, then a request that must not wait for its end."""
+    long = {"prompt": "The sea", "max_tokens": 480, "logit_bias": {"0": -100}, "stream": True}
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+    for streamed in (True, False):
+        connection = connect(guarded)
+        connection.request("POST", "/v1/completions", json.dumps({**long, "stream": streamed}), headers)
+        if streamed:
+            response = connection.getresponse()
+            while b"text" not in response.readline():
+                pass
+            response.close()
+        connection.close()
+        wait_for_idle(guarded, KEY)
+    made = re.findall(r"\nflashmoe_generated_tokens_total (\S+)", metrics(guarded, KEY))
+    assert float(made[0]) < 2 * 480
+    assert 'flashmoe_requests_total{outcome="cancelled"} 2.0' in metrics(guarded, KEY)
+
+
+def test_hang_ups_at_random(server: ServerProcess, client: OpenAI) -> None:
+    hang_up_at_random(server, 24, 8)
+    wait_for_idle(server)
+    assert client.completions.create(model="any", **BODY).usage
+
+
+def test_load_leaves_memory_as_it_was(server: ServerProcess) -> None:
+    """A short version of tests/server/load.py."""
+    process = psutil.Process(server.pid)
+    ask(server, 8, 2, max_tokens=8)
+    before = process.memory_info().rss
+    ask(server, 8, 5, max_tokens=8)
+    assert process.memory_info().rss < 1.05 * before
+
+
+def metrics(server: ServerProcess, key: str = "none") -> str:
+    return httpx.get(f"{server.url}/metrics", headers={"Authorization": f"Bearer {key}"}).text
+
+
+def test_metrics_and_their_dashboard(server: ServerProcess, client: OpenAI) -> None:
+    client.completions.create(model="any", **BODY)
+    text = metrics(server)
+    assert float(re.findall(r'flashmoe_tokens_total{phase="decode"} (\S+)', text)[0]) > 0
+    assert float(re.findall(r'flashmoe_requests_total{outcome="length"} (\S+)', text)[0]) > 0
+    names = {line.split("{")[0].split(" ")[0] for line in text.splitlines() if not line.startswith("#")}
+    dashboard = json.loads((DOCS / "grafana-dashboard.json").read_text())
+    used = set(re.findall(r"flashmoe_\w+", json.dumps([p["targets"] for p in dashboard["panels"]])))
+    assert used
+    assert used <= names
+
+
+def test_live_stream_sees_a_generation(server: ServerProcess, client: OpenAI) -> None:
+    info = httpx.get(f"{server.url}/flashmoe/info").json()
+    assert (info["layers"], info["experts"], info["top_k"]) == (8, 32, 4)
+    frames = []
+    with httpx.stream("GET", f"{server.url}/flashmoe/live/stream?hz=20") as stream:
+        for line in stream.iter_lines():
+            if not line:
+                continue
+            frames.append(json.loads(line.removeprefix("data: ")))
+            if len(frames) == 1:
+                client.completions.create(model="any", prompt="The moon", max_tokens=24)
+            if len(frames) > 3 and frames[-1]["decode"]["tokens"] > frames[0]["decode"]["tokens"]:
+                break
+    cells = [base64.b64decode(frame["map"]) for frame in frames]
+    assert {len(c) for c in cells} == {info["layers"] * info["experts"]}
+    resident = sum(cell & 1 for cell in cells[-1])
+    assert 0 < resident <= info["slots"]
+    assert any(cell & 2 for c in cells for cell in c)  # used
+    assert not any(cell & 4 and not cell & 2 for c in cells for cell in c)  # missed, hence used
+    assert httpx.get(f"{server.url}/flashmoe/live/stream?hz=1000").status_code == 400
+
+
+def test_end_in_order(tool_model: Path) -> None:
+    """A stream under way comes to its end; what comes later is refused; the exit status is 0."""
+    with serving(tool_model, "--cache", "50%", "--parallel", 1) as server:
+        connection = connect(server)
+        body = {"prompt": "The sea", "max_tokens": 100, "stream": True, "logit_bias": {"0": -100}}
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        while b"text" not in response.readline():
+            pass
+        server.send_signal(signal.SIGTERM)
+        rest = response.read().decode()
+        assert '"finish_reason": "length"' in rest
+        assert rest.rstrip().endswith("data: [DONE]")
+        connection.close()
+        assert server.wait() == 0
+
+
+def test_warning_on_other_addresses(tool_model: Path) -> None:
+    with serving(tool_model, "--cache", "50%", "--host", "0.0.0.0") as server:
+        assert any("no key is set" in line for line in server.messages)
+    with serving(tool_model, "--cache", "50%", "--host", "0.0.0.0", "--api-key", KEY) as server:
+        assert not any("no key is set" in line for line in server.messages)
+
+
+def test_port_that_is_taken(server: ServerProcess) -> None:
+    result = own_process("serve", "demo", "--port", urlsplit(server.url).port or 0)
+    assert result.status == 2
+    assert "cannot listen" in result.message
+
+
+def test_examples_of_the_documentation(server: ServerProcess) -> None:
+    """The curl commands in docs/server.md, run as they stand but for the port."""
+    blocks = re.findall(r"```sh\n(.*?)```", (DOCS / "server.md").read_text(), re.DOTALL)
+    assert len(blocks) >= 3
+    for block in blocks:
+        command = block.replace("http://127.0.0.1:8080", server.url)
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert "error" not in done.stdout
+        assert done.stdout.strip()
