@@ -10,6 +10,7 @@ import typer
 
 from flashmoe.cli import options
 from flashmoe.cli.progress import LoadProgress, stderr_console
+from flashmoe.cli.report import show
 from flashmoe.errors import UsageError
 
 KEY_VARIABLE = "FLASHMOE_API_KEY"
@@ -85,5 +86,4 @@ def serve(
                 console.print(f"serving {name} on http://{shown}:{real_port}/v1", highlight=False)
 
             run_server(loaded, sock, name=name, host=host, api_key=key, cors=cors or [], started=started)
-            for line in loaded.report().lines():
-                console.print(line, style="dim", highlight=False)
+            show(console, loaded.report())
