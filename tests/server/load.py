@@ -73,7 +73,7 @@ def main() -> None:
     options = parser.parse_args()
     with serving(options.model, "--cache", options.cache, "--parallel", options.parallel) as server:
         process = psutil.Process(server.pid)
-        ask(server, 8, 2)
+        ask(server, 8, options.requests)  # predictors that `auto` tries later take memory when they are
         before = process.memory_info().rss
         alone = ask(server, 1, options.requests)
         together = ask(server, 8, options.requests)

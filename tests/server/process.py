@@ -50,7 +50,7 @@ class ServerProcess:
 
     def client(self, key: str = "none", **options: object) -> OpenAI:
         """The official client; it does not try again by itself."""
-        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60, **options)  # type: ignore[arg-type]
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=600, **options)  # type: ignore[arg-type]
 
     def send_signal(self, number: int) -> None:
         self._process.send_signal(number)
