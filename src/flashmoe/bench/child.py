@@ -102,9 +102,11 @@ def _measure_pool(job: Job) -> dict[str, Any]:
         threads=job.threads,
         prefetch=job.prefetch,
         library=open_library(Path(job.library)),
+        save_cache=job.save_cache or False,
         **options,
     )
     loaded = time.perf_counter() - started
+    time.sleep(job.idle)
     with model:
         model.cache.stats["warmup"] = CacheStats()  # a phase of its own: the report counts the other two
 
