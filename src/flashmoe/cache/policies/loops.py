@@ -1,4 +1,4 @@
-"""The loops that every eviction policy shares: an access, a release, a ranking, and the window that prefill works in."""
+"""The loops that every policy shares: an access, a release, a ranking, and the window that prefill works in."""
 
 from __future__ import annotations
 
