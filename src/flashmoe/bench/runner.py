@@ -144,7 +144,7 @@ class _Runner:
         trained = gguf.arch_int("context_length", n)
         if n > trained:
             raise UsageError(f"{n} tokens are more than this model's context ({trained}): ask for fewer")
-        n_ctx = min(trained, -(-n // _CONTEXT_STEP) * _CONTEXT_STEP)
+        n_ctx = min(trained, -(-(n + 1) // _CONTEXT_STEP) * _CONTEXT_STEP)  # one more, for its time line
         return Job(
             engine=POOL,
             model=str(gguf.files[0]),
