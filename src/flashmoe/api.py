@@ -35,7 +35,7 @@ from flashmoe.routing.recorder import Recorder
 from flashmoe.routing.trace import DECODE, PREFILL
 from flashmoe.session import Session
 from flashmoe.storage.catalog import ExpertCatalog
-from flashmoe.storage.disk import read_ceiling
+from flashmoe.storage.disk import read_ceiling, tune
 from flashmoe.storage.gguf import read_gguf
 from flashmoe.storage.reader import ExpertReader
 from flashmoe.units import parse_bytes
@@ -106,6 +106,7 @@ def load(
     with ExitStack() as stack:
         reader = ExpertReader(catalog.gguf.files)
         stack.callback(reader.close)
+        tune(reader, catalog.read_bytes)
         align = max(file.align for file in reader.files)
         limit = 0 if cache is not None else parse_bytes(ram) if ram is not None else budget.default_ram()
         if limit:
@@ -372,7 +373,6 @@ class Model:
 
     def report(self, text: str = "") -> telemetry.Report:
         """The figures so far; `text` is passed through. Measures the drive where that has not been done before."""
-        sizes = [plane.nbytes for layer in self.catalog.layers for plane in layer.planes]
         return telemetry.make_report(
             self.telemetry,
             self.cache.stats,
@@ -384,7 +384,7 @@ class Model:
             experts=self.catalog.total_experts,
             budget=self.budget_bytes,
             warm=(self.cache.warm.experts, self.cache.warm.bytes) if self.cache.warm else (0, 0),
-            ceiling=read_ceiling(self.cache.reader, int(np.median(sizes))),
+            ceiling=read_ceiling(self.cache.reader, self.catalog.read_bytes),
         )
 
     def close(self) -> None:

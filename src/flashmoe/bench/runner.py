@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -124,8 +123,7 @@ class _Runner:
         """Measured now and noted, so that every child's report has it and none spends time and memory on it."""
         reader = ExpertReader(self._catalog.gguf.files)
         try:
-            sizes = [plane.nbytes for layer in self._catalog.layers for plane in layer.planes]
-            return read_ceiling(reader, int(statistics.median(sizes)), fresh=True)
+            return read_ceiling(reader, self._catalog.read_bytes, fresh=True)
         finally:
             reader.close()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +15,6 @@ from numpy.typing import NDArray
 
 from flashmoe.cache.pool import SlotPool
 from flashmoe.cache.residency import Residency, admit, free_slot, take_free_slot
-from flashmoe.errors import ReadError
 from flashmoe.storage.reader import ExpertReader, Ticket
 
 Int32 = NDArray[np.int32]
@@ -73,8 +71,7 @@ class WarmStart:
         arrivals, self._under_way = self._under_way, []
         for arrival in arrivals:
             self._reader.cancel(arrival.ticket)
-            with suppress(ReadError):
-                self._reader.wait(arrival.ticket)
+            self._reader.settle(arrival.ticket)
             free_slot(self._residency, arrival.layer, arrival.slot)
         self._wanted.extendleft((arrival.layer, arrival.expert) for arrival in reversed(arrivals))
         return bool(arrivals)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import statistics
 from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -92,6 +93,11 @@ class ExpertCatalog:
         """Which tensors the engine's loader is to leave to us (ECMAScript regex, searched anywhere in the name)."""
         table = rf"|^{re.escape(TOKEN_TABLE)}$" if self.token_table else ""
         return EXPERTS_PATTERN + table
+
+    @cached_property
+    def read_bytes(self) -> int:
+        """Bytes of a read from the drive: an expert's slice of a plane, as they usually are."""
+        return int(statistics.median(plane.nbytes for layer in self.layers for plane in layer.planes))
 
     @cached_property
     def total_experts(self) -> int:
