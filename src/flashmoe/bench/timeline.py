@@ -114,9 +114,9 @@ class _TimedQueue:
         self._started |= {number: (read, number in self._urgent, now) for number, read in reads}
         self._queue.start(reads)
 
-    def collect(self, wait: bool) -> list[Done]:
+    def collect(self, timeout: float) -> list[Done]:
         """See ReadQueue."""
-        ended = self._queue.collect(wait)
+        ended = self._queue.collect(timeout)
         now = time.perf_counter()
         for number, _ in ended:
             if number in self._started:

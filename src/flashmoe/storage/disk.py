@@ -96,7 +96,6 @@ def _measure(reader: ExpertReader, read_bytes: int) -> Drive:
     # the pool's kind of memory: a read into huge pages is one piece for the drive, into small ones it is hundreds;
     # a few slots in turn, so that the measurement fits into a tight budget
     memory, address = reserve_huge(_SLOTS * size)
-    reader.keep(memory)  # where a drive hangs, reads may be under way for long
     ctypes.memset(address, 0, _SLOTS * size)  # first touch is not the drive's time
     draw = random.Random(0)
     units = file.size // unit - size // unit
@@ -110,7 +109,11 @@ def _measure(reader: ExpertReader, read_bytes: int) -> Drive:
                 Read(0, draw.randrange(units) * unit, size, address + i % _SLOTS * size) for i in range(count)
             ]
             started = time.perf_counter()
-            reader.wait(reader.demand(reads))
+            try:
+                reader.wait(reader.demand(reads))
+            except ReadError:
+                reader.keep(memory)  # reads may still be under way
+                raise
             measured.append(count * size / (time.perf_counter() - started) / 1e9)
         if time.perf_counter() - began > _MOST_SECONDS:
             break
