@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 
 import typer
-from rich.console import Console
 
 from flashmoe import __version__
-from flashmoe.cli import bench, run, serve, simulate, trace, train
+from flashmoe.cli import bench, chat, run, serve, simulate, trace, train
+from flashmoe.cli.progress import print_error, stderr_console
 from flashmoe.errors import FlashMoEError
 
 app = typer.Typer(
@@ -19,6 +19,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command("run")(run.run)
+app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("simulate")(simulate.simulate)
 app.add_typer(bench.app, name="bench")
@@ -40,15 +41,10 @@ def main() -> None:
     try:
         app()
     except FlashMoEError as error:
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {_plain(error)}")
+        print_error(stderr_console(quiet=False), error)
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone (`| head`)
         sys.stderr.close()
         sys.exit(0)
-
-
-def _plain(error: Exception) -> str:
-    """The message without line breaks, and with brackets that rich would take for markup escaped."""
-    return " ".join(str(error).split()).replace("[", r"\[")

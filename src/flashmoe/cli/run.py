@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -46,7 +45,7 @@ def run(
 
     console = stderr_console(quiet)
     sampling = Sampling(temp, top_k, top_p, min_p, seed)
-    with LoadProgress(console) if console.is_terminal else nullcontext() as progress:
+    with LoadProgress(console) as progress:
         loaded = load(
             model,
             ram=ram,
@@ -57,7 +56,7 @@ def run(
             n_ubatch=ubatch,
             threads=threads,
             trace=trace is not None,
-            progress=progress.update if progress else None,
+            progress=progress.update,
         )
         with loaded:
             pieces = (
@@ -68,8 +67,7 @@ def run(
             made: list[str] = []
             try:
                 for piece in pieces:
-                    if progress:
-                        progress.stop()
+                    progress.stop()
                     made.append(piece)
                     sys.stdout.write(piece)
                     sys.stdout.flush()
