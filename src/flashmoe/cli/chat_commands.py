@@ -79,7 +79,7 @@ class Commands:
         system = [{"role": "system", "content": talk.system}] if talk.system else []
         saved = {"model": self._model.catalog.gguf.files[0].name, "messages": [*system, *talk.messages]}
         try:
-            write_atomically(path, json.dumps(saved, ensure_ascii=False, indent=1).encode())
+            write_atomically(path, json.dumps(saved, ensure_ascii=False, indent=1).encode(errors="replace"))
         except OSError as error:
             raise FlashMoEError(f"{path}: cannot be written ({error.strerror})") from None
         return f"{path}: {len(talk.messages)} messages"

@@ -100,13 +100,17 @@ class _Block:
         if self.gap and lines:
             lines.insert(0, [])
         for line in lines[1 - console.height :] if self.last_lines else lines:
-            while line and _is_blank(line[-1:]):
-                line.pop()
-            for segment in line[:-1]:
-                yield segment
-            for last in line[-1:]:  # nothing to fill the line up: a narrower window would break it
-                yield last if last.style and last.style.bgcolor else Segment(last.text.rstrip(), last.style)
+            yield from _trimmed(line)
             yield Segment.line()
+
+
+def _trimmed(line: list[Segment]) -> list[Segment]:
+    """`line` without the spaces that fill it up: a window made narrower would break it."""
+    while line and _is_blank(line[-1:]):
+        line = line[:-1]
+    if line and not (line[-1].style and line[-1].style.bgcolor):
+        line = [*line[:-1], Segment(line[-1].text.rstrip(), line[-1].style)]
+    return line
 
 
 def _is_blank(line: list[Segment]) -> bool:

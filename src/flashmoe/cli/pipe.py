@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Generator, Iterator
 from contextlib import closing
+from io import TextIOWrapper
 
 from rich.console import Console
 
@@ -21,8 +22,11 @@ class Pipe:
 
     def lines(self, commands: list[str]) -> Iterator[str]:
         """What the user says. `commands`: names of commands, for whoever can complete them."""
+        if isinstance(sys.stdin, TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8", errors="strict")
         try:
-            yield from sys.stdin or ()
+            for line in sys.stdin or ():
+                yield line.removesuffix("\n")
         except UnicodeDecodeError:
             raise UsageError("standard input is not UTF-8 text") from None
 

@@ -122,7 +122,7 @@ class LlamaEngine:
             self._context.rewind(0, sequence)
 
     def tokenize(self, text: str, special: bool = False, begin: bool = True) -> list[int]:
-        data = text.encode()
+        data = text.encode(errors="replace")
         room = len(data) + 8
         tokens = (C.c_int32 * room)()
         n = self._lib.llama_tokenize(self._vocab, data, len(data), tokens, room, begin, special)
