@@ -12,7 +12,7 @@ from flashmoe.cli import options
 from flashmoe.cli.chat_commands import Commands
 from flashmoe.cli.pipe import Pipe
 from flashmoe.cli.progress import stderr_console
-from flashmoe.cli.report import show, write
+from flashmoe.cli.report import show, write_json
 from flashmoe.conversation import Conversation
 from flashmoe.engines.base import Sampling
 from flashmoe.errors import FlashMoEError
@@ -75,7 +75,7 @@ def chat(
     if trace and loaded.recorder is not None:
         loaded.recorder.save(trace)
     if json_file:
-        write(json_file, report)
+        write_json(json_file, report.as_dict())
     if stopped:
         raise KeyboardInterrupt
 
@@ -95,6 +95,8 @@ def converse(user: Pipe, talk: Conversation, commands: Commands) -> None:
                 user.reply(reply)
         except FlashMoEError as error:
             user.fail(error)
+        except KeyboardInterrupt:
+            user.stop()
         if commands.quit:
             return
 

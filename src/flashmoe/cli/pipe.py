@@ -50,3 +50,7 @@ class Pipe:
     def fail(self, error: FlashMoEError) -> None:
         """A message or a command has failed: nobody is there to try another, so raise `error`."""
         raise error
+
+    def stop(self) -> None:
+        """Ctrl-C has stopped an answer: nobody is there to ask for another, so it stops everything."""
+        raise KeyboardInterrupt

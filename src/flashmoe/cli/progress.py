@@ -22,16 +22,20 @@ def print_error(console: Console, error: Exception) -> None:
 
 
 class LoadProgress:
-    """A bar per stage, on a terminal only; gone with `stop`, and back with the next `update`. A context manager."""
+    """A bar per stage, on a terminal only; gone with `stop`, and back with the next `update`.
+
+    A context manager that can be entered again; outside of it, updates show nothing.
+    """
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._open = False
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
 
     def update(self, stage: str, done: int, total: int) -> None:
         """Called by `flashmoe.load` and by generation."""
-        if not self._console.is_terminal:
+        if not (self._open and self._console.is_terminal):
             return
         if self._bars is None:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
@@ -49,9 +53,11 @@ class LoadProgress:
             self._bars = None
 
     def __enter__(self) -> LoadProgress:
+        self._open = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._open = False
         self.stop()

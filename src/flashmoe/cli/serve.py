@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
 from typing import Annotated
 
 import typer
 
+from flashmoe.cli import options
 from flashmoe.cli.progress import LoadProgress, stderr_console
+from flashmoe.cli.report import show
 from flashmoe.errors import UsageError
 
 KEY_VARIABLE = "FLASHMOE_API_KEY"
 
 
 def serve(
-    model: Annotated[
-        str, typer.Argument(help="A GGUF file (or the first of a split set), hf:ORG/REPO[:FILE], or demo.")
-    ],
-    ram: Annotated[str | None, typer.Option("--ram", help="Memory for the whole process, e.g. 6GiB.")] = None,
-    cache: Annotated[
-        str | None,
-        typer.Option("--cache", help="Size of the expert pool instead: 25%, 2GiB or a number of slots."),
-    ] = None,
+    model: options.Model,
+    ram: options.Ram = None,
+    cache: options.Cache = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="Port; 0 takes a free one.", min=0, max=65535)] = 8080,
     api_key: Annotated[
@@ -38,19 +34,11 @@ def serve(
         list[str] | None,
         typer.Option("--cors", help="Origin whose pages may ask, e.g. http://localhost:3000."),
     ] = None,
-    policy: Annotated[
-        str | None, typer.Option("--policy", help="Eviction policy: NAME or NAME:FILE.")
-    ] = None,
-    prefetch: Annotated[
-        str, typer.Option("--prefetch", help="Predictor of the next experts: NAME, NAME:FILE, auto or none.")
-    ] = "auto",
-    ctx_size: Annotated[
-        int | None, typer.Option("-c", "--ctx-size", help="Context of a request, in tokens.")
-    ] = None,
-    ubatch: Annotated[
-        int, typer.Option("-ub", "--ubatch-size", help="Prompt tokens evaluated at once.")
-    ] = 512,
-    threads: Annotated[int | None, typer.Option("-t", "--threads", help="Compute threads.")] = None,
+    policy: options.Policy = None,
+    prefetch: options.Prefetch = "auto",
+    ctx_size: options.CtxSize = None,
+    ubatch: options.Ubatch = 512,
+    threads: options.Threads = None,
 ) -> None:
     """Serve a model to OpenAI's clients."""
     try:
@@ -68,7 +56,7 @@ def serve(
     console = stderr_console(False)
     key = api_key or os.environ.get(KEY_VARIABLE) or None
     with listen(host, port) as sock:
-        with LoadProgress(console) if console.is_terminal else nullcontext() as progress:
+        with LoadProgress(console) as progress:
             loaded = load(
                 model,
                 ram=ram,
@@ -79,10 +67,8 @@ def serve(
                 n_ubatch=ubatch,
                 threads=threads,
                 sequences=parallel,
-                progress=progress.update if progress else None,
+                progress=progress.update,
             )
-            if progress:
-                progress.stop()
         with loaded:
             name = loaded.catalog.gguf.files[0].stem
             address, real_port = sock.getsockname()[:2]
@@ -97,5 +83,4 @@ def serve(
                 console.print(f"serving {name} on http://{shown}:{real_port}/v1", highlight=False)
 
             run_server(loaded, sock, name=name, host=host, api_key=key, cors=cors or [], started=started)
-            for line in loaded.report().lines():
-                console.print(line, style="dim", highlight=False)
+            show(console, loaded.report())

@@ -45,20 +45,21 @@ class Terminal(Pipe):
                 return
 
     def hear(self, answer: Generator[str, None, None]) -> None:
-        try:
-            with closing(answer), _silent_keys(), self.progress:
-                first = next(answer, "")
-                self.progress.stop()
-                with StreamedMarkdown(self._replies) as markdown:
-                    markdown.add(first)
-                    for piece in answer:
-                        markdown.add(piece)
-        except KeyboardInterrupt:
-            self.note("(stopped)")
+        with closing(answer), _silent_keys(), self.progress:
+            first = next(answer, "")
+            self.progress.stop()
+            with StreamedMarkdown(self._replies) as markdown:
+                markdown.add(first)
+                for piece in answer:
+                    markdown.add(piece)
 
     def fail(self, error: FlashMoEError) -> None:
         """Say what went wrong; the user may try again."""
         print_error(self._replies, error)
+
+    def stop(self) -> None:
+        """Ctrl-C has stopped an answer; the user may go on."""
+        self.note("(stopped)")
 
 
 @contextmanager
