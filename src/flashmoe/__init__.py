@@ -9,9 +9,10 @@ from flashmoe.errors import FlashMoEError
 
 if TYPE_CHECKING:
     from flashmoe.api import Model, load
+    from flashmoe.conversation import Conversation
     from flashmoe.engines.base import Sampling
 
-__all__ = ["FlashMoEError", "Model", "Sampling", "load"]
+__all__ = ["Conversation", "FlashMoEError", "Model", "Sampling", "load"]
 
 try:
     __version__ = version("flashmoe-ssd")
@@ -25,6 +26,10 @@ def __getattr__(name: str) -> Any:
         from flashmoe import api
 
         return getattr(api, name)
+    if name == "Conversation":
+        from flashmoe.conversation import Conversation
+
+        return Conversation
     if name == "Sampling":
         from flashmoe.engines.base import Sampling
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -284,17 +283,7 @@ class Model:
         when the model file cannot be read; the model stays usable.
         """
         tokens = self.engine.tokenize(prompt, special) if isinstance(prompt, str) else list(prompt)
-        generation = self.start(tokens, max_tokens=max_tokens, sampling=sampling)
-        text = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        try:
-            while not generation.finished:
-                token = generation.step()
-                if token and (piece := text.decode(self.engine.piece(token.id))):
-                    yield piece
-        finally:
-            generation.close()
-        if rest := text.decode(b"", final=True):
-            yield rest
+        yield from self.start(tokens, max_tokens=max_tokens, sampling=sampling).pieces()
 
     def start(
         self,
@@ -329,17 +318,21 @@ class Model:
         prompt = self.engine.chat_prompt(messages)
         return self.generate(prompt, max_tokens=max_tokens, sampling=sampling, special=True)
 
-    def keep(self, sequence: int, n: int) -> int:
-        """A new prompt begins in `sequence`, which keeps its first `n` tokens, or fewer; returns how many."""
+    def keep(self, sequence: int, n: int, *, goes_on: bool) -> int:
+        """Another prompt comes to `sequence`, which keeps its first `n` tokens, or fewer; returns how many.
+
+        goes_on: the prompt continues what was there, a conversation; else a new one begins, for policies and traces.
+        """
         held = self.held[sequence]
         held.cut(n)
         if self.engine.past(sequence) != n:
             held.cut(self.engine.rewind(n, sequence))
-        self.cache.begin_sequence()
-        if self.prefetcher:
-            self.prefetcher.begin_sequence()
-        self._prompts += 1
-        held.number = self._prompts
+        if not goes_on:
+            self.cache.begin_sequence()
+            if self.prefetcher:
+                self.prefetcher.begin_sequence()
+            self._prompts += 1
+            held.number = self._prompts
         return self.engine.past(sequence)
 
     def evaluate(self, tokens: Sequence[int], sequence: int = 0, *, decode: bool) -> None:

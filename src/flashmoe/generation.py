@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
@@ -148,13 +149,28 @@ class Generation:
         self._model.progress("prefill", len(self.prompt), len(self.prompt))
         return self._choose()
 
+    def pieces(self) -> Iterator[str]:
+        """Run to the end: yields text as it is made, and closes. Raises what `step` raises."""
+        text = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        try:
+            while not self.finished:
+                token = self.step()
+                if token and (piece := text.decode(self._model.engine.piece(token.id))):
+                    yield piece
+        finally:
+            self.close()
+        if rest := text.decode(b"", final=True):
+            yield rest
+
     def close(self) -> None:
         """Free the sampler. What the sequence holds stays for the next prompt."""
         self._sampler.close()
 
     def _begin(self) -> deque[Chunk]:
         held, step = self._model.held[self.sequence], self._model.engine.n_ubatch
-        self.reused = self._model.keep(self.sequence, held.common(self.prompt, step, self._reuse))
+        common = held.common(self.prompt, step, self._reuse)
+        goes_on = self._reuse is Reuse.ANY and common > 0
+        self.reused = self._model.keep(self.sequence, common, goes_on=goes_on)
         return deque(split(self.prompt[self.reused :], step))
 
     def _choose(self) -> Token | None:

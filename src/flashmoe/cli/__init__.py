@@ -8,10 +8,10 @@ import sys
 import warnings
 
 import typer
-from rich.console import Console
 
 from flashmoe import __version__
-from flashmoe.cli import bench, run, serve, simulate, trace, train
+from flashmoe.cli import bench, chat, run, serve, simulate, trace, train
+from flashmoe.cli.progress import print_error, stderr_console
 from flashmoe.errors import FlashMoEError, FlashMoEWarning
 
 _python_warning = warnings.formatwarning
@@ -23,6 +23,7 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command("run")(run.run)
+app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("simulate")(simulate.simulate)
 app.add_typer(bench.app, name="bench")
@@ -45,7 +46,7 @@ def main() -> None:
     try:
         app()
     except FlashMoEError as error:
-        _fail(str(error))
+        print_error(stderr_console(quiet=False), error)
         sys.exit(error.exit_status)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -55,15 +56,11 @@ def main() -> None:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        _fail(f"the output cannot be written ({error.strerror})")
+        print_error(
+            stderr_console(quiet=False), FlashMoEError(f"the output cannot be written ({error.strerror})")
+        )
         _drop_output()
         sys.exit(1)
-
-
-def _fail(message: str) -> None:
-    """Print a message as one line, with brackets that rich would take for markup escaped."""
-    plain = " ".join(message.split()).replace("[", r"\[")
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {plain}")
 
 
 def _drop_output() -> None:

@@ -1,4 +1,4 @@
-"""Progress on stderr, while weights load and while a prompt is read."""
+"""What goes to stderr: progress while weights load and while a prompt is read, and errors."""
 
 from __future__ import annotations
 
@@ -15,29 +15,49 @@ def stderr_console(quiet: bool) -> Console:
     return Console(stderr=True, quiet=quiet, soft_wrap=True)
 
 
+def print_error(console: Console, error: Exception) -> None:
+    """Print an error as one line."""
+    message = " ".join(str(error).split()).replace("[", r"\[")  # rich would take brackets for markup
+    console.print(f"[bold red]error:[/] {message}", highlight=False)
+
+
 class LoadProgress:
-    """One bar per stage, gone when the first token is there. A context manager."""
+    """A bar per stage, on a terminal only; gone with `stop`, and back with the next `update`.
+
+    A context manager that can be entered again; outside of it, updates show nothing.
+    """
 
     def __init__(self, console: Console) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-        self._progress = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
+        self._console = console
+        self._open = False
+        self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
 
     def update(self, stage: str, done: int, total: int) -> None:
         """Called by `flashmoe.load` and by generation."""
+        if not (self._open and self._console.is_terminal):
+            return
+        if self._bars is None:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+            self._bars = Progress(*columns, TimeElapsedColumn(), console=self._console, transient=True)
+            self._bars.start()
+            self._tasks.clear()
         if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(_TITLES[stage], total=total)
-        self._progress.update(self._tasks[stage], completed=done, total=total)
+            self._tasks[stage] = self._bars.add_task(_TITLES[stage], total=total)
+        self._bars.update(self._tasks[stage], completed=done, total=total)
 
     def stop(self) -> None:
         """Remove the bars: text is coming."""
-        self._progress.stop()
+        if self._bars:
+            self._bars.stop()
+            self._bars = None
 
     def __enter__(self) -> LoadProgress:
-        self._progress.start()
+        self._open = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        self._open = False
+        self.stop()

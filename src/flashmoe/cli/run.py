@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -47,7 +46,7 @@ def run(
 
     console = stderr_console(quiet)
     sampling = Sampling(temp, top_k, top_p, min_p, seed)
-    with LoadProgress(console) if console.is_terminal else nullcontext() as progress:
+    with LoadProgress(console) as progress:
         loaded = load(
             model,
             ram=ram,
@@ -59,7 +58,7 @@ def run(
             threads=threads,
             trace=trace is not None,
             save_cache=save_cache,
-            progress=progress.update if progress else None,
+            progress=progress.update,
         )
         with loaded:
             pieces = (
@@ -70,8 +69,7 @@ def run(
             made: list[str] = []
             try:
                 for piece in pieces:
-                    if progress:
-                        progress.stop()
+                    progress.stop()
                     made.append(piece)
                     sys.stdout.write(piece)
                     sys.stdout.flush()

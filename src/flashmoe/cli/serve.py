@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import nullcontext
 from typing import Annotated
 
 import typer
@@ -57,7 +56,7 @@ def serve(
     console = stderr_console(False)
     key = api_key or os.environ.get(KEY_VARIABLE) or None
     with listen(host, port) as sock:
-        with LoadProgress(console) if console.is_terminal else nullcontext() as progress:
+        with LoadProgress(console) as progress:
             loaded = load(
                 model,
                 ram=ram,
@@ -68,10 +67,8 @@ def serve(
                 n_ubatch=ubatch,
                 threads=threads,
                 sequences=parallel,
-                progress=progress.update if progress else None,
+                progress=progress.update,
             )
-            if progress:
-                progress.stop()
         with loaded:
             name = loaded.catalog.gguf.files[0].stem
             address, real_port = sock.getsockname()[:2]

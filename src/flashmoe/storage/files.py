@@ -10,8 +10,17 @@ from pathlib import Path
 
 def cache_folder() -> Path:
     """The folder for notes that can be made again: $XDG_CACHE_HOME/flashmoe, else ~/.cache/flashmoe."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "flashmoe"
+    return _folder("XDG_CACHE_HOME", ".cache")
+
+
+def state_folder() -> Path:
+    """The folder for what a user would miss a little: $XDG_STATE_HOME/flashmoe, else ~/.local/state/flashmoe."""
+    return _folder("XDG_STATE_HOME", ".local/state")
+
+
+def _folder(variable: str, default: str) -> Path:
+    base = os.environ.get(variable)
+    return (Path(base) if base else Path.home() / default) / "flashmoe"
 
 
 def write_atomically(path: Path, data: bytes, *, private: bool = False) -> None:

@@ -59,7 +59,7 @@ class Context:
         self._vocab = lib.llama_model_get_vocab(model)
         self.n_vocab = int(lib.llama_vocab_n_tokens(self._vocab))
         self._pool = None if lib.openmp else self._attach_threads(threads)
-        self._cuttable = lib.llama_model_n_swa(model) == 0  # a sliding window forgets what a cut would need
+        self._window = lib.llama_model_n_swa(model)  # tokens that attention looks back; 0 for all
         #: Tokens in each sequence.
         self.past = [0] * sequences
         self._sequence = (C.c_int32 * 1)(0)  # of the batch
@@ -101,12 +101,15 @@ class Context:
         return int(self._lib.llama_decode(self._pointer, batch))
 
     def rewind(self, n_past: int, sequence: int = 0) -> None:
-        """Forget a sequence's tokens from position `n_past` on; all where its memory cannot be cut (Mamba, windows)."""
+        """Forget a sequence's tokens from position `n_past` on; all where its memory cannot be cut (Mamba)."""
         n_past = min(n_past, self.past[sequence])
         remove = partial(self._lib.llama_memory_seq_rm, self._memory, sequence)
-        if n_past and self._cuttable and remove(n_past, -1):
-            self.past[sequence] = n_past
-            return
+        if n_past and remove(n_past, -1):
+            # a cache of the window's size forgets what attention needs after a cut
+            oldest = self._lib.llama_memory_seq_pos_min(self._memory, sequence)
+            if oldest <= max(0, n_past - self._window):
+                self.past[sequence] = n_past
+                return
         if len(self.past) == 1:
             self._lib.llama_memory_clear(self._memory, True)
         else:

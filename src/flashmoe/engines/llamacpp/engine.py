@@ -148,7 +148,9 @@ class LlamaEngine:
     ) -> str:
         template = self._lib.llama_model_chat_template(self._model.pointer, None)
         if not template:
-            raise ModelError("this model has no chat template: use it without --chat, with a plain prompt")
+            raise ModelError(
+                "this model has no chat template: use `flashmoe run` without --chat, with a plain prompt"
+            )
         return render_chat(
             template.decode(),
             messages,

@@ -40,6 +40,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_get_logits_ith": (C.POINTER(f32), (ptr, i32)),
     "llama_get_memory": (ptr, (ptr,)),
     "llama_memory_clear": (None, (ptr, flag)),
+    "llama_memory_seq_pos_min": (i32, (ptr, i32)),
     "llama_memory_seq_rm": (flag, (ptr, i32, i32, i32)),
     "llama_vocab_n_tokens": (i32, (ptr,)),
     "llama_vocab_is_eog": (flag, (ptr, i32)),

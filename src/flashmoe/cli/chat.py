@@ -1,0 +1,112 @@
+"""`flashmoe chat`: a conversation in the terminal, or line by line through a pipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+from flashmoe.cli import options
+from flashmoe.cli.chat_commands import Commands
+from flashmoe.cli.pipe import Pipe
+from flashmoe.cli.progress import stderr_console
+from flashmoe.cli.report import show, write_json
+from flashmoe.conversation import Conversation
+from flashmoe.engines.base import Sampling
+from flashmoe.errors import FlashMoEError
+
+_SAMPLING = Sampling()
+
+
+def chat(
+    model: options.Model,
+    system: Annotated[str, typer.Option("--system", help="What the model is to follow throughout.")] = "",
+    ram: options.Ram = None,
+    cache: options.Cache = None,
+    policy: options.Policy = None,
+    prefetch: options.Prefetch = "auto",
+    n_predict: options.NPredict = -1,
+    ctx_size: options.CtxSize = None,
+    ubatch: options.Ubatch = 512,
+    threads: options.Threads = None,
+    temp: options.Temp = _SAMPLING.temperature,
+    top_k: options.TopK = _SAMPLING.top_k,
+    top_p: options.TopP = _SAMPLING.top_p,
+    min_p: options.MinP = _SAMPLING.min_p,
+    seed: options.Seed = None,
+    trace: options.Trace = None,
+    json_file: options.Json = None,
+    quiet: options.Quiet = False,
+) -> None:
+    """Talk with a model that need not fit in memory. From a pipe, a line is a turn."""
+    console = stderr_console(quiet)
+    user = Pipe(console)
+    if sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
+        from flashmoe.cli.terminal import Terminal  # before memory is counted: it takes some
+
+        user = Terminal(console)
+    from flashmoe.api import load  # after the arguments are known to be good: it takes a moment to import
+
+    with user.progress:
+        loaded = load(
+            model,
+            ram=ram,
+            cache=cache,
+            policy=policy,
+            prefetch=prefetch,
+            n_ctx=ctx_size,
+            n_ubatch=ubatch,
+            threads=threads,
+            trace=trace is not None,
+            progress=user.progress.update,
+        )
+    with loaded:
+        sampling = Sampling(temp, top_k, top_p, min_p, seed)
+        talk = Conversation(loaded, system=system, max_tokens=n_predict, sampling=sampling)
+        stopped = False
+        try:
+            converse(user, talk, Commands(loaded, talk))
+        except KeyboardInterrupt:
+            stopped = True
+        report = loaded.report("\n".join(m["content"] for m in talk.messages if m["role"] == "assistant"))
+    show(console, report)
+    if trace and loaded.recorder is not None:
+        loaded.recorder.save(trace)
+    if json_file:
+        write_json(json_file, report.as_dict())
+    if stopped:
+        raise KeyboardInterrupt
+
+
+def converse(user: Pipe, talk: Conversation, commands: Commands) -> None:
+    """Let the model answer what the user says, until the user has had enough."""
+    for line in user.lines(commands.names):
+        if not line.strip():
+            continue
+        try:
+            reply = commands.run(line.strip())
+            if reply is None:
+                user.hear(talk.say(line))
+                for note in notes(talk):
+                    user.note(note)
+            elif reply:
+                user.reply(reply)
+        except FlashMoEError as error:
+            user.fail(error)
+        except KeyboardInterrupt:
+            user.stop()
+        if commands.quit:
+            return
+
+
+def notes(talk: Conversation) -> Iterator[str]:
+    """What there is to say about the last turn."""
+    turn = talk.turn
+    if turn.made > 1:
+        yield f"{turn.made} tokens, {turn.tokens_per_s:.1f} tokens/s, hit rate {turn.hit_rate:.1%}"
+    if turn.forgotten:
+        yield f"the context is full: the model has forgotten the {turn.forgotten} oldest turns"
+    if turn.finished == "length":
+        yield "the answer ends here: its limit (-n) or the context's end (-c) is reached"

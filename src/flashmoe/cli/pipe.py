@@ -1,0 +1,56 @@
+"""Whom `flashmoe chat` talks to where there is no terminal: lines in, plain text out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from io import TextIOWrapper
+
+from rich.console import Console
+
+from flashmoe.cli.progress import LoadProgress, stderr_console
+from flashmoe.errors import FlashMoEError, UsageError
+
+
+class Pipe:
+    """Messages from standard input, one a line; answers to standard output, everything else to the console."""
+
+    def __init__(self, console: Console) -> None:
+        self.progress = LoadProgress(console)
+        self._notes, self._replies = console, stderr_console(quiet=False)
+
+    def lines(self, commands: list[str]) -> Iterator[str]:
+        """What the user says. `commands`: names of commands, for whoever can complete them."""
+        if isinstance(sys.stdin, TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+        try:
+            for line in sys.stdin or ():
+                yield line.removesuffix("\n")
+        except UnicodeDecodeError:
+            raise UsageError("standard input is not UTF-8 text") from None
+
+    def hear(self, answer: Generator[str, None, None]) -> None:
+        """Show an answer as it is made."""
+        with closing(answer), self.progress:
+            for piece in answer:
+                self.progress.stop()
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+        sys.stdout.write("\n")
+
+    def note(self, text: str) -> None:
+        """Say something that nobody has asked for."""
+        self._notes.print(text, style="dim", highlight=False, markup=False)
+
+    def reply(self, text: str) -> None:
+        """Say what a command has to say."""
+        self._replies.print(text, style="dim", highlight=False, markup=False)
+
+    def fail(self, error: FlashMoEError) -> None:
+        """A message or a command has failed: nobody is there to try another, so raise `error`."""
+        raise error
+
+    def stop(self) -> None:
+        """Ctrl-C has stopped an answer: nobody is there to ask for another, so it stops everything."""
+        raise KeyboardInterrupt
