@@ -253,3 +253,10 @@ def test_process_keeps_to_its_budget(control_group: ControlGroup, demo: Path, tm
     assert figures["memory"]["peak_bytes"] <= limit
     assert figures["cache"]["misses"] > 0
     assert figures["decode"]["tokens"] == 31
+
+
+def test_share_that_is_expected_grows_with_the_budget(tiny: Tiny) -> None:
+    catalog = ExpertCatalog.from_gguf(read_gguf(tiny("olmoe")))
+    shares = [budget.expected_share(catalog, n, None, 4096) for n in (0, 161 << 20, 1 << 30)]
+    assert 0 < shares[0] < shares[1] <= shares[2] == 1
+    assert budget.expected_share(catalog, 0, "25%", 4096) == 0.25

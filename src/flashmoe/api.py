@@ -28,6 +28,7 @@ from flashmoe.engines.llamacpp.token_table import MOST_BYTES
 from flashmoe.errors import UsageError
 from flashmoe.generation import Generation, Held, Reuse, Rule
 from flashmoe.hub import default_policy, resolve
+from flashmoe.layout import AUTO, PACKED, PLAIN, REPACKED, check_layout, choose_layout
 from flashmoe.prefetch import Predictor
 from flashmoe.prefetch import create_all as create_predictors
 from flashmoe.prefetch.scheduler import Prefetcher
@@ -36,6 +37,7 @@ from flashmoe.routing.trace import DECODE, PREFILL
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.disk import read_ceiling
 from flashmoe.storage.gguf import read_gguf
+from flashmoe.storage.pack import find_pack
 from flashmoe.storage.reader import ExpertReader
 from flashmoe.units import parse_bytes
 
@@ -56,6 +58,7 @@ def load(
     cache: str | None = None,
     policy: str | None = None,
     prefetch: str = "auto",
+    layout: str = AUTO,
     n_ctx: int | None = None,
     n_ubatch: int = DEFAULT_UBATCH,
     threads: int | None = None,
@@ -73,6 +76,8 @@ def load(
     policy: eviction policy, NAME or NAME:FILE (default: lfu-aged, or what is bundled with the demo model).
     prefetch: predictor of the next layer's experts: "gate", "table", "promoe:FILE", "moe-infinity", "none", or "auto":
         the first of gate and table that is worth asking on this text, and none where neither is.
+    layout: of all weights. "plain": the file's; "repacked": those that llama.cpp's default chooses for this processor;
+        "auto": repacked where that is faster. The results are llama.cpp's with the same layouts.
     n_ctx: context in tokens (default: the model's, at most 4096).
     n_ubatch: tokens evaluated at once while a prompt is read; the results are llama.cpp's at the same value.
     threads: compute threads (default: physical cores). all_logits: keep the logits of every token, not the last only.
@@ -88,6 +93,7 @@ def load(
         raise UsageError("give either a budget (ram) or a pool size (cache), not both")
     if n_ubatch < 1 or (threads is not None and threads < 1) or (n_ctx is not None and n_ctx < 1):
         raise UsageError("context, micro-batch and threads must be at least 1")
+    check_layout(layout)
     evict = create(policy or default_policy(model))
     predictors = create_predictors(prefetch)
     catalog = ExpertCatalog.from_gguf(read_gguf(resolve(model)))
@@ -99,19 +105,28 @@ def load(
             f"a context of {context} tokens is more than this model was trained for ({trained}); lower -c"
         )
     with ExitStack() as stack:
-        reader = ExpertReader(catalog.gguf.files)
+        pack = find_pack(catalog) if layout != PLAIN else None
+        reader = ExpertReader([*catalog.gguf.files, pack.path] if pack else catalog.gguf.files)
         stack.callback(reader.close)
         align = max(file.align for file in reader.files)
         limit = 0 if cache is not None else parse_bytes(ram) if ram is not None else budget.default_ram()
         if limit:
             budget.check_before_loading(catalog, limit, align)
+        layout = choose_layout(
+            layout, catalog, budget.expected_share(catalog, limit, cache, align), pack is not None
+        )
         lib = library or proven_library()
         dense = catalog.dense_bytes
         loaded = LoadedModel(
-            lib, catalog, reader.files, lambda n: report_progress("load", min(n, dense), dense)
+            lib,
+            catalog,
+            reader.files[: len(catalog.gguf.files)],
+            lambda n: report_progress("load", min(n, dense), dense),
+            repack=layout == REPACKED,
         )
         stack.callback(loaded.close)
-        catalog = loaded.catalog
+        catalog = pack.apply(loaded.catalog, reader.files) if pack else loaded.catalog
+        aside = reader.set_aside(catalog.largest_placed) if catalog.largest_placed else 0
         _compile(evict, catalog)
         predictors = _bind(predictors, catalog, limit if prefetch == "auto" else 0)
         budget.release_code()
@@ -126,7 +141,7 @@ def load(
         )
         step = min(n_ubatch, context)
         if limit:
-            promised = sum(p.nbytes for p in predictors) + (MOST_BYTES if loaded.token_table else 0)
+            promised = aside + sum(p.nbytes for p in predictors) + (MOST_BYTES if loaded.token_table else 0)
             engine, slots = _fit(make, catalog, step, limit, align, promised)
         else:
             engine, slots = make(n_ubatch=step), budget.parse_cache(str(cache), catalog, align)
@@ -145,7 +160,14 @@ def load(
             engine.prefetch(prefetcher)
         pool.prefault()
         loaded_model = Model(
-            engine, experts, catalog, limit, report_progress, stack.pop_all(), prefetcher=prefetcher
+            engine,
+            experts,
+            catalog,
+            limit,
+            report_progress,
+            stack.pop_all(),
+            prefetcher=prefetcher,
+            layout=PACKED if pack else layout,
         )
         if trace:
             loaded_model.record()
@@ -228,9 +250,10 @@ class Model:
         progress: Progress,
         resources: ExitStack,
         prefetcher: Prefetcher | None = None,
+        layout: str = PLAIN,
     ) -> None:
         self.engine, self.cache, self.catalog, self.prefetcher = engine, cache, catalog, prefetcher
-        self.budget_bytes = budget_bytes
+        self.budget_bytes, self.layout = budget_bytes, layout
         self.telemetry = telemetry.Telemetry()
         self.progress, self._resources = progress, resources
         #: What each sequence of the engine holds.
@@ -362,6 +385,7 @@ class Model:
             model=self.catalog.gguf.files[0].name,
             policy=self.cache.policy.name,
             prefetch=self.prefetcher.predictor.name if self.prefetcher else "",
+            layout=self.layout,
             text=text,
             slots=self.cache.policy.residency.n_slots,
             experts=self.catalog.total_experts,

@@ -22,7 +22,7 @@ DEFAULT_SHARE = 0.7  # of the memory that is available: the machine stays usable
 # Not seen when the pool is sized: scratch of the expert products, read buffers, what Python takes while it runs
 RESERVE = 32 << 20
 SPARE_SHARE = 0.03  # of the slots, for experts that are prefetched and not yet asked for
-# Interpreter, libraries, compute buffers, as seen with small models: only to refuse hopeless budgets before loading
+# Interpreter, libraries, compute buffers, as seen with small models: for decisions before loading
 _BEFORE_LOADING = 160 << 20
 
 
@@ -130,6 +130,16 @@ def slots_for(catalog: ExpertCatalog, pool_bytes: int, align: int) -> list[int]:
                 f"(one token's {catalog.top_k} experts), {format_bytes(max(pool_bytes, 0))} are left for it"
             )
     return slots
+
+
+def expected_share(catalog: ExpertCatalog, budget: int, cache: str | None, align: int) -> float:
+    """About which share of the experts a budget, or a pool size, will hold. Raises UsageError and BudgetError."""
+    if cache is not None:
+        slots = parse_cache(cache, catalog, align)
+    else:
+        pool = max(budget - catalog.dense_bytes - _BEFORE_LOADING, least_pool(catalog, align))
+        slots = slots_for(catalog, pool, align)
+    return sum(slots) / catalog.total_experts
 
 
 def least_pool(catalog: ExpertCatalog, align: int) -> int:

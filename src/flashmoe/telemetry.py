@@ -51,6 +51,7 @@ class Report:
     model: str
     policy: str
     prefetch: str  # the predictor that is asked at present; "" for none
+    layout: str  # of the weights: "plain", "repacked", or "packed": repacked in a pack file
     text: str
     prefill: dict[str, float]
     decode: dict[str, float]
@@ -82,7 +83,7 @@ class Report:
             f"{format_bytes(io['bytes_per_token'])} read per token",
             f"reads {io['gb_per_s']:.2f} GB/s on average{ceiling}, {io['stall_share']:.0%} of the time stalled on "
             f"them; bound by {self.bound}",
-            f"memory {format_bytes(m['peak_bytes'])} at most{budget}",
+            f"memory {format_bytes(m['peak_bytes'])} at most{budget}; weights {self.layout}",
         ]
 
 
@@ -105,6 +106,7 @@ def make_report(
     model: str,
     policy: str,
     prefetch: str,
+    layout: str,
     text: str,
     slots: int,
     experts: int,
@@ -122,6 +124,7 @@ def make_report(
         model=model,
         policy=policy,
         prefetch=prefetch,
+        layout=layout,
         text=text,
         prefill={"tokens": telemetry.prefill.tokens, "tokens_per_s": telemetry.prefill.tokens_per_s},
         decode={"tokens": telemetry.decode.tokens, "tokens_per_s": telemetry.decode.tokens_per_s},

@@ -12,7 +12,7 @@ from flashmoe.bench import opponent, quiet
 from flashmoe.bench.cgroup import memory_group
 from flashmoe.bench.forced import ForcedRouting, expert_table, trace_tokens
 from flashmoe.bench.results import Round, bounds, make_row, spread
-from flashmoe.bench.spec import Job, Plan, Size, cache_sizes, ram_sizes
+from flashmoe.bench.spec import Job, Plan, Setting, Size, cache_sizes, ram_sizes
 from flashmoe.bench.tokens import make_tokens
 from flashmoe.engines.llamacpp.library import find_library, open_library
 from flashmoe.errors import FlashMoEError, UsageError
@@ -189,9 +189,13 @@ def test_a_layer_that_sees_fewer_tokens_sees_the_last_ones() -> None:
 # Results ----------------------------------------------------------------------------------------------------
 
 
+LRU = Setting("lru", "none", "plain")
+
+
 def measured(speed: float, logits: str = "a") -> dict:
     report = {
         "policy": "lru",
+        "layout": "plain",
         "text": "",
         "decode": {"tokens": 8, "tokens_per_s": speed},
         "io": {
@@ -217,10 +221,10 @@ def measured(speed: float, logits: str = "a") -> dict:
 
 def test_ratios_are_taken_pair_by_pair() -> None:
     rounds = [
-        Round({("lru", "none"): measured(ours)}, {"mmap": measured(theirs)}, load)
+        Round({LRU: measured(ours)}, {"mmap": measured(theirs)}, load)
         for ours, theirs, load in ((10.0, 5.0, QUIET), (20.0, 5.0, QUIET), (30.0, 10.0, BUSY))
     ]
-    row = make_row(Size("50%", ram=500), ("lru", "none"), "mmap", None, rounds)
+    row = make_row(Size("50%", ram=500), LRU, "mmap", None, rounds)
     assert row["decode"]["tokens_per_s"] == 20.0
     assert row["opponent_decode"]["tokens_per_s"] == 5.0
     assert row["ratio"] == 3.0
@@ -232,10 +236,10 @@ def test_ratios_are_taken_pair_by_pair() -> None:
 
 
 def test_different_logits_and_failed_opponents_show() -> None:
-    other = Round({("lru", "none"): measured(10.0)}, {"mmap": measured(5.0, "b")}, QUIET)
-    assert make_row(Size("1", ram=1), ("lru", "none"), "mmap", None, [other])["same_logits"] is False
-    failed = Round({("lru", "none"): measured(10.0)}, {"mmap": {"error": "killed", "limit_bytes": 1}}, QUIET)
-    row = make_row(Size("1", ram=1), ("lru", "none"), "mmap", None, [failed])
+    other = Round({LRU: measured(10.0)}, {"mmap": measured(5.0, "b")}, QUIET)
+    assert make_row(Size("1", ram=1), LRU, "mmap", None, [other])["same_logits"] is False
+    failed = Round({LRU: measured(10.0)}, {"mmap": {"error": "killed", "limit_bytes": 1}}, QUIET)
+    row = make_row(Size("1", ram=1), LRU, "mmap", None, [failed])
     assert (row["ratio"], row["opponent_decode"], row["opponent_error"]) == (None, None, "killed")
 
 

@@ -76,6 +76,17 @@ def test_a_benchmark_of_pairs(model: Path) -> None:
     assert report["model"]["experts"] == 16
 
 
+def test_each_layout_computes_what_its_opponent_does(model: Path) -> None:
+    report = runner.run(plan(model, opponents=["plain", "stock"], layouts=["plain", "repacked"]))
+    same = {(row["layout"], row["opponent"]): row["same_logits"] for row in report["rows"]}
+    assert same == {
+        ("plain", "plain"): True,
+        ("plain", "stock"): None,
+        ("repacked", "plain"): None,
+        ("repacked", "stock"): True,
+    }
+
+
 def test_a_budget_holds_the_whole_process(model: Path) -> None:
     report = runner.run(plan(model, sizes=ram_sizes("600MiB", 0)))
     (row,) = report["rows"]

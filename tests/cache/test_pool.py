@@ -144,3 +144,25 @@ def test_close_stops_prefaulting(tiny: Tiny) -> None:
         pool.close()
         assert pool._prefault is not None
         assert not pool._prefault.is_alive()
+
+
+def test_what_is_placed_starts_on_a_cache_line_and_has_no_slack(tiny: Tiny) -> None:
+    catalog = ExpertCatalog.from_gguf(read_gguf(tiny("olmoe")))
+    moved: list[tuple[int, int]] = []
+    name = catalog.layers[0].planes[0].tensor.name
+    placed = catalog.placed({name: lambda source, slot: moved.append((source, slot))})
+    planes = [p for layer in placed.layers for p in layer.planes if p.place]
+    assert [p.tensor.name for p in planes] == [name]
+    assert placed.largest_placed == planes[0].nbytes
+    assert catalog.largest_placed == 0
+    layout = plane_layout(planes[0], 4096)
+    assert (layout.shift, layout.stride % 64) == (0, 0)
+    assert planes[0].nbytes <= layout.stride < planes[0].nbytes + 64
+    reader = ExpertReader(placed.gguf.files)
+    reader.set_aside(placed.largest_placed)
+    pool = SlotPool(placed, [3] * (max(placed.groups) + 1), reader)
+    reader.wait(reader.demand(pool.reads(0, 2, 1)))
+    window = pool.windows[0][0]
+    assert [slot for _, slot in moved] == [window.address + window.stride]
+    pool.close()
+    reader.close()

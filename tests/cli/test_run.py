@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -285,3 +286,19 @@ def test_version_and_help() -> None:
         "--json",
     ):
         assert option in text
+
+
+def test_pack_then_run(tiny: Tiny, tmp_path: Path) -> None:
+    path = Path(shutil.copy(tiny("olmoe"), tmp_path / "m.gguf"))
+    repacked = greedy(path, "-p", PROMPT, "--layout", "repacked")
+    made = flashmoe("pack", path)
+    if made.status:
+        assert "nothing to pack" in made.message
+        pytest.skip("this processor repacks nothing")
+    assert "m.flashpack: " in made.err
+    assert "is whole and fits" in flashmoe("pack", path).err
+    packed = greedy(path, "-p", PROMPT, "--json", tmp_path / "r.json")
+    assert packed.out == repacked.out
+    assert "weights packed" in packed.err
+    assert "weights repacked" in repacked.err
+    assert json.loads((tmp_path / "r.json").read_text())["layout"] == "packed"

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.stock import StockModel
+from flashmoe.layout import PLAIN, REPACKED
 
 Floats = NDArray[np.float32]
 
@@ -56,10 +57,10 @@ def evaluate(
 
 
 class Reference:
-    """Stock runs of one model, each made once."""
+    """Stock runs of one model in one layout, each made once."""
 
-    def __init__(self, lib: Library, path: Path) -> None:
-        self._model = StockModel(lib, path)
+    def __init__(self, lib: Library, path: Path, layout: str = PLAIN) -> None:
+        self._model = StockModel(lib, path, repack=layout == REPACKED)
         self._runs: dict[tuple[int, int], Run] = {}
 
     def run(self, n_ubatch: int, threads: int, n_prompt: int = PROMPT_TOKENS) -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Iterator
 from mmap import mmap
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from flashmoe.errors import ReadError
 from flashmoe.storage import reader as reader_module
@@ -263,3 +266,64 @@ def test_kernel_queue_falls_back_where_a_read_is_refused(
     assert ended[1] is None
     check(memory, batch[1:])
     queue.close()
+
+
+def invert(source: int, slot: int) -> None:
+    """Another layout of 4096 bytes: every bit the other way."""
+    data = np.frombuffer((ctypes.c_uint8 * 4096).from_address(source), np.uint8)
+    np.frombuffer((ctypes.c_uint8 * 4096).from_address(slot), np.uint8)[:] = ~data
+
+
+def inverted(memory: np.ndarray, batch: list[Read]) -> bool:
+    return all(
+        (~np.frombuffer(CONTENT, np.uint8, 4096, r.offset)).tobytes() == content(memory, r) for r in batch
+    )
+
+
+@given(
+    offsets=st.lists(st.integers(0, len(CONTENT) - 4096), max_size=60),
+    cancelled=st.sets(st.integers(0, 59)),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=25)
+def test_placed_reads(reader: ExpertReader, offsets: list[int], cancelled: set[int]) -> None:
+    """More of them than buffers, demanded and prefetched, some cancelled, beside reads that are not placed."""
+    memory = np.zeros(len(offsets) * 8192 + 8192, np.uint8)
+    if not reader._aside:
+        assert 0 < reader.set_aside(4096) < 1 << 20
+    free = len(reader._aside)
+    batch = [Read(0, offset, 4096, memory.ctypes.data + 8192 * i, invert) for i, offset in enumerate(offsets)]
+    tickets = [(reader.demand if i % 3 else reader.prefetch)([read]) for i, read in enumerate(batch)]
+    for i in cancelled & set(range(len(batch))):
+        reader.cancel(tickets[i])
+    for ticket in tickets:
+        reader.promote(ticket)
+        reader.wait(ticket)
+    assert inverted(memory, [read for i, read in enumerate(batch) if i not in cancelled or i % 3])
+    assert len(reader._aside) == free
+
+
+def test_placed_reads_that_fail_are_not_placed(reader: ExpertReader, memory: np.ndarray) -> None:
+    reader.set_aside(4096)
+    placed: list[int] = []
+    for _ in range(40):  # more than there are buffers: each comes back
+        bad = Read(0, len(CONTENT) + 8192, 4096, memory.ctypes.data, lambda *at: placed.append(1))
+        with pytest.raises(ReadError, match="ends at byte"):
+            reader.wait(reader.demand([bad]))
+    assert not placed
+    good = Read(0, 4096, 4096, memory.ctypes.data, invert)
+    reader.wait(reader.demand([good]))
+    assert inverted(memory, [good])
+
+
+def test_prefetches_leave_buffers_to_demand_reads(
+    held: tuple[ExpertReader, Held], memory: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, queue = held
+    monkeypatch.setattr(queue, "depth", 1000)
+    reader.set_aside(4096)
+    ahead = [Read(0, 4096 * i, 4096, memory.ctypes.data + 8192 * i, invert) for i in range(64)]
+    reader.prefetch(ahead)
+    started = len(queue.started)
+    assert 0 < started < len(ahead)
+    reader.demand([ahead[40]])
+    assert len(queue.started) == started + 1

@@ -101,6 +101,7 @@ def _measure_pool(job: Job) -> dict[str, Any]:
         n_ubatch=job.n_ubatch,
         threads=job.threads,
         prefetch=job.prefetch,
+        layout=job.layout,
         library=open_library(Path(job.library)),
         **options,
     )

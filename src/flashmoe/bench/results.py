@@ -8,23 +8,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashmoe.bench.quiet import Load
-from flashmoe.bench.spec import Size
+from flashmoe.bench.spec import Setting, Size
+from flashmoe.layout import PACKED, PLAIN, REPACKED
 
-_SAME_KERNELS = ("mmap", "plain")  # opponents that must agree with the pool to the last bit
+#: Layouts of the weights -> opponents that must then agree with the pool to the last bit.
+_SAME_KERNELS = {PLAIN: ("mmap", "plain"), REPACKED: ("stock",), PACKED: ("stock",)}
 
 
 @dataclass(frozen=True)
 class Round:
     """One pass: every setting of the pool and every opponent once, and what else ran on the machine meanwhile."""
 
-    ours: dict[tuple[str, str], dict[str, Any]]
+    ours: dict[Setting, dict[str, Any]]
     theirs: dict[str, dict[str, Any]]
     load: Load
 
 
 def make_row(
     size: Size,
-    setting: tuple[str, str],
+    setting: Setting,
     opponent: str,
     trace: str | None,
     rounds: Sequence[Round],
@@ -43,7 +45,7 @@ def make_row(
     chosen = ours[middle]
     report = {key: value for key, value in chosen["report"].items() if key != "text"}
     same = None
-    if opponent in _SAME_KERNELS and theirs and not failed:
+    if opponent in _SAME_KERNELS[report["layout"]] and theirs and not failed:
         same = all(
             our["logits_sha256"] == their["logits_sha256"] for our, their in zip(ours, theirs, strict=True)
         )
@@ -52,9 +54,9 @@ def make_row(
         "ram": size.ram,
         "cache_size": size.cache,
         "size": size.text,
-        "policy": setting[0],
+        "policy": setting.policy,
         "policy_used": report["policy"],
-        "prefetch": setting[1],
+        "prefetch": setting.prefetch,
         "opponent": opponent,
         "trace": trace,
         "decode": {**report["decode"], "tokens_per_s": statistics.median(speeds)},

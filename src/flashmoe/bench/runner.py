@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import FrameType
@@ -21,7 +21,7 @@ from flashmoe.bench.forced import trace_tokens
 from flashmoe.bench.machine import describe
 from flashmoe.bench.opponent import OpponentFiles, drop_from_page_cache, opponent_files
 from flashmoe.bench.results import Round, make_row
-from flashmoe.bench.spec import DEFAULT_POLICY, POOL, BenchError, Job, Plan, Size
+from flashmoe.bench.spec import DEFAULT_POLICY, POOL, BenchError, Job, Plan, Setting, Size
 from flashmoe.bench.tokens import ROUTINGS, make_tokens, vocabulary_size
 from flashmoe.cache.policies import create
 from flashmoe.errors import UsageError
@@ -37,14 +37,6 @@ _KILLED = -9
 
 #: Called with what runs now, how many measurements are done, and of how many.
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class _Setting:
-    """One way to run the pool."""
-
-    policy: str
-    prefetch: str
 
 
 def run(plan: Plan, progress: Progress = lambda what, done, total: None) -> dict[str, Any]:
@@ -65,7 +57,9 @@ class _Runner:
             read_trace(self._trace)  # fails here, before anything runs
         for policy in set(plan.policies) - {DEFAULT_POLICY}:
             create(policy)  # as well
-        self._settings = [_Setting(*pair) for pair in product(plan.policies, plan.prefetchers)]
+        self._settings = [
+            Setting(*values) for values in product(plan.policies, plan.prefetchers, plan.layouts)
+        ]
         self._total = len(plan.sizes) * plan.pairs * (len(self._settings) + len(plan.opponents))
         self._done = 0
         self._job = self._template()
@@ -164,7 +158,7 @@ class _Runner:
     def _measure_size(self, size: Size, files: OpponentFiles) -> list[dict[str, Any]]:
         rounds = [self._quiet_round(size, files) for _ in range(self._plan.pairs)]
         return [
-            make_row(size, (setting.policy, setting.prefetch), opponent, self._trace, rounds)
+            make_row(size, setting, opponent, self._trace, rounds)
             for setting in self._settings
             for opponent in self._plan.opponents or ("none",)
         ]
@@ -190,18 +184,16 @@ class _Runner:
         )
 
     def _round(self, size: Size, files: OpponentFiles) -> Round:
-        ours: dict[tuple[str, str], dict[str, Any]] = {}
+        ours: dict[Setting, dict[str, Any]] = {}
         theirs: dict[str, dict[str, Any]] = {}
         loads = []
         for setting in self._settings:
-            job = replace(
-                self._job, ram=size.ram, cache=size.cache, policy=setting.policy, prefetch=setting.prefetch
-            )
+            job = replace(self._job, ram=size.ram, cache=size.cache, **setting._asdict())
             title = f"{size.text}: pool, {setting.policy}"
             result, load = self._measure(title, job, size.ram, self._catalog.gguf.files)
             if "error" in result:
                 raise BenchError(f"{title}: {result['error']}")
-            ours[setting.policy, setting.prefetch] = result
+            ours[setting] = result
             loads.append(load)
         first = next(iter(ours.values()))
         # a pool that was sized directly: the opponent gets the memory that its process took

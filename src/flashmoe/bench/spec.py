@@ -7,8 +7,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from flashmoe.errors import FlashMoEError, UsageError
+from flashmoe.layout import AUTO, check_layout
 from flashmoe.prefetch import create_all
 from flashmoe.units import parse_bytes
 
@@ -50,6 +52,7 @@ class Job:
     cache: str | None = None
     policy: str = DEFAULT_POLICY
     prefetch: str = "auto"
+    layout: str = AUTO
     trace: str | None = None
     trace_start: int = 0
 
@@ -59,6 +62,14 @@ class Job:
     @classmethod
     def from_json(cls, text: str) -> Job:
         return cls(**json.loads(text))
+
+
+class Setting(NamedTuple):
+    """One way to run the pool, as it was asked for."""
+
+    policy: str
+    prefetch: str
+    layout: str
 
 
 @dataclass(frozen=True)
@@ -72,13 +83,14 @@ class Size:
 
 @dataclass(frozen=True)
 class Plan:
-    """A benchmark. Every size is run with every policy and prefetcher, against every opponent, `pairs` times."""
+    """A benchmark: every size with every policy, prefetcher and layout, against every opponent, `pairs` times."""
 
     model: Path
     sizes: Sequence[Size]
     opponents: Sequence[str] = ("mmap",)
     policies: Sequence[str] = (DEFAULT_POLICY,)
     prefetchers: Sequence[str] = ("auto",)
+    layouts: Sequence[str] = (AUTO,)
     pairs: int = 5
     n_prompt: int = 16
     n_warmup: int = 32
@@ -98,6 +110,8 @@ class Plan:
                 raise UsageError(f"--against {name!r}: choose from {', '.join(OPPONENTS)} or {NO_OPPONENT}")
         for spec in self.prefetchers:
             create_all(spec)  # raises what is wrong with it
+        for layout in self.layouts:
+            check_layout(layout)
         if min(self.pairs, self.n_prompt, self.n_decode, self.n_ubatch) < 1 or self.n_warmup < 0:
             raise UsageError(
                 "--pairs, --prompt-tokens, --tokens and -ub must be at least 1, --warmup not negative"

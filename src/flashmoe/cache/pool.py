@@ -23,6 +23,7 @@ from flashmoe.storage.reader import ExpertReader, Read
 _PREFAULT_STEP = 32 << 20
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; not in Python's mmap module
 _TENSOR_ALIGNMENT = 32
+_CACHE_LINE = 64
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,14 @@ def plane_layout(plane: Plane, align: int) -> Layout:
     """The layout of one plane under direct reads in units of `align` bytes.
 
     Where all slices are equally misaligned, reads land in place. Otherwise the slot has slack on both sides; the
-    reads land in place if the drive takes such addresses, and go through a bounce buffer if not.
+    reads land in place if the drive takes such addresses, and go through a bounce buffer if not. What the engine has
+    to place is not read into the slot at all.
     """
+    if plane.place:
+        return Layout(0, -(-plane.nbytes // _CACHE_LINE) * _CACHE_LINE)
     unit = max(align, _TENSOR_ALIGNMENT)
-    shift = plane.offset % unit if plane.nbytes % unit == 0 else unit
-    return Layout(shift, -(-(shift + plane.nbytes + (unit if plane.nbytes % unit else 0)) // unit) * unit)
+    shift = plane.offset % unit if plane.stride % unit == 0 else unit
+    return Layout(shift, -(-(shift + plane.nbytes + (unit if plane.stride % unit else 0)) // unit) * unit)
 
 
 def slot_bytes(catalog: ExpertCatalog, align: int) -> list[int]:
@@ -125,7 +129,7 @@ class SlotPool:
     def reads(self, layer: int, expert: int, slot: int) -> list[Read]:
         """What must be read to fill `slot` (numbered in the layer's group) with an expert."""
         return [
-            Read(p.file, p.offset + expert * p.nbytes, p.nbytes, address + slot * stride)
+            Read(p.file, p.offset + expert * p.stride, p.nbytes, address + slot * stride, p.place)
             for p, address, stride in ((w.plane, w.address, w.stride) for w in self.windows[layer])
         ]
 

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from flashmoe import __version__
-from flashmoe.cli import bench, run, serve, simulate, trace, train
+from flashmoe.cli import bench, pack, run, serve, simulate, trace, train
 from flashmoe.errors import FlashMoEError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("serve")(serve.serve)
+app.command("pack")(pack.pack)
 app.command("simulate")(simulate.simulate)
 app.add_typer(bench.app, name="bench")
 app.add_typer(trace.app, name="trace")

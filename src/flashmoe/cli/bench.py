@@ -71,6 +71,9 @@ def run(
     ] = "mmap",
     policy: Annotated[str, typer.Option("--policy", help="Eviction policies, a list.")] = "default",
     prefetch: Annotated[str, typer.Option("--prefetch", help="Prefetchers, a list.")] = "auto",
+    layout: Annotated[
+        str, typer.Option("--layout", help="Layouts of the weights, a list: auto, plain, repacked.")
+    ] = "auto",
     pairs: Annotated[int, typer.Option("--pairs", help="Measurements of each kind, interleaved.")] = 5,
     tokens: Annotated[int, typer.Option("--tokens", help="Tokens decoded and counted.")] = 48,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Tokens of the prompt.")] = 16,
@@ -115,6 +118,7 @@ def run(
         opponents=[name for name in split_list(against) if name != NO_OPPONENT],
         policies=split_list(policy),
         prefetchers=split_list(prefetch),
+        layouts=split_list(layout),
         pairs=pairs,
         n_prompt=prompt_tokens,
         n_warmup=warmup,
@@ -229,7 +233,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [
         (row["size"] if row["ram"] is None else f"{format_bytes(row['ram'])}")
         + (" BUSY" if row["busy"] else ""),
-        policy + prefetch,
+        f"{policy}{prefetch}, {row['layout']}",
         f"{row['decode']['tokens_per_s']:.2f}",
         f"{row['cache']['hit_rate']:.1%}",
         f"{row['io']['stall_share']:.0%}",

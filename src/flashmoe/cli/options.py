@@ -19,6 +19,10 @@ Policy = Annotated[str | None, typer.Option("--policy", help="Eviction policy: N
 Prefetch = Annotated[
     str, typer.Option("--prefetch", help="Predictor of the next experts: NAME, NAME:FILE, auto or none.")
 ]
+Layout = Annotated[
+    str,
+    typer.Option("--layout", help="Of the weights: plain (the file's), repacked (fast kernels), or auto."),
+]
 NPredict = Annotated[int, typer.Option("-n", "--n-predict", help="Tokens to make; -1: until the end.")]
 CtxSize = Annotated[int | None, typer.Option("-c", "--ctx-size", help="Context in tokens.")]
 Ubatch = Annotated[int, typer.Option("-ub", "--ubatch-size", help="Prompt tokens evaluated at once.")]

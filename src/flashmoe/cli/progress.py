@@ -7,7 +7,12 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-_TITLES = {"load": "loading dense weights", "prefill": "reading the prompt"}
+_TITLES = {
+    "load": "loading dense weights",
+    "prefill": "reading the prompt",
+    "pack": "packing experts",
+    "check": "checking the pack",
+}
 
 
 def stderr_console(quiet: bool) -> Console:
@@ -24,7 +29,7 @@ class LoadProgress:
         self._tasks: dict[str, TaskID] = {}
 
     def update(self, stage: str, done: int, total: int) -> None:
-        """Called by `flashmoe.load` and by generation."""
+        """Called by what makes progress; stages are those of `_TITLES`."""
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(_TITLES[stage], total=total)
         self._progress.update(self._tasks[stage], completed=done, total=total)

@@ -14,6 +14,7 @@ from flashmoe.cli.progress import LoadProgress, stderr_console
 from flashmoe.cli.report import show, write_json
 from flashmoe.engines.base import Sampling
 from flashmoe.errors import UsageError
+from flashmoe.layout import AUTO
 
 _SAMPLING = Sampling()
 
@@ -27,6 +28,7 @@ def run(
     cache: options.Cache = None,
     policy: options.Policy = None,
     prefetch: options.Prefetch = "auto",
+    layout: options.Layout = AUTO,
     n_predict: options.NPredict = -1,
     ctx_size: options.CtxSize = None,
     ubatch: options.Ubatch = 512,
@@ -53,6 +55,7 @@ def run(
             cache=cache,
             policy=policy,
             prefetch=prefetch,
+            layout=layout,
             n_ctx=ctx_size,
             n_ubatch=ubatch,
             threads=threads,

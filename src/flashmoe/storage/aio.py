@@ -13,6 +13,7 @@ import os
 import platform
 import threading
 import time
+from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import NamedTuple, Protocol
 
@@ -23,13 +24,21 @@ from flashmoe.storage.direct import DirectFile
 _THREADS = 4
 
 
+#: Puts bytes that were read into a slot, in a layout of the engine's: (address of the bytes, address of the slot).
+Place = Callable[[int, int], None]
+
+
 class Read(NamedTuple):
-    """`nbytes` at `offset` of file number `file`, to memory at `address` (slack around it: see DirectFile)."""
+    """`nbytes` at `offset` of file number `file`, to memory at `address` (slack around it: see DirectFile).
+
+    With `place` the bytes are read aside, and `place` puts them to `address`: see ExpertReader.
+    """
 
     file: int
     offset: int
     nbytes: int
     address: int
+    place: Place | None = None
 
 
 #: The end of a read: the number it was started with, and what went wrong.

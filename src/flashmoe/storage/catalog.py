@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from flashmoe.errors import ModelError
+from flashmoe.storage.aio import Place
 from flashmoe.storage.gguf import GGUF, TensorInfo
 
 MAX_EXPERTS = 1 << 14  # of a layer; far beyond all models, and ids stay within 16 bits
@@ -29,15 +30,17 @@ _WORTH_STREAMING = 32 << 20  # bytes of a token embedding
 
 @dataclass(frozen=True)
 class Plane:
-    """One expert tensor: expert e's slice is `nbytes` bytes at `offset + e * nbytes` of file number `file`."""
+    """One expert tensor: expert e's slice is `nbytes` bytes at `offset + e * stride` of file number `file`.
+
+    Where the engine keeps slices in a layout of its own, as long as the file's, `place` puts one into a slot.
+    """
 
     tensor: TensorInfo
     file: int
     nbytes: int
-
-    @property
-    def offset(self) -> int:
-        return self.tensor.offset
+    offset: int
+    stride: int
+    place: Place | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,11 @@ class ExpertCatalog:
         return EXPERTS_PATTERN + table
 
     @cached_property
+    def largest_placed(self) -> int:
+        """Bytes of the largest slice that the engine keeps in a layout of its own; 0 without any."""
+        return max((p.nbytes for layer in self.layers for p in layer.planes if p.place), default=0)
+
+    @cached_property
     def total_experts(self) -> int:
         return sum(layer.n_experts for layer in self.layers)
 
@@ -129,6 +137,15 @@ class ExpertCatalog:
         """The layers whose planes are in `tensors`: engines skip blocks that they do not run (token prediction)."""
         kept = tuple(layer for layer in self.layers if all(p.tensor.name in tensors for p in layer.planes))
         return replace(self, layers=kept)
+
+    def placed(self, places: Mapping[str, Place]) -> ExpertCatalog:
+        """The same catalog, where the planes named in `places` get into slots that way."""
+
+        def with_places(layer: ExpertLayer) -> ExpertLayer:
+            planes = (replace(p, place=places.get(p.tensor.name)) for p in layer.planes)
+            return replace(layer, planes=tuple(planes))
+
+        return replace(self, layers=tuple(map(with_places, self.layers)))
 
     @classmethod
     def from_gguf(cls, gguf: GGUF) -> ExpertCatalog:
@@ -194,7 +211,7 @@ def _layer(block: int, tensors: Iterable[tuple[int, TensorInfo]], files: dict) -
     if not weights or len({t.shape[-1] for t in ordered}) != 1 or any(len(t.shape) != 3 for t in weights):
         raise ModelError(f"{ordered[0].file}: the expert tensors of block {block} do not fit together")
     n = weights[0].shape[-1]
-    planes = {t.name: Plane(t, files[t.file], t.nbytes // n) for t in ordered}
+    planes = {t.name: Plane(t, files[t.file], t.nbytes // n, t.offset, t.nbytes // n) for t in ordered}
     return ExpertLayer(
         block,
         n,

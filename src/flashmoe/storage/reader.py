@@ -6,11 +6,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from mmap import PAGESIZE
 from pathlib import Path
 
 from flashmoe.errors import ReadError
 from flashmoe.storage.aio import Read, open_queue
 from flashmoe.storage.direct import DirectFile
+from flashmoe.storage.memory import reserve_huge
 
 __all__ = ["ExpertReader", "Read", "Ticket"]
 
@@ -19,6 +21,11 @@ _LAST_LOOK = 1.0  # seconds; this process may have been stopped meanwhile, not t
 
 # Readers closed while their drive hung, with the memory that it may still write to: kept for good
 _ABANDONED: list[ExpertReader] = []
+
+# Buffers for reads that are placed: enough to keep a drive busy, few enough that the reads end one after the other, so
+# that one is placed while others run
+_ASIDE_BYTES = 5 << 20
+_LEAST_ASIDE, _MOST_ASIDE = 4, 32
 
 
 class Ticket:
@@ -41,7 +48,8 @@ class Ticket:
 class ExpertReader:
     """Reads from a model's files without a thread of its own in the way (see storage.aio).
 
-    Reads make progress on their own as far as the queue is deep; beyond that, whenever a method is called. Thread-safe.
+    Reads make progress on their own as far as the queue is deep; beyond that, whenever a method is called. Reads with a
+    `place` go to buffers set aside for them; the bytes are placed by whoever sees that they are in. Thread-safe.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -56,6 +64,9 @@ class ExpertReader:
         self._heard = time.monotonic()  # when the drive has last answered, or was last asked
         self._given_up: dict[int, Read] = {}  # under way, and nobody waits any more
         self._memory: list[object] = []
+        self._aside: list[int] = []  # addresses of free buffers
+        self._kept = 0  # of them, for demand reads
+        self._lent: dict[int, tuple[int, int]] = {}  # read under way -> its buffer, where in it the bytes go
 
     def keep(self, memory: object) -> None:
         """Memory that reads go to: it lives as long as the reader, and longer where a read never ends."""
@@ -65,6 +76,17 @@ class ExpertReader:
     def direct(self) -> bool:
         """Whether every file is read past the page cache."""
         return all(file.direct for file in self.files)
+
+    def set_aside(self, nbytes: int) -> int:
+        """Make buffers for reads with a `place`, of up to `nbytes` each; the memory that they take. Call it once."""
+        unit = 2 * max(file.align for file in self.files)
+        size = -(-(nbytes + unit) // PAGESIZE) * PAGESIZE
+        count = max(_LEAST_ASIDE, min(_MOST_ASIDE, _ASIDE_BYTES // size))
+        memory, start = reserve_huge(count * size)
+        self.keep(memory)
+        self._aside = [start + i * size for i in range(count)]
+        self._kept = count // 4
+        return count * size
 
     def demand(self, reads: Sequence[Read]) -> Ticket:
         """Start reads that somebody waits for."""
@@ -159,8 +181,8 @@ class ExpertReader:
         for queue in (self._demand, self._prefetch):
             if queue is self._prefetch and self._urgent:
                 break
-            blocked = []
-            while queue and room > 0:
+            kept, blocked = 0 if queue is self._demand else self._kept, []
+            while queue and room > 0 and (queue[0][1].place is None or len(self._aside) > kept):
                 ticket, read = queue.popleft()
                 if self._given_up and not self._is_free(read):
                     blocked.append((ticket, read))
@@ -170,21 +192,35 @@ class ExpertReader:
                 self._under_way[self._number] = ticket, read
                 if queue is self._demand:
                     self._urgent.add(self._number)
-                started.append((self._number, read))
+                started.append((self._number, self._borrow(read)))
                 room -= 1
             queue.extendleft(reversed(blocked))
         if started:
             self._heard = time.monotonic()
             self._queue.start(started)
 
+    def _borrow(self, read: Read) -> Read:
+        """The read to start: one that is placed goes to a buffer."""
+        if read.place is None:
+            return read
+        buffer = self._aside.pop()
+        address = buffer + read.offset % self.files[read.file].align
+        self._lent[self._number] = buffer, address
+        return read._replace(address=address)
+
     def _collect(self, timeout: float) -> bool:
         """See what has ended, and start what is next; whether anything has."""
-        ended = self._queue.collect(timeout)
+        ended = [(n, *self._under_way.pop(n), error) for n, error in self._queue.collect(timeout)]
         if ended:
             self._heard = time.monotonic()
-        for number, error in ended:
-            ticket, read = self._under_way.pop(number)
-            self._urgent.discard(number)
+        self._urgent.difference_update(number for number, *_ in ended)
+        for number, ticket, read, error in ended:
+            if read.place:
+                self._pump()  # the drive goes on while bytes are placed
+                buffer, address = self._lent.pop(number)
+                if not error and number not in self._given_up:
+                    read.place(address, read.address)
+                self._aside.append(buffer)
             self._given_up.pop(number, None)
             ticket.pending -= 1
             ticket.bytes += 0 if error else read.nbytes

@@ -151,6 +151,12 @@ class BufferInterface(C.Structure):
     ]
 
 
+class InitParams(C.Structure):
+    """ggml_init_params"""
+
+    _fields_ = [("mem_size", C.c_size_t), ("mem_buffer", ptr), ("no_alloc", flag)]
+
+
 class ThreadpoolParams(C.Structure):
     """ggml_threadpool_params"""
 

@@ -15,7 +15,7 @@ from flashmoe.errors import LibraryError
 
 ENVIRONMENT = "FLASHMOE_LIBLLAMA"
 _SUFFIXES = (".so", ".dylib", ".dll")
-_text, _size = C.c_char_p, C.c_size_t
+_text, _size, _ne = C.c_char_p, C.c_size_t, C.c_int64
 
 # name -> (result, arguments)
 _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -61,9 +61,25 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_sampler_init_min_p": (ptr, (f32, _size)),
     "llama_sampler_init_temp": (ptr, (f32,)),
     "ggml_tensor_overhead": (_size, ()),
+    "ggml_init": (ptr, (abi.InitParams,)),
+    "ggml_free": (None, (ptr,)),
+    "ggml_new_tensor_2d": (ptr, (ptr, C.c_int, _ne, _ne)),
+    "ggml_new_tensor_3d": (ptr, (ptr, C.c_int, _ne, _ne, _ne)),
+    "ggml_mul_mat_id": (ptr, (ptr, ptr, ptr, ptr)),
     "ggml_op_desc": (_text, (ptr,)),
     "ggml_backend_cpu_buffer_type": (ptr, ()),
     "ggml_backend_buffer_init": (ptr, (ptr, abi.BufferInterface, ptr, _size)),
+    "ggml_backend_buffer_free": (None, (ptr,)),
+    "ggml_backend_buffer_get_type": (ptr, (ptr,)),
+    "ggml_backend_buffer_init_tensor": (C.c_int, (ptr, ptr)),
+    "ggml_backend_buffer_set_usage": (None, (ptr, C.c_int)),
+    "ggml_backend_buft_alloc_buffer": (ptr, (ptr, _size)),
+    "ggml_backend_buft_name": (_text, (ptr,)),
+    "ggml_backend_dev_backend_reg": (ptr, (ptr,)),
+    "ggml_backend_dev_by_type": (ptr, (C.c_int,)),
+    "ggml_backend_dev_supports_op": (flag, (ptr, ptr)),
+    "ggml_backend_reg_get_proc_address": (ptr, (ptr, _text)),
+    "ggml_backend_tensor_set": (None, (ptr, ptr, _size, _size)),
     "ggml_threadpool_params_default": (abi.ThreadpoolParams, (i32,)),
     "ggml_threadpool_new": (ptr, (C.POINTER(abi.ThreadpoolParams),)),
     "ggml_threadpool_free": (None, (ptr,)),

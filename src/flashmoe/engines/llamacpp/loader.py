@@ -10,6 +10,7 @@ from flashmoe.engines.llamacpp import abi
 from flashmoe.engines.llamacpp.buffer import ExpertBuffer
 from flashmoe.engines.llamacpp.interrupts import hold_interrupts
 from flashmoe.engines.llamacpp.library import Library
+from flashmoe.engines.llamacpp.repack import Repacker
 from flashmoe.engines.llamacpp.token_table import TokenTable
 from flashmoe.engines.llamacpp.vfile import VirtualFile, segments
 from flashmoe.errors import ModelError
@@ -26,9 +27,16 @@ class LoadedModel:
         catalog: ExpertCatalog,
         files: Sequence[DirectFile],
         progress: Callable[[int], None] = lambda _: None,
+        *,
+        repack: bool = False,
     ) -> None:
-        """Load; `progress` gets the dense bytes read so far. Raises ModelError, with the engine's own reason."""
+        """Load; `progress` gets the dense bytes read so far.
+
+        repack: let the engine choose the layouts of all weights, as it does by default; else they are the file's.
+        Raises ModelError, with the engine's own reason.
+        """
         self.lib = lib
+        self._repacker: Repacker | None = None
         self._buffer = ExpertBuffer(lib)
         experts = {p.tensor.name for layer in catalog.layers for p in (*layer.planes, *layer.tables)}
         table = catalog.token_table
@@ -36,7 +44,7 @@ class LoadedModel:
         file = VirtualFile(segments(catalog.gguf, files, holes), progress)
         params = lib.llama_model_default_params()
         params.load_mode = abi.LOAD_MODE_NONE
-        params.use_extra_bufts = False  # repacked layouts do not fit into slots read from the file
+        params.use_extra_bufts = repack
         params.n_gpu_layers = 0
         params.tensor_buft_overrides = self._buffer.overrides(catalog.override_pattern)
         lib.messages.clear()
@@ -58,6 +66,16 @@ class LoadedModel:
             self.token_table = TokenTable(table, files[catalog.gguf.files.index(table.file)])
             self._set_shape(table.name, table.shape)
             self._buffer.tensors[table.name].data = self.token_table.address
+        if repack:
+            self._repacker = Repacker(lib)
+            self._repack(self._repacker)
+
+    def _repack(self, repacker: Repacker) -> None:
+        planes = [plane.tensor.name for layer in self.catalog.layers for plane in layer.planes]
+        tensors = {name: self._buffer.tensors[name] for name in planes}
+        self.catalog = self.catalog.placed(
+            {name: repacker.place(tensor) for name, tensor in tensors.items() if repacker.adopt(tensor)}
+        )
 
     def attach(self, pool: SlotPool, slots: Sequence[int]) -> None:
         """Make every expert tensor a window into the pool; `slots[g]` is the number of slots of size group g."""
@@ -68,8 +86,10 @@ class LoadedModel:
     def _point(self, window: Window, slots: int) -> None:
         """The expert axis, the last one of the tensor, becomes the slot axis."""
         name, shape = window.plane.tensor.name, window.plane.tensor.shape
-        self._set_shape(name, (*shape[:-1], slots))
         tensor, axis = self._buffer.tensors[name], len(shape) - 1
+        if tensor.extra:
+            slots = max(slots, 2)  # the kernels for repacked experts insist on a third dimension
+        self._set_shape(name, (*shape[:-1], slots))
         tensor.data = window.address
         tensor.nb[axis] = window.stride
         for i in range(axis + 1, 4):
@@ -99,6 +119,9 @@ class LoadedModel:
         if self.pointer:
             self.lib.llama_model_free(self.pointer)
             self.pointer = None
+        if self._repacker:
+            self._repacker.close()
+            self._repacker = None
 
 
 def load_error(lib: Library, catalog: ExpertCatalog) -> ModelError:

@@ -1,0 +1,28 @@
+"""`flashmoe pack`: write a model's experts once more, in the layouts that are fastest on this processor."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+from flashmoe.cli import options
+from flashmoe.cli.progress import LoadProgress, stderr_console
+from flashmoe.units import format_bytes
+
+
+def pack(
+    model: options.Model,
+    quiet: options.Quiet = False,
+) -> None:
+    """Write MODEL.flashpack beside a model: its experts as this processor's fastest kernels want them.
+
+    `run` and `bench` use it by themselves. A pack that is there already is checked, and made again if it does not fit.
+    The model itself is not changed.
+    """
+    from flashmoe.packing import make_pack
+
+    console = stderr_console(quiet)
+    with LoadProgress(console) if console.is_terminal else nullcontext() as progress:
+        update = progress.update if progress else lambda stage, done, total: None
+        made, fresh = make_pack(model, update)
+    what = "written; run and bench use it by themselves" if fresh else "is whole and fits"
+    console.print(f"{made.path}: {format_bytes(made.size)}, {what}", highlight=False)

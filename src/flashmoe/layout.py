@@ -1,0 +1,38 @@
+"""Which layouts the weights get: the file's, or those that the engine's fastest kernels want."""
+
+from __future__ import annotations
+
+from flashmoe.errors import ModelError, UsageError
+from flashmoe.storage.catalog import ExpertCatalog
+
+#: `plain`: the file's. `repacked`: those that llama.cpp's default chooses for this processor.
+LAYOUTS = (AUTO, PLAIN, REPACKED) = ("auto", "plain", "repacked")
+#: As a report says it: repacked, and read so from a pack file.
+PACKED = "packed"
+
+# Repacking what is read costs more than the faster kernels give back, unless most experts stay (docs/repacking.md)
+_PAYS_FROM = 0.6  # of the experts in memory
+
+
+def check_layout(name: str) -> None:
+    """Raises UsageError where there is no such layout."""
+    if name not in LAYOUTS:
+        raise UsageError(f"unknown layout {name!r}: choose from {', '.join(LAYOUTS)}")
+
+
+def choose_layout(asked: str, catalog: ExpertCatalog, share: float, packed: bool) -> str:
+    """PLAIN or REPACKED; `share` of the experts will be in memory, `packed`: there is a pack file.
+
+    Raises ModelError where repacked layouts are asked for and the engine computes wrong results with them.
+    """
+    # llama.cpp's repacked product with ids loses rows where a token picks the same expert twice (its pull request
+    # 26310): GroveMoE's small experts, each shared by a group of large ones, are picked so
+    wrong = any("_chexps." in name for name in catalog.gguf.tensors)
+    if asked == REPACKED and wrong:
+        raise ModelError(
+            f"{catalog.gguf.files[0]}: llama.cpp computes wrong results for this architecture with repacked weights; "
+            "use --layout plain"
+        )
+    if asked != AUTO:
+        return asked
+    return REPACKED if (packed or share >= _PAYS_FROM) and not wrong else PLAIN

@@ -1,0 +1,53 @@
+"""Makes and checks pack files: the engine says how experts are repacked, the storage writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flashmoe.api import Progress, proven_library
+from flashmoe.engines.llamacpp.repack import placed
+from flashmoe.errors import ModelError
+from flashmoe.hub import resolve
+from flashmoe.layout import REPACKED, choose_layout
+from flashmoe.storage.catalog import ExpertCatalog
+from flashmoe.storage.direct import DirectFile
+from flashmoe.storage.gguf import read_gguf
+from flashmoe.storage.pack import Pack, find_pack, write_pack
+
+
+def make_pack(model: str | Path, progress: Progress = lambda *_: None) -> tuple[Pack, bool]:
+    """The model's pack file, and whether it was written now: one that is there, whole, and fits is kept.
+
+    progress: called with "pack" or "check", the bytes done and their number. Raises ModelError (nothing to pack, or
+    wrong results with repacked weights), FlashMoEError (no room, no right to write) and ReadError.
+    """
+    catalog = ExpertCatalog.from_gguf(read_gguf(resolve(model)))
+    choose_layout(REPACKED, catalog, 1.0, packed=True)
+    files = [DirectFile(path) for path in catalog.gguf.files]
+    try:
+        with placed(proven_library(), catalog) as repacked:
+            there = _usable(repacked, files, progress)
+            return (
+                (there, False)
+                if there
+                else (write_pack(repacked, files, lambda *n: progress("pack", *n)), True)
+            )
+    finally:
+        for file in files:
+            file.close()
+
+
+def _usable(catalog: ExpertCatalog, files: list[DirectFile], progress: Progress) -> Pack | None:
+    """The pack that is there, if it is good."""
+    try:
+        pack = find_pack(catalog)
+        if pack is None:
+            return None
+        file = DirectFile(pack.path)
+        try:
+            pack.apply(catalog, [*files, file])
+        finally:
+            file.close()
+    except ModelError:
+        return None
+    return pack if pack.is_whole(catalog, lambda done: progress("check", done, pack.size)) else None
