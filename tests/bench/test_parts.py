@@ -205,7 +205,13 @@ def measured(speed: float, logits: str = "a") -> dict:
             "stall_share": 0.5,
         },
     }
-    decode = {"tokens": 8, "tokens_per_s": speed, "token_s": [], "median_s": 1 / speed, "mean_s": 1 / speed}
+    decode = {
+        "tokens": 8,
+        "tokens_per_s": speed,
+        "median_s": 1 / speed,
+        "mean_s": 1 / speed,
+        "token_s": [1 / speed],
+    }
     return {
         "report": report,
         "decode": {**decode, "bytes_read": 80, "major_faults": 0},

@@ -320,12 +320,13 @@ def test_placed_reads(reader: ExpertReader, offsets: list[int], cancelled: set[i
     free = len(reader._aside)
     batch = [Read(0, offset, 4096, memory.ctypes.data + 8192 * i, invert) for i, offset in enumerate(offsets)]
     tickets = [(reader.demand if i % 3 else reader.prefetch)([read]) for i, read in enumerate(batch)]
-    for i in cancelled & set(range(len(batch))):
+    cancelled &= set(range(0, len(batch), 3))
+    for i in cancelled:
         reader.cancel(tickets[i])
     for ticket in tickets:
         reader.promote(ticket)
         reader.wait(ticket)
-    assert inverted(memory, [read for i, read in enumerate(batch) if i not in cancelled or i % 3])
+    assert inverted(memory, [read for i, read in enumerate(batch) if i not in cancelled])
     assert len(reader._aside) == free
 
 
