@@ -70,10 +70,8 @@ export class Figures {
     const label = `${percent(parts[0])} cached, ${percent(parts[1])} prefetched, ${percent(parts[2])} late, ` +
       `${percent(parts[3])} missed`;
     fill(tile, parts, label);
-    const { policy } = this.info;
-    const note = predictor ? `${policy}; ${percent(parts[1])} prefetched by ${predictor}` : policy;
-    set(tile, ((100 * hits) / all).toFixed(1), note);
-    tile.title = label;
+    set(tile, ((100 * hits) / all).toFixed(1), predictor ? `${percent(parts[1])} prefetched` : "no prefetching");
+    tile.title = `${label}; policy ${this.info.policy}${predictor && `, predictor ${predictor}`}`;
   }
 
   #drive() {
@@ -82,9 +80,10 @@ export class Figures {
     const phases = ["prefill", "decode"].map((phase) => this.#counters.over(phase, WINDOW));
     const rate = phases[0].time && (phases[0].read_bytes + phases[1].read_bytes) / phases[0].time;
     tile.classList.toggle("stale", !rate);
-    const note = ceiling ? `${percent(rate / ceiling)} of its ${number(ceiling / 1e9)}` : "its ceiling is not known";
+    const note = ceiling ? `${percent(rate / ceiling)} of its ${number(ceiling / 1e9)} GB/s` : "ceiling not known";
     fill(tile, [ceiling ? rate / ceiling : 0], note);
-    set(tile, number(rate / 1e9), note);
+    if (rate < 1e8) set(tile, number(rate / 1e6), note, "MB/s");
+    else set(tile, number(rate / 1e9), note, "GB/s");
   }
 
   #memory({ resident_bytes: resident }) {
