@@ -9,8 +9,8 @@ export class HeatMap {
   #canvas;
   #info;
   #cells; // bits of the last frame, [layers x experts]
-  #used; // what is left of a flash, 0 to 1
-  #missed;
+  #glow; // what is left of each one's last flash, 0 to 1
+  #red; // whether that was a miss
   #small = document.createElement("canvas");
   #colours;
   #dirty = true;
@@ -20,8 +20,8 @@ export class HeatMap {
     this.#canvas = canvas;
     this.#info = info;
     this.#cells = new Uint8Array(n);
-    this.#used = new Float32Array(n);
-    this.#missed = new Float32Array(n);
+    this.#glow = new Float32Array(n);
+    this.#red = new Uint8Array(n);
     new ResizeObserver(() => this.#fit()).observe(canvas.parentElement);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.#fit());
     canvas.addEventListener("pointermove", (event) => this.#point(event));
@@ -33,12 +33,11 @@ export class HeatMap {
   add(map) {
     const cells = Uint8Array.from(atob(map), (c) => c.charCodeAt(0));
     for (let i = 0; i < cells.length; i++) {
-      const used = cells[i] & USED ? 1 : this.#used[i] * FADE;
-      const missed = cells[i] & MISSED ? 1 : this.#missed[i] * FADE;
-      const next = used < DIM ? 0 : used;
-      this.#dirty ||= next !== this.#used[i] || missed !== this.#missed[i] || cells[i] !== this.#cells[i];
-      this.#used[i] = next;
-      this.#missed[i] = missed < DIM ? 0 : missed;
+      const lit = cells[i] & (USED | MISSED);
+      if (lit) this.#red[i] = cells[i] & MISSED;
+      const glow = lit ? 1 : this.#glow[i] < DIM ? 0 : this.#glow[i] * FADE;
+      this.#dirty ||= glow !== this.#glow[i] || cells[i] !== this.#cells[i];
+      this.#glow[i] = glow;
     }
     this.#cells = cells;
   }
@@ -60,11 +59,8 @@ export class HeatMap {
         const i = layer * experts + expert;
         const at = 4 * (this.turned ? expert * width + layer : layer * width + expert);
         const ground = this.#cells[i] & RESIDENT ? resident : cold;
-        const glow = this.#used[i], miss = this.#missed[i];
-        for (let c = 0; c < 3; c++) {
-          const lit = ground[c] + (used[c] - ground[c]) * glow;
-          image.data[at + c] = lit + (missed[c] - lit) * miss;
-        }
+        const flash = this.#red[i] ? missed : used;
+        for (let c = 0; c < 3; c++) image.data[at + c] = ground[c] + (flash[c] - ground[c]) * this.#glow[i];
         image.data[at + 3] = 255;
       }
     }
