@@ -28,7 +28,9 @@ SECONDS = 60
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
         cut = "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", cut])
+        browser = driver.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", cut]
+        )
         yield browser
         browser.close()
 
@@ -46,7 +48,9 @@ def page_of(browser: Any, url: str, **options: Any) -> Iterator[Any]:
         page.on("request", lambda request: asked.add(urlsplit(request.url).netloc))
         page.goto(url)
         yield page
-        assert not [text for text in said if "401" not in text]  # what a missing key gives is told by the browser
+        assert not [
+            text for text in said if "401" not in text
+        ]  # what a missing key gives is told by the browser
         assert asked == {urlsplit(url).netloc}
 
 

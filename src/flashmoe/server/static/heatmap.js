@@ -2,6 +2,7 @@
 
 const RESIDENT = 1, USED = 2, MISSED = 4;
 const FADE = 0.78; // of a flash, from frame to frame
+const FADE_MISSED = 0.6; // what a miss read is in memory, and that is what the map should show
 const DIM = 0.02; // a flash that nobody sees any more
 const LEAST = 5; // CSS pixels of a cell; below, the map is turned
 
@@ -35,7 +36,8 @@ export class HeatMap {
     for (let i = 0; i < cells.length; i++) {
       const lit = cells[i] & (USED | MISSED);
       if (lit) this.#red[i] = cells[i] & MISSED;
-      const glow = lit ? 1 : this.#glow[i] < DIM ? 0 : this.#glow[i] * FADE;
+      const left = this.#glow[i] * (this.#red[i] ? FADE_MISSED : FADE);
+      const glow = lit ? 1 : left < DIM ? 0 : left;
       this.#dirty ||= glow !== this.#glow[i] || cells[i] !== this.#cells[i];
       this.#glow[i] = glow;
     }
