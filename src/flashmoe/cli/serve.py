@@ -80,7 +80,8 @@ def serve(
                         f"warning: {host} can be reached from other machines, and no key is set (--api-key)",
                         style="bold yellow",
                     )
-                console.print(f"serving {name} on http://{shown}:{real_port}/v1", highlight=False)
+                url = f"http://{shown}:{real_port}"
+                console.print(f"serving {name} on {url}/v1, dashboard at {url}/", highlight=False)
 
             run_server(loaded, sock, name=name, host=host, api_key=key, cors=cors or [], started=started)
             show(console, loaded.report())

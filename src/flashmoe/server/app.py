@@ -20,6 +20,7 @@ from flashmoe.server.completions import completions
 from flashmoe.server.conversation import Preparer
 from flashmoe.server.live import live_routes
 from flashmoe.server.metrics import Metrics
+from flashmoe.server.page import page_routes
 from flashmoe.server.scheduler import Scheduler, Unavailable
 from flashmoe.server.security import Guard
 
@@ -49,6 +50,7 @@ def make_app(
     )
     app.include_router(completions(scheduler, Preparer(scheduler.model.engine), name))
     app.include_router(live_routes(scheduler))
+    app.include_router(page_routes())
     metrics = Metrics(scheduler)
     card = {"id": name, "object": "model", "created": 0, "owned_by": "flashmoe"}
 

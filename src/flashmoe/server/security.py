@@ -12,8 +12,10 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flashmoe.server import openai
+from flashmoe.server.page import PAGE_PATHS
 
-OPEN_PATHS = frozenset({"/health", "/ready"})  # asked by supervisors, which have no key
+#: Without a key: what supervisors ask, and the page, which asks its reader for one.
+OPEN_PATHS = PAGE_PATHS | {"/health", "/ready"}
 BODY_SECONDS = 60.0  # for a client to send its request
 
 

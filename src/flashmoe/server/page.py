@@ -1,0 +1,53 @@
+"""The dashboard at `/`: files of the package, read once; nothing in a request names a file."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from importlib.resources import files
+
+from fastapi import APIRouter
+from fastapi.responses import Response
+
+_TYPES = {
+    "html": "text/html; charset=utf-8",
+    "css": "text/css; charset=utf-8",
+    "js": "text/javascript; charset=utf-8",
+    "svg": "image/svg+xml",
+}
+_HEADERS = {
+    "Cache-Control": "no-cache",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+def _read() -> dict[str, Response]:
+    pages = {}
+    for file in files("flashmoe.server").joinpath("static").iterdir():
+        kind = _TYPES[file.name.rpartition(".")[2]]
+        path = "/" if file.name == "index.html" else f"/static/{file.name}"
+        pages[path] = Response(file.read_bytes(), media_type=kind, headers=_HEADERS)
+    return pages
+
+
+_PAGES = _read()
+
+#: The page's paths. They hold no figures and need no key: the page asks for it.
+PAGE_PATHS = frozenset(_PAGES)
+
+
+def page_routes() -> APIRouter:
+    """A route for each file."""
+    router = APIRouter(include_in_schema=False)
+
+    def answer(page: Response) -> Callable[[], Awaitable[Response]]:
+        async def get() -> Response:
+            return page
+
+        return get
+
+    for path, page in _PAGES.items():
+        router.add_api_route(path, answer(page), methods=["GET"], response_class=Response)
+    return router

@@ -1,0 +1,117 @@
+"""The page in a real browser, with every address but the server's cut off."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx2 as httpx
+import pytest
+
+from tests.server.process import ServerProcess, serving
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+KEY = "correct horse"
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine")
+LIVE = "#status[data-state=live]"
+PICTURE = "document.querySelector('#map').toDataURL()"
+SECONDS = 60
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with playwright.sync_playwright() as driver:
+        cut = "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE 127.0.0.1"
+        browser = driver.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", cut]
+        )
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def page_of(browser: Any, url: str, **options: Any) -> Iterator[Any]:
+    """An open page; it may say nothing on the console and ask no other address."""
+    with browser.new_context(**options) as context:
+        page = context.new_page()
+        page.set_default_timeout(1000 * SECONDS)
+        said: list[str] = []
+        asked: set[str] = set()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.add(urlsplit(request.url).netloc))
+        page.goto(url)
+        yield page
+        assert not [
+            text for text in said if "401" not in text
+        ]  # what a missing key gives is told by the browser
+        assert asked == {urlsplit(url).netloc}
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait. (Playwright's own way evaluates text in the page, which the page's policy forbids.)"""
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@needs_browser
+@pytest.mark.parametrize("scheme", ["dark", "light"])
+def test_map_and_chat(browser: Any, server: ServerProcess, scheme: str) -> None:
+    with page_of(browser, server.url, color_scheme=scheme) as page:
+        page.wait_for_selector(LIVE)
+        assert page.inner_text("#model").endswith(".gguf")
+        still = page.evaluate(PICTURE)
+        page.fill("#prompt", "What is a mixture of experts?")
+        page.press("#prompt", "Enter")
+        until(lambda: page.evaluate(PICTURE) != still)
+        moving = page.evaluate(PICTURE)
+        until(lambda: page.evaluate(PICTURE) != moving)
+        page.wait_for_selector("#log .figures")
+        assert page.inner_text("#log .assistant").strip()
+        assert "tokens" in page.inner_text("#log .figures")
+        for tile in ("speed", "hits", "drive", "memory"):
+            until(lambda tile=tile: re.fullmatch(r"[\d.]+", page.inner_text(f"#{tile} .value")))
+        assert "experts are in memory" in page.get_attribute("#map", "aria-label")
+        page.click("#new")
+        assert page.locator("#log .assistant").count() == 0
+
+
+@needs_browser
+def test_phone(browser: Any, server: ServerProcess) -> None:
+    with page_of(browser, server.url, viewport={"width": 360, "height": 740}) as page:
+        page.wait_for_selector(LIVE)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+@needs_browser
+def test_key_is_asked_for(browser: Any, demo: Any) -> None:
+    with (
+        serving(demo, "--cache", "50%", env={"FLASHMOE_API_KEY": KEY}) as server,
+        page_of(browser, server.url) as page,
+    ):
+        for key in ("wrong", KEY):
+            page.wait_for_selector("#key-dialog[open]")
+            page.fill("#key", key)
+            page.press("#key", "Enter")
+        page.wait_for_selector(LIVE)
+        page.reload()
+        page.wait_for_selector(LIVE)
+        assert page.evaluate("localStorage.length") == 0
+
+
+def test_page_is_guarded(server: ServerProcess) -> None:
+    for path, kind in (("/", "text/html"), ("/static/main.js", "text/javascript")):
+        answer = httpx.get(server.url + path)
+        assert answer.headers["content-type"].startswith(kind)
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+        assert answer.headers["x-content-type-options"] == "nosniff"
+    for path in ("/static/", "/static/../page.py", "/static/..%2fpage.py", "/static/index.html"):
+        assert httpx.get(server.url + path).status_code == 404
