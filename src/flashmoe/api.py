@@ -34,8 +34,9 @@ from flashmoe.prefetch import create_all as create_predictors
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import Recorder
 from flashmoe.routing.trace import DECODE, PREFILL
+from flashmoe.session import Session
 from flashmoe.storage.catalog import ExpertCatalog
-from flashmoe.storage.disk import read_ceiling
+from flashmoe.storage.disk import read_ceiling, tune
 from flashmoe.storage.gguf import read_gguf
 from flashmoe.storage.pack import find_pack
 from flashmoe.storage.reader import ExpertReader
@@ -65,6 +66,7 @@ def load(
     all_logits: bool = False,
     trace: bool = False,
     sequences: int = 1,
+    save_cache: bool | str | Path = False,
     progress: Progress | None = None,
     library: Library | None = None,
 ) -> Model:
@@ -83,6 +85,9 @@ def load(
     threads: compute threads (default: physical cores). all_logits: keep the logits of every token, not the last only.
     trace: record which experts every token is routed to, see `Model.recorder`.
     sequences: prompts that can be continued in turns (see `Model.start`); each has a context of `n_ctx` tokens.
+    save_cache: keep which experts are resident, and what the policy and the predictors have learned, when the model is
+        closed, and go on from there at the next start: in the user's cache folder, or in a file. Off by default: with
+        `table` the file holds the ids of tokens that were used.
     library: a llama.cpp library to use unproven (default: the one that is found, proven once by `flashmoe.probe`).
 
     Raises ModelError, BudgetError, PolicyError, LibraryError and UsageError, each saying what to do.
@@ -108,6 +113,7 @@ def load(
         pack = find_pack(catalog) if layout != PLAIN else None
         reader = ExpertReader([*catalog.gguf.files, pack.path] if pack else catalog.gguf.files)
         stack.callback(reader.close)
+        tune(reader, catalog.read_bytes)
         align = max(file.align for file in reader.files)
         limit = 0 if cache is not None else parse_bytes(ram) if ram is not None else budget.default_ram()
         if limit:
@@ -127,7 +133,7 @@ def load(
         stack.callback(loaded.close)
         catalog = pack.apply(loaded.catalog, reader.files) if pack else loaded.catalog
         aside = reader.set_aside(catalog.largest_placed) if catalog.largest_placed else 0
-        _compile(evict, catalog)
+        _compile(evict, catalog, ranking=bool(save_cache))
         predictors = _bind(predictors, catalog, limit if prefetch == "auto" else 0)
         budget.release_code()
         make = partial(
@@ -158,14 +164,24 @@ def load(
         if predictors and any(spare):
             prefetcher = Prefetcher(predictors, experts)
             engine.prefetch(prefetcher)
+        resources = ExitStack()
+        ranked = None
+        if save_cache:
+            session = Session(save_cache, catalog, evict, predictors)
+            resources.callback(session.save)  # when all else has been freed
+            ranked = session.restore()
         pool.prefault()
+        if ranked is not None:
+            stack.callback(experts.close)
+            experts.warm_start(ranked)
+        resources.enter_context(stack.pop_all())
         loaded_model = Model(
             engine,
             experts,
             catalog,
             limit,
             report_progress,
-            stack.pop_all(),
+            resources,
             prefetcher=prefetcher,
             layout=PACKED if pack else layout,
         )
@@ -226,7 +242,7 @@ def _bind(predictors: Sequence[Predictor], catalog: ExpertCatalog, limit: int) -
     return [p for p in predictors if p.nbytes <= most]
 
 
-def _compile(policy: EvictionPolicy, catalog: ExpertCatalog) -> None:
+def _compile(policy: EvictionPolicy, catalog: ExpertCatalog, *, ranking: bool) -> None:
     """Let numba compile the policy's kernels before memory is counted and before the first token waits for it."""
     n = catalog.n_experts
     policy.bind(make_residency(len(catalog.layers), n, np.ones(len(catalog.layers), np.int32)))
@@ -235,6 +251,8 @@ def _compile(policy: EvictionPolicy, catalog: ExpertCatalog) -> None:
     policy.access(0, ids, out[0], out[1], out[2])
     policy.access_each(0, ids[np.newaxis], out[0], out[1], out[2])
     policy.window(1, 1)
+    if ranking:
+        policy.ranking()
     policy.release(0, 0)
 
 
@@ -378,7 +396,6 @@ class Model:
 
     def report(self, text: str = "") -> telemetry.Report:
         """The figures so far; `text` is passed through. Measures the drive where that has not been done before."""
-        sizes = [plane.nbytes for layer in self.catalog.layers for plane in layer.planes]
         return telemetry.make_report(
             self.telemetry,
             self.cache.stats,
@@ -390,11 +407,12 @@ class Model:
             slots=self.cache.policy.residency.n_slots,
             experts=self.catalog.total_experts,
             budget=self.budget_bytes,
-            ceiling=read_ceiling(self.cache.reader, int(np.median(sizes))),
+            warm=(self.cache.warm.experts, self.cache.warm.bytes) if self.cache.warm else (0, 0),
+            ceiling=read_ceiling(self.cache.reader, self.catalog.read_bytes),
         )
 
     def close(self) -> None:
-        """Free everything. The model cannot be used afterwards."""
+        """Free everything, and keep what `save_cache` asked for. The model cannot be used afterwards."""
         self._resources.close()
 
     def __enter__(self) -> Model:

@@ -17,6 +17,10 @@ class FlashMoEError(Exception):
         super().__init__(message)
 
 
+class FlashMoEWarning(UserWarning):
+    """Something that a user may want to mend, and that stops nothing."""
+
+
 class UsageError(FlashMoEError):
     """A wrong argument: an unknown policy, a size that cannot be read, a missing prompt."""
 

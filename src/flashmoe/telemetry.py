@@ -76,10 +76,13 @@ class Report:
             if requests and self.prefetch
             else ""
         )
+        back = self.start["warm_experts"]
+        kept_from = f", {back} from the last session" if back else ""
         return [
             f"prefill {p['tokens']} tokens, {p['tokens_per_s']:.1f} tokens/s; "
             f"decode {d['tokens']} tokens, {d['tokens_per_s']:.1f} tokens/s",
-            f"cache {c['slots']} of {c['experts']} experts ({self.policy}), hit rate {c['hit_rate']:.1%}{ahead}; "
+            f"cache {c['slots']} of {c['experts']} experts ({self.policy}{kept_from}), "
+            f"hit rate {c['hit_rate']:.1%}{ahead}; "
             f"{format_bytes(io['bytes_per_token'])} read per token",
             f"reads {io['gb_per_s']:.2f} GB/s on average{ceiling}, {io['stall_share']:.0%} of the time stalled on "
             f"them; bound by {self.bound}",
@@ -112,8 +115,12 @@ def make_report(
     experts: int,
     budget: int,
     ceiling: float,
+    warm: tuple[int, int] = (0, 0),
 ) -> Report:
-    """Put the counters together. `cache` and `io` cover decoding; their prefill counterparts stand beside them."""
+    """Put the counters together. `cache` and `io` cover decoding; their prefill counterparts stand beside them.
+
+    warm: experts that a warm start brought back, and bytes that it read in the background.
+    """
     decode, prefill = stats["decode"], stats["prefill"]
     main, phase = (decode, telemetry.decode) if telemetry.decode.tokens else (prefill, telemetry.prefill)
     ahead = decode.prefetch_bytes + prefill.prefetch_bytes
@@ -140,7 +147,7 @@ def make_report(
             "prefill_misses": prefill.misses,
         },
         io={
-            "bytes": decode.bytes + prefill.bytes + ahead + wasted,
+            "bytes": decode.bytes + prefill.bytes + ahead + wasted + warm[1],
             "bytes_per_token": read / max(1, phase.tokens),
             "prefetch_bytes": ahead,
             "wasted_bytes": wasted,
@@ -151,6 +158,11 @@ def make_report(
             "overhead_ms_per_token": 1e3 * main.overhead_seconds / max(1, phase.tokens),
         },
         memory={"budget_bytes": budget, "peak_bytes": status_bytes("VmHWM")},
-        start={"load_seconds": telemetry.load_seconds, "first_token_seconds": telemetry.first_token_seconds},
+        start={
+            "load_seconds": telemetry.load_seconds,
+            "first_token_seconds": telemetry.first_token_seconds,
+            "warm_experts": warm[0],
+            "warm_bytes": warm[1],
+        },
         bound=bound(stall_share, telemetry.decode_faults, telemetry.decode.tokens),
     )

@@ -170,6 +170,7 @@ def test_the_command_line(model: Path, tmp_path: Path) -> None:
     assert "tokens/s" in result.output
     report = json.loads(figures.read_text())
     assert [row["size"] for row in report["rows"]] == ["50%", "25%"]
+    assert all(row["timeline"]["token_ms"] > 0 for row in report["rows"])
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 

@@ -38,7 +38,9 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ExpertRe
 def test_ceiling_is_measured_once(home: Path, reader: ExpertReader, monkeypatch: pytest.MonkeyPatch) -> None:
     first = read_ceiling(reader, 10_000)
     assert first > 0
-    assert list(json.loads((home / "drives.json").read_text()).values()) == [first]
+    (note,) = json.loads((home / "drives.json").read_text()).values()
+    assert note["gb_per_s"] == first
+    assert (note["depth"], note["chunk"]) in disk._TRIED
 
     def again(*_: object) -> float:
         raise AssertionError("measured again")
@@ -50,14 +52,50 @@ def test_ceiling_is_measured_once(home: Path, reader: ExpertReader, monkeypatch:
     assert len(json.loads((home / "drives.json").read_text())) == 2
 
 
-@pytest.mark.parametrize("notes", ["", "{", "[1, 2]", "null", '{"a": "fast"}', '{"a": null}', "\x00\xff"])
+@pytest.mark.parametrize(
+    "notes",
+    [
+        *("", "{", "[1, 2]", "null", '{"a": "fast"}', '{"a": null}', '{"a": 1.5}', "\x00\xff"),
+        '{"a": {"gb_per_s": 1, "depth": 0, "chunk": 0}}',
+        '{"a": {"gb_per_s": 1, "depth": 1e999, "chunk": -7}}',
+    ],
+)
 def test_damaged_notes_are_replaced(notes: str, home: Path, reader: ExpertReader) -> None:
     home.mkdir(parents=True)
     (home / "drives.json").write_text(notes, encoding="latin-1")
     measured = read_ceiling(reader, 4096)
-    assert json.loads((home / "drives.json").read_text()) == {
-        next(iter(disk._read_notes(home / "drives.json"))): measured
-    }
+    (drive,) = disk._read_notes().values()
+    assert drive.gb_per_s == measured
+
+
+def test_another_way_must_be_clearly_better(
+    home: Path, reader: ExpertReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock that the reader's ways move: what is chosen is what the reader does, now and after the next start."""
+    now, way = 0.0, disk._TRIED[0]
+    seconds = dict.fromkeys(disk._TRIED, 1.0)
+
+    def tuned(self: ExpertReader, depth: int, chunk: int) -> None:
+        nonlocal way
+        way = depth, chunk
+
+    def wait(self: ExpertReader, ticket: object) -> None:
+        nonlocal now
+        now += seconds[way]
+
+    monkeypatch.setattr(ExpertReader, "tune", tuned)
+    monkeypatch.setattr(ExpertReader, "wait", wait)
+    monkeypatch.setattr(disk, "_MOST_SECONDS", 1e9)
+    monkeypatch.setattr(disk.time, "perf_counter", lambda: now)
+    for faster, chosen in ((0.95, disk._TRIED[0]), (0.5, disk._TRIED[3])):
+        seconds[disk._TRIED[3]] = faster
+        read_ceiling(reader, 100_000, fresh=True)
+        assert way == chosen
+        way = (0, 0)
+        disk.tune(reader, 100_000)
+        assert way == chosen
+    disk.tune(reader, 4096)  # not measured
+    assert way == disk._TRIED[3]
 
 
 def test_small_files_tell_nothing(home: Path, tmp_path: Path) -> None:

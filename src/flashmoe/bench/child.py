@@ -70,6 +70,10 @@ class Replay:
             "step": step,
         }
 
+    def one_more(self) -> None:
+        """Evaluate one more token."""
+        self._evaluate([self._job.tokens[-1]])
+
     def _evaluate(self, tokens: Sequence[int]) -> float:
         self._routing(self._position, len(tokens))
         started = time.perf_counter()
@@ -88,6 +92,7 @@ def measure(job: Job) -> dict[str, Any]:
 
 def _measure_pool(job: Job) -> dict[str, Any]:
     from flashmoe.api import load
+    from flashmoe.bench.timeline import Timeline
     from flashmoe.cache.expert_cache import CacheStats
     from flashmoe.engines.llamacpp.library import open_library
 
@@ -103,9 +108,11 @@ def _measure_pool(job: Job) -> dict[str, Any]:
         prefetch=job.prefetch,
         layout=job.layout,
         library=open_library(Path(job.library)),
+        save_cache=job.save_cache or False,
         **options,
     )
     loaded = time.perf_counter() - started
+    time.sleep(job.idle)
     with model:
         model.cache.stats["warmup"] = CacheStats()  # a phase of its own: the report counts the other two
 
@@ -116,7 +123,7 @@ def _measure_pool(job: Job) -> dict[str, Any]:
         if job.trace:
             from flashmoe.bench.forced import ForcedRouting
 
-            forced = ForcedRouting.for_model(model.catalog, job.trace, job.trace_start, len(job.tokens))
+            forced = ForcedRouting.for_model(model.catalog, job.trace, job.trace_start, len(job.tokens) + 1)
             model.engine.override_routing(forced)
             replay.follow(forced.at)
         model.cache.begin_sequence()
@@ -128,6 +135,9 @@ def _measure_pool(job: Job) -> dict[str, Any]:
         result["first_token_s"] = loaded + result["prefill"]["seconds"]
         model.telemetry.first_token_seconds = result["first_token_s"]
         result["report"] = model.stats
+        if len(job.tokens) < job.n_ctx:
+            model.cache.phase = "warmup"  # not counted
+            result["timeline"] = Timeline(model.cache, model.catalog).record(replay.one_more)
     return {**result, "load_s": loaded, "peak_bytes": _peak()}
 
 

@@ -1,4 +1,4 @@
-"""Figures of a benchmark: decode speed against memory, with what the drive and the processor allow."""
+"""The figure of a benchmark: decode speed against memory, and the time line of one token where memory is least."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from flashmoe.bench.timeline import draw as draw_timeline
 from flashmoe.figures import new_figure, save_figure
 
 _GIB = 1 << 30
@@ -13,10 +14,23 @@ _GIB = 1 << 30
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Write the figure of a report (the layout of `--json`) to a .png, .svg or .pdf file. Raises UsageError."""
-    figure = new_figure(7.5, 4.8)
+    recorded = [row for row in report["rows"] if row.get("timeline")]
+    figure = new_figure(7.5, 10.5 if recorded else 4.8)
+    if not recorded:
+        _speeds(figure.subplots(), report)
+    else:
+        above, below = figure.subplots(2, height_ratios=(4.8, 5.7))
+        _speeds(above, report)
+        row = min(recorded, key=_memory)
+        draw_timeline(below, row["timeline"])
+        below.set_title(f"one token at {_memory(row):.2f} GiB: {_pool_name(row)}")
+    save_figure(figure, path)
+
+
+def _speeds(axes: Any, report: dict[str, Any]) -> None:
+    """Tokens per second against memory, with what the drive and the processor allow."""
     from matplotlib.ticker import FuncFormatter
 
-    axes = figure.subplots()
     rows = report["rows"]
     pools: dict[str, list[dict[str, Any]]] = {}
     opponents: dict[str, list[dict[str, Any]]] = {}
@@ -56,7 +70,6 @@ def draw(report: dict[str, Any], path: Path) -> None:
     )
     axes.grid(True, which="both", alpha=0.25)
     axes.legend()
-    save_figure(figure, path)
 
 
 def _pool_name(row: dict[str, Any]) -> str:

@@ -87,6 +87,7 @@ def make_row(
             "opponent": theirs[middle]["limit_bytes"] if theirs else None,
         },
         "bounds": bounds(report),
+        "timeline": chosen.get("timeline"),
         "same_logits": same,
         "busy": any(r.load.busy for r in rounds),
         "others_cores": max(r.load.others for r in rounds),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -118,8 +117,7 @@ class _Runner:
         """Measured now and noted, so that every child's report has it and none spends time and memory on it."""
         reader = ExpertReader(self._catalog.gguf.files)
         try:
-            sizes = [plane.nbytes for layer in self._catalog.layers for plane in layer.planes]
-            return read_ceiling(reader, int(statistics.median(sizes)), fresh=True)
+            return read_ceiling(reader, self._catalog.read_bytes, fresh=True)
         finally:
             reader.close()
 
@@ -138,7 +136,7 @@ class _Runner:
         trained = gguf.arch_int("context_length", n)
         if n > trained:
             raise UsageError(f"{n} tokens are more than this model's context ({trained}): ask for fewer")
-        n_ctx = min(trained, -(-n // _CONTEXT_STEP) * _CONTEXT_STEP)
+        n_ctx = min(trained, -(-(n + 1) // _CONTEXT_STEP) * _CONTEXT_STEP)  # one more, for its time line
         return Job(
             engine=POOL,
             model=str(gguf.files[0]),

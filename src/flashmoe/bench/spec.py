@@ -55,6 +55,8 @@ class Job:
     layout: str = AUTO
     trace: str | None = None
     trace_start: int = 0
+    save_cache: str | None = None
+    idle: float = 0.0  # seconds between loading and the prompt
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -14,6 +14,7 @@ from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.pool import SlotPool
 from flashmoe.cache.residency import exchange
 from flashmoe.cache.staging import Staged, Staging
+from flashmoe.cache.warm import WarmStart
 from flashmoe.cache.window import PrefillWindow
 from flashmoe.errors import BudgetError
 from flashmoe.storage.reader import ExpertReader, Ticket
@@ -63,6 +64,7 @@ class ExpertCache:
         self.staging = Staging(residency, pool, reader, spare or [0] * len(residency.free_count))
         self._prefetching = any(spare)
         self._window = PrefillWindow(policy, self.staging)
+        self.warm: WarmStart | None = None
         self._first_slot = [int(residency.group_start[g]) for g in residency.group]
         self._bytes = [sum(w.plane.nbytes for w in windows) for windows in pool.windows]
         self._lock = threading.RLock()
@@ -81,7 +83,21 @@ class ExpertCache:
         """Call before `tokens` tokens are evaluated at once: prefill gets slots to work in, decode gets them back."""
         with self._lock:
             self._finish()
+            if self.warm:
+                self.warm.pause(tokens > 1)  # slots are lent: none may be away
             self._window.resize(tokens, top_k)
+
+    def warm_start(self, ranked: Int32) -> None:
+        """Read experts of an earlier session in the background, the best first, as far as slots are free.
+
+        ranked: see EvictionPolicy.ranking.
+        """
+        self.warm = WarmStart(self.policy.residency, self.pool, self.reader, self._lock, ranked)
+
+    def close(self) -> None:
+        """End what runs in the background."""
+        if self.warm:
+            self.warm.close()
 
     def ensure(
         self,
@@ -107,6 +123,8 @@ class ExpertCache:
                 self._resize(2 * len(ids))
             slots = self._slots[: len(ids)]
             misses = self.policy.access(layer, ids, slots, self._miss_expert, self._miss_slot)
+            if misses < 0 and self.warm and self.warm.give_way():
+                misses = self.policy.access(layer, ids, slots, self._miss_expert, self._miss_slot)
             if misses < 0:
                 raise BudgetError(
                     f"{len(np.unique(ids))} experts of one layer do not fit into the pool at once: "

@@ -143,7 +143,9 @@ class SlotPool:
             ctypes.memmove(window.address + slot * window.stride, rows[expert].ctypes.data, window.stride)
 
     def close(self) -> None:
-        """End prefaulting. The memory goes when nothing refers to the pool any more."""
+        """End prefaulting and give the memory back: what follows needs it."""
         self._stop.set()
         if self._prefault:
             self._prefault.join()
+        for memory in self._maps:  # addresses stay reserved until nothing refers to the pool any more
+            memory.madvise(mmap.MADV_DONTNEED)

@@ -163,6 +163,30 @@ def renumber(res: Residency, layer: int, experts: NDArray[np.int64], slots: NDAr
     res.place[slots] = place
 
 
+def take_free_slot(res: Residency, layer: int) -> int:
+    """A free slot of a layer's group, from now on neither free nor anybody's; there must be one."""
+    group = int(res.group[layer])
+    res.free_count[group] -= 1
+    return int(res.free[res.group_start[group] + res.free_count[group]])
+
+
+def free_slot(res: Residency, layer: int, slot: int) -> None:
+    """Give back what `take_free_slot` gave."""
+    group = int(res.group[layer])
+    res.free[res.group_start[group] + res.free_count[group]] = slot
+    res.free_count[group] += 1
+
+
+def admit(res: Residency, layer: int, expert: int, slot: int) -> None:
+    """Let an absent expert have a slot that is nobody's."""
+    used = int(res.used[layer])
+    res.slot_of[layer, expert] = slot
+    res.owner[slot] = layer * res.n_experts + expert
+    res.members[layer, used] = expert
+    res.place[slot] = used
+    res.used[layer] += 1
+
+
 def check_residency(res: Residency, spare: Sequence[int] = ()) -> None:
     """Raise AssertionError where the arrays contradict each other (for tests and debugging).
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import warnings
 
 import typer
 from rich.console import Console
 
 from flashmoe import __version__
 from flashmoe.cli import bench, pack, run, serve, simulate, trace, train
-from flashmoe.errors import FlashMoEError
+from flashmoe.errors import FlashMoEError, FlashMoEWarning
 
+_python_warning = warnings.formatwarning
 app = typer.Typer(
     name="flashmoe",
     help="Run Mixture-of-Experts models larger than RAM, their experts streamed from the SSD.",
@@ -40,6 +42,7 @@ def _root(
 
 def main() -> None:
     """Entry point: an error that the user can mend is one line on stderr and exit status 1 or 2."""
+    warnings.formatwarning = _warning
     try:
         app()
     except FlashMoEError as error:
@@ -67,3 +70,12 @@ def _fail(message: str) -> None:
 def _drop_output() -> None:
     """What standard output still holds cannot be written either, and Python would try again at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """One line; our own warnings without the place in the source that raised them."""
+    if issubclass(category, FlashMoEWarning):
+        return f"warning: {message}\n"
+    return _python_warning(message, category, filename, lineno, line)

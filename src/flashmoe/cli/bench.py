@@ -98,7 +98,9 @@ def run(
         bool, typer.Option("--allow-busy", help="Report even if other programs were running.")
     ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to a file.")] = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw speed against budget.")] = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="Draw speed against budget, and one token's time line.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
 ) -> None:
     """Measure a model against stock llama.cpp, in pairs A B A B, each in a process of its own."""

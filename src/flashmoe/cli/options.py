@@ -32,6 +32,12 @@ TopK = Annotated[int, typer.Option("--top-k", help="Sample from the k likeliest 
 TopP = Annotated[float, typer.Option("--top-p", help="Nucleus sampling.")]
 MinP = Annotated[float, typer.Option("--min-p", help="Least share of the top probability.")]
 Seed = Annotated[int | None, typer.Option("-s", "--seed", help="Seed of the sampler.")]
+SaveCache = Annotated[
+    bool,
+    typer.Option(
+        "--save-cache", help="Keep what the cache holds at the end; the next start goes on from it."
+    ),
+]
 Trace = Annotated[Path | None, typer.Option("--trace", help="Record the routing to a .safetensors file.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the report to a file.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Nothing but the text.")]

@@ -38,6 +38,7 @@ def run(
     top_p: options.TopP = _SAMPLING.top_p,
     min_p: options.MinP = _SAMPLING.min_p,
     seed: options.Seed = None,
+    save_cache: options.SaveCache = False,
     trace: options.Trace = None,
     json_file: options.Json = None,
     quiet: options.Quiet = False,
@@ -60,6 +61,7 @@ def run(
             n_ubatch=ubatch,
             threads=threads,
             trace=trace is not None,
+            save_cache=save_cache,
             progress=progress.update if progress else None,
         )
         with loaded:

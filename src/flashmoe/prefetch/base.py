@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from flashmoe.cache.saved import Limits, take_back
 from flashmoe.errors import FlashMoEError
 
 Int32 = NDArray[np.int32]
@@ -110,14 +111,11 @@ class Predictor:
         return {name: np.array(value) for name, value in self._state._asdict().items()}
 
     def load_state(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Take back what `state` gave. Raises PredictorError for arrays of another predictor or shape, and
-        then changes nothing."""
-        own = self._state._asdict()
-        for name, value in own.items():
-            saved = arrays.get(name)
-            if saved is None or saved.shape != value.shape or saved.dtype != value.dtype:
-                raise PredictorError(
-                    f"saved state does not fit predictor {self.name!r} ({name}): start it cold"
-                )
-        for name, value in own.items():
-            value[...] = arrays[name]
+        """Take back what `state` gave. Raises PredictorError for arrays of another predictor or shape, or such as it
+        would never give, and then changes nothing."""
+        if wrong := take_back(self._state._asdict(), arrays, self.limits()):
+            raise PredictorError(f"saved state does not fit predictor {self.name!r} ({wrong})")
+
+    def limits(self) -> dict[str, Limits]:
+        """Least and largest values of the arrays of the state that are used as indices."""
+        return {}

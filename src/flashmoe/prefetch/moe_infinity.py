@@ -16,6 +16,7 @@ from numba import njit
 
 from flashmoe.cache.policies import moe_infinity as policy
 from flashmoe.cache.policies.moe_infinity import MoEInfinityState
+from flashmoe.cache.saved import Limits
 from flashmoe.prefetch.base import Float32, Int32, Predictor
 
 note = njit(policy.record)
@@ -89,3 +90,7 @@ class MoEInfinity(Predictor):
     def predict(self, layer: int, target: int, out: Float32) -> None:
         """See Predictor."""
         foresee(self._state, target, self.top_k, out)
+
+    def limits(self) -> dict[str, Limits]:
+        """See Predictor."""
+        return policy.limits(self.size)

@@ -393,17 +393,15 @@ class Table(TextPredictor):
         n_layers, _, n_experts = state.feature.shape
         fits = row is not None and count is not None and row.shape == (2, len(count))
         if not fits or count is None or count.shape[1:] != (n_layers, n_experts):
-            raise PredictorError(f"saved state does not fit predictor {self.name!r} (counts): start it cold")
+            raise PredictorError(f"saved state does not fit predictor {self.name!r} (counts)")
         for name in ("average", "weight", "matrix", "picked", "now"):
             saved, own = arrays.get(name), getattr(state, name)
             finite = saved is not None and (saved.dtype.kind != "f" or np.isfinite(saved).all())
             if saved is None or not finite or saved.shape != own.shape or saved.dtype != own.dtype:
-                raise PredictorError(
-                    f"saved state does not fit predictor {self.name!r} ({name}): start it cold"
-                )
+                raise PredictorError(f"saved state does not fit predictor {self.name!r} ({name})")
             own[...] = saved
         if (state.picked < 0).any() or (state.picked[..., :-1] >= n_experts).any():
-            raise PredictorError(f"saved state of predictor {self.name!r} is damaged (picked): start it cold")
+            raise PredictorError(f"saved state of predictor {self.name!r} is damaged (picked)")
         np.clip(state.picked, 0, max(n_experts - 1, state.picked.shape[2] - 1), out=state.picked)
         state.picked[..., -1] = np.minimum(state.picked[..., -1], state.picked.shape[2] - 1)
         assert row is not None

@@ -56,7 +56,6 @@ class Live:
         """What does not change."""
         model = self._model
         catalog = model.catalog
-        sizes = [plane.nbytes for layer in catalog.layers for plane in layer.planes]
         return {
             "model": catalog.gguf.files[0].name,
             "layers": len(catalog.layers),
@@ -69,7 +68,7 @@ class Live:
             "context": model.engine.n_ctx,
             "parallel": model.engine.sequences,
             "budget_bytes": model.budget_bytes,
-            "ceiling_bytes_per_s": 1e9 * read_ceiling(model.cache.reader, int(np.median(sizes))),
+            "ceiling_bytes_per_s": 1e9 * read_ceiling(model.cache.reader, catalog.read_bytes),
         }
 
     def frame(self, since: int | None = None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import statistics
 from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -100,6 +101,10 @@ class ExpertCatalog:
     def largest_placed(self) -> int:
         """Bytes of the largest slice that the engine keeps in a layout of its own; 0 without any."""
         return max((p.nbytes for layer in self.layers for p in layer.planes if p.place), default=0)
+
+    def read_bytes(self) -> int:
+        """Bytes of a read from the drive: an expert's slice of a plane, as they usually are."""
+        return int(statistics.median(plane.nbytes for layer in self.layers for plane in layer.planes))
 
     @cached_property
     def total_experts(self) -> int:

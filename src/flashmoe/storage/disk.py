@@ -1,4 +1,4 @@
-"""The drive's own ceiling: what direct reads of expert size reach here, measured once per device and remembered."""
+"""The drive's own ceiling, and how to reach it: measured once per device and size of read, and remembered."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import ctypes
 import json
 import os
 import random
+import statistics
 import time
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from flashmoe.errors import ReadError
@@ -15,58 +17,108 @@ from flashmoe.storage.files import cache_folder, write_atomically
 from flashmoe.storage.memory import reserve_huge
 from flashmoe.storage.reader import ExpertReader, Read
 
-_SAMPLE_BYTES = 256 << 20
+_SAMPLE_BYTES = 32 << 20
+_ROUNDS = 3
+_MOST_SECONDS = 1.0  # no further round after that
 _SLOTS = 8
 _LEAST_FILE = 256 << 20  # smaller files tell nothing about a drive
+#: Reads under way and bytes per read (0: whole planes) that are tried; the first is what a reader does untold.
+_TRIED = ((128, 0), (8, 0), (2, 0), (128, 512 << 10), (8, 512 << 10))
+_BETTER = 1.1  # measurements differ by less from one moment to the next
+
+
+@dataclass(frozen=True)
+class Drive:
+    """What random direct reads reach, in 1e9 bytes per second, with so many reads under way of so many bytes."""
+
+    gb_per_s: float
+    depth: int
+    chunk: int
 
 
 def read_ceiling(reader: ExpertReader, read_bytes: int, *, fresh: bool = False) -> float:
     """1e9 bytes per second of random direct reads of `read_bytes` each, on the drive of the reader's first file.
 
     Taken from the notes of an earlier run on the same device where there are some; else, or if `fresh`, measured now,
-    in about a tenth of a second on an NVMe drive. 0.0 where it means nothing: small files, or no direct reads.
+    in about a quarter of a second on an NVMe drive. 0.0 where it means nothing: small files, or no direct reads.
     """
-    file = reader.files[0]
-    if not file.direct or file.size < _LEAST_FILE:
+    if not _worth_measuring(reader):
         return 0.0
-    notes = cache_folder() / "drives.json"
-    key = f"{os.stat(file.path).st_dev}:{read_bytes >> 10}KiB"
-    known = _read_notes(notes)
-    if fresh or key not in known:
-        measured = _measure(reader, read_bytes)
-        if not measured:
+    notes = _read_notes()
+    key = _key(reader, read_bytes)
+    if fresh or key not in notes:
+        try:
+            notes[key] = _measure(reader, read_bytes)
+        except ReadError:
             return 0.0
-        known[key] = measured
         with suppress(OSError):  # measured again next time
-            write_atomically(notes, json.dumps(known, indent=1).encode())
-    return known[key]
+            data = json.dumps({name: asdict(drive) for name, drive in notes.items()}, indent=1)
+            write_atomically(_notes_file(), data.encode())
+    return notes[key].gb_per_s
 
 
-def _read_notes(path: Path) -> dict[str, float]:
+def tune(reader: ExpertReader, read_bytes: int) -> None:
+    """Let the reader do what was fastest for reads of `read_bytes`, if that has been measured on its device."""
+    if _worth_measuring(reader) and (drive := _read_notes().get(_key(reader, read_bytes))):
+        reader.tune(drive.depth, drive.chunk)
+
+
+def _worth_measuring(reader: ExpertReader) -> bool:
+    return reader.files[0].direct and reader.files[0].size >= _LEAST_FILE
+
+
+def _key(reader: ExpertReader, read_bytes: int) -> str:
+    return f"{os.stat(reader.files[0].path).st_dev}:{read_bytes >> 10}KiB"
+
+
+def _notes_file() -> Path:
+    return cache_folder() / "drives.json"
+
+
+def _read_notes() -> dict[str, Drive]:
+    """The notes that are sound."""
     try:
-        notes = json.loads(path.read_text())
-        return {str(key): float(value) for key, value in notes.items()}
-    except (OSError, ValueError, AttributeError, TypeError):
+        notes = json.loads(_notes_file().read_text())
+        drives = {
+            str(key): Drive(float(note["gb_per_s"]), int(note["depth"]), int(note["chunk"]))
+            for key, note in notes.items()
+        }
+    except (OSError, ValueError, AttributeError, TypeError, KeyError, OverflowError):
         return {}
+    return {key: drive for key, drive in drives.items() if (drive.depth, drive.chunk) in _TRIED}
 
 
-def _measure(reader: ExpertReader, read_bytes: int) -> float:
+def _measure(reader: ExpertReader, read_bytes: int) -> Drive:
+    """Try each way in turn, several times; another than the first must be clearly better. Raises ReadError."""
     file = reader.files[0]
     unit = max(file.align, file.align_memory, 4096)
     size = max(unit, min(read_bytes, 8 << 20) // unit * unit)
-    count = max(8, _SAMPLE_BYTES // size)
     # the pool's kind of memory: a read into huge pages is one piece for the drive, into small ones it is hundreds;
     # a few slots in turn, so that the measurement fits into a tight budget
     memory, address = reserve_huge(_SLOTS * size)
     ctypes.memset(address, 0, _SLOTS * size)  # first touch is not the drive's time
     draw = random.Random(0)
     units = file.size // unit - size // unit
-    reads = [Read(0, draw.randrange(units) * unit, size, address + i % _SLOTS * size) for i in range(count)]
-    started = time.perf_counter()
-    try:
-        reader.wait(reader.demand(reads))
-    except ReadError:
-        reader.keep(memory)  # reads may still be under way
-        return 0.0
-    seconds = time.perf_counter() - started
-    return count * size / seconds / 1e9
+    rates: dict[tuple[int, int], list[float]] = {way: [] for way in _TRIED}
+    began = time.perf_counter()
+    for _ in range(_ROUNDS):
+        for way, measured in rates.items():
+            reader.tune(*way)
+            count = max(_SLOTS, _SAMPLE_BYTES // size)
+            reads = [
+                Read(0, draw.randrange(units) * unit, size, address + i % _SLOTS * size) for i in range(count)
+            ]
+            started = time.perf_counter()
+            try:
+                reader.wait(reader.demand(reads))
+            except ReadError:
+                reader.keep(memory)  # reads may still be under way
+                raise
+            measured.append(count * size / (time.perf_counter() - started) / 1e9)
+        if time.perf_counter() - began > _MOST_SECONDS:
+            break
+    medians = {way: statistics.median(measured) for way, measured in rates.items()}
+    usual, best = _TRIED[0], max(_TRIED, key=medians.__getitem__)
+    chosen = best if medians[best] > _BETTER * medians[usual] else usual
+    reader.tune(*chosen)
+    return Drive(medians[chosen], *chosen)

@@ -14,12 +14,17 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "flashmoe"
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` with `data` as a whole, or leave it as it was; folders are made. Raises OSError."""
+def write_atomically(path: Path, data: bytes, *, private: bool = False) -> None:
+    """Replace `path` with `data` as a whole, or leave it as it was; folders are made. Raises OSError.
+
+    private: nobody but the user may read it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.parent / f".{secrets.token_hex(8)}.part"
     try:
         with open(part, "xb") as file:  # its mode follows the umask; that of a file of tempfile does not
+            if private:
+                os.fchmod(file.fileno(), 0o600)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
@@ -61,6 +62,7 @@ class ExpertReader:
         self._under_way: dict[int, tuple[Ticket, Read]] = {}
         self._urgent: set[int] = set()  # of those, the demand reads
         self._number = 0
+        self._depth, self._chunk = self._queue.depth, 0
         self._heard = time.monotonic()  # when the drive has last answered, or was last asked
         self._given_up: dict[int, Read] = {}  # under way, and nobody waits any more
         self._memory: list[object] = []
@@ -87,6 +89,10 @@ class ExpertReader:
         self._aside = [start + i * size for i in range(count)]
         self._kept = count // 4
         return count * size
+
+    def tune(self, depth: int, chunk: int) -> None:
+        """Keep at most `depth` reads under way, of `chunk` bytes each (0: as long as they come). See storage.disk."""
+        self._depth, self._chunk = min(depth, self._queue.depth), chunk
 
     def demand(self, reads: Sequence[Read]) -> Ticket:
         """Start reads that somebody waits for."""
@@ -168,6 +174,8 @@ class ExpertReader:
         )
 
     def _submit(self, reads: Sequence[Read], queue: deque[tuple[Ticket, Read]]) -> Ticket:
+        if self._chunk:
+            reads = [piece for read in reads for piece in ([read] if read.place else self._pieces(read))]
         ticket = Ticket(reads)
         with self._lock:
             queue.extend((ticket, read) for read in reads)
@@ -176,7 +184,7 @@ class ExpertReader:
 
     def _pump(self) -> None:
         """Start as much as the queue takes."""
-        room = self._queue.depth - len(self._under_way)
+        room = self._depth - len(self._under_way)
         started = []
         for queue in (self._demand, self._prefetch):
             if queue is self._prefetch and self._urgent:
@@ -207,6 +215,16 @@ class ExpertReader:
         address = buffer + read.offset % self.files[read.file].align
         self._lent[self._number] = buffer, address
         return read._replace(address=address)
+
+    def _pieces(self, read: Read) -> list[Read]:
+        """A read, cut where the file's units end."""
+        first, end = read.offset, read.offset + read.nbytes
+        unit = self.files[read.file].align
+        edges = [first, *range(first - first % unit + self._chunk, end, self._chunk), end]
+        return [
+            read._replace(offset=a, nbytes=b - a, address=read.address + a - first)
+            for a, b in itertools.pairwise(edges)
+        ]
 
     def _collect(self, timeout: float) -> bool:
         """See what has ended, and start what is next; whether anything has."""

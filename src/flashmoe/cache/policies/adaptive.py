@@ -9,6 +9,7 @@ tokens.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,9 +22,12 @@ from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.policies.flashmoe_plus import FlashmoePlus, FlashmoePlusState
 from flashmoe.cache.policies.learned import PolicyFile
 from flashmoe.cache.policies.slots import allocating, lean
+from flashmoe.cache.saved import Limits
+from flashmoe.errors import PolicyError
 
 MEMBERS = ("lru", "lfu-aged", "flashmoe+")
 LRU, AGED, PLUS = 0, 1, 2
+PREFIX = "learned."
 AGED_DECAY = 0.97
 WINDOW = 500.0  # steps of a layer
 MARGIN = 0.003  # lead in hit rate that makes a change
@@ -137,6 +141,8 @@ class Adaptive(EvictionPolicy):
     name = "adaptive"
     kernels = loops.compiled(AdaptiveState, record, victim, evicted, begin)
 
+    fixed = frozenset({"members", "learned"})
+
     def __init__(self, file: str | Path | None = None, trained: PolicyFile | None = None) -> None:
         super().__init__()
         self.learned = FlashmoePlus(file, trained) if file is not None or trained is not None else None
@@ -172,16 +178,29 @@ class Adaptive(EvictionPolicy):
 
     def state(self) -> dict[str, NDArray[Any]]:
         """See EvictionPolicy."""
-        own = {name: np.array(value) for name, value in self._state._asdict().items() if name != "learned"}
-        if self.learned is not None:
-            self.learned._state = self._state.learned
-            own |= {f"learned.{name}": value for name, value in self.learned.state().items()}
-        return own
+        if self.learned is None:
+            return super().state()
+        self._share()
+        return super().state() | {f"{PREFIX}{name}": value for name, value in self.learned.state().items()}
 
-    def load_state(self, arrays: dict[str, NDArray[Any]]) -> None:
+    def load_state(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """See EvictionPolicy."""
-        self.take_back({n: v for n, v in self._state._asdict().items() if n != "learned"}, arrays)
-        if self.learned is not None:
-            self.learned._state = self._state.learned
-            prefix = "learned."
-            self.learned.load_state({n[len(prefix) :]: v for n, v in arrays.items() if n.startswith(prefix)})
+        before = self.state()
+        super().load_state(arrays)
+        if self.learned is None:
+            return
+        self._share()
+        try:
+            self.learned.load_state({n.removeprefix(PREFIX): v for n, v in arrays.items() if PREFIX in n})
+        except PolicyError:
+            super().load_state(before)
+            raise
+
+    def limits(self) -> dict[str, Limits]:
+        """See EvictionPolicy."""
+        return {"driver": (0, len(self._state.total) - 1)}
+
+    def _share(self) -> None:
+        """Let the learned member work on this policy's arrays."""
+        assert self.learned is not None
+        self.learned._res, self.learned._state = self._res, self._state.learned

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from flashmoe.cache.policies.kernels import Kernels
 from flashmoe.cache.policies.loops import window_size
 from flashmoe.cache.residency import Residency
+from flashmoe.cache.saved import Limits, take_back
 from flashmoe.errors import PolicyError
 
 Int32 = NDArray[np.int32]
@@ -44,6 +46,8 @@ class EvictionPolicy:
     kernels: ClassVar[Kernels]
     #: True for policies that know the future: simulator only.
     oracle: ClassVar[bool] = False
+    #: Arrays of the state that an option or a trained file sets: no part of what is saved.
+    fixed: frozenset[str] = frozenset()
 
     def __init__(self) -> None:
         self._res: Residency | None = None
@@ -171,19 +175,30 @@ class EvictionPolicy:
         inside[steps] = True
         return np.flatnonzero(inside)
 
+    def ranking(self) -> Int32:
+        """The resident experts in the order in which they would go, int32 [L, E]: the last to go first, then -1."""
+        residency, state = deepcopy((self.residency, self._state))
+        order = np.empty(residency.n_slots, np.int32)
+        keys = order[: self.kernels.rank(state, residency, order)]
+        ranked = np.full((residency.n_layers, residency.n_experts), -1, np.int32)
+        for layer in range(residency.n_layers):
+            own = keys[keys // residency.n_experts == layer][::-1] % residency.n_experts
+            ranked[layer, : len(own)] = own
+        return ranked
+
     def state(self) -> dict[str, NDArray[Any]]:
-        """Copies of the policy's arrays, for a warm start."""
-        return {name: np.array(value) for name, value in self._state._asdict().items()}
+        """Copies of what the policy has learned and observed, for a warm start."""
+        return {name: np.array(value) for name, value in self._changing().items()}
 
-    def load_state(self, arrays: dict[str, NDArray[Any]]) -> None:
-        """Take back what `state` gave. Raises PolicyError for arrays of another policy or shape."""
-        self.take_back(self._state._asdict(), arrays)
+    def load_state(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Take back what `state` gave. Raises PolicyError for arrays of another policy or shape, or such as it would
+        never give, and then changes nothing."""
+        if wrong := take_back(self._changing(), arrays, self.limits()):
+            raise PolicyError(f"saved state does not fit policy {self.name!r} ({wrong})")
 
-    def take_back(self, own: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
-        """Copy saved arrays into `own` ones of the same names, or raise PolicyError and change nothing."""
-        for name, value in own.items():
-            saved = arrays.get(name)
-            if saved is None or saved.shape != value.shape or saved.dtype != value.dtype:
-                raise PolicyError(f"saved state does not fit policy {self.name!r} ({name}): start it cold")
-        for name, value in own.items():
-            value[...] = arrays[name]
+    def limits(self) -> dict[str, Limits]:
+        """Least and largest values of the arrays of the state that are used as indices."""
+        return {}
+
+    def _changing(self) -> dict[str, NDArray[Any]]:
+        return {name: value for name, value in self._state._asdict().items() if name not in self.fixed}

@@ -18,6 +18,7 @@ from flashmoe.cache.policies import kernels as loops
 from flashmoe.cache.policies.learned import LearnedPolicy, PolicyFile
 from flashmoe.cache.policies.slots import allocating, lean, loose
 from flashmoe.cache.residency import GLOBAL
+from flashmoe.cache.saved import Limits
 from flashmoe.errors import PolicyError
 
 HIDDEN = 64
@@ -134,6 +135,7 @@ class Flashmoe(LearnedPolicy):
         shapes = {"w1": (2 * e, HIDDEN), "b1": (HIDDEN,), "w2": (HIDDEN, HIDDEN), "b2": (HIDDEN,)}
         shapes |= {"w3": (HIDDEN, e), "b3": (e,)}
         self.weights = {name: self.trained.array(name, n_layers, *shape) for name, shape in shapes.items()}
+        self.fixed = frozenset(self.weights)
 
     def make_state(self, n_layers: int, n_experts: int) -> FlashmoeState:
         """See EvictionPolicy."""
@@ -146,3 +148,7 @@ class Flashmoe(LearnedPolicy):
             counts=np.zeros(shape, np.float32),
             **self.weights,
         )
+
+    def limits(self) -> dict[str, Limits]:
+        """See EvictionPolicy."""
+        return {"last": (-1, self.residency.accesses[:, None]), "counts": (0.0, 1e12)}

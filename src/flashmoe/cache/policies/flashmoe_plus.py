@@ -28,10 +28,12 @@ from flashmoe.cache.policies import kernels as loops
 from flashmoe.cache.policies.learned import LearnedPolicy, PolicyFile
 from flashmoe.cache.policies.slots import allocating, lean, loose
 from flashmoe.cache.residency import GLOBAL
+from flashmoe.cache.saved import Limits
 from flashmoe.errors import PolicyError
 
 FEATURES = ["log_average[0:D]", "recency", "context[0:K]"]
 CHANNELS = "now, averages[channel_decays]"
+NEVER = -100_000
 
 
 class FlashmoePlusState(NamedTuple):
@@ -243,6 +245,7 @@ class FlashmoePlus(LearnedPolicy):
             "v1": (i, m), "c1": (m,), "v2": (m, j), "v0": (i, j), "c2": (j,),
         }  # fmt: skip
         self.weights = {name: self.trained.array(name, n_layers, *shape) for name, shape in shapes.items()}
+        self.fixed = frozenset({*self.weights, "decay", "channel", "top_k", "mean"})
 
     def make_state(self, n_layers: int, n_experts: int) -> FlashmoePlusState:
         """See EvictionPolicy."""
@@ -253,7 +256,7 @@ class FlashmoePlus(LearnedPolicy):
             score=np.zeros(shape, np.float32),
             scored=np.full(n_layers, -1, np.int64),
             average=np.zeros((*shape, len(self.decay)), np.float32),
-            last=np.full(shape, -100_000, np.int64),
+            last=np.full(shape, NEVER, np.int64),
             part=np.zeros((n_layers, channels, r), np.float32),
             context=np.zeros((channels, r), np.float32),
             current=np.zeros((n_layers, n_experts + 1), np.int32),
@@ -263,3 +266,12 @@ class FlashmoePlus(LearnedPolicy):
             mean=self.mean,
             **self.weights,
         )
+
+    def limits(self) -> dict[str, Limits]:
+        """See EvictionPolicy."""
+        experts = self._state.current.shape[1] - 1
+        return {
+            "last": (NEVER, self.residency.accesses[:, None]),
+            "average": (0.0, 2.0),
+            "current": (0, np.array([experts - 1] * experts + [experts])),
+        }

@@ -26,7 +26,7 @@ import numpy as np
 from numba import njit
 
 from flashmoe.cache import residency
-from flashmoe.cache.policies.loops import access_each_loop, access_loop, release_loop, window_loop
+from flashmoe.cache.policies.loops import access_each_loop, access_loop, rank_loop, release_loop, window_loop
 from flashmoe.cache.policies.replay import replay_loop
 from flashmoe.cache.policies.rules import RULES, begin_rule
 from flashmoe.cache.policies.slots import allocating, evictable, lean, lowest
@@ -43,6 +43,7 @@ class Kernels(NamedTuple):
     release: Callable[..., int]  # (state, res, layer, expert) -> slot or -1
     replay: Callable[..., int]  # (state, res, ids, first, starts, bits, requests, hits) -> -1 or failed step
     begin: Callable[..., None]  # (state) -> None
+    rank: Callable[..., int]  # (state, res, order) -> how many; empties the pool
 
 
 def compiled(
@@ -96,7 +97,11 @@ def compiled(
         _ = version
         begin_rule(st)
 
-    entries = (access, access_each, window, release, replay, start)
+    def rank(st, res, order):
+        _ = version
+        return rank_loop(st, res, order)
+
+    entries = (access, access_each, window, release, replay, start, rank)
     return Kernels(*(keep(entry) for entry in entries))
 
 

@@ -57,11 +57,3 @@ class LearnedPolicy(EvictionPolicy):
     def check_model(self, model: Mapping[str, Any]) -> None:
         """See EvictionPolicy."""
         self.trained.check_model(model)
-
-    def state(self) -> dict[str, NDArray[Any]]:
-        """Copies of what it has observed; the networks stay in their file."""
-        return {name: value for name, value in super().state().items() if name not in self.weights}
-
-    def load_state(self, arrays: dict[str, NDArray[Any]]) -> None:
-        """See EvictionPolicy."""
-        super().load_state({**arrays, **self.weights})

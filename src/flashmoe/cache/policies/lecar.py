@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from flashmoe.cache.policies import kernels as loops
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.policies.lfu import COUNT
+from flashmoe.cache.saved import Limits
 
 LEARNING_RATE = 0.45
 DISCOUNT = 0.005  # to the power 1 / capacity, per step
@@ -100,3 +101,7 @@ class LeCaR(EvictionPolicy):
             choice=np.ones(1, np.uint8),
             random=np.array([0x9E3779B97F4A7C15 ^ self.seed], np.uint64),
         )
+
+    def limits(self) -> dict[str, Limits]:
+        """See EvictionPolicy."""
+        return {"weight": (0.01, 0.99), "evicted_at": (0, self.residency.accesses[:, None])}

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from flashmoe.cache.policies import kernels as loops
 from flashmoe.cache.policies.base import EvictionPolicy
+from flashmoe.cache.saved import Limits
 
 
 class LfruState(NamedTuple):
@@ -53,3 +54,7 @@ class Lfru(EvictionPolicy):
         """See EvictionPolicy."""
         shape = (n_layers, n_experts)
         return LfruState(np.zeros(shape), np.zeros(shape), np.zeros(shape, np.int64))
+
+    def limits(self) -> dict[str, Limits]:
+        """See EvictionPolicy."""
+        return {"last": (0, self.residency.accesses[:, None])}

@@ -55,6 +55,7 @@ class Lfu(EvictionPolicy):
 
     name = "lfu"
     kernels = loops.compiled(LfuState, record, victim, evicted, begin)
+    fixed = frozenset({"forget"})
 
     def __init__(self, forget: bool = False) -> None:
         super().__init__()

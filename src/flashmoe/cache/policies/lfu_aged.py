@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from flashmoe.cache.policies import kernels as loops
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.residency import GLOBAL
+from flashmoe.cache.saved import Limits
 from flashmoe.errors import PolicyError
 
 
@@ -62,6 +63,7 @@ class LfuAged(EvictionPolicy):
 
     name = "lfu-aged"
     kernels = loops.compiled(LfuAgedState, record, victim, evicted, begin)
+    fixed = frozenset({"decay"})
 
     def __init__(self, decay: float = 0.97) -> None:
         super().__init__()
@@ -73,3 +75,7 @@ class LfuAged(EvictionPolicy):
         """See EvictionPolicy."""
         shape = (n_layers, n_experts)
         return LfuAgedState(np.zeros(shape), np.zeros(shape), np.ones(n_layers), np.array([self.decay]))
+
+    def limits(self) -> dict[str, Limits]:
+        """See EvictionPolicy."""
+        return {"growth": (1.0, 1e101), "average": (0.0, 1e120)}

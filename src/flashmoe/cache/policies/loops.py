@@ -1,4 +1,4 @@
-"""The loops that every eviction policy shares: an access, a release, and the window that prefill works in."""
+"""The loops that every policy shares: an access, a release, a ranking, and the window that prefill works in."""
 
 from __future__ import annotations
 
@@ -147,6 +147,24 @@ def release_loop(st, res, layer, expert):
     evict(st, res, slot)
     push_free(res, slot)
     return slot
+
+
+@lean
+def rank_loop(st, res, order):
+    """Empty the pool as the policy would, layer by layer: order int32 [S] is filled with layer * E + expert, of each
+    layer what goes first in front. Returns how many."""
+    res.step[0] += 1  # nothing is pinned
+    n = 0
+    for layer in range(res.used.shape[0]):
+        while res.used[layer] > 0:
+            slot = victim_rule(st, res, layer, res.group[layer])
+            if slot < 0:
+                break
+            order[n] = res.owner[slot]
+            n += 1
+            evict(st, res, slot)
+            push_free(res, slot)
+    return n
 
 
 @lean

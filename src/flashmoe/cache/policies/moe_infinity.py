@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from flashmoe.cache.policies import kernels as loops
 from flashmoe.cache.policies.base import EvictionPolicy
+from flashmoe.cache.saved import Limits
 
 EPSILON = 1e-4
 
@@ -76,6 +77,11 @@ def begin(st):
     st.dot[:] = 0.0
 
 
+def limits(size: int) -> dict[str, Limits]:
+    """Of the arrays of a state with a collection of `size` that are used as indices."""
+    return {"filled": (0, np.array([size, size - 1])), "nearest": (-1, size - 1)}
+
+
 class MoEInfinity(EvictionPolicy):
     """Sequence-level activation matrices. size: entries of the collection (the paper: about 120)."""
 
@@ -97,3 +103,7 @@ class MoEInfinity(EvictionPolicy):
             dot=np.zeros(self.size),
             nearest=np.full(1, -1, np.int64),
         )
+
+    def limits(self) -> dict[str, Limits]:
+        """See EvictionPolicy."""
+        return limits(self.size)
