@@ -108,6 +108,11 @@ class ExpertCatalog:
         return max((p.nbytes for layer in self.layers for p in layer.planes if p.place), default=0)
 
     @cached_property
+    def read_bytes(self) -> int:
+        """Bytes of a read from the drive: an expert's slice of a plane, as they usually are."""
+        return int(statistics.median(plane.nbytes for layer in self.layers for plane in layer.planes))
+
+    @cached_property
     def total_experts(self) -> int:
         return sum(layer.n_experts for layer in self.layers)
 

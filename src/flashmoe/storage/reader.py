@@ -94,6 +94,10 @@ class ExpertReader:
         self._kept = count // 4
         return count * size
 
+    def tune(self, depth: int, chunk: int) -> None:
+        """Keep at most `depth` reads under way, of `chunk` bytes each (0: as long as they come). See storage.disk."""
+        self._depth, self._chunk = min(depth, self._queue.depth), chunk
+
     def demand(self, reads: Sequence[Read]) -> Ticket:
         """Start reads that somebody waits for."""
         return self._submit(reads, self._demand)
@@ -225,6 +229,16 @@ class ExpertReader:
         address = buffer + read.offset % self.files[read.file].align
         self._lent[self._number] = buffer, address
         return read._replace(address=address)
+
+    def _pieces(self, read: Read) -> list[Read]:
+        """A read, cut where the file's units end."""
+        first, end = read.offset, read.offset + read.nbytes
+        unit = self.files[read.file].align
+        edges = [first, *range(first - first % unit + self._chunk, end, self._chunk), end]
+        return [
+            read._replace(offset=a, nbytes=b - a, address=read.address + a - first)
+            for a, b in itertools.pairwise(edges)
+        ]
 
     def _collect(self, timeout: float) -> bool:
         """See what has ended, and start what is next; whether anything has."""
