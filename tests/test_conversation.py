@@ -32,7 +32,9 @@ def opened(
     path: Path, lib: Library, patch: pytest.MonkeyPatch, cache: str = "40%"
 ) -> Iterator[flashmoe.Model]:
     """All tiny models speak ChatML here."""
-    with flashmoe.load(path, cache=cache, library=lib, n_ctx=CONTEXT, n_ubatch=STEP, threads=1) as model:
+    with flashmoe.load(
+        path, cache=cache, library=lib, layout="plain", n_ctx=CONTEXT, n_ubatch=STEP, threads=1
+    ) as model:
 
         def chat_prompt(messages: list, **_: object) -> str:
             return render_chat(CHAT_TEMPLATE, messages, bos="", eos="")

@@ -10,9 +10,10 @@ from flashmoe.errors import UsageError
 from flashmoe.figures import new_figure, save_figure
 
 
-@pytest.mark.parametrize("name", ["missing/f.png", "f.nothing"])
+@pytest.mark.parametrize("name", ["a file/f.png", "f.nothing"])
 def test_figure_that_cannot_be_written(name: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'flashmoe-ssd[plot]'")
+    (tmp_path / "a file").touch()
     with pytest.raises(UsageError, match="cannot write figure"):
         save_figure(new_figure(2, 2), tmp_path / name)
-    assert not any(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["a file"]

@@ -268,33 +268,6 @@ def test_kernel_queue_falls_back_where_a_read_is_refused(
     queue.close()
 
 
-@pytest.mark.parametrize("chunk", [4096, 8192, 65536])
-@pytest.mark.parametrize("depth", [1, 3, 1000])
-def test_tuned(chunk: int, depth: int, reader: ExpertReader, memory: np.ndarray) -> None:
-    """However long the reads and wherever they begin, cut or not."""
-    reader.tune(depth, chunk)
-    for offset, nbytes in ((0, 4096), (4096, 12288), (1000, 30000), (5000, 100), (8192, 100_000)):
-        read = Read(0, offset, nbytes, memory.ctypes.data + 4096 + offset % 4096)
-        memory[:] = 0
-        ticket = reader.demand([read])
-        reader.wait(ticket)
-        assert content(memory, read) == CONTENT[offset : offset + nbytes]
-        assert ticket.bytes == nbytes
-
-
-def test_tuned_depth_and_pieces(held: tuple[ExpertReader, Held]) -> None:
-    reader, queue = held
-    queue.depth = 8
-    reader.tune(3, 4096)
-    ticket = reader.prefetch([Read(0, 4196, 20_000, 1 << 20)])
-    assert queue.started == [4196, 8192, 12288]
-    assert [read.nbytes for _, read in queue.under_way] == [3996, 4096, 4096]
-    assert [read.address - (1 << 20) for _, read in queue.under_way] == [0, 3996, 8092]
-    reader.wait(ticket)
-    assert queue.started[-1] == 20480
-    assert ticket.bytes == 20_000
-
-
 def invert(source: int, slot: int) -> None:
     """Another layout of 4096 bytes: every bit the other way."""
     data = np.frombuffer((ctypes.c_uint8 * 4096).from_address(source), np.uint8)

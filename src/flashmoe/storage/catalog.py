@@ -98,11 +98,6 @@ class ExpertCatalog:
         return EXPERTS_PATTERN + table
 
     @cached_property
-    def read_bytes(self) -> int:
-        """Bytes of a read from the drive: an expert's slice of a plane, as they usually are."""
-        return int(statistics.median(plane.nbytes for layer in self.layers for plane in layer.planes))
-
-    @cached_property
     def largest_placed(self) -> int:
         """Bytes of the largest slice that the engine keeps in a layout of its own; 0 without any."""
         return max((p.nbytes for layer in self.layers for p in layer.planes if p.place), default=0)

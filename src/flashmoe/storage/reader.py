@@ -79,10 +79,6 @@ class ExpertReader:
         """Whether every file is read past the page cache."""
         return all(file.direct for file in self.files)
 
-    def tune(self, depth: int, chunk: int) -> None:
-        """Keep at most `depth` reads under way, of `chunk` bytes each (0: as long as they come). See storage.disk."""
-        self._depth, self._chunk = min(depth, self._queue.depth), chunk
-
     def set_aside(self, nbytes: int) -> int:
         """Make buffers for reads with a `place`, of up to `nbytes` each; the memory that they take. Call it once."""
         unit = 2 * max(file.align for file in self.files)
