@@ -226,16 +226,6 @@ class ExpertReader:
         self._lent[self._number] = buffer, address
         return read._replace(address=address)
 
-    def _pieces(self, read: Read) -> list[Read]:
-        """A read, cut where the file's units end."""
-        first, end = read.offset, read.offset + read.nbytes
-        unit = self.files[read.file].align
-        edges = [first, *range(first - first % unit + self._chunk, end, self._chunk), end]
-        return [
-            read._replace(offset=a, nbytes=b - a, address=read.address + a - first)
-            for a, b in itertools.pairwise(edges)
-        ]
-
     def _collect(self, timeout: float) -> bool:
         """See what has ended, and start what is next; whether anything has."""
         ended = [(n, *self._under_way.pop(n), error) for n, error in self._queue.collect(timeout)]
