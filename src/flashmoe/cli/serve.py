@@ -11,6 +11,7 @@ from flashmoe.cli import options
 from flashmoe.cli.progress import LoadProgress, stderr_console
 from flashmoe.cli.report import show
 from flashmoe.errors import UsageError
+from flashmoe.layout import AUTO
 
 KEY_VARIABLE = "FLASHMOE_API_KEY"
 
@@ -36,6 +37,7 @@ def serve(
     ] = None,
     policy: options.Policy = None,
     prefetch: options.Prefetch = "auto",
+    layout: options.Layout = AUTO,
     ctx_size: options.CtxSize = None,
     ubatch: options.Ubatch = 512,
     threads: options.Threads = None,
@@ -63,6 +65,7 @@ def serve(
                 cache=cache,
                 policy=policy,
                 prefetch=prefetch,
+                layout=layout,
                 n_ctx=ctx_size,
                 n_ubatch=ubatch,
                 threads=threads,

@@ -141,16 +141,3 @@ class CompletionRequest(SamplingFields):
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
     suffix: Literal[""] | None = None
-
-
-class EmbeddingRequest(BaseModel):
-    """POST /v1/embeddings"""
-
-    model: str | None = None
-    input: (
-        str
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[str], Field(min_length=1, max_length=256)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=256)]
-    )
-    encoding_format: Literal["float", "base64"] | None = None

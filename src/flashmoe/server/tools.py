@@ -22,6 +22,7 @@ from flashmoe.server.text import held_back
 
 _NAMES = ("flashmoe_first", "flashmoe_second")
 _ARGUMENTS = {"flashmoe_argument": "flashmoe_value"}
+_WRITTEN = r'\{\s*"flashmoe_argument":\s*"flashmoe_value"\s*\}'
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Format:
-    """Calls are written: open NAME middle ARGUMENTS (between NAME middle ARGUMENTS)* close."""
+    """Calls are written: open NAME middle ARGUMENTS (between NAME middle ARGUMENTS)* close.
+
+    Where `between` is empty, the model makes one call at a time.
+    """
 
     open: str
     middle: str
@@ -62,7 +66,7 @@ class Format:
         """
         quoted = {part: _quoted(getattr(self, part)) for part in ("open", "middle", "between", "close")}
         trigger, rest = _quoted(self.trigger), _quoted(self.open[len(self.trigger) :])
-        calls = f"call ({quoted['between']} call)*" if many else "call"
+        calls = f"call ({quoted['between']} call)*" if many and self.between else "call"
         lines = [
             "%llguidance {}",
             f"start: {quoted['open']} calls" if required else f"start: TEXT | begin {rest} calls",
@@ -91,6 +95,8 @@ class Format:
                 break
             calls.append(Call(name, rest[:end]))
             text, before = rest[end:], self.between
+            if not before:
+                break
         return calls
 
 
@@ -98,32 +104,38 @@ def learn_format(engine: Engine) -> Format:
     """How the model's chat template writes calls. Raises ModelError where it does not, or not with JSON."""
     user = {"role": "user", "content": "flashmoe_question"}
     tools = [_tool(name) for name in _NAMES]
-    calls = [
-        {"id": f"flash000{i}", "type": "function", "function": {"name": name, "arguments": _ARGUMENTS}}
-        for i, name in enumerate(_NAMES)
-    ]
-    answers = [{"role": "assistant", "content": "", "tool_calls": calls[:n]} for n in (1, 2)]
     try:
         base = engine.chat_prompt([user], tools=tools)
-        one, two = (engine.chat_prompt([user, answer], tools=tools, answer=False) for answer in answers)
+        one = engine.chat_prompt([user, _answer(1)], tools=tools, answer=False)
     except ModelError:
-        raise ModelError("the model's chat template takes no tools") from None
+        base = one = ""
     if _NAMES[0] not in base:
         raise ModelError("the model's chat template takes no tools")
     start = next((i for i, (a, b) in enumerate(zip(base, one, strict=False)) if a != b), len(base))
-    arguments = re.compile(r'\{\s*"flashmoe_argument":\s*"flashmoe_value"\s*\}')
     first, second = _NAMES
-    written = re.fullmatch(
-        f"(.*?){first}(.*?){arguments.pattern}(.*?){second}(.*?){arguments.pattern}(.*)",
-        two[start:],
-        re.DOTALL,
-    )
-    single = re.fullmatch(f".*?{first}.*?{arguments.pattern}(.*)", one[start:], re.DOTALL)
-    if not written or not single or not written[1] or written[2] != written[4]:
+    single = re.fullmatch(f"(.+?){first}(.+?){_WRITTEN}(.*)", one[start:], re.DOTALL)
+    if not single:
         raise ModelError("the model's chat template writes tool calls in a way that FlashMoE does not know")
     ends = [engine.piece(t, special=True).decode() for t in range(engine.n_vocab) if engine.is_end(t)]
-    close = min((single[1].partition(end)[0] for end in ends if end), key=len).rstrip()
-    return Format(written[1], written[2], written[3], close)
+    close = min((single[3].partition(end)[0] for end in ends if end), key=len).rstrip()
+    try:
+        two = engine.chat_prompt([user, _answer(2)], tools=tools, answer=False)
+    except ModelError:  # one call at a time
+        two = ""
+    several = re.fullmatch(f".+?{first}.+?{_WRITTEN}(.*?){second}.+?{_WRITTEN}.*", two[start:], re.DOTALL)
+    return Format(single[1], single[2], several[1] if several else "", close)
+
+
+def _answer(calls: int) -> dict[str, Any]:
+    """An assistant's message that calls the first of the made-up tools."""
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {"id": f"flash000{i}", "type": "function", "function": {"name": name, "arguments": _ARGUMENTS}}
+            for i, name in enumerate(_NAMES[:calls])
+        ],
+    }
 
 
 def _quoted(text: str) -> str:
