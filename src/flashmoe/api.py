@@ -389,8 +389,15 @@ class Model:
             text=text,
             slots=self.cache.policy.residency.n_slots,
             experts=self.catalog.total_experts,
+            layers=len(self.catalog.layers),
+            expert_bytes=self.catalog.expert_bytes // self.catalog.total_experts,
+            misses=self.cache.recent.misses,
             budget=self.budget_bytes,
-            ceiling=read_ceiling(self.cache.reader, int(np.median(sizes))),
+            ceiling=read_ceiling(
+                self.cache.reader,
+                int(np.median(sizes)),
+                reached=self.telemetry.decode_rate(self.cache.stats["decode"]),
+            ),
         )
 
     def close(self) -> None:

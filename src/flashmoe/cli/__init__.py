@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from flashmoe import __version__
-from flashmoe.cli import bench, pack, run, serve, simulate, trace, train
+from flashmoe.cli import bench, doctor, pack, plan, run, serve, simulate, trace, train
 from flashmoe.errors import FlashMoEError
 
 app = typer.Typer(
@@ -23,6 +23,8 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("serve")(serve.serve)
 app.command("pack")(pack.pack)
+app.command("doctor")(doctor.doctor)
+app.command("plan")(plan.plan)
 app.command("simulate")(simulate.simulate)
 app.add_typer(bench.app, name="bench")
 app.add_typer(trace.app, name="trace")
