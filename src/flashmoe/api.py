@@ -399,9 +399,16 @@ class Model:
             text=text,
             slots=self.cache.policy.residency.n_slots,
             experts=self.catalog.total_experts,
+            layers=len(self.catalog.layers),
+            expert_bytes=self.catalog.expert_bytes // self.catalog.total_experts,
+            misses=self.cache.recent.misses,
             budget=self.budget_bytes,
             warm=(self.cache.warm.experts, self.cache.warm.bytes) if self.cache.warm else (0, 0),
-            ceiling=read_ceiling(self.cache.reader, self.catalog.read_bytes),
+            ceiling=read_ceiling(
+                self.cache.reader,
+                self.catalog.read_bytes,
+                reached=self.telemetry.decode_rate(self.cache.stats["decode"]),
+            ),
         )
 
     def close(self) -> None:

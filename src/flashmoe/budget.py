@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+from numpy.typing import NDArray
 
 from flashmoe.cache.pool import slot_bytes
 from flashmoe.cache.residency import Residency, equal_quota, make_residency
@@ -110,16 +111,21 @@ def parse_cache(text: str, catalog: ExpertCatalog, align: int) -> list[int]:
         ) from None
 
 
+def group_experts(catalog: ExpertCatalog) -> NDArray[np.int64]:
+    """Experts of all layers of each size group."""
+    return np.bincount(catalog.groups) * catalog.n_experts
+
+
 def shares_of(catalog: ExpertCatalog, share: float) -> list[int]:
     """The same share of the experts in every size group, never fewer slots than one token needs."""
-    members = np.bincount(catalog.groups) * catalog.n_experts
+    members = group_experts(catalog)
     return [int(max(min(catalog.top_k, n), round(share * n))) for n in members]
 
 
 def slots_for(catalog: ExpertCatalog, pool_bytes: int, align: int) -> list[int]:
     """Slots of each size group that fit into `pool_bytes`. Raises BudgetError when one token's experts do not fit."""
     sizes = slot_bytes(catalog, align)
-    members = np.bincount(catalog.groups) * catalog.n_experts
+    members = group_experts(catalog)
     share = min(1.0, pool_bytes / sum(size * int(n) for size, n in zip(sizes, members, strict=True)))
     slots = [max(catalog.top_k, int(share * n)) for n in members]
     if sum(size * n for size, n in zip(sizes, slots, strict=True)) > max(pool_bytes, 0):
@@ -171,7 +177,7 @@ def spare_slots(catalog: ExpertCatalog, slots: Sequence[int]) -> list[int]:
 
     None where all experts of the group fit, or where slots are too few to give any away.
     """
-    members = np.bincount(catalog.groups) * catalog.n_experts
+    members = group_experts(catalog)
     return [
         0 if n >= whole else min(2 * catalog.top_k, int(SPARE_SHARE * n))
         for n, whole in zip(slots, members.tolist(), strict=True)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 
-from flashmoe.errors import ModelError, UsageError
+from flashmoe.errors import FlashMoEError, ModelError, UsageError
+from flashmoe.storage.gguf import GGUF, Part, join, parse_remote
+from flashmoe.storage.remote import RemoteFile
 
 DEMO = "demo"
 HUB_PREFIX = "hf:"
@@ -42,19 +46,47 @@ def default_policy(model: str | Path) -> str:
     return f"flashmoe+:{trained}" if str(model) == DEMO and trained.is_file() else "lfu-aged"
 
 
+def remote(model: str) -> GGUF | None:
+    """The header of a model on the hub, read by range requests; None where `model` names no such one.
+
+    Raises as `resolve`.
+    """
+    if not model.startswith(HUB_PREFIX):
+        return None
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    with _hub(model) as (repository, file):
+
+        def parse(path: Path) -> Part:
+            found = get_hf_file_metadata(hf_hub_url(repository, path.as_posix()))
+            size = found.size or 0
+            return parse_remote(path, size, RemoteFile(found.location, size))
+
+        return join(Path(file), parse)
+
+
 def _download(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    with _hub(name) as (repository, file):
+        return Path([hf_hub_download(repository, part) for part in _parts(file)][0])
+
+
+@contextmanager
+def _hub(name: str) -> Iterator[tuple[str, str]]:
+    """Repository and file of a name; what goes wrong with the hub inside becomes a ModelError. Raises UsageError."""
     repository, _, file = name.removeprefix(HUB_PREFIX).partition(":")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise UsageError(
             f"cannot read {name!r}: write hf:organisation/repository or hf:organisation/repository:file.gguf"
         )
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        if not file:
-            file = _only_model(repository, HfApi().list_repo_files(repository))
-        paths = [hf_hub_download(repository, part) for part in _parts(file)]
+        yield repository, file or _only_model(repository, HfApi().list_repo_files(repository))
+    except FlashMoEError:
+        raise
     except RepositoryNotFoundError:
         raise ModelError(f"{name}: no such repository (or it is private: run `hf auth login`)") from None
     except LocalEntryNotFoundError:
@@ -77,7 +109,6 @@ def _download(name: str) -> Path:
         ):
             raise
         raise ModelError(f"{name}: the hub cannot be reached ({error}); check the network") from None
-    return Path(paths[0])
 
 
 def _only_model(repository: str, names: list[str]) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from flashmoe.advice import advise
 from flashmoe.budget import status_bytes
 from flashmoe.cache.expert_cache import CacheStats
 from flashmoe.units import format_bytes
@@ -38,6 +40,10 @@ class Telemetry:
     first_token_seconds: float = 0.0  # from the start of loading to the first token made
     loaded: float = field(default_factory=time.perf_counter)
 
+    def decode_rate(self, decode: CacheStats) -> float:
+        """1e9 bytes per second that were read for decoding, on average over its whole time."""
+        return decode.bytes_read / self.decode.seconds / 1e9 if self.decode.seconds else 0.0
+
     def token_made(self) -> None:
         """Take the time of the first one."""
         if not self.first_token_seconds:
@@ -60,6 +66,7 @@ class Report:
     memory: dict[str, int]
     start: dict[str, float]
     bound: str
+    advice: dict[str, Any]
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -84,9 +91,9 @@ class Report:
             f"cache {c['slots']} of {c['experts']} experts ({self.policy}{kept_from}), "
             f"hit rate {c['hit_rate']:.1%}{ahead}; "
             f"{format_bytes(io['bytes_per_token'])} read per token",
-            f"reads {io['gb_per_s']:.2f} GB/s on average{ceiling}, {io['stall_share']:.0%} of the time stalled on "
-            f"them; bound by {self.bound}",
+            f"reads {io['gb_per_s']:.2f} GB/s on average{ceiling}; "
             f"memory {format_bytes(m['peak_bytes'])} at most{budget}; weights {self.layout}",
+            self.advice["sentence"],
         ]
 
 
@@ -113,20 +120,37 @@ def make_report(
     text: str,
     slots: int,
     experts: int,
+    layers: int,
+    expert_bytes: int,
+    misses: Callable[[float], float],
     budget: int,
     ceiling: float,
     warm: tuple[int, int] = (0, 0),
 ) -> Report:
     """Put the counters together. `cache` and `io` cover decoding; their prefill counterparts stand beside them.
 
+    layers, expert_bytes, misses: see advice.advise.
     warm: experts that a warm start brought back, and bytes that it read in the background.
     """
     decode, prefill = stats["decode"], stats["prefill"]
     main, phase = (decode, telemetry.decode) if telemetry.decode.tokens else (prefill, telemetry.prefill)
     ahead = decode.prefetch_bytes + prefill.prefetch_bytes
     wasted = decode.wasted_bytes + prefill.wasted_bytes
-    read = main.bytes + main.prefetch_bytes + main.wasted_bytes
     stall_share = main.stall_seconds / phase.seconds if phase.seconds else 0.0
+    held_up = bound(stall_share, telemetry.decode_faults, telemetry.decode.tokens)
+    advice = advise(
+        bound=held_up,
+        tokens=telemetry.decode.tokens,
+        seconds=telemetry.decode.seconds,
+        stall_seconds=decode.stall_seconds,
+        read_bytes=decode.bytes_read,
+        ceiling=ceiling,
+        slots=slots,
+        experts=experts,
+        layers=layers,
+        expert_bytes=expert_bytes,
+        misses=misses,
+    )
     return Report(
         model=model,
         policy=policy,
@@ -148,10 +172,10 @@ def make_report(
         },
         io={
             "bytes": decode.bytes + prefill.bytes + ahead + wasted + warm[1],
-            "bytes_per_token": read / max(1, phase.tokens),
+            "bytes_per_token": main.bytes_read / max(1, phase.tokens),
             "prefetch_bytes": ahead,
             "wasted_bytes": wasted,
-            "gb_per_s": read / phase.seconds / 1e9 if phase.seconds else 0.0,
+            "gb_per_s": main.bytes_read / phase.seconds / 1e9 if phase.seconds else 0.0,
             "ceiling_gb_per_s": ceiling,
             "stall_share": stall_share,
             "stall_seconds": main.stall_seconds,
@@ -164,5 +188,6 @@ def make_report(
             "warm_experts": warm[0],
             "warm_bytes": warm[1],
         },
-        bound=bound(stall_share, telemetry.decode_faults, telemetry.decode.tokens),
+        bound=held_up,
+        advice=asdict(advice),
     )

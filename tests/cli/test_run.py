@@ -60,7 +60,7 @@ def test_text_on_stdout_report_on_stderr(tiny: Tiny) -> None:
         "hit rate",
         "read per token",
         "stalled",
-        "bound by",
+        "-bound",
         "memory",
     ):
         assert word in first.err

@@ -20,7 +20,7 @@ def describe(model: Path, library: str, threads: int) -> dict[str, Any]:
     ahead = read_ahead(model)
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
         "threads": threads,
         "ram_bytes": psutil.virtual_memory().total,
@@ -28,12 +28,13 @@ def describe(model: Path, library: str, threads: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "library": library,
         "flashmoe": __version__,
-        "file_system": _file_system(model),
+        "file_system": file_system(model),
         "read_ahead_bytes": ahead,
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name."""
     try:
         match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
@@ -41,7 +42,7 @@ def _processor() -> str:
     return match[1] if match else platform.processor() or platform.machine()
 
 
-def _file_system(path: Path) -> str:
+def file_system(path: Path) -> str:
     """Type of the file system that a file is on, for example "ext4"."""
     resolved = path.resolve()
     mounts = [p for p in psutil.disk_partitions(all=True) if resolved.is_relative_to(p.mountpoint)]

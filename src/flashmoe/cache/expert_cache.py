@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.pool import SlotPool
+from flashmoe.cache.recent import RecentRouting
 from flashmoe.cache.residency import exchange
 from flashmoe.cache.staging import Staged, Staging
 from flashmoe.cache.warm import WarmStart
@@ -43,6 +44,11 @@ class CacheStats:
         return self.hits + self.late_hits + self.misses
 
     @property
+    def bytes_read(self) -> int:
+        """All of them: asked for, prefetched in time, and prefetched in vain."""
+        return self.bytes + self.prefetch_bytes + self.wasted_bytes
+
+    @property
     def hit_rate(self) -> float:
         return self.hits / max(1, self.requests)
 
@@ -65,6 +71,7 @@ class ExpertCache:
         self._prefetching = any(spare)
         self._window = PrefillWindow(policy, self.staging)
         self.warm: WarmStart | None = None
+        self.recent = RecentRouting(residency.n_layers, residency.n_experts)
         self._first_slot = [int(residency.group_start[g]) for g in residency.group]
         self._bytes = [sum(w.plane.nbytes for w in windows) for windows in pool.windows]
         self._lock = threading.RLock()
@@ -116,6 +123,8 @@ class ExpertCache:
         """
         with self._lock:
             self._finish()
+            if self.phase == "decode":
+                self.recent.add(layer, ids.ravel())
             if self._window.serves[layer]:
                 return self._ensure_batch(layer, np.atleast_2d(ids), leave_last, meanwhile)
             ids = ids.ravel()

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from flashmoe.cache.recent import reuse_histogram
 from flashmoe.figures import new_figure, save_figure
 from flashmoe.routing.trace import PREFILL, RoutingTrace
 
@@ -28,34 +28,6 @@ class LayerStatistics:
     reuse: tuple[
         float, ...
     ]  # quantiles (QUANTILES) of the reuse distance: other experts asked for in between
-
-
-@njit(cache=True)
-def _reuse_distances(ids: NDArray[np.int16], n_experts: int) -> NDArray[np.int64]:
-    """Histogram int64 [E] of LRU stack distances of one layer's ids [T, k]; first uses are left out."""
-    stack = np.empty(n_experts, np.int64)
-    height = 0
-    histogram = np.zeros(n_experts, np.int64)
-    for t in range(ids.shape[0]):
-        for j in range(ids.shape[1]):
-            e = ids[t, j]
-            if e < 0:
-                continue
-            position = -1
-            for i in range(height):
-                if stack[i] == e:
-                    position = i
-                    break
-            if position >= 0:
-                histogram[position] += 1
-                for i in range(position, 0, -1):
-                    stack[i] = stack[i - 1]
-            else:
-                for i in range(height, 0, -1):
-                    stack[i] = stack[i - 1]
-                height += 1
-            stack[0] = e
-    return histogram
 
 
 def overlap(ids: NDArray[np.int16], begins: NDArray[np.bool_]) -> float:
@@ -78,7 +50,7 @@ def layer_statistics(trace: RoutingTrace) -> list[LayerStatistics]:
         tenth = max(1, round(trace.num_experts / 10))
         p = counts[counts > 0] / total
         entropy = float(-(p * np.log(p)).sum() / np.log(trace.num_experts)) if trace.num_experts > 1 else 0.0
-        histogram = _reuse_distances(ids, trace.num_experts)
+        histogram = reuse_histogram(ids.ravel(), trace.num_experts)
         cumulative = np.cumsum(histogram)
         reuse = tuple(
             float(np.searchsorted(cumulative, q * cumulative[-1])) if cumulative[-1] else float("nan")
@@ -134,7 +106,9 @@ def plot(trace: RoutingTrace, path: str | Path) -> None:
     axes[1].plot([row.layer for row in rows], [row.overlap for row in rows], marker=".")
     axes[1].set(title="overlap of neighbouring tokens", xlabel="MoE layer", ylabel="share", ylim=(0, None))
     for layer in np.unique(np.linspace(0, trace.n_layers - 1, 4).astype(int)):
-        histogram = _reuse_distances(np.ascontiguousarray(trace.expert_ids[:, layer]), trace.num_experts)
+        histogram = reuse_histogram(
+            np.ascontiguousarray(trace.expert_ids[:, layer]).ravel(), trace.num_experts
+        )
         axes[2].plot(
             np.arange(1, trace.num_experts + 1) / trace.num_experts,
             np.cumsum(histogram) / max(1, counts[layer].sum()),

@@ -19,6 +19,7 @@ from flashmoe.errors import ModelError
 from flashmoe.storage.aio import Place
 from flashmoe.storage.gguf import GGUF, TensorInfo
 
+_MOST_HASHED = 64 << 20  # bytes of a router; no real one has as many
 MAX_EXPERTS = 1 << 14  # of a layer; far beyond all models, and ids stay within 16 bits
 # up and gate are multiplied first, down last: the order in which a slot's planes are read
 _PLANES = ("ffn_up_exps", "ffn_gate_exps", "ffn_gate_up_exps", "ffn_down_exps")
@@ -128,7 +129,7 @@ class ExpertCatalog:
         ).hexdigest()
         known = {
             "architecture": self.gguf.architecture,
-            "name": str(self.gguf.metadata.get("general.name", self.gguf.files[0].stem)),
+            "name": self.gguf.name,
             "layers": str(len(self.layers)),
             "experts": str(self.n_experts),
             "top_k": str(self.top_k),
@@ -200,7 +201,7 @@ def _content_hash(tensor: TensorInfo) -> str:
     try:
         with open(tensor.file, "rb") as file:
             file.seek(tensor.offset)
-            return hashlib.sha256(file.read(tensor.nbytes)).hexdigest()
+            return hashlib.sha256(file.read(min(tensor.nbytes, _MOST_HASHED))).hexdigest()
     except OSError as error:
         raise ModelError(f"{tensor.file}: cannot be read ({error.strerror})") from None
 

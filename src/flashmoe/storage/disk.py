@@ -7,8 +7,11 @@ import json
 import os
 import random
 import statistics
+import tempfile
 import time
-from contextlib import suppress
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,11 +19,13 @@ from flashmoe.errors import ReadError
 from flashmoe.storage.files import cache_folder, write_atomically
 from flashmoe.storage.memory import reserve_huge
 from flashmoe.storage.reader import ExpertReader, Read
+from flashmoe.units import format_bytes
 
 _SAMPLE_BYTES = 32 << 20
 _ROUNDS = 3
 _MOST_SECONDS = 1.0  # no further round after that
 _SLOTS = 8
+_SECONDS = 0.15  # for one rate
 _LEAST_FILE = 256 << 20  # smaller files tell nothing about a drive
 #: Reads under way and bytes per read (0: whole planes) that are tried; the first is what a reader does untold.
 _TRIED = ((128, 0), (8, 0), (2, 0), (128, 512 << 10), (8, 512 << 10))
@@ -36,17 +41,20 @@ class Drive:
     chunk: int
 
 
-def read_ceiling(reader: ExpertReader, read_bytes: int, *, fresh: bool = False) -> float:
+def read_ceiling(
+    reader: ExpertReader, read_bytes: int, *, fresh: bool = False, reached: float = 0.0
+) -> float:
     """1e9 bytes per second of random direct reads of `read_bytes` each, on the drive of the reader's first file.
 
-    Taken from the notes of an earlier run on the same device where there are some; else, or if `fresh`, measured now,
-    in about a quarter of a second on an NVMe drive. 0.0 where it means nothing: small files, or no direct reads.
+    Taken from the notes of an earlier run on the same device where there are some; else, if `fresh`, or where a run has
+    `reached` more than is noted, measured now, in about a quarter of a second on an NVMe drive. 0.0 where it means
+    nothing: small files, or no direct reads.
     """
     if not _worth_measuring(reader):
         return 0.0
     notes = _read_notes()
     key = _key(reader, read_bytes)
-    if fresh or key not in notes:
+    if fresh or key not in notes or notes[key].gb_per_s < reached:
         try:
             notes[key] = _measure(reader, read_bytes)
         except ReadError:
@@ -122,3 +130,47 @@ def _measure(reader: ExpertReader, read_bytes: int) -> Drive:
     chosen = best if medians[best] > _BETTER * medians[usual] else usual
     reader.tune(*chosen)
     return Drive(medians[chosen], *chosen)
+
+
+def rate(reader: ExpertReader, size: int, depth: int) -> float:
+    """1e9 bytes per second of random direct reads of `size` bytes, `depth` under way at once. Raises ReadError."""
+    held, address = reserve_huge(depth * size)
+    ctypes.memset(address, 0, depth * size)  # first touch is not the drive's time
+    reader.keep(held)
+    draw, units = random.Random(size + depth), (reader.files[0].size - size) // 4096
+    under_way = deque(
+        (i, reader.demand([Read(0, 4096 * draw.randrange(units), size, address + i * size)]))
+        for i in range(depth)
+    )
+    done, began = 0, time.perf_counter()
+    while (now := time.perf_counter()) - began < _SECONDS:
+        slot, ticket = under_way.popleft()
+        reader.wait(ticket)
+        done += 1
+        read = Read(0, 4096 * draw.randrange(units), size, address + slot * size)
+        under_way.append((slot, reader.demand([read])))
+    for _, ticket in under_way:
+        reader.wait(ticket)
+    return done * size / (now - began) / 1e9
+
+
+@contextmanager
+def sample(place: Path) -> Iterator[Path]:
+    """A file to read: the model, where it is large enough, or one that is written beside it and removed."""
+    if place.is_file() and place.stat().st_size >= _LEAST_FILE:
+        yield place
+        return
+    folder = place if place.is_dir() else place.parent
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".flashmoe-") as file:
+            block = os.urandom(16 << 20)
+            for _ in range(_LEAST_FILE // len(block)):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            yield Path(file.name)
+    except OSError as error:
+        raise ReadError(
+            f"{folder}: {format_bytes(_LEAST_FILE)} cannot be written there ({error.strerror}); name a model, or "
+            "another folder"
+        ) from None

@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from flashmoe.errors import ModelError
 
@@ -91,6 +92,11 @@ class GGUF:
         return str(self.metadata.get("general.architecture", ""))
 
     @property
+    def name(self) -> str:
+        """What the model calls itself, else its file's name."""
+        return str(self.metadata.get("general.name", self.files[0].stem))
+
+    @property
     def size(self) -> int:
         """Bytes of all files together."""
         return sum(part.size for part in self.parts)
@@ -124,10 +130,10 @@ class Part:
 class _Header:
     """A cursor over a file's header that refuses to leave the file."""
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path, size: int, file: Source) -> None:
         self.path, self.size, self.pos = path, size, 0
         self._kept = 0
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed by parse_part
+        self._file = file
         self._data = bytearray()
 
     def close(self) -> None:
@@ -192,6 +198,16 @@ class _Header:
         return n
 
 
+class Source(Protocol):
+    """What a header is read from, from its beginning on."""
+
+    def read(self, n: int, /) -> bytes:
+        """The next bytes, any number from 1 to more than `n`; none at the end."""
+        ...
+
+    def close(self) -> None: ...
+
+
 def _tensor(header: _Header, part: Part) -> tuple[str, tuple[int, ...], str, int, int]:
     name, n_dims = header.string(), header.scalar("I")
     if n_dims > MAX_DIMS:
@@ -214,7 +230,8 @@ def _tensor(header: _Header, part: Part) -> tuple[str, tuple[int, ...], str, int
 def parse_part(path: Path) -> Part:
     """Parse one GGUF file. Raises ModelError when it is missing, unreadable, not a GGUF, or damaged."""
     try:
-        header = _Header(path, os.stat(path).st_size)
+        size = os.stat(path).st_size
+        header = _Header(path, size, open(path, "rb", buffering=0))  # noqa: SIM115 - closed below
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file") from None
     except OSError as error:
@@ -227,6 +244,11 @@ def parse_part(path: Path) -> Part:
         raise ModelError(f"{path}: cannot be read ({error.strerror})") from None
     finally:
         header.close()
+
+
+def parse_remote(path: Path, size: int, file: Source) -> Part:
+    """Parse a GGUF of `size` bytes that is somewhere else; `path` is its name. Raises ModelError."""
+    return _parse(_Header(path, size, file), Part(path, size))
 
 
 def _parse(header: _Header, part: Part) -> Part:
@@ -274,11 +296,16 @@ def read_gguf(path: str | Path) -> GGUF:
 
     Raises ModelError (missing, unreadable, not a GGUF, truncated, a part missing, a tensor twice).
     """
-    first = parse_part(Path(path))
+    return join(Path(path), parse_part)
+
+
+def join(path: Path, parse: Callable[[Path], Part]) -> GGUF:
+    """The model whose first file is `path`, its files read by `parse`. Raises ModelError as `read_gguf`."""
+    first = parse(path)
     count = first.metadata.get("split.count", 1)
     parts = [first]
     if isinstance(count, int) and count > 1:
-        parts += [parse_part(p) for p in split_paths(first.path, count)[1:]]
+        parts += [parse(p) for p in split_paths(first.path, count)[1:]]
     tensors: dict[str, TensorInfo] = {}
     for part in parts:
         for tensor in part.tensors:

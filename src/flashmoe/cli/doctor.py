@@ -1,0 +1,37 @@
+"""`flashmoe doctor`: whether this machine can run models well, and what to change."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+_STYLES = {"ok": "green", "advice": "yellow", "problem": "bold red"}
+
+
+def doctor(
+    place: Annotated[
+        Path, typer.Argument(help="A model, or the folder that models will be in: its drive is measured.")
+    ] = Path(),
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check library, processor, memory and drive, and say what to change. Exit status 1: something does not work."""
+    from flashmoe.doctor import PROBLEM, examine
+
+    console = Console(soft_wrap=True, highlight=False)
+    checks = []
+    for check in examine(place):
+        checks.append(check)
+        if not as_json:
+            console.print(f"[{_STYLES[check.status]}]{check.status:8}[/] {check.name:10}", end="")
+            console.print(check.text, markup=False)
+            if check.change:
+                console.print(" " * 19 + check.change, markup=False)
+    if as_json:
+        typer.echo(json.dumps([asdict(check) for check in checks], indent=1))
+    if any(check.status == PROBLEM for check in checks):
+        raise typer.Exit(1)

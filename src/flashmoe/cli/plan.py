@@ -1,0 +1,77 @@
+"""`flashmoe plan`: what a model will do here, before it is downloaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from flashmoe.cli import options
+from flashmoe.units import format_bytes, parse_bytes
+
+
+def plan(
+    model: options.Model,
+    ram: Annotated[
+        str | None, typer.Option("--ram", help="Budgets to look at, e.g. 4GiB,8GiB (default: several).")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option("--trace", help="Take hit rates from this routing trace of the model.")
+    ] = None,
+    place: Annotated[
+        Path | None, typer.Option("--drive", help="Folder on the drive that a model on the hub would be on.")
+    ] = None,
+    threads: options.Threads = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Expected tokens/s of a model at several budgets. Of one on the hub only the header is read."""
+    from flashmoe.engines.llamacpp.library import find_library, open_library
+    from flashmoe.hub import default_policy, remote, resolve
+    from flashmoe.plan import make_plan, measure
+    from flashmoe.routing.files import read
+    from flashmoe.simulate.curve import hit_curve, nearest, shipped
+    from flashmoe.storage.catalog import ExpertCatalog
+    from flashmoe.storage.gguf import read_gguf
+
+    budgets = [parse_bytes(size) for size in ram.split(",")] if ram else []
+    gguf = remote(model)
+    there = gguf is None
+    catalog = ExpertCatalog.from_gguf(gguf or read_gguf(resolve(model)))
+    if trace:
+        recorded = read(trace)
+        recorded.check_model(len(catalog.layers), catalog.n_experts)
+        curve = hit_curve(recorded, trace.stem, default_policy(""))
+    else:
+        curve = nearest(shipped(), catalog.gguf.name, catalog.n_experts, catalog.top_k)
+    cores = threads or psutil.cpu_count(logical=False) or 1
+    drive = place or (catalog.gguf.files[0] if there else Path())
+    machine = measure(catalog, open_library(find_library()), cores, drive)
+    made = make_plan(catalog, machine, curve, budgets)
+    if as_json:
+        typer.echo(json.dumps(asdict(made), indent=1))
+        return
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(
+        f"{made.model}: {made.architecture}, {format_bytes(made.size_bytes)}, {made.quantisation}; "
+        f"{made.layers} layers of {made.experts} experts, {made.top_k} per token; "
+        f"{format_bytes(made.dense_bytes)} dense, {format_bytes(made.expert_bytes)} of experts",
+        markup=False,
+    )
+    console.print(f"hit rates of {made.statistics}; smallest --ram {format_bytes(made.least_ram_bytes)}")
+    table = Table(box=None, pad_edge=False)
+    for title in ("--ram", "slots", "hit rate", "read/token", "compute", "reads", "tokens/s", "bound"):
+        table.add_column(title, justify="left" if title == "bound" else "right")
+    for row in made.rows:
+        table.add_row(
+            format_bytes(row.ram_bytes), f"{row.slots} ({row.capacity:.0%})", f"{row.hit_rate:.1%}",
+            format_bytes(row.read_bytes), f"{row.compute_ms:.1f} ms", f"{row.read_ms:.1f} ms",
+            f"{row.tokens_per_s:.1f}", row.bound,
+        )  # fmt: skip
+    console.print(table)
+    console.print(f"recommended: {made.recommendation}", markup=False)

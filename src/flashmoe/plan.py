@@ -1,0 +1,205 @@
+"""What a model will do on this machine before it is downloaded or run: the table behind `flashmoe plan`.
+
+The time of a token is what the engine computes (active bytes by the measured rate of products with that type) plus what
+it reads (missed experts by the measured rate of direct reads at that size and depth). Reads that prefetching hides are
+not taken off.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from flashmoe import budget
+from flashmoe.engines.llamacpp.library import Library
+from flashmoe.engines.llamacpp.speed import product_rate
+from flashmoe.errors import BudgetError
+from flashmoe.simulate.curve import HitCurve
+from flashmoe.storage.catalog import ExpertCatalog
+from flashmoe.storage.disk import rate, sample
+from flashmoe.storage.gguf import GGUF
+from flashmoe.storage.reader import ExpertReader
+from flashmoe.telemetry import STALL_BOUND
+from flashmoe.units import format_bytes
+
+OVERHEAD_BYTES = 190 << 20  # interpreter, libraries, compute buffers
+LAYER_SECONDS = 1e-4  # of a layer, beside its products with weights: attention, small nodes, the cache
+CONTEXT = 4096
+DEPTHS = (1, 4, 32)
+_GOOD = 0.9  # of the best speed within reach is good enough for the smallest budget that has it
+
+
+@dataclass(frozen=True)
+class Row:
+    """One budget. Times in milliseconds per token, bytes per token."""
+
+    ram_bytes: int
+    slots: int
+    capacity: float
+    hit_rate: float
+    read_bytes: float
+    compute_ms: float
+    read_ms: float
+    tokens_per_s: float
+    bound: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model and what is expected of it. `rows` by ascending budget."""
+
+    model: str
+    architecture: str
+    quantisation: str  # of most expert bytes
+    size_bytes: int
+    dense_bytes: int
+    expert_bytes: int
+    experts: int
+    layers: int
+    top_k: int
+    context_bytes: int
+    statistics: str  # whose routing the hit rates are of
+    compute_gb_per_s: dict[str, float]
+    drive_gb_per_s: dict[str, float]  # by depth
+    rows: tuple[Row, ...]
+    least_ram_bytes: int
+    recommendation: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Measured: 1e9 bytes per second of products by type, and of reads by depth at one size."""
+
+    compute: dict[str, float]
+    drive: dict[int, float]
+
+    def read_rate(self, depth: float) -> float:
+        """1e9 bytes per second at any depth: straight between the measured ones, by the logarithm."""
+        depths = sorted(self.drive)
+        return float(np.interp(np.log(max(depth, 1)), np.log(depths), [self.drive[d] for d in depths]))
+
+
+def measure(catalog: ExpertCatalog, lib: Library, threads: int, place: Path) -> Machine:
+    """Rates for this model: about a second. `place`: the model, or the folder that it would be in. Raises ReadError."""
+    active = active_bytes(catalog)
+    most = [name for name, n in active.items() if n > 0.02 * sum(active.values())]
+    compute = {name: product_rate(lib, name, threads) for name in most}
+    size = int(np.median([plane.nbytes for layer in catalog.layers for plane in layer.planes]))
+    size = max(4096, size // 4096 * 4096)
+    with sample(place) as path:
+        reader = ExpertReader([path])
+        try:
+            return Machine(compute, {depth: rate(reader, min(size, 8 << 20), depth) for depth in DEPTHS})
+        finally:
+            reader.close()
+
+
+def active_bytes(catalog: ExpertCatalog) -> Counter[str]:
+    """Bytes of weights that a token is multiplied with, by type."""
+    planes = {p.tensor.name for layer in catalog.layers for p in layer.planes}
+    tensors = catalog.gguf.tensors
+    active: Counter[str] = Counter()
+    for name, tensor in tensors.items():
+        looked_up = name == "token_embd.weight" and "output.weight" in tensors
+        if name not in planes and not looked_up and len(tensor.shape) > 1:
+            active[tensor.type] += tensor.nbytes
+    for layer in catalog.layers:
+        for plane in layer.planes:
+            active[plane.tensor.type] += plane.nbytes * catalog.top_k
+    return active
+
+
+def context_bytes(gguf: GGUF) -> int:
+    """KV cache of CONTEXT tokens in 16 bits, 0 where the header does not say enough."""
+
+    def whole(key: str) -> int:
+        value = gguf.arch_value(key)
+        value = max(value) if isinstance(value, list) and value else value
+        return value if isinstance(value, int) else 0
+
+    heads = whole("attention.head_count_kv") or whole("attention.head_count")
+    head = whole("embedding_length") // max(1, whole("attention.head_count"))
+    width = (whole("attention.key_length") or head) + (whole("attention.value_length") or head)
+    return 2 * min(CONTEXT, whole("context_length")) * whole("block_count") * heads * width
+
+
+def make_plan(catalog: ExpertCatalog, machine: Machine, curve: HitCurve, rams: Sequence[int] = ()) -> Plan:
+    """The plan for budgets `rams` in bytes; without any, for what is least, quarters of the file, and all of it."""
+    gguf, align = catalog.gguf, 4096
+    kv = context_bytes(gguf)
+    fixed = catalog.dense_bytes + OVERHEAD_BYTES + kv
+    least = fixed + budget.least_pool(catalog, align)
+    whole = fixed + sum(
+        size * int(n)
+        for size, n in zip(budget.slot_bytes(catalog, align), budget.group_experts(catalog), strict=True)
+    )
+    shares = [int(share * gguf.size) for share in (0.25, 0.5, 0.75)]
+    wanted = sorted({*(rams or [least, *(ram for ram in shares if least < ram < whole), whole])})
+    rows = [_row(catalog, machine, curve, ram, ram - fixed, align) for ram in wanted if ram >= least]
+    if not rows:
+        raise BudgetError(str(budget.too_small(max(wanted), least)))
+    active = active_bytes(catalog)
+    kinds = Counter[str]()
+    for layer in catalog.layers:
+        for plane in layer.planes:
+            kinds[plane.tensor.type] += plane.tensor.nbytes
+    return Plan(
+        model=gguf.files[0].name,
+        architecture=gguf.architecture,
+        quantisation=kinds.most_common(1)[0][0],
+        size_bytes=gguf.size,
+        dense_bytes=catalog.dense_bytes,
+        expert_bytes=catalog.expert_bytes,
+        experts=catalog.n_experts,
+        layers=len(catalog.layers),
+        top_k=catalog.top_k,
+        context_bytes=kv,
+        statistics=f"{curve.model} ({curve.policy}, {curve.tokens} tokens)",
+        compute_gb_per_s={name: machine.compute[name] for name in active if name in machine.compute},
+        drive_gb_per_s={str(depth): value for depth, value in machine.drive.items()},
+        rows=tuple(rows),
+        least_ram_bytes=least,
+        recommendation=_recommend(rows, budget.default_ram()),
+    )
+
+
+def _row(catalog: ExpertCatalog, machine: Machine, curve: HitCurve, ram: int, pool: int, align: int) -> Row:
+    slots = sum(budget.slots_for(catalog, pool, align))
+    capacity = min(1.0, slots / catalog.total_experts)
+    hit_rate = curve.at(capacity)
+    slowest = min(machine.compute.values())
+    compute = LAYER_SECONDS * len(catalog.layers) + sum(
+        n / machine.compute.get(name, slowest) / 1e9 for name, n in active_bytes(catalog).items()
+    )
+    missed = catalog.top_k * (1 - hit_rate)
+    planes = len(catalog.layers[0].planes)
+    per_token = missed * sum(layer.expert_bytes for layer in catalog.layers)
+    read = per_token / machine.read_rate(missed * planes) / 1e9
+    return Row(
+        ram_bytes=ram,
+        slots=slots,
+        capacity=capacity,
+        hit_rate=hit_rate,
+        read_bytes=per_token,
+        compute_ms=1e3 * compute,
+        read_ms=1e3 * read,
+        tokens_per_s=1 / (compute + read),
+        bound="ssd" if read > STALL_BOUND * (compute + read) else "compute",
+    )
+
+
+def _recommend(rows: Sequence[Row], available: int) -> str:
+    within = [row for row in rows if row.ram_bytes <= available]
+    if not within:
+        return (
+            f"none of these budgets leaves this machine usable: {format_bytes(available)} are free to take; "
+            "end other programs, or take a smaller quantisation"
+        )
+    best = max(row.tokens_per_s for row in within)
+    row = next(row for row in within if row.tokens_per_s >= _GOOD * best)
+    more = "" if row.bound == "compute" else "; more memory or a faster drive would help most"
+    return f"--ram {row.ram_bytes >> 20}MiB: about {row.tokens_per_s:.1f} tokens/s, {row.bound}-bound{more}"
