@@ -321,6 +321,7 @@ def test_prefetches_leave_buffers_to_demand_reads(
 ) -> None:
     reader, queue = held
     monkeypatch.setattr(queue, "depth", 1000)
+    reader.tune(1000, 0)
     reader.set_aside(4096)
     ahead = [Read(0, 4096 * i, 4096, memory.ctypes.data + 8192 * i, invert) for i in range(64)]
     reader.prefetch(ahead)

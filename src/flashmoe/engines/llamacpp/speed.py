@@ -6,16 +6,13 @@ import ctypes as C
 import time
 from typing import Any
 
+from flashmoe.engines.llamacpp.abi import InitParams
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.storage.gguf import TYPES
 
 _COLUMNS = 2048
 _BYTES = 192 << 20  # beyond the caches: weights come from memory, as they do when a model runs
 _RUNS = 3
-
-
-class _InitParams(C.Structure):
-    _fields_ = [("mem_size", C.c_size_t), ("mem_buffer", C.c_void_p), ("no_alloc", C.c_bool)]
 
 
 def product_rate(lib: Library, type_name: str, threads: int) -> float:
@@ -30,11 +27,11 @@ def product_rate(lib: Library, type_name: str, threads: int) -> float:
         found.restype, found.argtypes = result, list(arguments)
         return found
 
-    init = function("ggml_init", void, _InitParams)
+    init = function("ggml_init", void, InitParams)
     new = function("ggml_new_tensor_2d", void, void, C.c_int, C.c_int64, C.c_int64)
     data = function("ggml_get_data", void, void)
     nbytes = function("ggml_nbytes", size, void)
-    context = init(_InitParams(weights + (64 << 20), None, False))
+    context = init(InitParams(weights + (64 << 20), None, False))
     try:
         matrix, vector = new(context, number, _COLUMNS, rows), new(context, 0, _COLUMNS, 1)
         C.memset(data(matrix), 0x11, nbytes(matrix))  # small numbers in every type
