@@ -40,6 +40,7 @@ def serve(
     ctx_size: options.CtxSize = None,
     ubatch: options.Ubatch = 512,
     threads: options.Threads = None,
+    save_cache: options.SaveCache = False,
 ) -> None:
     """Serve a model to OpenAI's clients."""
     try:
@@ -68,6 +69,7 @@ def serve(
                 n_ubatch=ubatch,
                 threads=threads,
                 sequences=parallel,
+                save_cache=save_cache,
                 progress=progress.update if progress else None,
             )
             if progress:
