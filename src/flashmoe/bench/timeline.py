@@ -32,7 +32,6 @@ class Timeline:
         ]
         self._began = self._computing = 0.0
         self._layer = 0
-        self._stalled = 0.0  # within the call under way
 
     def record(self, evaluate: Callable[[], Any]) -> dict[str, Any]:
         """Call `evaluate`; the layout of "timeline" in `flashmoe bench --json`."""
@@ -56,9 +55,7 @@ class Timeline:
             try:
                 wait(ticket)
             finally:
-                ended = time.perf_counter()
-                self._stalled += ended - started
-                self._add(STALL, self._layer, started, ended)
+                self._add(STALL, self._layer, started, time.perf_counter())
 
         methods: list[tuple[Any, str, Any]] = [
             (cache, "ensure", timed_ensure),
@@ -79,7 +76,7 @@ class Timeline:
         """The engine has called back: what was before was computing."""
         entered = time.perf_counter()
         self._add(COMPUTE, self._layer, self._computing, entered)
-        self._layer, self._stalled = layer, 0.0
+        self._layer = layer
         try:
             return call()
         finally:

@@ -41,6 +41,7 @@ def serve(
     ctx_size: options.CtxSize = None,
     ubatch: options.Ubatch = 512,
     threads: options.Threads = None,
+    save_cache: options.SaveCache = False,
 ) -> None:
     """Serve a model to OpenAI's clients."""
     try:
@@ -71,6 +72,7 @@ def serve(
                 threads=threads,
                 sequences=parallel,
                 progress=progress.update,
+                save_cache=save_cache,
             )
         with loaded:
             name = loaded.catalog.gguf.files[0].stem

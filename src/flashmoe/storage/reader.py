@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 import time
 from collections import deque
@@ -62,7 +63,7 @@ class ExpertReader:
         self._under_way: dict[int, tuple[Ticket, Read]] = {}
         self._urgent: set[int] = set()  # of those, the demand reads
         self._number = 0
-        self._depth, self._chunk = self._queue.depth, 0
+        self._depth, self._chunk = sys.maxsize, 0
         self._heard = time.monotonic()  # when the drive has last answered, or was last asked
         self._given_up: dict[int, Read] = {}  # under way, and nobody waits any more
         self._memory: list[object] = []
@@ -92,7 +93,7 @@ class ExpertReader:
 
     def tune(self, depth: int, chunk: int) -> None:
         """Keep at most `depth` reads under way, of `chunk` bytes each (0: as long as they come). See storage.disk."""
-        self._depth, self._chunk = min(depth, self._queue.depth), chunk
+        self._depth, self._chunk = depth, chunk
 
     def demand(self, reads: Sequence[Read]) -> Ticket:
         """Start reads that somebody waits for."""
@@ -184,7 +185,7 @@ class ExpertReader:
 
     def _pump(self) -> None:
         """Start as much as the queue takes."""
-        room = self._depth - len(self._under_way)
+        room = min(self._depth, self._queue.depth) - len(self._under_way)
         started = []
         for queue in (self._demand, self._prefetch):
             if queue is self._prefetch and self._urgent:
