@@ -29,11 +29,11 @@ ANSWER = 12
 
 @contextmanager
 def opened(
-    path: Path, lib: Library, patch: pytest.MonkeyPatch, cache: str = "40%"
+    path: Path, lib: Library, patch: pytest.MonkeyPatch, cache: str = "40%", layout: str = "plain"
 ) -> Iterator[flashmoe.Model]:
     """All tiny models speak ChatML here."""
     with flashmoe.load(
-        path, cache=cache, library=lib, layout="plain", n_ctx=CONTEXT, n_ubatch=STEP, threads=1
+        path, cache=cache, layout=layout, library=lib, n_ctx=CONTEXT, n_ubatch=STEP, threads=1
     ) as model:
 
         def chat_prompt(messages: list, **_: object) -> str:
@@ -60,8 +60,8 @@ def say(talk: Conversation, message: str) -> str:
 class Stock:
     """The same library without the pool, told step by step what to evaluate."""
 
-    def __init__(self, lib: Library, path: Path) -> None:
-        self._model = StockModel(lib, path)
+    def __init__(self, lib: Library, path: Path, layout: str) -> None:
+        self._model = StockModel(lib, path, repack=layout == "repacked")
         self._context: Context | None = None
         self.held: list[int] = []
 
@@ -105,8 +105,8 @@ class Stock:
 
 
 @contextmanager
-def stock_of(lib: Library, path: Path) -> Iterator[Stock]:
-    stock = Stock(lib, path)
+def stock_of(lib: Library, path: Path, layout: str = "plain") -> Iterator[Stock]:
+    stock = Stock(lib, path, layout)
     try:
         stock.begin()
         yield stock
@@ -124,11 +124,17 @@ def turn_text(message: str) -> str:
 
 # attention; a sliding window; memories that cannot be cut
 @pytest.mark.parametrize("name", ["llama", "gpt-oss", "deepseek2", "qwen3next", "jamba", "deepseek4"])
-@pytest.mark.parametrize("cache", ["40%", "100%"])  # the smaller pool also means smaller micro-batches
+@pytest.mark.parametrize(
+    ("cache", "layout"),
+    [("40%", "plain"), ("100%", "plain"), ("100%", "repacked")],  # a small pool means small micro-batches
+)
 def test_turns_are_stock_turns(
-    name: str, cache: str, lib: Library, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+    name: str, cache: str, layout: str, lib: Library, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with opened(tiny(name), lib, monkeypatch, cache) as model, stock_of(lib, tiny(name)) as stock:
+    with (
+        opened(tiny(name), lib, monkeypatch, cache, layout) as model,
+        stock_of(lib, tiny(name), layout) as stock,
+    ):
         talk, tokenize = talk_with(model), model.engine.tokenize
         made: list[int] = []
         for number, message in enumerate(("the sky is blue", "and why?", "say it again, please")):

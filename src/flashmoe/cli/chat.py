@@ -16,6 +16,7 @@ from flashmoe.cli.report import show, write_json
 from flashmoe.conversation import Conversation
 from flashmoe.engines.base import Sampling
 from flashmoe.errors import FlashMoEError
+from flashmoe.layout import AUTO
 
 _SAMPLING = Sampling()
 
@@ -27,6 +28,7 @@ def chat(
     cache: options.Cache = None,
     policy: options.Policy = None,
     prefetch: options.Prefetch = "auto",
+    layout: options.Layout = AUTO,
     n_predict: options.NPredict = -1,
     ctx_size: options.CtxSize = None,
     ubatch: options.Ubatch = 512,
@@ -36,6 +38,7 @@ def chat(
     top_p: options.TopP = _SAMPLING.top_p,
     min_p: options.MinP = _SAMPLING.min_p,
     seed: options.Seed = None,
+    save_cache: options.SaveCache = False,
     trace: options.Trace = None,
     json_file: options.Json = None,
     quiet: options.Quiet = False,
@@ -56,10 +59,12 @@ def chat(
             cache=cache,
             policy=policy,
             prefetch=prefetch,
+            layout=layout,
             n_ctx=ctx_size,
             n_ubatch=ubatch,
             threads=threads,
             trace=trace is not None,
+            save_cache=save_cache,
             progress=user.progress.update,
         )
     with loaded:

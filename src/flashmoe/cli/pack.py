@@ -15,7 +15,7 @@ def pack(
 ) -> None:
     """Write MODEL.flashpack beside a model: its experts as this processor's fastest kernels want them.
 
-    `run` and `bench` use it by themselves. A pack that is there already is checked, and made again if it does not fit.
+    Other commands use it by themselves. A pack that is there already is checked, and made again if it does not fit.
     The model itself is not changed.
     """
     from flashmoe.packing import make_pack
@@ -24,5 +24,5 @@ def pack(
     with LoadProgress(console) if console.is_terminal else nullcontext() as progress:
         update = progress.update if progress else lambda stage, done, total: None
         made, fresh = make_pack(model, update)
-    what = "written; run and bench use it by themselves" if fresh else "is whole and fits"
+    what = "written; other commands use it by themselves" if fresh else "is whole and fits"
     console.print(f"{made.path}: {format_bytes(made.size)}, {what}", highlight=False)
