@@ -36,6 +36,7 @@ def chat(
     top_p: options.TopP = _SAMPLING.top_p,
     min_p: options.MinP = _SAMPLING.min_p,
     seed: options.Seed = None,
+    save_cache: options.SaveCache = False,
     trace: options.Trace = None,
     json_file: options.Json = None,
     quiet: options.Quiet = False,
@@ -60,6 +61,7 @@ def chat(
             n_ubatch=ubatch,
             threads=threads,
             trace=trace is not None,
+            save_cache=save_cache,
             progress=user.progress.update,
         )
     with loaded:
