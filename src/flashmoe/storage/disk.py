@@ -23,13 +23,13 @@ from flashmoe.units import format_bytes
 
 _SAMPLE_BYTES = 32 << 20
 _ROUNDS = 3
-_MOST_SECONDS = 1.0  # no further round after that
+_MOST_SECONDS = 2.0  # no further round after that
 _SLOTS = 8
 _SECONDS = 0.15  # for one rate
 _LEAST_FILE = 256 << 20  # smaller files tell nothing about a drive
 #: Reads under way and bytes per read (0: whole planes) that are tried; the first is what a reader does untold.
 _TRIED = ((128, 0), (8, 0), (2, 0), (128, 512 << 10), (8, 512 << 10))
-_BETTER = 1.1  # measurements differ by less from one moment to the next
+_BETTER = 1.1  # so much faster must another way be, in every round: somebody else may use the drive meanwhile
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _read_notes() -> dict[str, Drive]:
 
 
 def _measure(reader: ExpertReader, read_bytes: int) -> Drive:
-    """Try each way in turn, several times; another than the first must be clearly better. Raises ReadError."""
+    """Try each way in turn, several times. Raises ReadError."""
     file = reader.files[0]
     unit = max(file.align, file.align_memory, 4096)
     size = max(unit, min(read_bytes, 8 << 20) // unit * unit)
@@ -127,7 +127,8 @@ def _measure(reader: ExpertReader, read_bytes: int) -> Drive:
             break
     medians = {way: statistics.median(measured) for way, measured in rates.items()}
     usual, best = _TRIED[0], max(_TRIED, key=medians.__getitem__)
-    chosen = best if medians[best] > _BETTER * medians[usual] else usual
+    pairs = list(zip(rates[best], rates[usual], strict=True))
+    chosen = best if len(pairs) == _ROUNDS and all(a > _BETTER * b for a, b in pairs) else usual
     reader.tune(*chosen)
     return Drive(medians[chosen], *chosen)
 
