@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 from flashmoe.errors import FlashMoEError
 
 if TYPE_CHECKING:
-    from flashmoe.api import Model, load
+    from flashmoe.api import load
     from flashmoe.conversation import Conversation
     from flashmoe.engines.base import Sampling
+    from flashmoe.model import Model
 
 __all__ = ["Conversation", "FlashMoEError", "Model", "Sampling", "load"]
 
@@ -22,10 +23,14 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 
 def __getattr__(name: str) -> Any:
     """Import the engine only when it is used: errors and file formats load without numba."""
-    if name in ("Model", "load"):
-        from flashmoe import api
+    if name == "load":
+        from flashmoe.api import load
 
-        return getattr(api, name)
+        return load
+    if name == "Model":
+        from flashmoe.model import Model
+
+        return Model
     if name == "Conversation":
         from flashmoe.conversation import Conversation
 

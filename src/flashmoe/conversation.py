@@ -10,7 +10,7 @@ from flashmoe.engines.base import Sampling
 from flashmoe.generation import Generation, Reuse, check_prompt
 
 if TYPE_CHECKING:
-    from flashmoe.api import Model
+    from flashmoe.model import Model
 
 Message = dict[str, str]
 

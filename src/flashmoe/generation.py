@@ -17,7 +17,7 @@ from flashmoe.engines.base import Sampling
 from flashmoe.errors import UsageError
 
 if TYPE_CHECKING:
-    from flashmoe.api import Model
+    from flashmoe.model import Model
 
 Chunk = tuple[int, ...]  # tokens that were evaluated, or will be, at once
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe.engines.llamacpp import abi
+from flashmoe.engines.llamacpp.library import Library, find_library, open_library
 from flashmoe.errors import LibraryError
 from flashmoe.layout import PLAIN
 from flashmoe.storage.files import cache_folder, write_atomically
@@ -58,13 +59,19 @@ def prove(library: Path) -> None:
         write_atomically(notes, json.dumps([*proven, fact], indent=1).encode())
 
 
+def proven_library() -> Library:
+    """The llama.cpp library, after it has shown once that the pool works with it. Raises LibraryError."""
+    path = find_library()
+    prove(path)
+    return open_library(path)
+
+
 def compare(library: Path) -> bool:
     """Whether prompt and decode logits are equal, byte for byte, with a pool of 12 % of the experts.
 
     The bundled model may have nothing that this processor repacks: of repacked layouts only the slices are compared.
     """
     from flashmoe.api import load
-    from flashmoe.engines.llamacpp.library import open_library
     from flashmoe.engines.llamacpp.repack import repacks_slice_by_slice
     from flashmoe.engines.llamacpp.stock import StockModel
     from flashmoe.hub import demo_model

@@ -13,7 +13,7 @@ from flashmoe.errors import FlashMoEError, UsageError
 from flashmoe.storage.files import write_atomically
 
 if TYPE_CHECKING:
-    from flashmoe.api import Model
+    from flashmoe.model import Model
 
 
 class Commands:

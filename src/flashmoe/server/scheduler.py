@@ -15,10 +15,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from flashmoe.api import Model
 from flashmoe.engines.base import Sampling
 from flashmoe.errors import FlashMoEError
 from flashmoe.generation import Generation, Reuse, Rule, Token, check_prompt
+from flashmoe.model import Model
 
 MOST_WAITING = 256  # requests; more are refused
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import uvicorn
 
-from flashmoe.api import Model
 from flashmoe.errors import UsageError
+from flashmoe.model import Model
 from flashmoe.server.app import make_app
 from flashmoe.server.scheduler import Scheduler
 
