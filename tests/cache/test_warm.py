@@ -236,7 +236,10 @@ def test_any_state_is_refused_or_works(data: st.DataObject) -> None:
     array = state[key]
     where = data.draw(st.integers(0, array.size - 1))
     if array.dtype.kind == "f":
-        value: float = data.draw(st.floats(width=array.dtype.itemsize * 8))
+        numbers = st.floats(width=array.dtype.itemsize * 8)
+        value: float = data.draw(
+            st.sampled_from([np.inf, -np.inf, np.nan, np.finfo(array.dtype).max]) | numbers
+        )
     else:
         info = np.iinfo(array.dtype)
         value = data.draw(st.sampled_from([info.min, info.max]) | st.integers(int(info.min), int(info.max)))
