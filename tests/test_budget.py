@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import psutil
 import pytest
+from hypothesis import strategies as st
 
-from flashmoe import budget
+from flashmoe import api, budget
 from flashmoe.cache.policies import create
 from flashmoe.cache.pool import slot_bytes
 from flashmoe.cache.residency import PER_LAYER, check_residency
@@ -97,6 +99,37 @@ def test_too_small_names_a_budget_that_works() -> None:
         named = re.search(r"(\d+)MiB$", str(budget.too_small(1, least)))
         assert named
         assert least <= int(named[1]) << 20 < least + (16 << 20)
+
+
+@hypothesis.given(
+    wished=st.integers(1, 1 << 20), taken=st.integers(0, 1 << 40), left=st.integers(-(1 << 40), 1 << 40)
+)
+def test_default_context(wished: int, taken: int, left: int) -> None:
+    context = budget.default_context(wished, taken, left)
+    assert min(wished, budget.SMALL_CONTEXT) <= context <= wished
+    if context > budget.SMALL_CONTEXT:
+        assert context / budget.SMALL_CONTEXT * taken <= left / 6 * 1.0001
+    if context < wished:
+        assert (context + 256) / budget.SMALL_CONTEXT * taken >= left / 6 * 0.9999
+
+
+def test_a_tight_budget_gets_a_smaller_context() -> None:
+    """Only a small context is ever made to find the size: memory that was touched once counts against the budget."""
+    made: list[int] = []
+
+    class Context:
+        def __init__(self, n_ctx: int, n_ubatch: int) -> None:
+            made.append(n_ctx)
+            self._cells = np.ones((n_ctx, 128 << 10), np.uint8)
+
+        def close(self) -> None:
+            del self._cells
+
+    now = budget.status_bytes("VmRSS")
+    for left, least, most in ((64 << 20, 1024, 1024), (2 << 30, 2048, 2816), (8 << 30, 4096, 4096)):
+        assert least <= api._default_context(Context, 4096, now + budget.RESERVE + left) <= most  # type: ignore[arg-type]
+    assert set(made) == {budget.SMALL_CONTEXT}
+    assert api._default_context(Context, 300, now) == 300  # type: ignore[arg-type]
 
 
 def test_check_before_loading(olmoe: ExpertCatalog, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,9 +79,9 @@ def test_context_of_odd_headers(tiny: Tiny) -> None:
         value("attention.head_count_kv"),
         value("embedding_length") // value("attention.head_count"),
     )
-    assert context_bytes(gguf) == 2 * value("context_length") * value("block_count") * heads * 2 * width
+    assert context_bytes(gguf, 100) == 2 * 100 * value("block_count") * heads * 2 * width
     gguf.metadata.clear()
-    assert context_bytes(gguf) == 0
+    assert context_bytes(gguf, 100) == 0
 
 
 def test_shipped_curves_and_the_nearest() -> None:

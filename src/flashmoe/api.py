@@ -37,7 +37,6 @@ from flashmoe.storage.pack import find_pack
 from flashmoe.storage.reader import ExpertReader
 from flashmoe.units import parse_bytes
 
-DEFAULT_CONTEXT = 4096
 DEFAULT_UBATCH = 512  # llama.cpp's own
 SMALL_UBATCH = 64  # prompts are still read fast
 MOST_FOR_PREDICTING = 0.02  # of the budget: slots are worth more
@@ -72,7 +71,8 @@ def load(
         the first of gate and table that is worth asking on this text, and none where neither is.
     layout: of all weights. "plain": the file's; "repacked": those that llama.cpp's default chooses for this processor;
         "auto": repacked where that is faster. The results are llama.cpp's with the same layouts.
-    n_ctx: context in tokens (default: the model's, at most 4096).
+    n_ctx: context in tokens (default: the model's, at most 4096, and less, down to 1024, where it would take more than
+        a sixth of what the weights leave of the budget: slots are worth more).
     n_ubatch: tokens evaluated at once while a prompt is read; the results are llama.cpp's at the same value.
     threads: compute threads (default: physical cores). all_logits: keep the logits of every token, not the last only.
     trace: record which experts every token is routed to, see `Model.recorder`.
@@ -95,11 +95,10 @@ def load(
     predictors = create_predictors(prefetch)
     catalog = ExpertCatalog.from_gguf(read_gguf(resolve(model)))
     evict.check_model(catalog.identity)
-    trained = catalog.gguf.arch_int("context_length", DEFAULT_CONTEXT)
-    context = min(trained, DEFAULT_CONTEXT) if n_ctx is None else n_ctx
-    if context > trained:
+    trained = catalog.gguf.arch_int("context_length", budget.DEFAULT_CONTEXT)
+    if n_ctx is not None and n_ctx > trained:
         raise UsageError(
-            f"a context of {context} tokens is more than this model was trained for ({trained}); lower -c"
+            f"a context of {n_ctx} tokens is more than this model was trained for ({trained}); lower -c"
         )
     with ExitStack() as stack:
         pack = find_pack(catalog) if layout != PLAIN else None
@@ -132,11 +131,14 @@ def load(
             LlamaEngine,
             lib,
             loaded,
-            n_ctx=context,
             threads=threads or psutil.cpu_count(logical=False) or 1,
             all_logits=all_logits,
             sequences=sequences,
         )
+        context = n_ctx or min(trained, budget.DEFAULT_CONTEXT)
+        if limit and n_ctx is None:
+            context = _default_context(make, context, limit)
+        make = partial(make, n_ctx=context)
         step = min(n_ubatch, context)
         if limit:
             promised = aside + sum(p.nbytes for p in predictors) + (MOST_BYTES if loaded.token_table else 0)
@@ -183,6 +185,25 @@ def load(
         return loaded_model
 
 
+def _default_context(make: Callable[..., LlamaEngine], wished: int, limit: int) -> int:
+    """`budget.default_context`, told from a small one: a large one would be touched at once, beyond the budget."""
+    if wished <= budget.SMALL_CONTEXT:
+        return wished
+    left = limit - budget.status_bytes("VmRSS") - budget.RESERVE
+    engine, taken, _ = _measured(partial(make, n_ctx=budget.SMALL_CONTEXT, n_ubatch=1))
+    engine.close()
+    return budget.default_context(wished, taken, left)
+
+
+def _measured(make: Callable[[], LlamaEngine]) -> tuple[LlamaEngine, int, int]:
+    """An engine, the bytes that its context (KV cache, compute buffers) takes, and how many of them not yet."""
+    data, anonymous = budget.status_bytes("VmData"), budget.status_bytes("RssAnon")
+    engine = make()
+    taken = budget.status_bytes("VmData") - data
+    touched = budget.status_bytes("RssAnon") - anonymous
+    return engine, taken, max(0, taken - touched)
+
+
 def _fit(
     make: Callable[..., LlamaEngine], catalog: ExpertCatalog, step: int, limit: int, align: int, promised: int
 ) -> tuple[LlamaEngine, list[int]]:
@@ -194,12 +215,7 @@ def _fit(
     hoped = max(limit - budget.status_bytes("VmRSS") - budget.RESERVE, budget.least_pool(catalog, align))
     step = budget.micro_batch(catalog, budget.slots_for(catalog, hoped, align), step)
     while True:
-        data, anonymous = budget.status_bytes("VmData"), budget.status_bytes("RssAnon")
-        engine = make(n_ubatch=step)
-        # what the context has reserved (KV cache, compute buffers) and not touched yet will still come
-        reserved = budget.status_bytes("VmData") - data
-        touched = budget.status_bytes("RssAnon") - anonymous
-        to_come = max(0, reserved - touched)
+        engine, _, to_come = _measured(partial(make, n_ubatch=step))
         used = budget.status_bytes("VmRSS") + to_come + promised + budget.RESERVE
         # nor can less be kept than starting has taken already
         least = max(used + budget.least_pool(catalog, align), budget.status_bytes("VmHWM"))

@@ -18,6 +18,12 @@ from flashmoe.errors import BudgetError, UsageError
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.units import format_bytes, parse_bytes
 
+DEFAULT_CONTEXT = 4096
+SMALL_CONTEXT = 1024  # still a conversation
+_CONTEXT_STEP = 256  # llama.cpp's own
+_MOST_FOR_CONTEXT = (
+    1 / 6
+)  # of what the weights leave: slots are worth more than a context that few prompts fill
 _MADV_PAGEOUT = 21  # Linux 5.4; not in Python's mmap module
 DEFAULT_SHARE = 0.7  # of the memory that is available: the machine stays usable
 # Not seen when the pool is sized: scratch of the expert products, read buffers, what Python takes while it runs
@@ -25,6 +31,16 @@ RESERVE = 32 << 20
 SPARE_SHARE = 0.03  # of the slots, for experts that are prefetched and not yet asked for
 # Interpreter, libraries, compute buffers, as seen with small models: for decisions before loading
 _BEFORE_LOADING = 160 << 20
+
+
+def default_context(wished: int, small_bytes: int, left: int) -> int:
+    """Tokens of context where none were asked for: up to `wished`, fewer where they would take too much of `left`.
+
+    left: bytes for context and slots. small_bytes: what SMALL_CONTEXT tokens take. Never below that, if so many are
+    wished.
+    """
+    fitting = int(SMALL_CONTEXT * _MOST_FOR_CONTEXT * left / max(small_bytes, 1))
+    return min(wished, max(SMALL_CONTEXT, fitting // _CONTEXT_STEP * _CONTEXT_STEP))
 
 
 def micro_batch(catalog: ExpertCatalog, slots: Sequence[int], wished: int) -> int:

@@ -28,8 +28,8 @@ from flashmoe.units import format_bytes
 
 OVERHEAD_BYTES = 190 << 20  # interpreter, libraries, compute buffers
 LAYER_SECONDS = 1e-4  # of a layer, beside its products with weights: attention, small nodes, the cache
-CONTEXT = 4096
 DEPTHS = (1, 4, 32)
+ALIGN = 4096  # of direct reads, on most drives
 _GOOD = 0.9  # of the best speed within reach is good enough for the smallest budget that has it
 
 
@@ -38,6 +38,7 @@ class Row:
     """One budget. Times in milliseconds per token, bytes per token."""
 
     ram_bytes: int
+    context: int
     slots: int
     capacity: float
     hit_rate: float
@@ -61,7 +62,6 @@ class Plan:
     experts: int
     layers: int
     top_k: int
-    context_bytes: int
     statistics: str  # whose routing the hit rates are of
     compute_gb_per_s: dict[str, float]
     drive_gb_per_s: dict[str, float]  # by depth
@@ -89,7 +89,7 @@ def measure(catalog: ExpertCatalog, lib: Library, threads: int, place: Path) -> 
     most = [name for name, n in active.items() if n > 0.02 * sum(active.values())]
     compute = {name: product_rate(lib, name, threads) for name in most}
     size = int(np.median([plane.nbytes for layer in catalog.layers for plane in layer.planes]))
-    size = max(4096, size // 4096 * 4096)
+    size = max(ALIGN, size // ALIGN * ALIGN)
     with sample(place) as path:
         reader = ExpertReader([path])
         try:
@@ -113,8 +113,8 @@ def active_bytes(catalog: ExpertCatalog) -> Counter[str]:
     return active
 
 
-def context_bytes(gguf: GGUF) -> int:
-    """KV cache of CONTEXT tokens in 16 bits, 0 where the header does not say enough."""
+def context_bytes(gguf: GGUF, tokens: int) -> int:
+    """KV cache of `tokens` tokens in 16 bits, 0 where the header does not say enough."""
 
     def whole(key: str) -> int:
         value = gguf.arch_value(key)
@@ -124,22 +124,26 @@ def context_bytes(gguf: GGUF) -> int:
     heads = whole("attention.head_count_kv") or whole("attention.head_count")
     head = whole("embedding_length") // max(1, whole("attention.head_count"))
     width = (whole("attention.key_length") or head) + (whole("attention.value_length") or head)
-    return 2 * min(CONTEXT, whole("context_length")) * whole("block_count") * heads * width
+    return 2 * tokens * whole("block_count") * heads * width
 
 
 def make_plan(catalog: ExpertCatalog, machine: Machine, curve: HitCurve, rams: Sequence[int] = ()) -> Plan:
     """The plan for budgets `rams` in bytes; without any, for what is least, quarters of the file, and all of it."""
-    gguf, align = catalog.gguf, 4096
-    kv = context_bytes(gguf)
-    fixed = catalog.dense_bytes + OVERHEAD_BYTES + kv
-    least = fixed + budget.least_pool(catalog, align)
-    whole = fixed + sum(
-        size * int(n)
-        for size, n in zip(budget.slot_bytes(catalog, align), budget.group_experts(catalog), strict=True)
+    gguf = catalog.gguf
+    wished = min(budget.DEFAULT_CONTEXT, gguf.arch_int("context_length", budget.DEFAULT_CONTEXT))
+    fixed = catalog.dense_bytes + OVERHEAD_BYTES
+    least = fixed + context_bytes(gguf, min(wished, budget.SMALL_CONTEXT)) + budget.least_pool(catalog, ALIGN)
+    whole = (
+        fixed
+        + context_bytes(gguf, wished)
+        + sum(
+            size * int(n)
+            for size, n in zip(budget.slot_bytes(catalog, ALIGN), budget.group_experts(catalog), strict=True)
+        )
     )
     shares = [int(share * gguf.size) for share in (0.25, 0.5, 0.75)]
     wanted = sorted({*(rams or [least, *(ram for ram in shares if least < ram < whole), whole])})
-    rows = [_row(catalog, machine, curve, ram, ram - fixed, align) for ram in wanted if ram >= least]
+    rows = [_row(catalog, machine, curve, ram, fixed, wished) for ram in wanted if ram >= least]
     if not rows:
         raise BudgetError(str(budget.too_small(max(wanted), least)))
     active = active_bytes(catalog)
@@ -157,7 +161,6 @@ def make_plan(catalog: ExpertCatalog, machine: Machine, curve: HitCurve, rams: S
         experts=catalog.n_experts,
         layers=len(catalog.layers),
         top_k=catalog.top_k,
-        context_bytes=kv,
         statistics=f"{curve.model} ({curve.policy}, {curve.tokens} tokens)",
         compute_gb_per_s={name: machine.compute[name] for name in active if name in machine.compute},
         drive_gb_per_s={str(depth): value for depth, value in machine.drive.items()},
@@ -167,8 +170,10 @@ def make_plan(catalog: ExpertCatalog, machine: Machine, curve: HitCurve, rams: S
     )
 
 
-def _row(catalog: ExpertCatalog, machine: Machine, curve: HitCurve, ram: int, pool: int, align: int) -> Row:
-    slots = sum(budget.slots_for(catalog, pool, align))
+def _row(catalog: ExpertCatalog, machine: Machine, curve: HitCurve, ram: int, fixed: int, wished: int) -> Row:
+    gguf = catalog.gguf
+    context = budget.default_context(wished, context_bytes(gguf, budget.SMALL_CONTEXT), ram - fixed)
+    slots = sum(budget.slots_for(catalog, ram - fixed - context_bytes(gguf, context), ALIGN))
     capacity = min(1.0, slots / catalog.total_experts)
     hit_rate = curve.at(capacity)
     slowest = min(machine.compute.values())
@@ -181,6 +186,7 @@ def _row(catalog: ExpertCatalog, machine: Machine, curve: HitCurve, ram: int, po
     read = per_token / machine.read_rate(missed * planes) / 1e9
     return Row(
         ram_bytes=ram,
+        context=context,
         slots=slots,
         capacity=capacity,
         hit_rate=hit_rate,

@@ -24,7 +24,10 @@ Layout = Annotated[
     typer.Option("--layout", help="Of the weights: plain (the file's), repacked (fast kernels), or auto."),
 ]
 NPredict = Annotated[int, typer.Option("-n", "--n-predict", help="Tokens to make; -1: until the end.")]
-CtxSize = Annotated[int | None, typer.Option("-c", "--ctx-size", help="Context in tokens.")]
+CtxSize = Annotated[
+    int | None,
+    typer.Option("-c", "--ctx-size", help="Context in tokens (4096, or what the budget allows)."),
+]
 Ubatch = Annotated[int, typer.Option("-ub", "--ubatch-size", help="Prompt tokens evaluated at once.")]
 Threads = Annotated[int | None, typer.Option("-t", "--threads", help="Compute threads.")]
 Temp = Annotated[float, typer.Option("--temp", help="Temperature; 0 is greedy.")]

@@ -65,13 +65,23 @@ def plan(
     )
     console.print(f"hit rates of {made.statistics}; smallest --ram {format_bytes(made.least_ram_bytes)}")
     table = Table(box=None, pad_edge=False)
-    for title in ("--ram", "slots", "hit rate", "read/token", "compute", "reads", "tokens/s", "bound"):
+    for title in (
+        "--ram",
+        "context",
+        "slots",
+        "hit rate",
+        "read/token",
+        "compute",
+        "reads",
+        "tokens/s",
+        "bound",
+    ):
         table.add_column(title, justify="left" if title == "bound" else "right")
     for row in made.rows:
         table.add_row(
-            format_bytes(row.ram_bytes), f"{row.slots} ({row.capacity:.0%})", f"{row.hit_rate:.1%}",
-            format_bytes(row.read_bytes), f"{row.compute_ms:.1f} ms", f"{row.read_ms:.1f} ms",
-            f"{row.tokens_per_s:.1f}", row.bound,
+            format_bytes(row.ram_bytes), str(row.context), f"{row.slots} ({row.capacity:.0%})",
+            f"{row.hit_rate:.1%}", format_bytes(row.read_bytes), f"{row.compute_ms:.1f} ms",
+            f"{row.read_ms:.1f} ms", f"{row.tokens_per_s:.1f}", row.bound,
         )  # fmt: skip
     console.print(table)
     console.print(f"recommended: {made.recommendation}", markup=False)
