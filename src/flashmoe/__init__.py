@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from flashmoe.api import load
     from flashmoe.conversation import Conversation
     from flashmoe.engines.base import Sampling
+    from flashmoe.integrity import Verdict, verify
     from flashmoe.model import Model
 
-__all__ = ["Conversation", "FlashMoEError", "Model", "Sampling", "load"]
+__all__ = ["Conversation", "FlashMoEError", "Model", "Sampling", "Verdict", "load", "verify"]
 
 try:
     __version__ = version("flashmoe-ssd")
@@ -39,4 +40,8 @@ def __getattr__(name: str) -> Any:
         from flashmoe.engines.base import Sampling
 
         return Sampling
+    if name in ("Verdict", "verify"):
+        from flashmoe import integrity
+
+        return getattr(integrity, name)
     raise AttributeError(f"module 'flashmoe' has no attribute {name!r}")

@@ -35,6 +35,7 @@ from flashmoe.storage.disk import tune
 from flashmoe.storage.gguf import read_gguf
 from flashmoe.storage.pack import find_pack
 from flashmoe.storage.reader import ExpertReader
+from flashmoe.storage.sums import FirstReads, needed_sums
 from flashmoe.units import parse_bytes
 
 DEFAULT_UBATCH = 512  # llama.cpp's own
@@ -58,6 +59,7 @@ def load(
     trace: bool = False,
     sequences: int = 1,
     save_cache: bool | str | Path = False,
+    verify: bool = False,
     progress: Progress | None = None,
     library: Library | None = None,
 ) -> Model:
@@ -80,6 +82,8 @@ def load(
     save_cache: keep which experts are resident, and what the policy and the predictors have learned, when the model is
         closed, and go on from there at the next start: in the user's cache folder, or in a file. Off by default: with
         `table` the file holds the ids of tokens that were used.
+    verify: compare every slice of an expert with its checksum (`flashmoe.verify`) when it is first read; one that
+        differs is a ReadError.
     library: a llama.cpp library to use unproven (default: the one that is found, proven once by `flashmoe.probe`).
 
     Raises ModelError, BudgetError, PolicyError, LibraryError and UsageError, each saying what to do.
@@ -102,6 +106,7 @@ def load(
         )
     with ExitStack() as stack:
         pack = find_pack(catalog) if layout != PLAIN else None
+        sums = needed_sums(catalog, pack.sums(catalog) if pack else {}) if verify else None
         reader = ExpertReader([*catalog.gguf.files, pack.path] if pack else catalog.gguf.files)
         stack.callback(reader.close)
         tune(reader, catalog.read_bytes)
@@ -123,6 +128,8 @@ def load(
         )
         stack.callback(loaded.close)
         catalog = pack.apply(loaded.catalog, reader.files) if pack else loaded.catalog
+        if sums:
+            reader.check(FirstReads(catalog, [file.path for file in reader.files], sums))
         aside = reader.set_aside(catalog.largest_placed) if catalog.largest_placed else 0
         _compile(evict, catalog, ranking=bool(save_cache))
         predictors = _bind(predictors, catalog, limit if prefetch == "auto" else 0)

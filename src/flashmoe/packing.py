@@ -51,4 +51,4 @@ def _usable(catalog: ExpertCatalog, files: list[DirectFile], progress: Progress)
             file.close()
     except ModelError:
         return None
-    return pack if pack.is_whole(catalog, lambda done: progress("check", done, pack.size)) else None
+    return None if pack.damaged(catalog, lambda done: progress("check", done, pack.size)) else pack

@@ -211,13 +211,13 @@ def test_any_damaged_expert_is_found_by_its_checksum(model: Path, library: None)
     whole = pack.path.read_bytes()
     catalog = catalog_of(model)
     done: list[int] = []
-    assert pack.is_whole(catalog, done.append)
+    assert pack.damaged(catalog, done.append) == []
     assert done == sorted(done)
-    for layer, expert, plane, offset in pack_module._slices(catalog, pack):
+    for plane, expert, offset in list(pack_module._slices(catalog, pack))[::7]:
         data = bytearray(whole)
-        data[offset + (layer + expert) % plane.nbytes] ^= 1
+        data[offset + 7 * expert % plane.nbytes] ^= 1
         pack.path.write_bytes(data)
-        assert not pack.is_whole(catalog, lambda _: None), (layer, expert, plane.tensor.name)
+        assert pack.damaged(catalog, lambda _: None) == [(plane.tensor.name, expert)]
 
 
 def test_nothing_to_pack(tiny: Tiny, tmp_path: Path, library: None) -> None:

@@ -109,6 +109,7 @@ def _measure_pool(job: Job) -> dict[str, Any]:
         layout=job.layout,
         library=open_library(Path(job.library)),
         save_cache=job.save_cache or False,
+        verify=job.verify,
         **options,
     )
     loaded = time.perf_counter() - started

@@ -108,6 +108,7 @@ class _Runner:
                 "routing": plan.routing,
                 "page_cache": "cold" if plan.cold else "warm",
                 "seed": plan.seed,
+                "verify": plan.verify,
             },
             "notes": notes,
             "rows": rows,
@@ -151,6 +152,7 @@ class _Runner:
             threads=plan.threads or _physical_cores(),
             trace=self._trace,
             trace_start=plan.seed,
+            verify=plan.verify,
         )
 
     def _measure_size(self, size: Size, files: OpponentFiles) -> list[dict[str, Any]]:

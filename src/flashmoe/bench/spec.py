@@ -56,6 +56,7 @@ class Job:
     trace: str | None = None
     trace_start: int = 0
     save_cache: str | None = None
+    verify: bool = False
     idle: float = 0.0  # seconds between loading and the prompt
 
     def to_json(self) -> str:
@@ -103,6 +104,7 @@ class Plan:
     cold: bool = True
     allow_busy: bool = False
     seed: int = 0
+    verify: bool = False
     timeout: float = 1800.0
     library: Path | None = field(default=None)  # to use unproven; default: the one that is found and proven
 

@@ -10,7 +10,7 @@ import warnings
 import typer
 
 from flashmoe import __version__
-from flashmoe.cli import bench, chat, doctor, pack, plan, run, serve, simulate, trace, train
+from flashmoe.cli import bench, chat, doctor, pack, plan, run, serve, simulate, trace, train, verify
 from flashmoe.cli.progress import print_error, stderr_console
 from flashmoe.errors import FlashMoEError, FlashMoEWarning
 
@@ -26,6 +26,7 @@ app.command("run")(run.run)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("pack")(pack.pack)
+app.command("verify")(verify.verify)
 app.command("doctor")(doctor.doctor)
 app.command("plan")(plan.plan)
 app.command("simulate")(simulate.simulate)

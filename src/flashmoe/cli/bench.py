@@ -23,6 +23,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from flashmoe.bench.spec import NO_OPPONENT, Plan, cache_sizes, ram_sizes, split_list
+from flashmoe.cli import options
 from flashmoe.cli.progress import stderr_console
 from flashmoe.cli.report import write_json
 from flashmoe.errors import UsageError
@@ -94,6 +95,7 @@ def run(
     seed: Annotated[
         int, typer.Option("-s", "--seed", help="Seed of the tokens; the first token of a trace.")
     ] = 0,
+    verify: options.Verify = False,
     allow_busy: Annotated[
         bool, typer.Option("--allow-busy", help="Report even if other programs were running.")
     ] = False,
@@ -131,6 +133,7 @@ def run(
         cold=page_cache == "cold",
         allow_busy=allow_busy,
         seed=seed,
+        verify=verify,
     )
     if plot_file:
         from flashmoe.bench.plot import draw

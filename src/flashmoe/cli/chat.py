@@ -39,6 +39,7 @@ def chat(
     min_p: options.MinP = _SAMPLING.min_p,
     seed: options.Seed = None,
     save_cache: options.SaveCache = False,
+    verify: options.Verify = False,
     trace: options.Trace = None,
     json_file: options.Json = None,
     quiet: options.Quiet = False,
@@ -65,6 +66,7 @@ def chat(
             threads=threads,
             trace=trace is not None,
             save_cache=save_cache,
+            verify=verify,
             progress=user.progress.update,
         )
     with loaded:

@@ -41,6 +41,10 @@ SaveCache = Annotated[
         "--save-cache", help="Keep what the cache holds at the end; the next start goes on from it."
     ),
 ]
+Verify = Annotated[
+    bool,
+    typer.Option("--verify", help="Compare experts with their checksums (flashmoe verify) when first read."),
+]
 Trace = Annotated[Path | None, typer.Option("--trace", help="Record the routing to a .safetensors file.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the report to a file.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Nothing but the text.")]

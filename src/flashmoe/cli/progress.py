@@ -12,6 +12,7 @@ _TITLES = {
     "prefill": "reading the prompt",
     "pack": "packing experts",
     "check": "checking the pack",
+    "verify": "hashing experts",
 }
 
 

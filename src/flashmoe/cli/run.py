@@ -38,6 +38,7 @@ def run(
     min_p: options.MinP = _SAMPLING.min_p,
     seed: options.Seed = None,
     save_cache: options.SaveCache = False,
+    verify: options.Verify = False,
     trace: options.Trace = None,
     json_file: options.Json = None,
     quiet: options.Quiet = False,
@@ -61,6 +62,7 @@ def run(
             threads=threads,
             trace=trace is not None,
             save_cache=save_cache,
+            verify=verify,
             progress=progress.update,
         )
         with loaded:

@@ -42,6 +42,7 @@ def serve(
     ubatch: options.Ubatch = 512,
     threads: options.Threads = None,
     save_cache: options.SaveCache = False,
+    verify: options.Verify = False,
 ) -> None:
     """Serve a model to OpenAI's clients."""
     try:
@@ -73,6 +74,7 @@ def serve(
                 sequences=parallel,
                 progress=progress.update,
                 save_cache=save_cache,
+                verify=verify,
             )
         with loaded:
             name = loaded.catalog.gguf.files[0].stem

@@ -6,6 +6,7 @@ long arrays (vocabularies) are stepped over, not built. Format: ggml's docs/gguf
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import struct
@@ -125,6 +126,15 @@ class Part:
     metadata: dict[str, Any] = field(default_factory=dict)
     key_spans: dict[str, tuple[int, int]] = field(default_factory=dict)
     tensors: list[TensorInfo] = field(default_factory=list)
+
+
+def header_digest(gguf: GGUF) -> str:
+    """Tells a model from others by its files' headers and sizes, not by its weights. Raises OSError."""
+    digest = hashlib.sha256()
+    for part in gguf.parts:
+        with open(part.path, "rb") as file:
+            digest.update(file.read(part.data_offset) + struct.pack("<Q", part.size))
+    return digest.hexdigest()
 
 
 class _Header:

@@ -1,6 +1,6 @@
 """Pack files: a copy of a model's experts in the layouts that the engine's kernels want on this processor.
 
-MODEL.flashpack, beside MODEL.gguf: magic, header (JSON), a CRC-32 for every expert of every layer, the experts, each
+MODEL.flashpack, beside MODEL.gguf: magic, header (JSON), a checksum (storage.sums) for every slice, the experts, each
 one's repacked planes one after the other, in whole pages. Planes that the engine does not repack stay in the model.
 
 Layouts depend on the processor and on the engine's build, and no name for them is to be trusted: a pack fits if some of
@@ -9,13 +9,11 @@ its experts are what the engine makes of the model's, byte for byte.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import struct
 import tempfile
-import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -27,10 +25,11 @@ from numpy.typing import NDArray
 from flashmoe.errors import FlashMoEError, ModelError
 from flashmoe.storage.catalog import ExpertCatalog, Plane
 from flashmoe.storage.direct import DirectFile
-from flashmoe.storage.gguf import GGUF
+from flashmoe.storage.gguf import GGUF, header_digest
+from flashmoe.storage.sums import Slice, Sums, checksum, differences, no_sums, take_sums
 from flashmoe.units import format_bytes
 
-_MAGIC = b"flashmoe pack 1\n"
+_MAGIC = b"flashmoe pack 2\n"
 _PAGE = 4096
 _SAMPLES = 8  # experts that are compared before a pack is used
 _SPARE = 256 << 20  # of disk space, left free
@@ -44,7 +43,7 @@ class Pack:
 
     path: Path
     planes: Mapping[str, tuple[int, int]]
-    checksums: int  # offset of the table, uint32 [layers, experts]
+    checksums: int  # offset of the table, uint64 for every slice, in the order of the file
     size: int
 
     def apply(self, catalog: ExpertCatalog, files: Sequence[DirectFile]) -> ExpertCatalog:
@@ -75,21 +74,30 @@ class Pack:
         files[-1].read_exact(found.ctypes.data, offset + expert * stride, found.nbytes)
         return np.array_equal(found, _repacked(plane, expert, files[plane.file]))
 
-    def is_whole(self, catalog: ExpertCatalog, progress: Callable[[int], None]) -> bool:
-        """Compare every expert with its checksum; `progress` gets the bytes done, of `size`. Raises ReadError."""
+    def sums(self, catalog: ExpertCatalog) -> Sums:
+        """The checksums of the slices that are in the pack. Raises ReadError."""
+        slices = list(_slices(catalog, self))
+        table = np.empty(len(slices), np.uint64)
         file = DirectFile(self.path)
         try:
-            table = np.empty(_table_shape(catalog), np.uint32)
             file.read_exact(table.ctypes.data, self.checksums, table.nbytes)
-            found = np.zeros_like(table)
-            for layer, expert, plane, offset in _slices(catalog, self):
-                data = np.empty(plane.nbytes, np.uint8)
-                file.read_exact(data.ctypes.data, offset, data.nbytes)
-                found[layer, expert] = zlib.crc32(data.data, int(found[layer, expert]))
-                progress(offset)
         finally:
             file.close()
-        return np.array_equal(found, table)
+        sums = {name: array for name, array in no_sums(catalog).items() if name in self.planes}
+        for (plane, expert, _), known in zip(slices, table, strict=True):
+            sums[plane.tensor.name][expert] = known
+        return sums
+
+    def damaged(self, catalog: ExpertCatalog, progress: Callable[[int], None]) -> list[tuple[str, int]]:
+        """(tensor, expert) of slices that are not as they were written; `progress` gets the bytes done, of `size`.
+
+        Raises ReadError.
+        """
+        expected = self.sums(catalog)
+        found = {name: np.zeros_like(array) for name, array in expected.items()}
+        slices = (Slice(p.tensor.name, e, 0, offset, p.nbytes) for p, e, offset in _slices(catalog, self))
+        take_sums([self.path], slices, found, progress)
+        return differences(found, expected)
 
 
 def pack_path(gguf: GGUF) -> Path:
@@ -109,7 +117,7 @@ def find_pack(catalog: ExpertCatalog) -> Pack | None:
             header = json.loads(file.read(length))
             source, names = str(header["source"]), [str(name) for name in header["planes"]]
         pack = _plan(path, catalog, set(names), len(head) + length)
-        mine = source == _digest(catalog.gguf)
+        mine = source == header_digest(catalog.gguf)
         if mine and path.stat().st_size != pack.size:
             raise ValueError
     except FileNotFoundError:
@@ -138,7 +146,7 @@ def write_pack(
         raise ModelError(
             f"{catalog.gguf.files[0]}: nothing to pack: on this processor llama.cpp uses the layouts of this file"
         )
-    header = json.dumps({"source": _digest(catalog.gguf), "planes": sorted(names)}).encode()
+    header = json.dumps({"source": header_digest(catalog.gguf), "planes": sorted(names)}).encode()
     header = _MAGIC + struct.pack("<I", len(header)) + header
     pack = _plan(path, catalog, names, len(header))
     part: str | None = None
@@ -148,16 +156,16 @@ def write_pack(
         handle, part = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")
         with os.fdopen(handle, "wb") as file:
             file.write(header)
-            table = np.zeros(_table_shape(catalog), np.uint32)
-            for layer, expert, plane, offset in _slices(catalog, pack):
+            table = []
+            for plane, expert, offset in _slices(catalog, pack):
                 data = _repacked(plane, expert, files[plane.file])
-                table[layer, expert] = zlib.crc32(data.data, int(table[layer, expert]))
+                table.append(checksum(data.ctypes.data, data.nbytes))
                 file.seek(offset)
                 file.write(data.data)
                 progress(offset, pack.size)
             file.truncate(pack.size)
             file.seek(pack.checksums)
-            file.write(table.tobytes())
+            file.write(np.array(table, np.uint64).tobytes())
             file.flush()
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -175,14 +183,14 @@ def write_pack(
     return pack
 
 
-def _slices(catalog: ExpertCatalog, pack: Pack) -> Iterator[tuple[int, int, Plane, int]]:
-    """(layer, expert, plane, offset) of everything in a pack, in the order of the file."""
-    for i, layer in enumerate(catalog.layers):
+def _slices(catalog: ExpertCatalog, pack: Pack) -> Iterator[tuple[Plane, int, int]]:
+    """(plane, expert, offset) of everything in a pack, in the order of the file."""
+    for layer in catalog.layers:
         planes = [p for p in layer.planes if p.tensor.name in pack.planes]
         for expert in range(layer.n_experts):
             for plane in planes:
                 offset, stride = pack.planes[plane.tensor.name]
-                yield i, expert, plane, offset + expert * stride
+                yield plane, expert, offset + expert * stride
 
 
 def _samples(catalog: ExpertCatalog) -> Iterator[tuple[Plane, int]]:
@@ -204,12 +212,12 @@ def _repacked(plane: Plane, expert: int, file: DirectFile) -> Bytes:
 
 def _plan(path: Path, catalog: ExpertCatalog, names: Collection[str], header: int) -> Pack:
     """Where everything is in a pack of the planes `names` behind a header of that many bytes."""
-    layers, experts = _table_shape(catalog)
     checksums = _pages(header)
-    offset = checksums + _pages(4 * layers * experts)
+    chosen_of = [[p for p in layer.planes if p.tensor.name in names] for layer in catalog.layers]
+    slices = sum(len(chosen) * x.n_experts for chosen, x in zip(chosen_of, catalog.layers, strict=True))
+    offset = checksums + _pages(8 * slices)
     planes = {}
-    for layer in catalog.layers:
-        chosen = [p for p in layer.planes if p.tensor.name in names]
+    for chosen, layer in zip(chosen_of, catalog.layers, strict=True):
         stride, start = sum(_pages(p.nbytes) for p in chosen), offset
         for plane in chosen:
             planes[plane.tensor.name] = start, stride
@@ -220,16 +228,3 @@ def _plan(path: Path, catalog: ExpertCatalog, names: Collection[str], header: in
 
 def _pages(nbytes: int) -> int:
     return -(-nbytes // _PAGE) * _PAGE
-
-
-def _table_shape(catalog: ExpertCatalog) -> tuple[int, int]:
-    return len(catalog.layers), catalog.n_experts
-
-
-def _digest(gguf: GGUF) -> str:
-    """Tells the model from others by its files' headers and sizes; its weights are sampled besides."""
-    digest = hashlib.sha256()
-    for part in gguf.parts:
-        with open(part.path, "rb") as file:
-            digest.update(file.read(part.data_offset) + struct.pack("<Q", part.size))
-    return digest.hexdigest()

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from mmap import PAGESIZE
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from flashmoe.storage.memory import reserve_huge
 __all__ = ["ExpertReader", "Read", "Ticket"]
 
 PATIENCE = 30.0  # seconds without an answer after which a drive counts as hanging
+_CHECKED_DEPTH = 8  # reads under way
 _LAST_LOOK = 1.0  # seconds; this process may have been stopped meanwhile, not the drive
 
 # Readers closed while their drive hung, with the memory that it may still write to: kept for good
@@ -28,6 +29,10 @@ _ABANDONED: list[ExpertReader] = []
 # that one is placed while others run
 _ASIDE_BYTES = 5 << 20
 _LEAST_ASIDE, _MOST_ASIDE = 4, 32
+
+
+#: Looks at the bytes of a read, which are at an address: what is wrong with them.
+Check = Callable[[Read, int], ReadError | None]
 
 
 class Ticket:
@@ -70,6 +75,7 @@ class ExpertReader:
         self._aside: list[int] = []  # addresses of free buffers
         self._kept = 0  # of them, for demand reads
         self._lent: dict[int, tuple[int, int]] = {}  # read under way -> its buffer, where in it the bytes go
+        self._check: Check | None = None
 
     def keep(self, memory: object) -> None:
         """Memory that reads go to: it lives as long as the reader, and longer where a read never ends."""
@@ -90,6 +96,14 @@ class ExpertReader:
         self._aside = [start + i * size for i in range(count)]
         self._kept = count // 4
         return count * size
+
+    def check(self, check: Check) -> None:
+        """Let `check` see the bytes of every read before anybody uses them; call it after `tune`.
+
+        Reads are whole planes from here on, and few enough at once that some end while others run: a drive may answer
+        all that it was asked together, and would have nothing to read while their bytes are checked.
+        """
+        self._check, self._depth = check, min(self._depth, _CHECKED_DEPTH)
 
     def tune(self, depth: int, chunk: int) -> None:
         """Keep at most `depth` reads under way, of `chunk` bytes each (0: as long as they come). See storage.disk."""
@@ -175,7 +189,7 @@ class ExpertReader:
         )
 
     def _submit(self, reads: Sequence[Read], queue: deque[tuple[Ticket, Read]]) -> Ticket:
-        if self._chunk:
+        if self._chunk and not self._check:
             reads = [piece for read in reads for piece in ([read] if read.place else self._pieces(read))]
         ticket = Ticket(reads)
         with self._lock:
@@ -234,11 +248,14 @@ class ExpertReader:
             self._heard = time.monotonic()
         self._urgent.difference_update(number for number, *_ in ended)
         for number, ticket, read, error in ended:
-            if read.place:
-                self._pump()  # the drive goes on while bytes are placed
-                buffer, address = self._lent.pop(number)
-                if not error and number not in self._given_up:
+            buffer, address = self._lent.pop(number, (0, read.address))
+            if buffer or self._check:
+                self._pump()  # the drive goes on meanwhile
+            if not error and number not in self._given_up:
+                error = self._check(read, address) if self._check else None
+                if read.place and not error:
                     read.place(address, read.address)
+            if buffer:
                 self._aside.append(buffer)
             self._given_up.pop(number, None)
             ticket.pending -= 1

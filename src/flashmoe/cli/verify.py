@@ -1,0 +1,57 @@
+"""`flashmoe verify`: are a model's experts still what they were?"""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flashmoe.cli import options
+from flashmoe.cli.progress import LoadProgress, stderr_console
+from flashmoe.errors import ModelError
+from flashmoe.units import format_bytes
+
+
+def verify(
+    model: options.Model,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Hash a model's experts once; from then on, compare them with what they were.
+
+    The checksums are kept in MODEL.flashsums beside the model; `--verify` of other commands compares with them, too.
+    A pack (`flashmoe pack`) is compared with its own. Exit status 1 where something differs.
+    """
+    from flashmoe.integrity import verify as verify_model
+
+    console = stderr_console(quiet)
+    with LoadProgress(console) if console.is_terminal else nullcontext() as progress:
+        verdict = verify_model(model, progress.update if progress else lambda stage, done, total: None)
+    if as_json:
+        typer.echo(json.dumps(verdict.as_dict(), indent=1))
+    rate = f"{format_bytes(verdict.bytes)} in {verdict.seconds:.1f} s"
+    if verdict.damaged:
+        raise ModelError(_damage(verdict.model, verdict.damaged, "get the model again"))
+    if verdict.pack and verdict.pack_damaged:
+        raise ModelError(
+            _damage(verdict.pack, verdict.pack_damaged, "make it again with `flashmoe pack MODEL`")
+        )
+    if verdict.written:
+        console.print(
+            f"{verdict.sums}: checksums of {verdict.experts} experts written ({rate}); run with --verify to compare "
+            "each when it is first read", highlight=False,
+        )  # fmt: skip
+    else:
+        also = " and its pack" if verdict.pack else ""
+        console.print(
+            f"{verdict.model}{also}: all {verdict.experts} experts are as they were ({rate})", highlight=False
+        )
+
+
+def _damage(path: Path, damaged: tuple[tuple[int, int, str], ...], then: str) -> str:
+    layer, expert, name = damaged[0]
+    more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+    return f"{path}: expert {expert} of layer {layer} ({name}){more} is not what it was; check the drive, and {then}"

@@ -1,0 +1,176 @@
+"""Checksums of expert slices (XXH3, 64 bits): taken once, compared when a slice is first read.
+
+MODEL.flashsums, beside MODEL.gguf: a .safetensors file with uint64 [experts] for every expert tensor; its metadata says
+which model it is of. A pack file has the checksums of its slices in itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save
+from xxhash import xxh3_64_intdigest
+
+from flashmoe.errors import FlashMoEError, ModelError, ReadError, UsageError
+from flashmoe.storage.aio import Read
+from flashmoe.storage.arrays import read_safetensors
+from flashmoe.storage.catalog import MAX_EXPERTS, ExpertCatalog, Plane
+from flashmoe.storage.files import write_atomically
+from flashmoe.storage.gguf import GGUF, header_digest
+from flashmoe.storage.reader import ExpertReader
+
+_FORMAT = "1"
+
+#: Checksum of every expert's slice, uint64 [experts], by the tensor's name.
+Sums = Mapping[str, NDArray[np.uint64]]
+
+
+class Slice(NamedTuple):
+    """One expert's part of a tensor: `nbytes` at `offset` of file number `file`."""
+
+    tensor: str
+    expert: int
+    file: int
+    offset: int
+    nbytes: int
+
+
+def slices_of(catalog: ExpertCatalog) -> Iterator[Slice]:
+    """Every slice of a model, tensor by tensor."""
+    for layer in catalog.layers:
+        for p in layer.planes:
+            for expert in range(layer.n_experts):
+                yield Slice(p.tensor.name, expert, p.file, p.offset + expert * p.stride, p.nbytes)
+
+
+def no_sums(catalog: ExpertCatalog) -> dict[str, NDArray[np.uint64]]:
+    """Zeros, of the shape of a model's checksums."""
+    return {p.tensor.name: np.zeros(x.n_experts, np.uint64) for x in catalog.layers for p in x.planes}
+
+
+def checksum(address: int, nbytes: int) -> int:
+    """XXH3 of memory."""
+    return xxh3_64_intdigest((ctypes.c_char * nbytes).from_address(address))
+
+
+def take_sums(
+    files: Sequence[Path], slices: Iterable[Slice], sums: Sums, progress: Callable[[int], None]
+) -> None:
+    """Read slices and put their checksums into `sums`; `progress` gets the bytes done so far. Raises ReadError."""
+    todo = list(slices)
+    reader = ExpertReader(files)
+    try:
+        reader.set_aside(max(s.nbytes for s in todo))
+
+        def note(source: int, number: int) -> None:
+            s = todo[number]
+            sums[s.tensor][s.expert] = checksum(source, s.nbytes)
+
+        done = 0
+        for _, group in groupby(enumerate(todo), lambda item: item[1].tensor):
+            reads = [Read(s.file, s.offset, s.nbytes, number, note) for number, s in group]
+            reader.wait(reader.demand(reads))
+            done += sum(read.nbytes for read in reads)
+            progress(done)
+    finally:
+        reader.close()
+
+
+def differences(found: Sums, expected: Sums) -> list[tuple[str, int]]:
+    """(tensor, expert) of the slices whose checksums differ."""
+    return [(name, int(e)) for name in found for e in np.flatnonzero(found[name] != expected[name])]
+
+
+def sums_path(gguf: GGUF) -> Path:
+    """Where a model's checksums are: beside its first file."""
+    return gguf.files[0].with_suffix(".flashsums")
+
+
+def find_sums(catalog: ExpertCatalog) -> Sums | None:
+    """The model's checksums, if they have been taken. Raises ModelError for a file that is damaged or another's."""
+    path = sums_path(catalog.gguf)
+    try:
+        metadata, sums = read_safetensors(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        raise ModelError(f"{path}: damaged; delete it, and run `flashmoe verify MODEL`") from None
+    shape = {name: (array.shape, array.dtype) for name, array in sums.items()}
+    mine = {name: (array.shape, array.dtype) for name, array in no_sums(catalog).items()}
+    if metadata != _metadata(catalog) or shape != mine:
+        raise ModelError(
+            f"{path}: of another model than {catalog.gguf.files[0].name}; delete it, and run `flashmoe verify MODEL`"
+        )
+    return sums
+
+
+def write_sums(catalog: ExpertCatalog, sums: Sums) -> None:
+    """Write a model's checksums, whole or not at all. Raises FlashMoEError where they cannot be written."""
+    path = sums_path(catalog.gguf)
+    try:
+        write_atomically(path, save(dict(sums), _metadata(catalog)))
+    except OSError as error:
+        raise FlashMoEError(
+            f"{path}: cannot be written ({error.strerror}); checksums lie beside their model: "
+            "make room, or copy or link the model to a folder where you may write"
+        ) from None
+
+
+def _metadata(catalog: ExpertCatalog) -> dict[str, str]:
+    router = catalog.identity.get("router_sha256", "")
+    return {"flashmoe_sums": _FORMAT, "header_sha256": header_digest(catalog.gguf), "router_sha256": router}
+
+
+def needed_sums(catalog: ExpertCatalog, packed: Sums) -> Sums:
+    """Checksums of every slice that a session reads: `packed` of what lies in a pack file, the model's of the rest.
+
+    Raises UsageError where they have not been taken, ModelError where they cannot be used.
+    """
+    if all(p.tensor.name in packed for layer in catalog.layers for p in layer.planes):
+        return packed
+    sums = find_sums(catalog)
+    if sums is None:
+        name = catalog.gguf.files[0]
+        raise UsageError(f"{name}: no checksums to compare with; take them once with `flashmoe verify MODEL`")
+    return {**sums, **packed}
+
+
+class FirstReads:
+    """Compares every slice with its checksum when it is read for the first time: a check for ExpertReader."""
+
+    def __init__(self, catalog: ExpertCatalog, files: Sequence[Path], sums: Sums) -> None:
+        """`files`: by number, as the catalog's planes name them; what is beyond the model's own is a pack."""
+        self._planes = [(i, p, sums[p.tensor.name]) for i, x in enumerate(catalog.layers) for p in x.planes]
+        self._files, self._packs = files, files[len(catalog.gguf.files) :]
+        #: (file, offset) of a slice that has not been seen -> number of its plane and expert
+        self._unseen = {
+            (p.file, p.offset + expert * p.stride): MAX_EXPERTS * number + expert
+            for number, (_, p, known) in enumerate(self._planes)
+            for expert in range(len(known))
+        }
+
+    def __call__(self, read: Read, address: int) -> ReadError | None:
+        """What is wrong with the bytes of a read, which are at `address`."""
+        found = self._unseen.pop((read.file, read.offset), None)
+        if found is None:
+            return None
+        number, expert = divmod(found, MAX_EXPERTS)
+        layer, plane, sums = self._planes[number]
+        if checksum(address, read.nbytes) == int(sums[expert]):
+            return None
+        self._unseen[read.file, read.offset] = found
+        return ReadError(self._message(layer, plane, expert))
+
+    def _message(self, layer: int, plane: Plane, expert: int) -> str:
+        path = self._files[plane.file]
+        then = "make it again with `flashmoe pack MODEL`" if path in self._packs else "get the model again"
+        return (
+            f"{path}: expert {expert} of layer {layer} ({plane.tensor.name}) is damaged: "
+            f"its checksum is not what it was; check the drive, and {then}"
+        )
