@@ -241,9 +241,10 @@ def _bind(predictors: Sequence[Predictor], catalog: ExpertCatalog, limit: int) -
     Raises PredictorError.
     """
     most = MOST_FOR_PREDICTING * limit if limit else float("inf")
-    predictors = [p for p in predictors if p.least_bytes <= most]
     for predictor in predictors:
         predictor.check_model(catalog.identity)
+        if limit:
+            predictor.restrict(int(most))
         predictor.bind(len(catalog.layers), catalog.n_experts, catalog.top_k)
     return [p for p in predictors if p.nbytes <= most]
 

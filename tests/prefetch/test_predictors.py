@@ -229,6 +229,14 @@ def test_table_looks_only_at_layers_that_have_spoken() -> None:
             assert c == 0 or (layer >= 0 and target >= AHEAD[c])
 
 
+@pytest.mark.parametrize("most", [60_000, 100_000, 1_000_000])
+def test_table_takes_no_more_than_it_is_given(most: int) -> None:
+    predictor = Table()
+    predictor.restrict(most)
+    predictor.bind(LAYERS, EXPERTS, K)
+    assert 0.9 * min(most, Table().memory) < predictor.nbytes <= most
+
+
 def test_table_keeps_to_its_memory_and_prefers_frequent_tokens() -> None:
     predictor = Table(memory=64 * LAYERS * EXPERTS)
     predictor.bind(LAYERS, EXPERTS, K)

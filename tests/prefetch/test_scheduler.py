@@ -24,7 +24,7 @@ class Scripted(Predictor):
     def __init__(self, guess: Any) -> None:
         super().__init__()
         self._guess = guess
-        self.predicted = 0
+        self.predicted = self.learned = 0
         self.bind(LAYERS, EXPERTS, TOP_K)
 
     def make_state(self, n_layers: int, n_experts: int, top_k: int) -> None:
@@ -37,7 +37,7 @@ class Scripted(Predictor):
         self.token = token
 
     def observe(self, layer: int, ids: Int32) -> None:
-        pass
+        self.learned += 1
 
     def observe_many(self, layer: int, ids: Int32, tokens: Int32) -> None:
         self.seen = layer, ids.tolist(), tokens.tolist()
@@ -111,6 +111,19 @@ def test_auto_goes_on_to_the_next_predictor() -> None:
     assert cache.asked[-1] == (LAYERS - 1, right(39, LAYERS - 1)) or set(cache.asked[-1][1]) == set(
         right(39, LAYERS - 1)
     )
+
+
+def test_auto_teaches_the_others_until_one_has_proved_itself() -> None:
+    first, second = Scripted(right), Scripted(right)
+    decode(Prefetcher([first, second], Wishes()), range(40))  # type: ignore[arg-type]
+    assert 0 < second.learned < first.learned == 40 * LAYERS
+    first, second = Scripted(wrong), Scripted(right)
+    prefetcher = Prefetcher([first, second], Wishes())  # type: ignore[arg-type]
+    prefetcher.begin_step([7, 8])
+    prefetcher.routed_many(0, np.zeros((2, TOP_K), np.int32))
+    assert second.seen == (0, [[0] * TOP_K] * 2, [7, 8])
+    decode(prefetcher, range(40))
+    assert 0 < first.learned < second.learned == 40 * LAYERS
 
 
 def test_a_predictor_that_becomes_right_is_used_again() -> None:

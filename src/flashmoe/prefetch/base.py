@@ -38,8 +38,6 @@ class Predictor:
     """
 
     name: ClassVar[str] = ""
-    #: Memory it takes in any model, in bytes: known before `bind` spends it.
-    least_bytes: ClassVar[int] = 0
 
     def __init__(self) -> None:
         self.n_layers = self.n_experts = self.top_k = 0
@@ -85,6 +83,9 @@ class Predictor:
     def see(self, layer: int, hidden: Float32) -> None:
         """The input of a layer's router for the token of this step, float32 [n], before `observe`; only from
         engines that can show it. The memory is valid until the next call of any method."""
+
+    def restrict(self, nbytes: int) -> None:
+        """Before `bind`: take no more memory than this, where that can be chosen (see `nbytes`)."""
 
     def check_model(self, model: Mapping[str, Any]) -> None:
         """Raise PredictorError where it was trained for another model than this identity says."""

@@ -80,11 +80,11 @@ class Prefetcher:
     """Feeds a predictor with the routing and prefetches what it is sure enough of while single tokens are decoded.
 
     Given several predictors (`auto`), it keeps the first that is worth asking on this text, and tries them in turn
-    until one is; when none is, it hardly asks any more.
+    until one is; when none is, it hardly asks any more. Until one has proved itself those after it learn as well.
     """
 
     def __init__(self, predictors: Sequence[Predictor], cache: ExpertCache) -> None:
-        self._predictors, self._cache = predictors, cache
+        self._predictors, self._cache = list(predictors), cache
         residency = cache.policy.residency
         self._slot_of, self._used, self._n_experts = (
             residency.slot_of,
@@ -98,6 +98,7 @@ class Prefetcher:
         self._made = [(0, 0)] * self._layers  # guesses for a layer, and those worth a read
         self._tokens: Int32 = np.zeros(0, np.int32)
         self._active = 0
+        self._learning = self._predictors
         self._start()
 
     def _start(self) -> None:
@@ -128,16 +129,19 @@ class Prefetcher:
         self._step += 1
         if self._step % _TRIAL == 0:
             self._judge()
-        self.predictor.begin_step(tokens[0])
+        for predictor in self._learning:
+            predictor.begin_step(tokens[0])
         self._guess(-1)
 
     def routed_many(self, layer: int, ids: Int32) -> None:
         """The router of a layer has picked `ids`, int32 [tokens, k], for a micro-batch of a prompt."""
-        self.predictor.observe_many(layer, ids, self._tokens[-len(ids) :])
+        for predictor in self._learning:
+            predictor.observe_many(layer, ids, self._tokens[-len(ids) :])
 
     def routed(self, layer: int, ids: Int32) -> None:
         """The router of a layer has picked `ids`, int32 [k], for the present token."""
-        self.predictor.observe(layer, ids)
+        for predictor in self._learning:
+            predictor.observe(layer, ids)
         found, worth = self._made[layer]
         if found:
             self._made[layer] = 0, 0
@@ -167,8 +171,10 @@ class Prefetcher:
         self._right = 0
         if useful:
             self._asleep = False
+            self._learning = [self.predictor]
         elif self._active + 1 < len(self._predictors):
             self._active += 1
+            self._learning = self._predictors[self._active :]
             self._start()
         else:
             self._asleep = True

@@ -302,17 +302,21 @@ class Table(TextPredictor):
     table (rows of L * E bytes, taken as tokens come)."""
 
     name: ClassVar[str] = "table"
-    least_bytes: ClassVar[int] = 32 << 20
 
     def __init__(
         self,
         file: str | Path | None = None,
         trained: PredictorFile | None = None,
-        memory: int = least_bytes,
+        memory: int = 32 << 20,
     ) -> None:
         super().__init__()
         self.trained = PredictorFile.load(file, self.name) if file is not None else trained
         self.memory = memory
+        self._most: float = np.inf
+
+    def restrict(self, nbytes: int) -> None:
+        """See Predictor: fewer tokens are known."""
+        self._most = nbytes
 
     def check_model(self, model: Mapping[str, Any]) -> None:
         """See Predictor."""
@@ -321,7 +325,10 @@ class Table(TextPredictor):
 
     def make_state(self, n_layers: int, n_experts: int, top_k: int) -> TableState:
         """See Predictor."""
-        rows = min(max(self.memory // (n_layers * n_experts), 2 * PROBES), 1 << 17)
+        least = cold(n_layers, n_experts, top_k, 2 * PROBES)
+        row = least.counts[0].nbytes + least.row[:, 0].nbytes
+        memory = min(self.memory, self._most - sum(array.nbytes for array in least) + 2 * PROBES * row)
+        rows = min(max(int(memory // row), 2 * PROBES), 1 << 17)
         compiled = cold(1, 1, 1, 2 * PROBES)  # so that the first token does not wait for the compiler
         watch_text(compiled, np.zeros((1, 1, 1), np.int32), np.zeros(1, np.int32), np.ones(1, np.uint8), 0)
         begin(compiled, 0)
