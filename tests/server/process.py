@@ -8,9 +8,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from openai import OpenAI
 
@@ -18,10 +19,16 @@ from openai import OpenAI
 class ServerProcess:
     """`flashmoe serve MODEL ARGUMENTS` on a free port; `url` is its address."""
 
-    def __init__(self, model: Path | str, *arguments: object, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        model: Path | str,
+        *arguments: object,
+        env: Mapping[str, str] | None = None,
+        program: Sequence[str] = ("-m", "flashmoe.cli"),
+    ) -> None:
         options = ["--port", 0, "-t", 1, *arguments]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "flashmoe.cli", "serve", str(model), *map(str, options)],
+            [sys.executable, *program, "serve", str(model), *map(str, options)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -73,11 +80,9 @@ class ServerProcess:
 
 
 @contextmanager
-def serving(
-    model: Path | str, *arguments: object, env: Mapping[str, str] | None = None
-) -> Iterator[ServerProcess]:
+def serving(model: Path | str, *arguments: object, **options: Any) -> Iterator[ServerProcess]:
     """A server as long as the block lasts; it must end without a fault of its own."""
-    server = ServerProcess(model, *arguments, env=env)
+    server = ServerProcess(model, *arguments, **options)
     try:
         yield server
     finally:

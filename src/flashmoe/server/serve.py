@@ -14,6 +14,7 @@ import uvicorn
 from flashmoe.errors import UsageError
 from flashmoe.model import Model
 from flashmoe.server.app import make_app
+from flashmoe.server.patience import PatientProtocol
 from flashmoe.server.scheduler import Scheduler
 
 GRACE_SECONDS = 30.0  # for running requests, when the server is told to end
@@ -76,6 +77,7 @@ def serve(
         app.router.on_startup.append(started)
         config = uvicorn.Config(
             app,
+            http=PatientProtocol,
             log_level="warning",
             access_log=False,
             server_header=False,
