@@ -77,6 +77,10 @@ def test_map_and_chat(browser: Any, server: ServerProcess, scheme: str) -> None:
         assert "tokens" in page.inner_text("#log .figures")
         for tile in ("speed", "hits", "drive", "memory"):
             until(lambda tile=tile: re.fullmatch(r"[\d.]+", page.inner_text(f"#{tile} .value")))
+        rates = page.locator("#against b")
+        until(lambda: all(re.fullmatch(r"[\d.]+ %", text) for text in rates.all_inner_texts()))
+        lru, cache, belady = (float(text.split()[0]) for text in rates.all_inner_texts())
+        assert 0 < max(lru, cache) <= belady <= 100
         assert "experts are in memory" in page.get_attribute("#map", "aria-label")
         page.click("#new")
         assert page.locator("#log .assistant").count() == 0

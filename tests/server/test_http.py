@@ -176,8 +176,30 @@ def test_hang_up_frees_the_work_at_once(guarded: ServerProcess) -> None:
     assert 'flashmoe_requests_total{outcome="cancelled"} 2.0' in metrics(guarded, KEY)
 
 
+def test_hang_up_while_the_prompt_is_read(tool_model: Path) -> None:
+    """The rest of the prompt, and the prompts behind it, are never evaluated."""
+    prompts = [[(7 * i + n) % 250 + 5 for i in range(500)] for n in range(8)]
+    with serving(tool_model, "--cache", "20%", "--parallel", 1, "-ub", 2) as server:
+        connection = connect(server)
+        body = json.dumps({"prompt": prompts, "max_tokens": 1})
+        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        while not (read := prefilled(server)):
+            pass
+        connection.close()
+        wait_for_idle(server)
+        assert read <= prefilled(server) < sum(map(len, prompts))
+        assert 'flashmoe_requests_total{outcome="cancelled"} 8.0' in metrics(server)
+        with server.client() as client:
+            assert client.completions.create(model="any", **BODY).usage
+
+
+def prefilled(server: ServerProcess) -> int:
+    """Tokens of prompts evaluated so far."""
+    return int(httpx.get(f"{server.url}/flashmoe/live").json()["prefill"]["tokens"])
+
+
 def test_hang_ups_at_random(server: ServerProcess, client: OpenAI) -> None:
-    hang_up_at_random(server, 24, 8)
+    hang_up_at_random(server, 200, 16)
     wait_for_idle(server)
     assert client.completions.create(model="any", **BODY).usage
 
@@ -199,12 +221,31 @@ def test_metrics_and_their_dashboard(server: ServerProcess, client: OpenAI) -> N
     client.completions.create(model="any", **BODY)
     text = metrics(server)
     assert float(re.findall(r'flashmoe_tokens_total{phase="decode"} (\S+)', text)[0]) > 0
+    assert float(re.findall(r"\nflashmoe_memory_resident_bytes (\S+)", text)[0]) > 1e7
     assert float(re.findall(r'flashmoe_requests_total{outcome="length"} (\S+)', text)[0]) > 0
     names = {line.split("{")[0].split(" ")[0] for line in text.splitlines() if not line.startswith("#")}
+    names.add("flashmoe_recent_hit_rate")  # once there was enough to compare
     dashboard = json.loads((DOCS / "grafana-dashboard.json").read_text())
     used = set(re.findall(r"flashmoe_\w+", json.dumps([p["targets"] for p in dashboard["panels"]])))
     assert used
     assert used <= names
+
+
+def test_hit_rate_is_compared_while_somebody_looks(server: ServerProcess, client: OpenAI) -> None:
+    """The first look begins it; once enough was decoded there are three figures, in frames and in the metrics."""
+    with httpx.stream("GET", f"{server.url}/flashmoe/live/stream?hz=5") as stream:
+        for line in stream.iter_lines():
+            if not line:
+                continue
+            compared = json.loads(line.removeprefix("data: "))["compared"]
+            if compared:
+                break
+            client.completions.create(model="any", prompt="The moon", max_tokens=40, logit_bias={"0": -100})
+    assert compared["tokens"] > 0
+    assert 0 < compared["lru"] < compared["belady"]
+    assert 0 < compared["hit_rate"] <= compared["belady"]
+    rates = dict(re.findall(r'flashmoe_recent_hit_rate\{of="(\w+)"\} (\S+)', metrics(server)))
+    assert set(rates) == {"cache", "lru", "belady"}
 
 
 def test_live_stream_sees_a_generation(server: ServerProcess, client: OpenAI) -> None:
@@ -242,6 +283,23 @@ def test_end_in_order(tool_model: Path) -> None:
         rest = response.read().decode()
         assert '"finish_reason": "length"' in rest
         assert rest.rstrip().endswith("data: [DONE]")
+        connection.close()
+        assert server.wait() == 0
+
+
+def test_end_of_what_takes_too_long(tool_model: Path) -> None:
+    """After the time of grace a stream is told why it ends."""
+    impatient = "import flashmoe.cli as c, flashmoe.server.serve as s; s.serve.__kwdefaults__['grace'] = 0.1; c.main()"
+    with serving(tool_model, "--cache", "20%", program=("-c", impatient)) as server:
+        connection = connect(server)
+        body = {"prompt": "The sea", "max_tokens": 500, "stream": True, "logit_bias": {"0": -100}}
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        while b"text" not in response.readline():
+            pass
+        server.send_signal(signal.SIGTERM)
+        last = response.read().decode().split("data: ")[-1]
+        assert json.loads(last)["error"]["message"] == "the server is shutting down"
         connection.close()
         assert server.wait() == 0
 

@@ -56,11 +56,13 @@ def serve(
     from flashmoe.server.security import is_loopback
     from flashmoe.server.serve import listen
     from flashmoe.server.serve import serve as run_server
+    from flashmoe.simulate.recent import compile_replays
 
     console = stderr_console(False)
     key = api_key or os.environ.get(KEY_VARIABLE) or None
     with listen(host, port) as sock:
         with LoadProgress(console) as progress:
+            compile_replays()
             loaded = load(
                 model,
                 ram=ram,

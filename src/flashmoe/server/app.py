@@ -16,6 +16,8 @@ from starlette.middleware.cors import CORSMiddleware
 from flashmoe import __version__
 from flashmoe.errors import FlashMoEError, ModelError, ReadError, UsageError
 from flashmoe.server import openai
+from flashmoe.server.audience import Audience
+from flashmoe.server.comparing import Comparing
 from flashmoe.server.completions import completions
 from flashmoe.server.conversation import Preparer
 from flashmoe.server.live import live_routes
@@ -49,9 +51,11 @@ def make_app(
         middleware=[crossing, guard] if cors else [guard],
     )
     app.include_router(completions(scheduler, Preparer(scheduler.model.engine), name))
-    app.include_router(live_routes(scheduler))
+    audience = Audience(scheduler.model.engine)
+    comparing = Comparing(scheduler.model, audience)
+    app.include_router(live_routes(scheduler, audience, comparing))
     app.include_router(page_routes())
-    metrics = Metrics(scheduler)
+    metrics = Metrics(scheduler, comparing)
     card = {"id": name, "object": "model", "created": 0, "owned_by": "flashmoe"}
 
     @app.get("/v1/models")

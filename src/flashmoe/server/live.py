@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 
 from flashmoe.budget import status_bytes
 from flashmoe.cache.expert_cache import CacheStats
+from flashmoe.server.audience import Audience
+from flashmoe.server.comparing import Comparing
 from flashmoe.server.scheduler import Scheduler
 from flashmoe.storage.disk import read_ceiling
 
@@ -47,8 +49,9 @@ class Activity:
 class Live:
     """Frames of what a scheduler's model is doing."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, audience: Audience, comparing: Comparing) -> None:
         self._scheduler, self._model = scheduler, scheduler.model
+        self._audience, self._comparing = audience, comparing
         self._activity = Activity(self._model.cache.policy.residency.slot_of)
         self._watchers, self._lock = 0, threading.Lock()
 
@@ -81,7 +84,7 @@ class Live:
         if since is not None:
             cells |= (self._activity.used > since) * np.uint8(USED)
             cells |= (self._activity.missed > since) * np.uint8(MISSED)
-        prefetcher = model.prefetcher
+        prefetcher, compared = model.prefetcher, self._comparing.look()
         return {
             "time": time.time(),
             "tick": tick,
@@ -89,6 +92,7 @@ class Live:
                 model.telemetry.prefill.tokens, model.telemetry.prefill.seconds, stats["prefill"]
             ),
             "decode": _phase(model.telemetry.decode.tokens, model.telemetry.decode.seconds, stats["decode"]),
+            "compared": compared.as_dict() if compared else None,
             "prefetch": prefetcher.predictor.name if prefetcher else "",
             "memory": {"resident_bytes": status_bytes("VmRSS"), "peak_bytes": status_bytes("VmHWM")},
             "requests": {"running": self._scheduler.running, "waiting": self._scheduler.waiting},
@@ -109,8 +113,11 @@ class Live:
 
     def _watch(self, change: int) -> None:
         with self._lock:
-            self._watchers += change
-            self._model.engine.record(self._activity if self._watchers else None)
+            before, self._watchers = self._watchers, self._watchers + change
+            if not before:
+                self._audience.join(self._activity)
+            elif not self._watchers:
+                self._audience.leave(self._activity)
 
 
 def _phase(tokens: int, seconds: float, stats: CacheStats) -> dict[str, float]:
@@ -128,9 +135,9 @@ def _phase(tokens: int, seconds: float, stats: CacheStats) -> dict[str, float]:
     }
 
 
-def live_routes(scheduler: Scheduler) -> APIRouter:
+def live_routes(scheduler: Scheduler, audience: Audience, comparing: Comparing) -> APIRouter:
     """The routes."""
-    router, live = APIRouter(), Live(scheduler)
+    router, live = APIRouter(), Live(scheduler, audience, comparing)
 
     @router.get("/flashmoe/info")
     def info() -> dict[str, Any]:

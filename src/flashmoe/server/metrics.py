@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from flashmoe.budget import status_bytes
+from flashmoe.server.comparing import Comparing
 from flashmoe.server.scheduler import Job, Scheduler
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
@@ -17,8 +18,8 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 class _ModelCollector(Collector):
     """Reads the model's own counters when it is asked."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        self._scheduler = scheduler
+    def __init__(self, scheduler: Scheduler, comparing: Comparing) -> None:
+        self._scheduler, self._comparing = scheduler, comparing
 
     def collect(self) -> Iterable[Metric]:
         model, stats = self._scheduler.model, self._scheduler.model.cache.stats
@@ -68,6 +69,17 @@ class _ModelCollector(Collector):
             ("memory_peak_bytes", "The most that the process has taken.", status_bytes("VmHWM")),
         ):
             yield GaugeMetricFamily(f"flashmoe_{name}", text, gauge)
+        rate = GaugeMetricFamily(
+            "flashmoe_recent_hit_rate",
+            "Hit rate of decoding during the last minutes, prefetching aside: the cache's, and what replays of the "
+            "same requests have.",
+            labels=["of"],
+        )
+        if compared := self._comparing.look():
+            rate.add_metric(["cache"], compared.hit_rate)
+            rate.add_metric(["lru"], compared.lru)
+            rate.add_metric(["belady"], compared.belady)
+        yield rate
 
 
 class Metrics:
@@ -75,9 +87,9 @@ class Metrics:
 
     content_type = CONTENT_TYPE_LATEST
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, scheduler: Scheduler, comparing: Comparing) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_ModelCollector(scheduler))
+        self._registry.register(_ModelCollector(scheduler, comparing))
         self._requests = Counter(
             "flashmoe_requests", "Requests that ended, by how.", ["outcome"], registry=self._registry
         )

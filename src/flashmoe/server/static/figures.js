@@ -1,4 +1,4 @@
-// The tiles: tokens/s, hit rate, drive, memory, and where a token's time goes.
+// The tiles: tokens/s, hit rate, drive, memory, where a token's time goes, and hit rates that could have been.
 
 import { Counters } from "./counters.js";
 
@@ -26,7 +26,7 @@ function set(tile, value, note, unit) {
 export class Figures {
   #counters = new Counters();
   #tiles = Object.fromEntries(
-    ["speed", "hits", "drive", "memory", "time"].map((id) => [id, document.getElementById(id)]),
+    ["speed", "hits", "drive", "memory", "time", "against"].map((id) => [id, document.getElementById(id)]),
   );
 
   constructor(info) {
@@ -43,6 +43,7 @@ export class Figures {
     this.#drive();
     this.#memory(frame.memory);
     this.#time();
+    if (frame.compared) this.#against(frame.compared);
     const { running, waiting } = frame.requests;
     document.getElementById("requests").textContent = `${running} running, ${waiting} waiting`;
   }
@@ -109,6 +110,17 @@ export class Figures {
       label.push(`${name} ${text}`);
     }
     fill(tile, Object.values(parts).map((part) => part / seconds), label.join(", "));
+  }
+
+  #against({ tokens, seconds, hit_rate: cache, lru, belady }) {
+    const tile = this.#tiles.against;
+    const past = seconds < 90 ? `${seconds.toFixed(0)} s` : `${(seconds / 60).toFixed(0)} min`;
+    tile.querySelector(".span").textContent = `· ${tokens} tokens, ${past}`;
+    [lru, cache, belady].forEach((rate, i) => {
+      const row = tile.querySelectorAll("li")[i];
+      row.querySelector(".bar i").style.width = `${100 * rate}%`;
+      row.querySelector("b").textContent = `${(100 * rate).toFixed(1)} %`;
+    });
   }
 }
 

@@ -1,0 +1,64 @@
+"""The hit rate of the last minutes against LRU's and Belady's: replayed in the background while somebody asks."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from flashmoe.model import Model
+from flashmoe.server.audience import Audience
+from flashmoe.simulate.recent import Comparison, RecentSteps, compare
+
+EVERY_SECONDS = 10.0  # between two comparisons, at least
+WANTED_SECONDS = 60.0  # after it was last asked for
+SHARE = 0.005  # of a core, while a comparison is under way
+
+
+class Comparing:
+    """Notes what is routed and compares, from the first `look` to a minute after the last one.
+
+    The thread has the priority of all others: it holds Python's lock, which the engine's thread needs, while it works.
+    It works for a few milliseconds and then rests 200 times as long.
+    """
+
+    def __init__(self, model: Model, audience: Audience) -> None:
+        self._model, self._audience = model, audience
+        self._quota = model.cache.policy.residency.quota.copy()  # before a prompt borrows from it
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._wanted_until = 0.0
+        self._latest: Comparison | None = None
+
+    def look(self) -> Comparison | None:
+        """The latest comparison, None where there is none yet; it is kept up to date for a minute."""
+        with self._lock:
+            self._wanted_until = time.monotonic() + WANTED_SECONDS
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="flashmoe-comparing", daemon=True)
+                self._thread.start()
+            return self._latest
+
+    def _run(self) -> None:
+        steps = RecentSteps(self._model.cache, self._model.catalog.top_k)
+        self._audience.join(steps)
+        seen = None
+        while self._wanted():
+            blocks = steps.blocks()
+            if not blocks or blocks[-1] is seen:
+                time.sleep(1)
+                continue
+            seen = blocks[-1]
+            began = time.thread_time()
+            for found in compare(blocks, self._quota):
+                time.sleep((time.thread_time() - began) / SHARE)
+                self._latest = found or self._latest
+                began = time.thread_time()
+            time.sleep(EVERY_SECONDS)
+        self._audience.leave(steps)
+
+    def _wanted(self) -> bool:
+        with self._lock:
+            if time.monotonic() < self._wanted_until:
+                return True
+            self._thread = self._latest = None
+            return False

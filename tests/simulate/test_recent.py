@@ -1,0 +1,107 @@
+"""Hit rates of the last steps: the runtime's own count, and replays that start where it was."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import flashmoe
+from flashmoe import Model
+from flashmoe.cache.policies import create
+from flashmoe.cache.residency import check_residency, make_residency
+from flashmoe.engines.base import Sampling
+from flashmoe.simulate import recent
+from flashmoe.simulate.recent import BLOCK, Block, Comparison, RecentSteps, compare
+from flashmoe.simulate.replay import replay
+from tests.simulate.traces import made_up
+
+PROMPT = "The history of the lighthouse begins with fires that were lit on the hills above the sea."
+
+
+def generate(model: Model, n: int, seed: int) -> None:
+    for _ in model.generate(PROMPT, max_tokens=n, sampling=Sampling(temperature=3, top_k=0, seed=seed)):
+        pass
+
+
+def result(blocks: list[Block], quota: np.ndarray) -> Comparison:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recent, "PIECE", 1000)
+        *pieces, found = compare(blocks, quota)
+    assert len(pieces) > 3
+    assert not any(pieces)
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("prefetch", ["none", "gate"])
+def test_replay_is_the_runtime(demo: Path, prefetch: str) -> None:
+    """From an empty pool on, LRU's replay has the very hits of a runtime with LRU, prompts between them or not."""
+    with flashmoe.load(demo, cache="25%", policy="lru", prefetch=prefetch, threads=1) as model:
+        steps = RecentSteps(model.cache, model.catalog.top_k)
+        quota = model.cache.policy.residency.quota.copy()
+        model.engine.record(steps)
+        for seed in range(3):
+            generate(model, 60, seed)
+        found = result(steps.blocks(), quota)
+    assert found.tokens > 3 * BLOCK
+    assert found.hit_rate == found.lru
+    assert found.lru < found.belady < 1
+
+
+def test_from_the_experts_that_were_there(demo: Path) -> None:
+    """A ring that has forgotten its beginning starts from what was resident, and the oracle is still the best."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recent, "IDS", 100 * 8 * 4)
+        with flashmoe.load(demo, cache="25%", policy="lfu", prefetch="none", threads=1) as model:
+            steps = RecentSteps(model.cache, model.catalog.top_k)
+            quota = model.cache.policy.residency.quota.copy()
+            model.engine.record(steps)
+            generate(model, 400, 1)
+            blocks = steps.blocks()
+            assert sum(block.trace.n_tokens for block in blocks) <= 100
+            assert (blocks[0].resident.sum(axis=1) == quota).all()
+            found = result(blocks, quota)
+    assert found.tokens == 3 * BLOCK
+    assert found.belady > max(found.hit_rate, found.lru)
+
+
+def test_pieces_change_nothing() -> None:
+    """The figures of the simulator in one go."""
+    trace = made_up(tokens=300, layers=3, experts=16, k=2, seed=1)
+    quota = np.full(3, 5, np.int32)
+    found = result([Block(0.0, np.zeros((3, 16), np.bool_), trace, 0, 0)], quota)
+    for name, rate in (("lru", found.lru), ("belady", found.belady)):
+        assert rate == replay(trace, create(name), int(quota.sum())).hit_rate
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    prompts=st.lists(st.tuples(st.integers(2, 12), st.integers(1, 30)), min_size=1, max_size=8),
+    slots=st.integers(2, 15),
+    resident=st.integers(0, 2),
+)
+def test_nobody_beats_the_oracle(
+    seed: int, prompts: list[tuple[int, int]], slots: int, resident: int
+) -> None:
+    """Whatever prompts come between, and whatever was there: it has the most hits while decoding."""
+    sizes = [size for prompt, decoded in prompts for size in (prompt, *[1] * decoded)]
+    steps = np.repeat(np.arange(len(sizes)), sizes)
+    trace = made_up(tokens=len(steps), layers=2, experts=16, k=2, seed=seed)
+    trace = replace(trace, step=steps, phase=(np.array(sizes) > 1).astype(np.uint8)[steps])
+    there = np.zeros((2, 16), np.bool_)
+    there[:, :resident] = True
+    found = result([Block(0.0, there, trace, 0, 0)], np.full(2, slots, np.int32))
+    assert found.lru <= found.belady
+
+
+def test_pool_that_holds_some() -> None:
+    resident = np.random.default_rng(3).random((4, 9)) < 0.4
+    residency = recent._holding(make_residency(4, 9, np.full(4, 6, np.int32)), resident)
+    check_residency(residency)
+    assert ((residency.slot_of >= 0) == resident).all()
