@@ -17,6 +17,7 @@ from flashmoe.cache.policies import create
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.pool import SlotPool
 from flashmoe.cache.residency import make_residency
+from flashmoe.embedding import choose_pooling
 from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.loader import LoadedModel
@@ -58,6 +59,7 @@ def load(
     all_logits: bool = False,
     trace: bool = False,
     sequences: int = 1,
+    pooling: str = "none",
     save_cache: bool | str | Path = False,
     verify: bool = False,
     progress: Progress | None = None,
@@ -79,6 +81,8 @@ def load(
     threads: compute threads (default: physical cores). all_logits: keep the logits of every token, not the last only.
     trace: record which experts every token is routed to, see `Model.recorder`.
     sequences: prompts that can be continued in turns (see `Model.start`); each has a context of `n_ctx` tokens.
+    pooling: how `Model.embed` makes one vector of a text's tokens: "last", "mean", "cls", or "auto": as the file says.
+        It costs memory: every token of a micro-batch then has logits. "none": no embeddings.
     save_cache: keep which experts are resident, and what the policy and the predictors have learned, when the model is
         closed, and go on from there at the next start: in the user's cache folder, or in a file. Off by default: with
         `table` the file holds the ids of tokens that were used.
@@ -99,6 +103,7 @@ def load(
     predictors = create_predictors(prefetch)
     catalog = ExpertCatalog.from_gguf(read_gguf(resolve(model)))
     evict.check_model(catalog.identity)
+    pooling = choose_pooling(pooling, catalog.gguf)
     trained = catalog.gguf.arch_int("context_length", budget.DEFAULT_CONTEXT)
     if n_ctx is not None and n_ctx > trained:
         raise UsageError(
@@ -141,6 +146,7 @@ def load(
             threads=threads or psutil.cpu_count(logical=False) or 1,
             all_logits=all_logits,
             sequences=sequences,
+            pooling=pooling,
         )
         context = n_ctx or min(trained, budget.DEFAULT_CONTEXT)
         if limit and n_ctx is None:
@@ -208,7 +214,7 @@ def _measured(make: Callable[[], LlamaEngine]) -> tuple[LlamaEngine, int, int]:
     engine = make()
     taken = budget.status_bytes("VmData") - data
     touched = budget.status_bytes("RssAnon") - anonymous
-    return engine, taken, max(0, taken - touched)
+    return engine, taken, max(0, taken - touched) + engine.late_bytes
 
 
 def _fit(

@@ -8,8 +8,12 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from flashmoe import telemetry
 from flashmoe.cache.expert_cache import ExpertCache
+from flashmoe.embedding import Embedding, embedding_tokens
 from flashmoe.engines.base import Sampling
 from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.generation import Generation, Held, Reuse, Rule
@@ -127,8 +131,17 @@ class Model:
             held.number = self._prompts
         return self.engine.past(sequence)
 
-    def evaluate(self, tokens: Sequence[int], sequence: int = 0, *, decode: bool) -> None:
-        """Evaluate tokens of a prompt (at most a micro-batch), or with `decode` one that was made.
+    def embed(self, text: str | Sequence[int]) -> NDArray[np.float32]:
+        """The embedding of a text (or of token ids), float32 [n_embd], of length 1; see `pooling` of `load`.
+
+        Raises UsageError where the model was loaded without pooling, and for an empty or too long text.
+        """
+        return Embedding(self, embedding_tokens(self.engine, text)).run()
+
+    def evaluate(
+        self, tokens: Sequence[int], sequence: int = 0, *, decode: bool, embed: bool = False
+    ) -> None:
+        """Evaluate tokens of a prompt or a text (at most a micro-batch), or with `decode` one that was made.
 
         Raises what the engine's `decode` raises.
         """
@@ -137,7 +150,7 @@ class Model:
         faults = telemetry.major_faults()
         began = time.perf_counter()
         try:
-            self.engine.decode(tokens, sequence)
+            self.engine.decode(tokens, sequence, embed=embed)
         except BaseException:
             self.held[sequence].cut(self.engine.past(sequence))
             if self.recorder is not None:

@@ -42,7 +42,8 @@ def tool_model(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(tool_model: Path) -> Iterator[ServerProcess]:
-    with serving(tool_model, "--cache", "50%", "--parallel", 3, "--prefetch", "gate") as process:
+    options = ("--cache", "50%", "--parallel", 3, "--prefetch", "gate", "--pooling", "mean")
+    with serving(tool_model, *options) as process:
         yield process
 
 

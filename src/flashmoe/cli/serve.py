@@ -35,6 +35,12 @@ def serve(
         list[str] | None,
         typer.Option("--cors", help="Origin whose pages may ask, e.g. http://localhost:3000."),
     ] = None,
+    pooling: Annotated[
+        str,
+        typer.Option(
+            "--pooling", help="Embeddings: last, mean, cls, none, or auto: as the model's file says."
+        ),
+    ] = "auto",
     policy: options.Policy = None,
     prefetch: options.Prefetch = "auto",
     layout: options.Layout = AUTO,
@@ -74,6 +80,7 @@ def serve(
                 n_ubatch=ubatch,
                 threads=threads,
                 sequences=parallel,
+                pooling=pooling,
                 progress=progress.update,
                 save_cache=save_cache,
                 verify=verify,

@@ -20,6 +20,7 @@ from flashmoe.server.audience import Audience
 from flashmoe.server.comparing import Comparing
 from flashmoe.server.completions import completions
 from flashmoe.server.conversation import Preparer
+from flashmoe.server.embeddings import embeddings
 from flashmoe.server.live import live_routes
 from flashmoe.server.metrics import Metrics
 from flashmoe.server.page import page_routes
@@ -51,6 +52,7 @@ def make_app(
         middleware=[crossing, guard] if cors else [guard],
     )
     app.include_router(completions(scheduler, Preparer(scheduler.model.engine), name))
+    app.include_router(embeddings(scheduler, name))
     audience = Audience(scheduler.model.engine)
     comparing = Comparing(scheduler.model, audience)
     app.include_router(live_routes(scheduler, audience, comparing))

@@ -90,7 +90,7 @@ def completions(scheduler: Scheduler, preparer: Preparer, model: str) -> APIRout
     @router.post("/v1/completions")
     async def complete(body: CompletionRequest, request: Request) -> Response:
         """Continue a text, or each of several."""
-        prompts = _prompts(body.prompt)
+        prompts = each_text(body.prompt)
         if len(prompts) * (body.n or 1) > MOST_CHOICES:
             return JSONResponse(
                 openai.error(f"at most {MOST_CHOICES} choices in one request", "invalid_request_error", "n"),
@@ -187,7 +187,8 @@ def _event(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
 
 
-def _prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> Sequence[str | Sequence[int]]:
+def each_text(prompt: str | list[int] | list[str] | list[list[int]]) -> Sequence[str | Sequence[int]]:
+    """Of a request's one text or several."""
     if isinstance(prompt, str):
         return [prompt]
     if isinstance(prompt[0], int):

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from flashmoe.embedding import Embedding
 from flashmoe.engines.base import Sampling
 from flashmoe.errors import FlashMoEError
 from flashmoe.generation import Generation, Reuse, Rule, Token, check_prompt
@@ -60,7 +61,7 @@ class Use:
 
 @dataclass(eq=False)
 class Job:
-    """One prompt to continue. Times are of `time.perf_counter`, 0 where it has not happened."""
+    """One prompt to continue, or to embed. Times are of `time.perf_counter`, 0 where it has not happened."""
 
     prompt: Sequence[int]
     listener: Listener
@@ -68,7 +69,8 @@ class Job:
     sampling: Sampling = field(default_factory=Sampling)
     rules: Sequence[Rule] = ()
     logprobs: int | None = None
-    generation: Generation | None = None
+    embed: bool = False
+    generation: Generation | Embedding | None = None
     use: Use = field(default_factory=Use)
     outcome: str = ""  # "stop", "length", "cancelled" or "failed", when it has ended
     made: int = 0
@@ -180,6 +182,10 @@ class Scheduler:
         sequence = max(self._free, key=lambda s: held[s].common(job.prompt, engine.n_ubatch, Reuse.EXACT))
         self._free.remove(sequence)
         job.started = time.perf_counter()
+        self._running.append(job)
+        if job.embed:
+            job.generation = Embedding(self.model, job.prompt, sequence=sequence)
+            return
         job.generation = self.model.start(
             job.prompt,
             sequence=sequence,
@@ -189,7 +195,6 @@ class Scheduler:
             rules=job.rules,
             logprobs=job.logprobs,
         )
-        self._running.append(job)
 
     def _turn(self, job: Job) -> None:
         """One step of a job."""

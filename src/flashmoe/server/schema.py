@@ -13,6 +13,13 @@ _DEFAULTS = Sampling()  # those of `flashmoe run`
 
 Text = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+#: A text, its token ids, or several of either
+Texts = (
+    str
+    | Annotated[list[TokenId], Field(min_length=1)]
+    | Annotated[list[str], Field(min_length=1, max_length=64)]
+    | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=64)]
+)
 
 
 class SamplingFields(BaseModel):
@@ -128,12 +135,7 @@ class CompletionRequest(SamplingFields):
     """POST /v1/completions"""
 
     model: str | None = None
-    prompt: (
-        str
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[str], Field(min_length=1, max_length=64)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=64)]
-    )
+    prompt: Texts
     max_tokens: int | None = Field(16, ge=0)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -141,3 +143,12 @@ class CompletionRequest(SamplingFields):
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
     suffix: Literal[""] | None = None
+
+
+class EmbeddingRequest(BaseModel):
+    """POST /v1/embeddings"""
+
+    model: str | None = None
+    input: Texts
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(None, ge=1)

@@ -13,6 +13,8 @@ from flashmoe.engines.llamacpp import abi
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.errors import ModelError
 
+#: How the vectors of a text's tokens become one: llama.cpp's names and numbers.
+POOLING = {"none": 0, "mean": 1, "cls": 2, "last": 3}
 _PADDING = 256  # llama.cpp rounds the cells of a KV cache up to a multiple of this
 
 
@@ -34,6 +36,7 @@ class Context:
         callback: tuple[int, int] | None = None,
         all_logits: bool = False,
         sequences: int = 1,
+        pooling: str = "none",
     ) -> None:
         self._lib, self.n_ubatch, self._all_logits = lib, n_ubatch, all_logits
         params = lib.llama_context_default_params()
@@ -43,7 +46,9 @@ class Context:
             params.n_ctx = sequences * -(-n_ctx // _PADDING) * _PADDING
         params.n_threads = params.n_threads_batch = threads
         # sizes the output buffer, vocabulary x outputs; the library wants one for each sequence
-        params.n_outputs_max = max(n_ubatch if all_logits else 1, sequences)
+        every_token = all_logits or pooling != "none"
+        params.n_outputs_max = max(n_ubatch if every_token else 1, sequences)
+        params.pooling_type = POOLING[pooling]
         params.no_perf = True
         if callback:
             params.cb_eval, params.cb_eval_user_data = callback
@@ -58,6 +63,8 @@ class Context:
         self._memory = lib.llama_get_memory(self._pointer)
         self._vocab = lib.llama_model_get_vocab(model)
         self.n_vocab = int(lib.llama_vocab_n_tokens(self._vocab))
+        self.n_embd = int(lib.llama_model_n_embd_out(model))
+        self._embedding = False
         self._pool = None if lib.openmp else self._attach_threads(threads)
         self._window = lib.llama_model_n_swa(model)  # tokens that attention looks back; 0 for all
         #: Tokens in each sequence.
@@ -86,17 +93,20 @@ class Context:
         """The llama_context, for samplers."""
         return self._pointer
 
-    def decode(self, tokens: Sequence[int], sequence: int = 0) -> int:
+    def decode(self, tokens: Sequence[int], sequence: int = 0, *, embed: bool = False) -> int:
         """Evaluate up to n_ubatch tokens after those already in a sequence; the library's status, 0 is success.
 
-        `past` moves on in any case: after a failure call `rewind`.
+        `past` moves on in any case: after a failure call `rewind`. embed: for `embedding`.
         """
+        if embed != self._embedding:
+            self._lib.llama_set_embeddings(self._pointer, embed)
+            self._embedding = embed
         n, batch, past = len(tokens), self._batch, self.past[sequence]
         batch.n_tokens = n
         self._sequence[0] = sequence
         for i, token in enumerate(tokens):
             batch.token[i], batch.pos[i] = token, past + i
-            batch.logits[i] = int(self._all_logits or i == n - 1)
+            batch.logits[i] = int(self._all_logits or embed or i == n - 1)
         self.past[sequence] += n
         return int(self._lib.llama_decode(self._pointer, batch))
 
@@ -124,6 +134,11 @@ class Context:
         """The same in the engine's own memory: until the next evaluation; samplers see what is written into it."""
         address = self._lib.llama_get_logits_ith(self._pointer, index)
         return np.ctypeslib.as_array(address, (self.n_vocab,))
+
+    def embedding(self, sequence: int = 0) -> NDArray[np.float32]:
+        """What the pooling made of the tokens last evaluated with `embed`, float32 [n_embd]."""
+        address = self._lib.llama_get_embeddings_seq(self._pointer, sequence)
+        return np.ctypeslib.as_array(address, (self.n_embd,)).copy()
 
     def close(self) -> None:
         if self._pointer:

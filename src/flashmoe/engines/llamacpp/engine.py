@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes as C
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,7 @@ class LlamaEngine:
         threads: int,
         all_logits: bool = False,
         sequences: int = 1,
+        pooling: str = "none",
     ) -> None:
         assert model.pointer
         self._lib, self._model = lib, model
@@ -51,9 +53,16 @@ class LlamaEngine:
             callback=(self._hook.function, self._hook.data),
             all_logits=all_logits,
             sequences=sequences,
+            pooling=pooling,
         )
+        #: How `embedding` is made: one of context.POOLING.
+        self.pooling = pooling
+        self.n_embd = self._context.n_embd
+        #: What the outputs of an embedding's micro-batch will take when the first one comes.
+        self.late_bytes = 4 * n_ubatch * (self.n_vocab + self.n_embd) if pooling != "none" else 0
         self.n_ctx, self.n_ubatch, self.sequences = self._context.n_ctx, n_ubatch, sequences
-        self._uninspected = {True, False}  # graphs of one token and of several
+        #: Graphs: of one token or several, for embeddings or not
+        self._uninspected = set(product((True, False), repeat=2))
 
     def attach(self, pool: SlotPool, slots: Sequence[int], cache: ExpertCache) -> None:
         """Let the experts live in `pool`, of `slots[g]` slots in size group g, filled by `cache`."""
@@ -76,7 +85,7 @@ class LlamaEngine:
         """Tokens in a sequence."""
         return self._context.past[sequence]
 
-    def decode(self, tokens: Sequence[int], sequence: int = 0) -> None:
+    def decode(self, tokens: Sequence[int], sequence: int = 0, *, embed: bool = False) -> None:
         before = self._context.past[sequence]
         if before + len(tokens) > self.n_ctx:
             raise FlashMoEError(
@@ -84,21 +93,20 @@ class LlamaEngine:
             )
         if self._model.token_table is not None:
             self._model.token_table.fetch(tokens)
-        single = len(tokens) == 1
-        inspect = single in self._uninspected
-        self._hook.inspect(inspect)
+        graph = len(tokens) == 1, embed
+        self._hook.inspect(graph in self._uninspected)
         if self._hook.cache is not None:
             self._hook.cache.begin_step(len(tokens), self._model.catalog.top_k)
         if self._hook.prefetcher is not None:
             self._hook.prefetcher.begin_step(tokens)
         with self._hook.watch():
-            status = self._context.decode(tokens, sequence)
+            status = self._context.decode(tokens, sequence, embed=embed)
         if self._hook.error or status:
             self._context.rewind(before, sequence)
             raise self._hook.error or ModelError(
                 f"llama.cpp failed to evaluate {len(tokens)} tokens (status {status})"
             )
-        self._uninspected.discard(single)
+        self._uninspected.discard(graph)
 
     def interrupt(self, error: BaseException) -> None:
         """From another thread: end the evaluation under way, which takes its tokens back and raises `error`."""
@@ -110,6 +118,10 @@ class LlamaEngine:
 
     def live_logits(self) -> NDArray[np.float32]:
         return self._context.live_logits()
+
+    def embedding(self, sequence: int = 0) -> NDArray[np.float32]:
+        """Of the tokens last evaluated with `embed`, pooled, float32 [n_embd]."""
+        return self._context.embedding(sequence)
 
     def sampler(self, sampling: Sampling) -> Sampler:
         return Sampler(self._lib, self._context, sampling)

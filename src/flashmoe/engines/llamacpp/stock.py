@@ -32,6 +32,7 @@ class StockModel:
         threads: int,
         callback: tuple[int, int] | None = None,
         all_logits: bool = False,
+        pooling: str = "none",
     ) -> Context:
         """A context to evaluate tokens in; close it before the model. callback: cb_eval and its user data."""
         assert self._pointer
@@ -43,6 +44,7 @@ class StockModel:
             threads=threads,
             callback=callback,
             all_logits=all_logits,
+            pooling=pooling,
         )
 
     def close(self) -> None:
