@@ -2,7 +2,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint
+.PHONY: demo test lint docs
 
 demo: $(STAMP)
 	$(VENV)/bin/flashmoe run demo --cache 25% --temp 0 -n 96 --chat -p "What is a mixture of experts?"
@@ -14,6 +14,11 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(PYTHON) -m mypy
+
+# the documentation site, in site/; a link that leads nowhere is an error
+docs: $(STAMP)
+	$(PYTHON) scripts/cli_reference.py docs/reference/cli.md
+	$(VENV)/bin/zensical build --strict
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(PYTHON) || python3 -m venv $(VENV)
