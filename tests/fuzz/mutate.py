@@ -99,6 +99,13 @@ def safetensors(data: bytes, rng: random.Random) -> bytes:
     return struct.pack("<Q", len(header)) + header + data[8 + n :]
 
 
+def pack(data: bytes, rng: random.Random) -> bytes:
+    """A pack file with one part of its JSON header changed; the header's length is right."""
+    magic, n = data[:16], struct.unpack_from("<I", data, 16)[0]
+    header = json.dumps(leaf(json.loads(data[20 : 20 + n]), rng)).encode()
+    return magic + struct.pack("<I", len(header)) + header + data[20 + n :]
+
+
 def jsonl(data: bytes, rng: random.Random) -> bytes:
     """JSON lines with one part of one line changed."""
     lines = data.splitlines()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,17 @@ import numpy as np
 from flashmoe.cache.policies import create as create_policy
 from flashmoe.cache.pool import slot_bytes
 from flashmoe.cache.residency import equal_quota, make_residency
+from flashmoe.errors import FlashMoEError, FlashMoEWarning
 from flashmoe.prefetch import create as create_predictor
 from flashmoe.prefetch.files import PredictorFile
 from flashmoe.prefetch.table import Table
 from flashmoe.routing.files import read as read_trace
+from flashmoe.session import Session
 from flashmoe.storage.catalog import ExpertCatalog
+from flashmoe.storage.direct import DirectFile
 from flashmoe.storage.gguf import parse_part, read_gguf
+from flashmoe.storage.pack import find_pack, write_pack
+from flashmoe.storage.sums import find_sums, no_sums, write_sums
 from tests.fuzz import mutate
 from tests.learn.test_learned import untrained as untrained_policy
 from tests.models import make, split
@@ -88,6 +94,80 @@ def _predictor(kind: str, path: Path) -> None:
             predictor.observe(layer, ids[layer])
 
 
+def _session(path: Path) -> None:
+    """Go on from a session's file as the next one does, with kernels that use what it says."""
+    catalog = _catalog_beside(path)
+    layers, experts = len(catalog.layers), catalog.n_experts
+    policy, table = create_policy("arc"), Table(memory=1 << 12)
+    policy.bind(make_residency(layers, experts, [2] * layers))
+    table.bind(layers, experts, catalog.top_k)
+    try:
+        Session(path, catalog, policy, [table]).restore()
+    except FlashMoEWarning as warning:  # a cold start
+        raise FlashMoEError(str(warning)) from None
+    _use(policy, table, layers, experts)
+
+
+def _use(policy: Any, table: Table, layers: int, experts: int) -> None:
+    ids = made_up(6, layers, experts, TOP_K).expert_ids
+    policy.replay(ids)
+    out = np.zeros(experts, np.float32)
+    for t, row in enumerate(ids.astype(np.int32)):
+        table.begin_step(t)
+        for layer in range(layers):
+            table.predict(layer - 1, layer, out)
+            table.observe(layer, row[layer])
+
+
+def _catalog_beside(path: Path) -> ExpertCatalog:
+    return ExpertCatalog.from_gguf(read_gguf(path.with_suffix(".gguf")))
+
+
+def _placed(catalog: ExpertCatalog) -> ExpertCatalog:
+    """As if the engine repacked the first planes: their bytes stay as they are."""
+
+    def place(nbytes: int, source: int, slot: int) -> None:
+        ctypes.memmove(slot, source, nbytes)
+
+    first = [layer.planes[0] for layer in catalog.layers]
+    return catalog.placed({p.tensor.name: partial(place, p.nbytes) for p in first})
+
+
+def _pack(path: Path) -> None:
+    catalog = _placed(_catalog_beside(path))
+    pack = find_pack(catalog)
+    assert pack
+    files = [DirectFile(catalog.gguf.files[0]), DirectFile(path)]
+    try:
+        pack.apply(catalog, files)
+        pack.sums(catalog)
+    finally:
+        for file in files:
+            file.close()
+
+
+def _sums(path: Path) -> None:
+    assert find_sums(_catalog_beside(path))
+
+
+def _beside(model: Path) -> dict[str, bytes]:
+    """What lies beside a model: a session's file, a pack, checksums."""
+    catalog = _catalog_beside(model)
+    policy, table = create_policy("arc"), Table(memory=1 << 12)
+    layers, experts = len(catalog.layers), catalog.n_experts
+    policy.bind(make_residency(layers, experts, [2] * layers))
+    table.bind(layers, experts, catalog.top_k)
+    _use(policy, table, layers, experts)
+    Session(model.with_suffix(".safetensors"), catalog, policy, [table]).save()
+    file = DirectFile(model)
+    write_pack(_placed(catalog), [file], lambda *_: None)
+    file.close()
+    write_sums(catalog, no_sums(catalog))
+    return {
+        kind: model.with_suffix(kind).read_bytes() for kind in (".safetensors", ".flashpack", ".flashsums")
+    }
+
+
 def _saved(save: Callable[[Path], Any], folder: Path) -> bytes:
     path = folder / "saved.safetensors"
     save(path)
@@ -145,6 +225,12 @@ def targets(folder: Path) -> dict[str, Target]:
         made[f"policy {kind}"] = Target(
             "p.safetensors", policy(kind), lambda path, kind=kind: _policy(kind, path), mutate.safetensors, [0, 8]
         )  # fmt: skip
+    files, others = _beside(mixed), {"o.gguf": mixed.read_bytes()}
+    made["session"] = Target(
+        "o.safetensors", files[".safetensors"], _session, mutate.safetensors, [0, 8], others
+    )
+    made["pack"] = Target("o.flashpack", files[".flashpack"], _pack, mutate.pack, [16, 20], others)
+    made["checksums"] = Target("o.flashsums", files[".flashsums"], _sums, mutate.safetensors, [0, 8], others)
     table = Table(memory=1 << 12)
     table.bind(LAYERS, EXPERTS, TOP_K)
     table.learn_text(trace.expert_ids, np.arange(30) % 7, trace.starts())

@@ -19,7 +19,8 @@ from tests.fuzz.targets import Target, targets
 
 TITLES = (
     "gguf", "gguf, several quantisations", "gguf, first part", "trace", "trace, npz", "trace, plain npz",
-    "trace, jsonl", "policy flashmoe", "policy flashmoe+", "predictor promoe", "predictor table",
+    "trace, jsonl", "policy flashmoe", "policy flashmoe+", "session", "pack", "checksums", "predictor promoe",
+    "predictor table",
 )  # fmt: skip
 
 

@@ -32,6 +32,7 @@ from flashmoe.units import format_bytes
 _MAGIC = b"flashmoe pack 2\n"
 _PAGE = 4096
 _SAMPLES = 8  # experts that are compared before a pack is used
+_MOST_HEADER = 1 << 20
 _SPARE = 256 << 20  # of disk space, left free
 
 Bytes = NDArray[np.uint8]
@@ -114,6 +115,8 @@ def find_pack(catalog: ExpertCatalog) -> Pack | None:
             if not head.startswith(_MAGIC):
                 raise ValueError
             length = struct.unpack_from("<I", head, len(_MAGIC))[0]
+            if length > _MOST_HEADER:
+                raise ValueError
             header = json.loads(file.read(length))
             source, names = str(header["source"]), [str(name) for name in header["planes"]]
         pack = _plan(path, catalog, set(names), len(head) + length)
@@ -122,7 +125,7 @@ def find_pack(catalog: ExpertCatalog) -> Pack | None:
             raise ValueError
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, struct.error):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, struct.error):
         raise ModelError(f"{path}: damaged; make it again with `flashmoe pack MODEL`, or delete it") from None
     if not mine:
         raise ModelError(
