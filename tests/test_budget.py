@@ -118,6 +118,8 @@ def test_a_tight_budget_gets_a_smaller_context() -> None:
     made: list[int] = []
 
     class Context:
+        late_bytes = 0
+
         def __init__(self, n_ctx: int, n_ubatch: int) -> None:
             made.append(n_ctx)
             self._cells = np.ones((n_ctx, 128 << 10), np.uint8)

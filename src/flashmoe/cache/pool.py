@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +22,8 @@ from flashmoe.storage.catalog import ExpertCatalog, Plane
 from flashmoe.storage.memory import reserve_huge
 from flashmoe.storage.reader import ExpertReader, Read
 
-_PREFAULT_STEP = 32 << 20
+_PREFAULT_STEP = 2 << 20  # small: page faults of other threads may have to wait for its end
+_LEAST_PRIORITY = 19
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; not in Python's mmap module
 _TENSOR_ALIGNMENT = 32
 _CACHE_LINE = 64
@@ -115,6 +118,9 @@ class SlotPool:
         except AttributeError:
             return
         madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        if sys.platform == "linux":  # where a thread has a priority of its own
+            # compute threads spin for each other: one that has to give way to this thread stops them all
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LEAST_PRIORITY)
         # region by region in steps, all regions at the same pace: low slots are taken first
         done = 0
         while any(done < size for _, size in self._regions):
