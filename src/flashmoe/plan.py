@@ -127,12 +127,22 @@ def context_bytes(gguf: GGUF, tokens: int) -> int:
     return 2 * tokens * whole("block_count") * heads * width
 
 
-def make_plan(catalog: ExpertCatalog, machine: Machine, curve: HitCurve, rams: Sequence[int] = ()) -> Plan:
-    """The plan for budgets `rams` in bytes; without any, for what is least, quarters of the file, and all of it."""
+def make_plan(
+    catalog: ExpertCatalog,
+    machine: Machine,
+    curve: HitCurve,
+    rams: Sequence[int] = (),
+    n_ctx: int | None = None,
+) -> Plan:
+    """The plan for budgets `rams` in bytes; without any, for what is least, quarters of the file, and all of it.
+
+    n_ctx: tokens of context; without, what a run that is not told takes.
+    """
     gguf = catalog.gguf
-    wished = min(budget.DEFAULT_CONTEXT, gguf.arch_int("context_length", budget.DEFAULT_CONTEXT))
+    wished = n_ctx or min(budget.DEFAULT_CONTEXT, gguf.arch_int("context_length", budget.DEFAULT_CONTEXT))
+    small = n_ctx or min(wished, budget.SMALL_CONTEXT)
     fixed = catalog.dense_bytes + OVERHEAD_BYTES
-    least = fixed + context_bytes(gguf, min(wished, budget.SMALL_CONTEXT)) + budget.least_pool(catalog, ALIGN)
+    least = fixed + context_bytes(gguf, small) + budget.least_pool(catalog, ALIGN)
     whole = (
         fixed
         + context_bytes(gguf, wished)
@@ -143,7 +153,12 @@ def make_plan(catalog: ExpertCatalog, machine: Machine, curve: HitCurve, rams: S
     )
     shares = [int(share * gguf.size) for share in (0.25, 0.5, 0.75)]
     wanted = sorted({*(rams or [least, *(ram for ram in shares if least < ram < whole), whole])})
-    rows = [_row(catalog, machine, curve, ram, fixed, wished) for ram in wanted if ram >= least]
+
+    def context(left: int) -> int:
+        """Tokens of it, where so many bytes are left for it and the pool."""
+        return n_ctx or budget.default_context(wished, context_bytes(gguf, budget.SMALL_CONTEXT), left)
+
+    rows = [_row(catalog, machine, curve, ram, fixed, context(ram - fixed)) for ram in wanted if ram >= least]
     if not rows:
         raise BudgetError(str(budget.too_small(max(wanted), least)))
     active = active_bytes(catalog)
@@ -170,10 +185,10 @@ def make_plan(catalog: ExpertCatalog, machine: Machine, curve: HitCurve, rams: S
     )
 
 
-def _row(catalog: ExpertCatalog, machine: Machine, curve: HitCurve, ram: int, fixed: int, wished: int) -> Row:
-    gguf = catalog.gguf
-    context = budget.default_context(wished, context_bytes(gguf, budget.SMALL_CONTEXT), ram - fixed)
-    slots = sum(budget.slots_for(catalog, ram - fixed - context_bytes(gguf, context), ALIGN))
+def _row(
+    catalog: ExpertCatalog, machine: Machine, curve: HitCurve, ram: int, fixed: int, context: int
+) -> Row:
+    slots = sum(budget.slots_for(catalog, ram - fixed - context_bytes(catalog.gguf, context), ALIGN))
     capacity = min(1.0, slots / catalog.total_experts)
     hit_rate = curve.at(capacity)
     slowest = min(machine.compute.values())

@@ -27,6 +27,7 @@ def plan(
     place: Annotated[
         Path | None, typer.Option("--drive", help="Folder on the drive that a model on the hub would be on.")
     ] = None,
+    ctx_size: options.CtxSize = None,
     threads: options.Threads = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -52,7 +53,7 @@ def plan(
     cores = threads or psutil.cpu_count(logical=False) or 1
     drive = place or (catalog.gguf.files[0] if there else Path())
     machine = measure(catalog, open_library(find_library()), cores, drive)
-    made = make_plan(catalog, machine, curve, budgets)
+    made = make_plan(catalog, machine, curve, budgets, ctx_size)
     if as_json:
         typer.echo(json.dumps(asdict(made), indent=1))
         return
