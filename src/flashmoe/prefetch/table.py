@@ -55,6 +55,7 @@ PRIOR = 0.5  # weight of the usual frequency against one occurrence of a token
 PROMPT = 128  # last tokens of a micro-batch whose every choice is followed; those before are counted
 PROBES = 8  # rows of the token table that a token may take
 FULL = 255  # occurrences at which a row is halved
+_MOST_STEPS = 1 << 60
 
 
 class TableState(NamedTuple):
@@ -407,6 +408,10 @@ class Table(TextPredictor):
             if saved is None or not finite or saved.shape != own.shape or saved.dtype != own.dtype:
                 raise PredictorError(f"saved state does not fit predictor {self.name!r} ({name})")
             own[...] = saved
+        # shares, sums of squares and a clock: logarithms and roots are taken of them
+        shares = ((state.average >= 0) & (state.average < 2)).all()
+        if not shares or (state.weight[1] < 0).any() or not 0 <= state.now[2] <= _MOST_STEPS:
+            raise PredictorError(f"saved state of predictor {self.name!r} is damaged (average, weight, now)")
         if (state.picked < 0).any() or (state.picked[..., :-1] >= n_experts).any():
             raise PredictorError(f"saved state of predictor {self.name!r} is damaged (picked)")
         np.clip(state.picked, 0, max(n_experts - 1, state.picked.shape[2] - 1), out=state.picked)
