@@ -11,7 +11,7 @@ LAYOUTS = (AUTO, PLAIN, REPACKED) = ("auto", "plain", "repacked")
 PACKED = "packed"
 
 # Repacking what is read costs more than the faster kernels give back, unless most experts stay (docs/repacking.md)
-_PAYS_FROM = 0.6  # of the experts in memory
+_PAYS_FROM = 0.75  # of the experts in memory
 
 
 def check_layout(name: str) -> None:
