@@ -1,7 +1,8 @@
 """Belady's oracle for what counts while decoding: evict the expert that a decode step will ask for last.
 
 A prompt reads most experts anyhow, and its requests do not count here; what Belady would keep for their sake (see
-policies/belady.py) are hits lost to the tokens after it. Without prompts the two are the same.
+policies/belady.py) are hits lost to the tokens after it. Without prompts the two are the same. Like Belady's, it is the
+best within a layer's share; what layers lend each other around prompts is nobody's plan.
 """
 
 from __future__ import annotations
