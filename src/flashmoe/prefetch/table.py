@@ -423,7 +423,7 @@ class Table(TextPredictor):
             if token < 0:
                 continue
             at = find(state, token)
-            state.row[1, at], state.counts[at] = min(int(row[1, i]), FULL), count[i]
+            state.row[1, at], state.counts[at] = min(max(int(row[1, i]), 0), FULL), count[i]
         state.now[0] = -1
         for layer in range(n_layers):
             describe(state, layer)
