@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashmoe.errors import ModelError, TraceError
+from flashmoe.prefetch import PredictorError
+from flashmoe.prefetch.table import Table
 from flashmoe.routing.files import read
 from flashmoe.storage.gguf import MAX_HEADER, parse_part
 from tests.conftest import Tiny
@@ -84,3 +86,22 @@ def test_an_archive_that_inflates(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "t.npz", expert_ids=np.zeros((1 << 25, 1, 1), np.int16))
     with pytest.raises(TraceError, match="bytes in a file of"):
         read(tmp_path / "t.npz")
+
+
+def test_a_table_whose_numbers_have_no_logarithm() -> None:
+    """Found by changing sessions: kernels divided by zero."""
+    table = Table(memory=1 << 12)
+    table.bind(2, 8, 2)
+    table.begin_step(3)
+    table.observe(0, np.array([1, 2], np.int32))
+    saved = table.state()
+    for name, at in (("average", (0, 0, 0)), ("weight", (1, 0, 0, 0))):
+        changed = {**saved, name: saved[name].copy()}
+        changed[name][at] = -1
+        with pytest.raises(PredictorError, match="damaged"):
+            table.load_state(changed)
+    table.load_state({**saved, "row": np.where(saved["row"] > 0, -saved["row"], 0)})
+    out = np.zeros(8, np.float32)
+    table.begin_step(3)
+    table.predict(-1, 0, out)
+    assert np.isfinite(out).all()
