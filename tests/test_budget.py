@@ -17,11 +17,12 @@ import psutil
 import pytest
 from hypothesis import strategies as st
 
-from flashmoe import api, budget
+from flashmoe import budget
 from flashmoe.cache.policies import create
 from flashmoe.cache.pool import slot_bytes
 from flashmoe.cache.residency import PER_LAYER, check_residency
 from flashmoe.errors import BudgetError, UsageError
+from flashmoe.opening import gguf
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.gguf import read_gguf
 from tests.conftest import Tiny
@@ -129,9 +130,9 @@ def test_a_tight_budget_gets_a_smaller_context() -> None:
 
     now = budget.status_bytes("VmRSS")
     for left, least, most in ((64 << 20, 1024, 1024), (2 << 30, 2048, 2816), (8 << 30, 4096, 4096)):
-        assert least <= api._default_context(Context, 4096, now + budget.RESERVE + left) <= most  # type: ignore[arg-type]
+        assert least <= gguf._default_context(Context, 4096, now + budget.RESERVE + left) <= most  # type: ignore[arg-type]
     assert set(made) == {budget.SMALL_CONTEXT}
-    assert api._default_context(Context, 300, now) == 300  # type: ignore[arg-type]
+    assert gguf._default_context(Context, 300, now) == 300  # type: ignore[arg-type]
 
 
 def test_check_before_loading(olmoe: ExpertCatalog, monkeypatch: pytest.MonkeyPatch) -> None:

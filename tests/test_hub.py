@@ -22,14 +22,14 @@ def test_parts_of_a_split_model() -> None:
 
 def test_only_model_of_a_repository() -> None:
     files = ["README.md", "m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]
-    assert hub._only_model("a/b", files) == "m-00001-of-00002.gguf"
-    assert hub._only_model("a/b", ["x.gguf"]) == "x.gguf"
+    assert hub._choose_model("a/b", files) == "m-00001-of-00002.gguf"
+    assert hub._choose_model("a/b", ["x.gguf"]) == "x.gguf"
     with pytest.raises(ModelError, match="has no GGUF file"):
-        hub._only_model("a/b", ["model.safetensors"])
+        hub._choose_model("a/b", ["model.safetensors"])
     with pytest.raises(UsageError, match=r"has 2 models, name one as hf:a/b:FILE \(x.gguf, y.gguf\)"):
-        hub._only_model("a/b", ["x.gguf", "y.gguf"])
+        hub._choose_model("a/b", ["x.gguf", "y.gguf"])
     with pytest.raises(UsageError, match=r"has 20 models.*, \.\.\.\)"):
-        hub._only_model("a/b", [f"{i:02d}.gguf" for i in range(20)])
+        hub._choose_model("a/b", [f"{i:02d}.gguf" for i in range(20)])
 
 
 def test_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
@@ -17,37 +17,30 @@ from flashmoe.cache.policies import create
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.pool import SlotPool
 from flashmoe.cache.residency import make_residency
-from flashmoe.embedding import choose_pooling
-from flashmoe.engines.llamacpp.engine import LlamaEngine
-from flashmoe.engines.llamacpp.library import Library
-from flashmoe.engines.llamacpp.loader import LoadedModel
-from flashmoe.engines.llamacpp.token_table import MOST_BYTES
 from flashmoe.errors import UsageError
-from flashmoe.hub import default_policy, resolve
-from flashmoe.layout import AUTO, PACKED, PLAIN, REPACKED, check_layout, choose_layout
+from flashmoe.hub import default_policy
+from flashmoe.layout import AUTO, check_layout
 from flashmoe.model import Model, Progress
+from flashmoe.opening import Wish
 from flashmoe.prefetch import Predictor
 from flashmoe.prefetch import create_all as create_predictors
 from flashmoe.prefetch.scheduler import Prefetcher
-from flashmoe.probe import proven_library
 from flashmoe.session import Session
 from flashmoe.storage.catalog import ExpertCatalog
-from flashmoe.storage.disk import tune
-from flashmoe.storage.gguf import read_gguf
-from flashmoe.storage.pack import find_pack
-from flashmoe.storage.reader import ExpertReader
-from flashmoe.storage.sums import FirstReads, needed_sums
 from flashmoe.units import parse_bytes
 
+if TYPE_CHECKING:
+    from flashmoe.engines.llamacpp.library import Library
+
+ENGINES = (LLAMACPP, TRANSFORMERS) = ("llama.cpp", "transformers")
 DEFAULT_UBATCH = 512  # llama.cpp's own
-SMALL_UBATCH = 64  # prompts are still read fast
 MOST_FOR_PREDICTING = 0.02  # of the budget: slots are worth more
-MOST_FOR_BUFFERS = 0.05  # of the pool's memory, where the micro-batch is larger
 
 
 def load(
     model: str | Path,
     *,
+    engine: str = LLAMACPP,
     ram: str | int | None = None,
     cache: str | None = None,
     policy: str | None = None,
@@ -65,9 +58,11 @@ def load(
     progress: Progress | None = None,
     library: Library | None = None,
 ) -> Model:
-    """Load a GGUF MoE model whose experts stay on the SSD.
+    """Load an MoE model whose experts stay on the SSD.
 
-    model: path of a GGUF (or of the first file of a split set), "demo", or "hf:organisation/repository[:file]".
+    model: path of a GGUF (or of the first file of a split set), "demo", or "hf:organisation/repository[:file]"; for the
+        transformers engine the folder of a safetensors checkpoint, or "hf:organisation/repository".
+    engine: "llama.cpp", or "transformers": Hugging Face's own model, as `.model`, in BF16, F16 or F32 on the CPU.
     ram: memory for the whole process, for example "6GiB"; by default a share of what is available.
     cache: sizes the expert pool directly instead: "25%" of the experts, "2GiB", or a number of slots ("300").
     policy: eviction policy, NAME or NAME:FILE (default: lfu-aged, or what is bundled with the demo model).
@@ -77,7 +72,7 @@ def load(
         "auto": repacked where that is faster. The results are llama.cpp's with the same layouts.
     n_ctx: context in tokens (default: the model's, at most 4096, and less, down to 1024, where it would take more than
         a sixth of what the weights leave of the budget: slots are worth more).
-    n_ubatch: tokens evaluated at once while a prompt is read; the results are llama.cpp's at the same value.
+    n_ubatch: tokens evaluated at once while a prompt is read; the results are the engine's at the same value.
     threads: compute threads (default: physical cores). all_logits: keep the logits of every token, not the last only.
     trace: record which experts every token is routed to, see `Model.recorder`.
     sequences: prompts that can be continued in turns (see `Model.start`); each has a context of `n_ctx` tokens.
@@ -98,79 +93,59 @@ def load(
         raise UsageError("give either a budget (ram) or a pool size (cache), not both")
     if n_ubatch < 1 or (threads is not None and threads < 1) or (n_ctx is not None and n_ctx < 1):
         raise UsageError("context, micro-batch and threads must be at least 1")
+    if engine not in ENGINES:
+        raise UsageError(f"unknown engine {engine!r}: choose from {', '.join(ENGINES)}")
     check_layout(layout)
     evict = create(policy or default_policy(model))
     predictors = create_predictors(prefetch)
-    catalog = ExpertCatalog.from_gguf(read_gguf(resolve(model)))
-    evict.check_model(catalog.identity)
-    pooling = choose_pooling(pooling, catalog.gguf)
-    trained = catalog.gguf.arch_int("context_length", budget.DEFAULT_CONTEXT)
-    if n_ctx is not None and n_ctx > trained:
-        raise UsageError(
-            f"a context of {n_ctx} tokens is more than this model was trained for ({trained}); lower -c"
-        )
-    with ExitStack() as stack:
-        pack = find_pack(catalog) if layout != PLAIN else None
-        sums = needed_sums(catalog, pack.sums(catalog) if pack else {}) if verify else None
-        reader = ExpertReader([*catalog.gguf.files, pack.path] if pack else catalog.gguf.files)
-        stack.callback(reader.close)
-        tune(reader, catalog.read_bytes)
-        align = max(file.align for file in reader.files)
-        limit = 0 if cache is not None else parse_bytes(ram) if ram is not None else budget.default_ram()
-        if limit:
-            budget.check_before_loading(catalog, limit, align)
-        layout = choose_layout(
-            layout, catalog, budget.expected_share(catalog, limit, cache, align), pack is not None
-        )
-        lib = library or proven_library()
-        dense = catalog.dense_bytes
-        loaded = LoadedModel(
-            lib,
-            catalog,
-            reader.files[: len(catalog.gguf.files)],
-            lambda n: report_progress("load", min(n, dense), dense),
-            repack=layout == REPACKED,
-        )
-        stack.callback(loaded.close)
-        catalog = pack.apply(loaded.catalog, reader.files) if pack else loaded.catalog
-        if sums:
-            reader.check(FirstReads(catalog, [file.path for file in reader.files], sums))
-        aside = reader.set_aside(catalog.largest_placed) if catalog.largest_placed else 0
+    limit = 0 if cache is not None else parse_bytes(ram) if ram is not None else budget.default_ram()
+
+    def prepare(catalog: ExpertCatalog) -> int:
+        """Compile what is compiled; the bytes that the predictors take."""
         _compile(evict, catalog, ranking=bool(save_cache))
-        predictors = _bind(predictors, catalog, limit if prefetch == "auto" else 0)
+        predictors[:] = _bind(predictors, catalog, limit if prefetch == "auto" else 0)
         budget.release_code()
-        make = partial(
-            LlamaEngine,
-            lib,
-            loaded,
-            threads=threads or psutil.cpu_count(logical=False) or 1,
-            all_logits=all_logits,
-            sequences=sequences,
-            pooling=pooling,
-        )
-        context = n_ctx or min(trained, budget.DEFAULT_CONTEXT)
-        if limit and n_ctx is None:
-            context = _default_context(make, context, limit)
-        make = partial(make, n_ctx=context)
-        step = min(n_ubatch, context)
-        if limit:
-            promised = aside + sum(p.nbytes for p in predictors) + (MOST_BYTES if loaded.token_table else 0)
-            engine, slots = _fit(make, catalog, step, limit, align, promised)
+        return sum(p.nbytes for p in predictors)
+
+    wish = Wish(
+        model=model,
+        limit=limit,
+        cache=cache,
+        n_ctx=n_ctx,
+        n_ubatch=n_ubatch,
+        threads=threads or psutil.cpu_count(logical=False) or 1,
+        all_logits=all_logits,
+        sequences=sequences,
+        pooling=pooling,
+        layout=layout,
+        verify=verify,
+        check=lambda catalog: evict.check_model(catalog.identity),
+        prepare=prepare,
+        progress=lambda done, total: report_progress("load", min(done, total), total),
+    )
+    with ExitStack() as stack:
+        if engine == TRANSFORMERS:
+            from flashmoe.opening.checkpoint import open_checkpoint
+
+            opened = open_checkpoint(wish, stack)
         else:
-            engine, slots = make(n_ubatch=step), budget.parse_cache(str(cache), catalog, align)
-        stack.callback(engine.close)
-        pool = SlotPool(catalog, slots, reader)
+            from flashmoe.opening.gguf import open_gguf
+
+            opened = open_gguf(wish, stack, library)
+        catalog, slots, runner = opened.catalog, opened.slots, opened.engine
+        pool = SlotPool(catalog, slots, opened.reader)
         stack.callback(pool.close)
         spare = budget.spare_slots(catalog, slots) if predictors else [0] * len(slots)
         evict.bind(budget.residency_for(catalog, slots, spare))
-        experts = ExpertCache(pool, reader, evict, spare)
-        engine.attach(pool, slots, experts)
-        left = [n - away for n, away in zip(slots, spare, strict=True)]
-        engine.n_ubatch = budget.micro_batch(catalog, left, engine.n_ubatch)
+        experts = ExpertCache(pool, opened.reader, evict, spare)
+        runner.attach(pool, slots, experts)
+        if opened.whole_layers:
+            left = [n - away for n, away in zip(slots, spare, strict=True)]
+            runner.n_ubatch = budget.micro_batch(catalog, left, runner.n_ubatch)
         prefetcher = None
         if predictors and any(spare):
             prefetcher = Prefetcher(predictors, experts)
-            engine.prefetch(prefetcher)
+            runner.prefetch(prefetcher)
         resources = ExitStack()
         ranked = None
         if save_cache:
@@ -183,62 +158,19 @@ def load(
             experts.warm_start(ranked)
         resources.enter_context(stack.pop_all())
         loaded_model = Model(
-            engine,
+            runner,
             experts,
             catalog,
             limit,
             report_progress,
             resources,
             prefetcher=prefetcher,
-            layout=PACKED if pack else layout,
+            layout=opened.layout,
         )
         if trace:
             loaded_model.record()
         loaded_model.telemetry.load_seconds = time.perf_counter() - started
         return loaded_model
-
-
-def _default_context(make: Callable[..., LlamaEngine], wished: int, limit: int) -> int:
-    """`budget.default_context`, told from a small one: a large one would be touched at once, beyond the budget."""
-    if wished <= budget.SMALL_CONTEXT:
-        return wished
-    left = limit - budget.status_bytes("VmRSS") - budget.RESERVE
-    engine, taken, _ = _measured(partial(make, n_ctx=budget.SMALL_CONTEXT, n_ubatch=1))
-    engine.close()
-    return budget.default_context(wished, taken, left)
-
-
-def _measured(make: Callable[[], LlamaEngine]) -> tuple[LlamaEngine, int, int]:
-    """An engine, the bytes that its context (KV cache, compute buffers) takes, and how many of them not yet."""
-    data, anonymous = budget.status_bytes("VmData"), budget.status_bytes("RssAnon")
-    engine = make()
-    taken = budget.status_bytes("VmData") - data
-    touched = budget.status_bytes("RssAnon") - anonymous
-    return engine, taken, max(0, taken - touched) + engine.late_bytes
-
-
-def _fit(
-    make: Callable[..., LlamaEngine], catalog: ExpertCatalog, step: int, limit: int, align: int, promised: int
-) -> tuple[LlamaEngine, list[int]]:
-    """The engine with the largest micro-batch up to `step` that leaves room for a pool, and that pool's slots.
-
-    Compute buffers grow with the micro-batch: in a tight budget slots are worth more, and a small pool does not allow
-    a large micro-batch anyway. `promised`: bytes that others have reserved and not touched. Raises BudgetError.
-    """
-    hoped = max(limit - budget.status_bytes("VmRSS") - budget.RESERVE, budget.least_pool(catalog, align))
-    step = budget.micro_batch(catalog, budget.slots_for(catalog, hoped, align), step)
-    while True:
-        engine, _, to_come = _measured(partial(make, n_ubatch=step))
-        used = budget.status_bytes("VmRSS") + to_come + promised + budget.RESERVE
-        # nor can less be kept than starting has taken already
-        least = max(used + budget.least_pool(catalog, align), budget.status_bytes("VmHWM"))
-        greedy = step > SMALL_UBATCH and to_come > MOST_FOR_BUFFERS * (limit - used)
-        if least <= limit and not greedy:
-            return engine, budget.slots_for(catalog, limit - used, align)
-        engine.close()
-        if step == 1:
-            raise budget.too_small(limit, least)
-        step //= 2
 
 
 def _bind(predictors: Sequence[Predictor], catalog: ExpertCatalog, limit: int) -> list[Predictor]:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from flashmoe.engines.base import Engine
 from flashmoe.engines.llamacpp.context import POOLING
-from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.errors import UsageError
 from flashmoe.generation import check_prompt, split
 from flashmoe.storage.gguf import GGUF
@@ -29,7 +29,7 @@ def choose_pooling(wished: str, gguf: GGUF) -> str:
     return wished
 
 
-def embedding_tokens(engine: LlamaEngine, text: str | Sequence[int]) -> list[int]:
+def embedding_tokens(engine: Engine, text: str | Sequence[int]) -> list[int]:
     """The tokens of a text that is to be embedded, as llama.cpp's server reads it; token ids as they are.
 
     Raises UsageError where the model gives no embeddings, or not of this text.

@@ -9,11 +9,13 @@ from importlib.resources import files
 from pathlib import Path
 
 from flashmoe.errors import FlashMoEError, ModelError, UsageError
+from flashmoe.storage.checkpoint import is_checkpoint
 from flashmoe.storage.gguf import GGUF, Part, join, parse_remote
 from flashmoe.storage.remote import RemoteFile
 
 DEMO = "demo"
 HUB_PREFIX = "hf:"
+_CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 
 def resolve(model: str | Path) -> Path:
@@ -31,8 +33,27 @@ def resolve(model: str | Path) -> Path:
         found = sorted(path.glob("*.gguf"))
         raise ModelError(
             f"{path}: is a folder; name a GGUF file in it{': ' + found[0].name if found else ''}"
+            + (", or run it with --engine transformers" if is_checkpoint(path) else "")
         )
     return path
+
+
+def resolve_checkpoint(model: str | Path) -> Path:
+    """The local folder of a safetensors checkpoint, a path or hf:organisation/repository; downloaded if need be.
+
+    Raises as `resolve`.
+    """
+    name = str(model)
+    if name == DEMO:
+        raise UsageError("the demo model is a GGUF: run it without --engine transformers")
+    if not name.startswith(HUB_PREFIX):
+        return Path(name).expanduser()
+    from huggingface_hub import snapshot_download
+
+    with _hub(name) as (repository, file):
+        if file:
+            raise UsageError(f"{name}: the transformers engine takes a whole repository: hf:{repository}")
+        return Path(snapshot_download(repository, allow_patterns=_CHECKPOINT_FILES))
 
 
 def demo_model() -> Path:
@@ -56,6 +77,7 @@ def remote(model: str) -> GGUF | None:
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     with _hub(model) as (repository, file):
+        file = file or _only_model(repository)
 
         def parse(path: Path) -> Part:
             found = get_hf_file_metadata(hf_hub_url(repository, path.as_posix()))
@@ -69,22 +91,25 @@ def _download(name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
     with _hub(name) as (repository, file):
-        return Path([hf_hub_download(repository, part) for part in _parts(file)][0])
+        parts = _parts(file or _only_model(repository))
+        return Path([hf_hub_download(repository, part) for part in parts][0])
 
 
 @contextmanager
 def _hub(name: str) -> Iterator[tuple[str, str]]:
-    """Repository and file of a name; what goes wrong with the hub inside becomes a ModelError. Raises UsageError."""
+    """Repository and file ("" if none) of a name; what goes wrong with the hub inside becomes a ModelError.
+
+    Raises UsageError.
+    """
     repository, _, file = name.removeprefix(HUB_PREFIX).partition(":")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise UsageError(
             f"cannot read {name!r}: write hf:organisation/repository or hf:organisation/repository:file.gguf"
         )
-    from huggingface_hub import HfApi
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        yield repository, file or _only_model(repository, HfApi().list_repo_files(repository))
+        yield repository, file
     except FlashMoEError:
         raise
     except RepositoryNotFoundError:
@@ -111,7 +136,13 @@ def _hub(name: str) -> Iterator[tuple[str, str]]:
         raise ModelError(f"{name}: the hub cannot be reached ({error}); check the network") from None
 
 
-def _only_model(repository: str, names: list[str]) -> str:
+def _only_model(repository: str) -> str:
+    from huggingface_hub import HfApi
+
+    return _choose_model(repository, HfApi().list_repo_files(repository))
+
+
+def _choose_model(repository: str, names: list[str]) -> str:
     models = [n for n in names if n.endswith(".gguf") and not _is_later_part(n)]
     if len(models) == 1:
         return models[0]

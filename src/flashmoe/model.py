@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from flashmoe import telemetry
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.embedding import Embedding, embedding_tokens
-from flashmoe.engines.base import Sampling
-from flashmoe.engines.llamacpp.engine import LlamaEngine
+from flashmoe.engines.base import Engine, Sampling
+from flashmoe.errors import UsageError
 from flashmoe.generation import Generation, Held, Reuse, Rule
 from flashmoe.layout import PLAIN
 from flashmoe.prefetch.scheduler import Prefetcher
@@ -33,7 +33,7 @@ class Model:
 
     def __init__(
         self,
-        engine: LlamaEngine,
+        engine: Engine,
         cache: ExpertCache,
         catalog: ExpertCatalog,
         budget_bytes: int,
@@ -50,6 +50,13 @@ class Model:
         self.held = [Held() for _ in range(engine.sequences)]
         self.recorder: Recorder | None = None
         self._prompts = -1
+
+    @property
+    def model(self) -> Any:
+        """The library's own model, with its own `generate`, where the engine is Transformers. Raises UsageError."""
+        if not hasattr(self.engine, "model"):
+            raise UsageError("this model is run by llama.cpp: load it with engine='transformers' to have one")
+        return self.engine.model
 
     def record(self) -> Recorder:
         """Record which experts every token is routed to from here on; `Recorder.save` writes the trace."""
@@ -174,7 +181,7 @@ class Model:
         return telemetry.make_report(
             self.telemetry,
             self.cache.stats,
-            model=self.catalog.gguf.files[0].name,
+            model=self.catalog.label,
             policy=self.cache.policy.name,
             prefetch=self.prefetcher.predictor.name if self.prefetcher else "",
             layout=self.layout,

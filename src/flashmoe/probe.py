@@ -23,8 +23,8 @@ from flashmoe.layout import PLAIN
 from flashmoe.storage.files import cache_folder, write_atomically
 
 if TYPE_CHECKING:
+    from flashmoe.engines.base import Engine
     from flashmoe.engines.llamacpp.context import Context
-    from flashmoe.engines.llamacpp.engine import LlamaEngine
 
 _TIMEOUT = 120
 _PROOF = 2  # counts what is proven: a library that has shown less is proven again
@@ -94,7 +94,7 @@ def _steps(size: int) -> list[list[int]]:
     return [prompt[i : i + size] for i in range(0, len(prompt), size)] + [[token] for token in rest]
 
 
-def _decode(engine: LlamaEngine | Context, tokens: list[int]) -> NDArray[np.float32]:
+def _decode(engine: Engine | Context, tokens: list[int]) -> NDArray[np.float32]:
     engine.decode(tokens)
     return engine.logits()
 

@@ -10,7 +10,6 @@ import pytest
 from typer.testing import CliRunner
 
 import flashmoe
-from flashmoe import api
 from flashmoe.cache.policies import BUILTIN, create
 from flashmoe.cache.residency import make_residency
 from flashmoe.cli.trace import app
@@ -18,6 +17,7 @@ from flashmoe.engines.base import Sampling
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.generation import Generation, Token
 from flashmoe.hub import DEMO, default_policy
+from flashmoe.opening import gguf
 from flashmoe.routing.trace import PREFILL, RoutingTrace
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.gguf import read_gguf
@@ -87,7 +87,7 @@ def test_hits_of_the_runtime_are_the_simulator_s(name: str, lib: Library, demo: 
 @pytest.fixture
 def record(lib: Library, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """record(output): `flashmoe trace record` of three prompts."""
-    monkeypatch.setattr(api, "proven_library", lambda: lib)
+    monkeypatch.setattr(gguf, "proven_library", lambda: lib)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("A cat sat.\nThe rain fell on the roof.\nWhy not?\n", encoding="utf-8")
     options = ["-n", "6", "-c", "64", "-t", "1", "--temp", "0", "--cache", "50%"]

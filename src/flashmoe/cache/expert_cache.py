@@ -22,6 +22,9 @@ from flashmoe.storage.reader import ExpertReader, Ticket
 
 Int32 = NDArray[np.int32]
 
+#: Called with an expert and its slot (numbered in the layer's size group) when its bytes are in.
+Each = Callable[[int, int], None]
+
 SURE = 0.7  # of a layer's experts asked for by a micro-batch: then the next layer's are read ahead
 
 
@@ -113,11 +116,13 @@ class ExpertCache:
         *,
         leave_last: bool = False,
         meanwhile: Callable[[], None] | None = None,
+        each: Each | None = None,
     ) -> Int32:
         """Make the experts `ids` (int32 [n] or [tokens, top_k], may repeat) of a layer resident and complete.
 
         With `leave_last` the last plane (down) may still be under way: call `finish` before it is used. `meanwhile` is
-        called once the reads are queued, before they are waited for.
+        called once the reads are queued, before they are waited for. `each` is called with every expert and its slot
+        as soon as its bytes are in, the residents first: what it does happens while the others are read.
         Returns their slots, int32 [n], numbered in the layer's size group; valid until the next call. Raises ReadError
         (the failed experts are then absent and the cache is consistent) and BudgetError (they cannot fit at once).
         """
@@ -126,7 +131,7 @@ class ExpertCache:
             if self.phase == "decode":
                 self.recent.add(layer, ids.ravel())
             if self._window.serves[layer]:
-                return self._ensure_batch(layer, np.atleast_2d(ids), leave_last, meanwhile)
+                return self._ensure_batch(layer, np.atleast_2d(ids), leave_last, meanwhile, each)
             ids = ids.ravel()
             if len(ids) > len(self._slots):
                 self._resize(2 * len(ids))
@@ -143,17 +148,25 @@ class ExpertCache:
             stats = self.stats[self.phase]
             stats.hits += len(set(ids.tolist())) - misses
             if misses:
-                self._fill(layer, slots, misses, leave_last, meanwhile)
+                self._fill(layer, ids, slots, misses, leave_last, meanwhile, each)
             else:
                 self.staging.served(layer)
                 if meanwhile:
                     meanwhile()
+                if each:
+                    for expert, slot in _pairs(ids, slots).items():
+                        each(expert, slot - first)
             if first:
                 slots -= first
         return slots
 
     def _ensure_batch(
-        self, layer: int, ids: Int32, leave_last: bool, meanwhile: Callable[[], None] | None
+        self,
+        layer: int,
+        ids: Int32,
+        leave_last: bool,
+        meanwhile: Callable[[], None] | None,
+        each: Each | None,
     ) -> Int32:
         """`ensure` for a micro-batch; while it computes, the next layer's experts are read."""
         self._window.step_done()
@@ -169,7 +182,11 @@ class ExpertCache:
             if meanwhile:
                 meanwhile()
 
-        self._read(layer, placed.absent, placed.staged, placed.admitted, leave_last, look_ahead)
+        if each is None:
+            self._read(layer, placed.absent, placed.staged, placed.admitted, leave_last, look_ahead)
+        else:
+            resident = _pairs(ids.ravel(), placed.slots)
+            self._read_each(layer, resident, placed.absent, placed.staged, placed.admitted, look_ahead, each)
         return placed.slots - self._first_slot[layer]
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
@@ -196,7 +213,14 @@ class ExpertCache:
             self._finish()
 
     def _fill(
-        self, layer: int, slots: Int32, misses: int, leave_last: bool, meanwhile: Callable[[], None] | None
+        self,
+        layer: int,
+        ids: Int32,
+        slots: Int32,
+        misses: int,
+        leave_last: bool,
+        meanwhile: Callable[[], None] | None,
+        each: Each | None,
     ) -> None:
         """Let in what `access` missed: staged experts change places with the slots meant for them, others are read."""
         self.reader.poll()
@@ -213,7 +237,10 @@ class ExpertCache:
             slots[slots == slot] = entry.slot
             staged.append((expert, entry))
         self.staging.served(layer)
-        self._read(layer, absent, staged, experts, leave_last, meanwhile)
+        if each is None:
+            self._read(layer, absent, staged, experts, leave_last, meanwhile)
+        else:
+            self._read_each(layer, _pairs(ids, slots), absent, staged, experts, meanwhile, each)
 
     def _read(
         self,
@@ -249,16 +276,56 @@ class ExpertCache:
         except BaseException:  # also what a signal's handler raises
             self._give_back(now + later, layer, admitted)
             raise
-        complete = len(staged) - len(incomplete)
-        stats.hits += complete
-        stats.prefetch_hits += complete
-        stats.late_hits += len(incomplete)
-        stats.prefetch_bytes += len(staged) * self._bytes[layer]
-        stats.misses += len(absent)
-        stats.bytes += len(absent) * self._bytes[layer]
+        self._count(layer, len(absent), len(staged), len(incomplete))
         stats.stall_seconds += time.perf_counter() - began
         if leave_last:
             self._under_way = later, layer, admitted
+
+    def _read_each(
+        self,
+        layer: int,
+        slots: dict[int, int],
+        absent: list[tuple[int, int]],
+        staged: list[tuple[int, Staged]],
+        admitted: list[int],
+        meanwhile: Callable[[], None] | None,
+        each: Each,
+    ) -> None:
+        """Read as `_read`, expert by expert: each is handed over when its own reads have ended.
+
+        slots: of all experts that were asked for.
+        """
+        stats, first = self.stats[self.phase], self._first_slot[layer]
+        incomplete = [(expert, entry) for expert, entry in staged if not entry.complete]
+        late = {expert: [entry.first, entry.last] for expert, entry in incomplete}
+        try:
+            for expert, slot in absent:
+                late[expert] = [self.reader.demand(self.pool.reads(layer, expert, slot - first))]
+            for expert, _ in (*absent, *staged):
+                self.pool.fill_tables(layer, expert, slots[expert] - first)
+            if meanwhile:
+                meanwhile()
+            for expert in [*(e for e in slots if e not in late), *late]:
+                began = time.perf_counter()
+                for ticket in late.get(expert, ()):
+                    self.reader.wait(ticket)
+                stats.stall_seconds += time.perf_counter() - began
+                self.reader.poll()
+                each(expert, slots[expert] - first)
+        except BaseException:  # also what a signal's handler raises
+            self._give_back([ticket for tickets in late.values() for ticket in tickets], layer, admitted)
+            raise
+        self._count(layer, len(absent), len(staged), len(incomplete))
+
+    def _count(self, layer: int, absent: int, staged: int, incomplete: int) -> None:
+        """Experts of a layer that were read, and that had been prefetched, `incomplete` of them not to the end."""
+        stats = self.stats[self.phase]
+        stats.hits += staged - incomplete
+        stats.prefetch_hits += staged - incomplete
+        stats.late_hits += incomplete
+        stats.prefetch_bytes += staged * self._bytes[layer]
+        stats.misses += absent
+        stats.bytes += absent * self._bytes[layer]
 
     def _finish(self) -> None:
         if not self._under_way:
@@ -279,3 +346,8 @@ class ExpertCache:
             self.reader.settle(ticket)
         for expert in experts:
             self.policy.release(layer, expert)
+
+
+def _pairs(ids: Int32, slots: Int32) -> dict[int, int]:
+    """The slot of each distinct expert, experts in ascending order."""
+    return dict(sorted(zip(ids.tolist(), slots.tolist(), strict=True)))

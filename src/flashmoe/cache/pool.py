@@ -56,8 +56,9 @@ def plane_layout(plane: Plane, align: int) -> Layout:
     if plane.place:
         return Layout(0, -(-plane.nbytes // _CACHE_LINE) * _CACHE_LINE)
     unit = max(align, _TENSOR_ALIGNMENT)
-    shift = plane.offset % unit if plane.stride % unit == 0 else unit
-    return Layout(shift, -(-(shift + plane.nbytes + (unit if plane.stride % unit else 0)) // unit) * unit)
+    equal = plane.misalignment(unit)
+    shift, slack = (unit + plane.phase, unit) if equal is None else (equal, 0)
+    return Layout(shift, -(-(shift + plane.nbytes + slack) // unit) * unit)
 
 
 def slot_bytes(catalog: ExpertCatalog, align: int) -> list[int]:
@@ -133,10 +134,11 @@ class SlotPool:
             done += _PREFAULT_STEP
 
     def reads(self, layer: int, expert: int, slot: int) -> list[Read]:
-        """What must be read to fill `slot` (numbered in the layer's group) with an expert."""
+        """What must be read to fill `slot` (numbered in the layer's group) with an expert, plane by plane."""
         return [
-            Read(p.file, p.offset + expert * p.stride, p.nbytes, address + slot * stride, p.place)
-            for p, address, stride in ((w.plane, w.address, w.stride) for w in self.windows[layer])
+            Read(file, offset, nbytes, window.address + slot * window.stride + at, place)
+            for window in self.windows[layer]
+            for file, offset, nbytes, at, place in window.plane.extents(expert)
         ]
 
     def tables(self, layer: int) -> list[Window]:

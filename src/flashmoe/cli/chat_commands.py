@@ -77,7 +77,7 @@ class Commands:
     def _save(self, name: str) -> str:
         path, talk = Path(name).expanduser(), self._conversation
         system = [{"role": "system", "content": talk.system}] if talk.system else []
-        saved = {"model": self._model.catalog.gguf.files[0].name, "messages": [*system, *talk.messages]}
+        saved = {"model": self._model.catalog.label, "messages": [*system, *talk.messages]}
         try:
             write_atomically(path, json.dumps(saved, ensure_ascii=False, indent=1).encode(errors="replace"))
         except OSError as error:

@@ -10,6 +10,9 @@ import typer
 Model = Annotated[
     str, typer.Argument(help="A GGUF file (or the first of a split set), hf:ORG/REPO[:FILE], or demo.")
 ]
+Engine = Annotated[
+    str, typer.Option("--engine", help="llama.cpp, or transformers for a safetensors checkpoint (a folder).")
+]
 Ram = Annotated[str | None, typer.Option("--ram", help="Memory for the whole process, e.g. 6GiB.")]
 Cache = Annotated[
     str | None,

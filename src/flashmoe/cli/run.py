@@ -23,6 +23,7 @@ def run(
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="The prompt.")] = None,
     file: Annotated[Path | None, typer.Option("-f", "--file", help="Read the prompt from a file.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use the prompt as a chat message.")] = False,
+    engine: options.Engine = "llama.cpp",
     ram: options.Ram = None,
     cache: options.Cache = None,
     policy: options.Policy = None,
@@ -52,6 +53,7 @@ def run(
     with LoadProgress(console) as progress:
         loaded = load(
             model,
+            engine=engine,
             ram=ram,
             cache=cache,
             policy=policy,

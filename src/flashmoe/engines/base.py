@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from flashmoe.cache.expert_cache import ExpertCache
+from flashmoe.cache.pool import SlotPool
+from flashmoe.prefetch.scheduler import Prefetcher
+from flashmoe.routing.recorder import RoutingObserver
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class Engine(Protocol):
     n_ubatch: int
     n_vocab: int
     sequences: int
+    pooling: str  # how embeddings are made; "none" where they are not
+    n_embd: int  # numbers of an embedding
 
     def tokenize(self, text: str, special: bool = False, begin: bool = True) -> list[int]:
         """Token ids of `text`; with `begin` a beginning-of-sequence token first, where the model has one.
@@ -67,12 +74,28 @@ class Engine(Protocol):
         """
         ...
 
+    def attach(self, pool: SlotPool, slots: Sequence[int], cache: ExpertCache) -> None:
+        """Let the experts live in `pool`, of `slots[g]` slots in size group g, filled by `cache`: before `decode`."""
+        ...
+
+    def record(self, recorder: RoutingObserver | None) -> None:
+        """Let `recorder` see every layer's routing from here on; whoever calls `decode` ends its steps."""
+        ...
+
+    def prefetch(self, prefetcher: Prefetcher) -> None:
+        """Let `prefetcher` see every layer's routing from here on, and read ahead."""
+        ...
+
+    def override_routing(self, override: Callable[[int, NDArray[np.int32]], None]) -> None:
+        """Let `override` overwrite the ids, (layer, int32 [tokens, top_k]), before they are made resident."""
+        ...
+
     def past(self, sequence: int = 0) -> int:
         """Tokens in a sequence."""
         ...
 
-    def decode(self, tokens: Sequence[int], sequence: int = 0) -> None:
-        """Evaluate at most `n_ubatch` tokens after those of a sequence.
+    def decode(self, tokens: Sequence[int], sequence: int = 0, *, embed: bool = False) -> None:
+        """Evaluate at most `n_ubatch` tokens after those of a sequence; with `embed`, for `embedding`.
 
         Raises ReadError, or what `interrupt` was given, and leaves the sequence as it was.
         """
@@ -80,6 +103,14 @@ class Engine(Protocol):
 
     def interrupt(self, error: BaseException) -> None:
         """From another thread: end the evaluation under way, which takes its tokens back and raises `error`."""
+        ...
+
+    def logits(self, index: int = -1) -> NDArray[np.float32]:
+        """Logits of the last evaluation, float32 [vocabulary]: of its last token, or of any where all are kept."""
+        ...
+
+    def embedding(self, sequence: int = 0) -> NDArray[np.float32]:
+        """Of the tokens last evaluated with `embed`, pooled, float32 [n_embd]."""
         ...
 
     def live_logits(self) -> NDArray[np.float32]:

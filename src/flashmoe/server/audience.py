@@ -7,14 +7,14 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from flashmoe.engines.llamacpp.engine import LlamaEngine
+from flashmoe.engines.base import Engine
 from flashmoe.routing.recorder import RoutingObserver
 
 
 class Audience:
     """Passes on what the engine's hook says. Observers come and go from any thread."""
 
-    def __init__(self, engine: LlamaEngine) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._observers: tuple[RoutingObserver, ...] = ()
         self._lock = threading.Lock()

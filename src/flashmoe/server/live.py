@@ -60,7 +60,7 @@ class Live:
         model = self._model
         catalog = model.catalog
         return {
-            "model": catalog.gguf.files[0].name,
+            "model": catalog.label,
             "layers": len(catalog.layers),
             "first_moe_layer": catalog.layers[0].block,
             "experts": catalog.n_experts,

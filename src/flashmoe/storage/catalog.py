@@ -10,13 +10,14 @@ import hashlib
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from flashmoe.errors import ModelError
 from flashmoe.storage.aio import Place
+from flashmoe.storage.checkpoint import Checkpoint
 from flashmoe.storage.gguf import GGUF, TensorInfo
 
 _MOST_HASHED = 64 << 20  # bytes of a router; no real one has as many
@@ -28,6 +29,16 @@ _EXPERT_TENSOR = re.compile(rf"blk\.(\d+)\.({'|'.join(_PLANES)})\.(weight|bias|s
 EXPERTS_PATTERN = rf"^blk\.[0-9]+\.({'|'.join(_PLANES)})\.(weight|bias|scale)$"
 TOKEN_TABLE = "token_embd.weight"
 _WORTH_STREAMING = 32 << 20  # bytes of a token embedding
+
+
+class Extent(NamedTuple):
+    """`nbytes` at `offset` of file number `file`, which belong `at` bytes after the start of an expert's slice."""
+
+    file: int
+    offset: int
+    nbytes: int
+    at: int = 0
+    place: Place | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,24 @@ class Plane:
     offset: int
     stride: int
     place: Place | None = None
+
+    def extents(self, expert: int) -> Sequence[Extent]:
+        """Where an expert's slice is."""
+        return (Extent(self.file, self.offset + expert * self.stride, self.nbytes, 0, self.place),)
+
+    def misalignment(self, unit: int) -> int | None:
+        """Bytes by which all slices miss a multiple of `unit` in their file; None where they differ."""
+        return self.offset % unit if self.stride % unit == 0 else None
+
+    @property
+    def phase(self) -> int:
+        """By how many bytes slices are to miss a cache line's beginning in memory, where their place is free."""
+        return 0
+
+    @property
+    def placed_bytes(self) -> int:
+        """Bytes of the largest read that has to be placed; 0 without any."""
+        return self.nbytes if self.place else 0
 
 
 @dataclass(frozen=True)
@@ -64,9 +93,20 @@ class ExpertLayer:
 class ExpertCatalog:
     """All MoE layers of a model, in order. Layer numbers in FlashMoE are indices into `layers`."""
 
-    gguf: GGUF
+    source: GGUF | Checkpoint
     layers: tuple[ExpertLayer, ...]
     top_k: int
+
+    @property
+    def gguf(self) -> GGUF:
+        """The source of a model that llama.cpp runs."""
+        assert isinstance(self.source, GGUF)
+        return self.source
+
+    @property
+    def label(self) -> str:
+        """Name of the model's (first) file, or of its folder."""
+        return self.source.files[0].name if isinstance(self.source, GGUF) else self.source.name
 
     @cached_property
     def n_experts(self) -> int:
@@ -82,12 +122,12 @@ class ExpertCatalog:
     def dense_bytes(self) -> int:
         """Bytes of everything that stays in RAM: all tensors but the planes and a streamed token embedding."""
         streamed = self.expert_bytes + (self.token_table.nbytes if self.token_table else 0)
-        return sum(t.nbytes for t in self.gguf.tensors.values()) - streamed
+        return sum(t.nbytes for t in self.source.tensors.values()) - streamed
 
     @cached_property
     def token_table(self) -> TensorInfo | None:
         """The token embedding, where it is large and only gathered from: the output has weights of its own."""
-        tensors = self.gguf.tensors
+        tensors = self.source.tensors
         table = tensors.get(TOKEN_TABLE)
         worth = table is not None and len(table.shape) == 2 and table.nbytes >= _WORTH_STREAMING
         return table if worth and "output.weight" in tensors else None
@@ -100,8 +140,8 @@ class ExpertCatalog:
 
     @cached_property
     def largest_placed(self) -> int:
-        """Bytes of the largest slice that the engine keeps in a layout of its own; 0 without any."""
-        return max((p.nbytes for layer in self.layers for p in layer.planes if p.place), default=0)
+        """Bytes of the largest read that has to be placed; 0 without any."""
+        return max((p.placed_bytes for layer in self.layers for p in layer.planes), default=0)
 
     @cached_property
     def read_bytes(self) -> int:
@@ -125,17 +165,17 @@ class ExpertCatalog:
         """What tells this model from another, for traces and trained files: see `same_model`. Reads the router of
         the first MoE layer (512 KiB in OLMoE). Raises ModelError where that fails."""
         names = hashlib.sha256(
-            "\n".join(f"{t.name} {t.type} {t.shape}" for t in self.gguf.tensors.values()).encode()
+            "\n".join(f"{t.name} {t.type} {t.shape}" for t in self.source.tensors.values()).encode()
         ).hexdigest()
         known = {
-            "architecture": self.gguf.architecture,
-            "name": self.gguf.name,
+            "architecture": self.source.architecture,
+            "name": self.source.name,
             "layers": str(len(self.layers)),
             "experts": str(self.n_experts),
             "top_k": str(self.top_k),
             "tensors_sha256": names,
         }
-        router = self.gguf.tensors.get(f"blk.{self.layers[0].block}.ffn_gate_inp.weight")
+        router = self.source.tensors.get(f"blk.{self.layers[0].block}.ffn_gate_inp.weight")
         if router is not None:
             known["router_sha256"] = _content_hash(router)
         return known

@@ -1,0 +1,239 @@
+"""The Transformers engine: the library's own model, a KV cache per sequence, and the pool under its experts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flashmoe.cache.expert_cache import ExpertCache
+from flashmoe.cache.pool import SlotPool
+from flashmoe.engines.base import Sampling
+from flashmoe.engines.transformers.catalog import TORCH_DTYPES
+from flashmoe.engines.transformers.experts import IMPLEMENTATION, PooledExperts, register, slot_view
+from flashmoe.engines.transformers.routers import find_routers
+from flashmoe.engines.transformers.routing import Routing, count_tokens
+from flashmoe.engines.transformers.sampler import Sampler
+from flashmoe.engines.transformers.tokens import open_tokenizer, token_bytes
+from flashmoe.errors import FlashMoEError, ModelError, UsageError
+from flashmoe.prefetch.scheduler import Prefetcher
+from flashmoe.routing.recorder import Recorder, RoutingObserver
+from flashmoe.routing.trace import DECODE, PREFILL
+from flashmoe.storage.catalog import ExpertCatalog
+
+
+class TransformersEngine:
+    """Implements `engines.base.Engine`. Call `attach` before the first `decode`.
+
+    `model` is the library's own, with its own `generate`: its forwards go through the pool too.
+    """
+
+    pooling, n_embd = "none", 0  # it makes no embeddings
+
+    def __init__(
+        self,
+        model: Any,
+        catalog: ExpertCatalog,
+        experts: tuple[str, ...],
+        folder: Path,
+        *,
+        n_ctx: int,
+        n_ubatch: int,
+        all_logits: bool = False,
+        sequences: int = 1,
+    ) -> None:
+        """model: with its dense weights. experts: names of its experts modules. n_ctx: tokens per sequence.
+
+        all_logits: compute them for every token.
+        """
+        self.model = model
+        self._catalog, self._experts, self._folder, self._all_logits = catalog, experts, folder, all_logits
+        self.n_ctx, self.n_ubatch, self.sequences = n_ctx, n_ubatch, sequences
+        self.n_vocab = int(model.get_output_embeddings().weight.shape[0])
+        self._routing = Routing(catalog.top_k)
+        self._tokenizer = open_tokenizer(folder)
+        self._ends = _end_tokens(model, self._tokenizer)
+        self._past = [0] * sequences
+        self._caches: list[Any] = [None] * sequences
+        self._kept = np.zeros((1, self.n_vocab), np.float32)
+        self._last = np.zeros(self.n_vocab, np.float32)
+        self._recorder: Recorder | None = None
+        self._driven = False
+        self._limits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
+        model.register_forward_pre_hook(self._before, with_kwargs=True)
+        model.register_forward_hook(self._after, with_kwargs=True)
+
+    def attach(self, pool: SlotPool, slots: Sequence[int], cache: ExpertCache) -> None:
+        register()
+        for layer, name in enumerate(self._experts):
+            views = {}
+            for window in pool.windows[layer]:
+                info = window.plane.tensor
+                weight = info.name.rpartition(".")[2]
+                shape = info.shape[1], info.shape[2]
+                n = slots[self._catalog.groups[layer]]
+                views[weight] = slot_view(window, n, shape, TORCH_DTYPES[info.type])
+            module = self.model.get_submodule(name)
+            module.pooled_experts = PooledExperts(module, layer, views, self._routing)
+            module.register_forward_pre_hook(self._see, with_kwargs=True)
+        self.model.set_experts_implementation(IMPLEMENTATION)
+        self._pool = pool  # its memory lives as long as the views
+        self._routing.cache = cache
+
+    def record(self, recorder: RoutingObserver | None) -> None:
+        self._routing.recorder = recorder
+        self._recorder = recorder if isinstance(recorder, Recorder) else None
+
+    def prefetch(self, prefetcher: Prefetcher) -> None:
+        self._routing.prefetcher = prefetcher
+        routers = find_routers(self.model, self._experts)
+        if routers:
+            prefetcher.use_routers(routers)
+
+    def override_routing(self, override: Callable[[int, NDArray[np.int32]], None]) -> None:
+        self._routing.override = override
+
+    def past(self, sequence: int = 0) -> int:
+        return self._past[sequence]
+
+    def decode(self, tokens: Sequence[int], sequence: int = 0, *, embed: bool = False) -> None:
+        before = self._past[sequence]
+        if before + len(tokens) > self.n_ctx:
+            raise FlashMoEError(
+                f"the context is full: {before + len(tokens)} tokens of {self.n_ctx}; use a larger one (-c)"
+            )
+        wanted = {} if self._all_logits or not self._limits else {"logits_to_keep": 1}
+        self._driven, self._routing.error = True, None
+        try:
+            with torch.inference_mode():
+                found = self.model(
+                    torch.tensor([list(tokens)]),
+                    past_key_values=self._caches[sequence],
+                    use_cache=True,
+                    **wanted,
+                )
+        except BaseException:
+            self._past[sequence] = before + len(tokens)  # some layers have gone so far
+            self.rewind(before, sequence)
+            raise
+        finally:
+            self._driven = False
+        self._caches[sequence] = found.past_key_values
+        self._past[sequence] = before + len(tokens)
+        self._kept = found.logits[0].to(torch.float32).numpy()
+        self._last[:] = self._kept[-1]
+
+    def interrupt(self, error: BaseException) -> None:
+        self._routing.error = error
+
+    def logits(self, index: int = -1) -> NDArray[np.float32]:
+        """Logits of the last evaluation, float32 [vocabulary]: of its last token, or with all_logits of any."""
+        return self._kept[index].copy()
+
+    def embedding(self, sequence: int = 0) -> NDArray[np.float32]:
+        raise UsageError("the transformers engine makes no embeddings: use a GGUF")
+
+    def live_logits(self) -> NDArray[np.float32]:
+        return self._last
+
+    def sampler(self, sampling: Sampling) -> Sampler:
+        return Sampler(self._last, sampling)
+
+    def rewind(self, n_past: int, sequence: int = 0) -> int:
+        """Forget tokens from `n_past` on; all where a layer's memory cannot be cut (a sliding window, Mamba)."""
+        if n_past < self._past[sequence]:
+            cache = self._caches[sequence]
+            if n_past and cache is not None and _cut(cache, n_past):
+                self._past[sequence] = n_past
+            else:
+                self._caches[sequence], self._past[sequence] = None, 0
+        return self._past[sequence]
+
+    def clear(self) -> None:
+        for sequence in range(self.sequences):
+            self.rewind(0, sequence)
+
+    def tokenize(self, text: str, special: bool = False, begin: bool = True) -> list[int]:
+        # the library reads control tokens that are written out unless it is told to split them
+        found = self._tokens().encode(text, add_special_tokens=begin, split_special_tokens=not special)
+        return [int(token) for token in found]
+
+    def piece(self, token: int, special: bool = False) -> bytes:
+        return token_bytes(self._tokens(), token, special)
+
+    def is_end(self, token: int) -> bool:
+        return token in self._ends
+
+    def chat_prompt(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] | None = None,
+        answer: bool = True,
+    ) -> str:
+        tokenizer = self._tokens()
+        if not tokenizer.chat_template:
+            raise ModelError(
+                "this model has no chat template: use `flashmoe run` without --chat, with a plain prompt"
+            )
+        try:
+            text: str = tokenizer.apply_chat_template(
+                list(messages), tools=tools, add_generation_prompt=answer, tokenize=False
+            )
+        except Exception as error:  # templates raise what they like
+            raise ModelError(f"the model's chat template does not take these messages ({error})") from None
+        return text
+
+    def close(self) -> None:
+        """End the use of the pool; the model cannot be run any more."""
+        self._routing.cache = None
+        self._caches = [None] * self.sequences
+
+    def _tokens(self) -> Any:
+        if self._tokenizer is None:
+            raise ModelError(f"{self._folder}: has no tokenizer; give the prompt as token ids")
+        return self._tokenizer
+
+    def _before(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids, count = count_tokens(args, kwargs)
+        cache = self._routing.cache
+        if not self._driven and cache is not None:
+            cache.phase = (
+                "decode" if count == len(ids if ids is not None else kwargs["inputs_embeds"]) else "prefill"
+            )
+            if self._recorder is not None:
+                self._recorder.drop_step()
+        self._routing.begin(ids, count)
+
+    def _after(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
+        if self._recorder is not None and not self._driven:
+            ids, count = count_tokens(args, kwargs)
+            rows = len(ids if ids is not None else kwargs["inputs_embeds"])
+            tokens = -1 if ids is None else ids.reshape(-1).numpy()
+            self._recorder.end_step(tokens, DECODE if count == rows else PREFILL, 0)
+
+    def _see(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._routing.see(args[0] if args else kwargs["hidden_states"])
+
+
+def _cut(cache: Any, n: int) -> bool:
+    """Keep the first `n` tokens; False where a layer does not keep all of them one by one."""
+    from transformers.cache_utils import DynamicLayer
+
+    if not all(type(layer) is DynamicLayer for layer in cache.layers):
+        return False
+    for layer in cache.layers:
+        if layer.get_seq_length() > n:  # a forward that failed has not come to all
+            layer.crop(n - layer.get_seq_length())
+    return True
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    found = model.generation_config.eos_token_id
+    if found is None and tokenizer is not None:
+        found = tokenizer.eos_token_id
+    return set(found) if isinstance(found, list) else set() if found is None else {found}

@@ -1,0 +1,51 @@
+"""Finds the routers of a model, so that they can be applied ahead of time (see prefetch.gate)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flashmoe.prefetch.gate import Router
+
+_NORM = "post_attention_layernorm"  # before the router, in nearly all architectures
+
+
+def find_routers(model: Any, experts: tuple[str, ...]) -> list[Router]:
+    """The routers beside the experts modules named `experts`; none where one is not found.
+
+    A router is known by its shape: the weight [experts, n] in the module that holds the experts. Copies in float32.
+    """
+    found = [_find(model, name) for name in experts]
+    return [] if None in found else [router for router in found if router is not None]
+
+
+def _find(model: Any, name: str) -> Router | None:
+    block_name, _, own = name.rpartition(".")
+    block, count = model.get_submodule(block_name), model.get_submodule(name).num_experts
+    tensors = {
+        key: tensor
+        for key, tensor in [*block.named_parameters(), *block.named_buffers()]
+        if not key.startswith(f"{own}.") and tensor.ndim in (1, 2) and len(tensor) == count
+    }
+    matrices = [tensor for tensor in tensors.values() if tensor.ndim == 2]
+    if len(matrices) != 1:
+        return None
+    n = matrices[0].shape[1]
+    added = {key.rpartition(".")[2]: tensor for key, tensor in tensors.items() if tensor.ndim == 1}
+    layer = model.get_submodule(block_name.rpartition(".")[0])
+    norm = getattr(getattr(layer, _NORM, None), "weight", None)
+    return Router(
+        _floats(matrices[0]),
+        np.ones(n, np.float32) if norm is None or norm.shape != (n,) else _floats(norm),
+        _floats(added["bias"]) if "bias" in added else np.zeros(count, np.float32),
+        _floats(added["e_score_correction_bias"])
+        if "e_score_correction_bias" in added
+        else np.zeros(0, np.float32),
+    )
+
+
+def _floats(tensor: torch.Tensor) -> NDArray[np.float32]:
+    return tensor.detach().to(torch.float32).contiguous().numpy().copy()

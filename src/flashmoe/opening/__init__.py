@@ -1,0 +1,53 @@
+"""From a model's files to an engine that lacks only its pool: one module for each kind of files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashmoe.engines.base import Engine
+from flashmoe.errors import UsageError
+from flashmoe.storage.catalog import ExpertCatalog
+from flashmoe.storage.reader import ExpertReader
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What `flashmoe.load` was asked for, as far as opening a model goes."""
+
+    model: str | Path
+    limit: int  # of the whole process, in bytes; 0: the pool's size is given
+    cache: str | None  # the pool's size
+    n_ctx: int | None
+    n_ubatch: int
+    threads: int
+    all_logits: bool
+    sequences: int
+    pooling: str
+    layout: str
+    verify: bool
+    #: Raises PolicyError where the policy is not for this model.
+    check: Callable[[ExpertCatalog], None]
+    #: To be called before memory is counted; the bytes that are promised to others.
+    prepare: Callable[[ExpertCatalog], int]
+    progress: Callable[[int, int], None]  # bytes loaded, of how many
+
+    def check_context(self, trained: int) -> None:
+        """Raise UsageError where the context is larger than the one that the model was `trained` with."""
+        if self.n_ctx is not None and self.n_ctx > trained:
+            raise UsageError(
+                f"a context of {self.n_ctx} tokens is more than this model was trained for ({trained}); lower -c"
+            )
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An engine with its dense weights, and what its pool is to be."""
+
+    engine: Engine
+    catalog: ExpertCatalog
+    reader: ExpertReader
+    slots: list[int]  # of each size group
+    layout: str  # of the weights, for reports
+    whole_layers: bool  # whether all that a micro-batch asks a layer for must be in the pool at once

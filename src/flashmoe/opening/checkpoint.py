@@ -1,0 +1,103 @@
+"""Opens a safetensors checkpoint with Hugging Face Transformers."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+from flashmoe import budget
+from flashmoe.engines.transformers.library import open_transformers
+from flashmoe.errors import UsageError
+from flashmoe.hub import resolve_checkpoint
+from flashmoe.layout import PLAIN, REPACKED
+from flashmoe.opening import Opened, Wish
+from flashmoe.storage.checkpoint import read_checkpoint
+from flashmoe.storage.disk import tune
+from flashmoe.storage.reader import ExpertReader
+
+# What evaluating takes beside weights and context, as seen: copies of the hidden states of a micro-batch, and scratch
+# of torch's kernels and threads
+_STATES = 24
+_SCRATCH = 96 << 20
+
+
+def open_checkpoint(wish: Wish, stack: ExitStack) -> Opened:
+    """What is opened is closed by `stack`. Raises ModelError, BudgetError, PolicyError, LibraryError, UsageError."""
+    if wish.layout == REPACKED:
+        raise UsageError("--layout repacked is llama.cpp's: transformers runs the file's weights as they are")
+    if wish.pooling != "none":
+        raise UsageError("the transformers engine makes no embeddings: use a GGUF")
+    if wish.verify:
+        raise UsageError("--verify is for GGUF models; checkpoints on the hub have checksums of their own")
+    open_transformers()
+    import torch
+
+    from flashmoe.engines.transformers.catalog import read_layout
+    from flashmoe.engines.transformers.engine import TransformersEngine
+    from flashmoe.engines.transformers.loader import load_dense
+    from flashmoe.engines.transformers.skeleton import read_skeleton
+
+    checkpoint = read_checkpoint(resolve_checkpoint(wish.model))
+    skeleton = read_skeleton(checkpoint)
+    layout = read_layout(checkpoint, skeleton)
+    catalog = layout.catalog
+    wish.check(catalog)
+    text = skeleton.config.get_text_config()
+    trained = getattr(text, "max_position_embeddings", None) or budget.DEFAULT_CONTEXT
+    wish.check_context(trained)
+    context = wish.n_ctx or min(trained, budget.DEFAULT_CONTEXT)
+    reader = ExpertReader(checkpoint.files)
+    stack.callback(reader.close)
+    tune(reader, catalog.read_bytes)
+    align = max(file.align for file in reader.files)
+    if wish.limit:
+        budget.check_before_loading(catalog, wish.limit, align)
+    torch.set_num_threads(wish.threads)
+    dense = catalog.dense_bytes
+    model = load_dense(checkpoint, skeleton, layout, reader.files, lambda n: wish.progress(n, dense))
+    aside = reader.set_aside(catalog.largest_placed) if catalog.largest_placed else 0
+    promised = aside + wish.prepare(catalog)
+    if wish.limit:
+        each = wish.sequences * token_bytes(text, layout.dtype.itemsize)
+        if wish.n_ctx is None:
+            left = wish.limit - budget.status_bytes("VmRSS") - promised - budget.RESERVE
+            context = budget.default_context(context, budget.SMALL_CONTEXT * each, left)
+        promised += context * each + _SCRATCH
+    step = min(wish.n_ubatch, context)
+    if wish.limit:
+        outputs = text.vocab_size if wish.all_logits else 0
+        per_token = 4 * (_STATES * text.hidden_size + context + outputs)
+        while True:
+            used = budget.status_bytes("VmRSS") + promised + step * per_token + budget.RESERVE
+            least = max(used + budget.least_pool(catalog, align), budget.status_bytes("VmHWM"))
+            if least <= wish.limit:
+                break
+            if step == 1:
+                raise budget.too_small(wish.limit, least)
+            step //= 2
+        slots = budget.slots_for(catalog, wish.limit - used, align)
+    else:
+        slots = budget.parse_cache(str(wish.cache), catalog, align)
+    engine = TransformersEngine(
+        model,
+        catalog,
+        skeleton.experts,
+        checkpoint.folder,
+        n_ctx=context,
+        n_ubatch=step,
+        all_logits=wish.all_logits,
+        sequences=wish.sequences,
+    )
+    stack.callback(engine.close)
+    return Opened(engine, catalog, reader, slots, PLAIN, whole_layers=False)
+
+
+def token_bytes(config: Any, itemsize: int) -> int:
+    """Bytes that one token takes in the KV caches of all layers; an upper bound where some layers keep less."""
+    heads = config.num_attention_heads
+    if getattr(config, "kv_lora_rank", None):  # multi-head latent attention: kept expanded
+        numbers = heads * (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim)
+    else:
+        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        numbers = 2 * (getattr(config, "num_key_value_heads", None) or heads) * size
+    return int(config.num_hidden_layers * numbers * itemsize)

@@ -1,0 +1,125 @@
+"""Opens a GGUF with llama.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+
+from flashmoe import budget
+from flashmoe.embedding import choose_pooling
+from flashmoe.engines.llamacpp.engine import LlamaEngine
+from flashmoe.engines.llamacpp.library import Library
+from flashmoe.engines.llamacpp.loader import LoadedModel
+from flashmoe.engines.llamacpp.token_table import MOST_BYTES
+from flashmoe.hub import resolve
+from flashmoe.layout import PACKED, PLAIN, REPACKED, choose_layout
+from flashmoe.opening import Opened, Wish
+from flashmoe.probe import proven_library
+from flashmoe.storage.catalog import ExpertCatalog
+from flashmoe.storage.disk import tune
+from flashmoe.storage.gguf import read_gguf
+from flashmoe.storage.pack import find_pack
+from flashmoe.storage.reader import ExpertReader
+from flashmoe.storage.sums import FirstReads, needed_sums
+
+SMALL_UBATCH = 64  # prompts are still read fast
+MOST_FOR_BUFFERS = 0.05  # of the pool's memory, where the micro-batch is larger
+
+
+def open_gguf(wish: Wish, stack: ExitStack, library: Library | None) -> Opened:
+    """What is opened is closed by `stack`. Raises ModelError, BudgetError, PolicyError, LibraryError, UsageError."""
+    catalog = ExpertCatalog.from_gguf(read_gguf(resolve(wish.model)))
+    wish.check(catalog)
+    pooling = choose_pooling(wish.pooling, catalog.gguf)
+    trained = catalog.gguf.arch_int("context_length", budget.DEFAULT_CONTEXT)
+    wish.check_context(trained)
+    pack = find_pack(catalog) if wish.layout != PLAIN else None
+    sums = needed_sums(catalog, pack.sums(catalog) if pack else {}) if wish.verify else None
+    reader = ExpertReader([*catalog.gguf.files, pack.path] if pack else catalog.gguf.files)
+    stack.callback(reader.close)
+    tune(reader, catalog.read_bytes)
+    align = max(file.align for file in reader.files)
+    if wish.limit:
+        budget.check_before_loading(catalog, wish.limit, align)
+    layout = choose_layout(
+        wish.layout, catalog, budget.expected_share(catalog, wish.limit, wish.cache, align), pack is not None
+    )
+    lib = library or proven_library()
+    dense = catalog.dense_bytes
+    loaded = LoadedModel(
+        lib,
+        catalog,
+        reader.files[: len(catalog.gguf.files)],
+        lambda n: wish.progress(n, dense),
+        repack=layout == REPACKED,
+    )
+    stack.callback(loaded.close)
+    catalog = pack.apply(loaded.catalog, reader.files) if pack else loaded.catalog
+    if sums:
+        reader.check(FirstReads(catalog, [file.path for file in reader.files], sums))
+    aside = reader.set_aside(catalog.largest_placed) if catalog.largest_placed else 0
+    promised = aside + wish.prepare(catalog) + (MOST_BYTES if loaded.token_table else 0)
+    make = partial(
+        LlamaEngine,
+        lib,
+        loaded,
+        threads=wish.threads,
+        all_logits=wish.all_logits,
+        sequences=wish.sequences,
+        pooling=pooling,
+    )
+    context = wish.n_ctx or min(trained, budget.DEFAULT_CONTEXT)
+    if wish.limit and wish.n_ctx is None:
+        context = _default_context(make, context, wish.limit)
+    make = partial(make, n_ctx=context)
+    step = min(wish.n_ubatch, context)
+    if wish.limit:
+        engine, slots = _fit(make, catalog, step, wish.limit, align, promised)
+    else:
+        engine, slots = make(n_ubatch=step), budget.parse_cache(str(wish.cache), catalog, align)
+    stack.callback(engine.close)
+    return Opened(engine, catalog, reader, slots, PACKED if pack else layout, whole_layers=True)
+
+
+def _default_context(make: Callable[..., LlamaEngine], wished: int, limit: int) -> int:
+    """`budget.default_context`, told from a small one: a large one would be touched at once, beyond the budget."""
+    if wished <= budget.SMALL_CONTEXT:
+        return wished
+    left = limit - budget.status_bytes("VmRSS") - budget.RESERVE
+    engine, taken, _ = _measured(partial(make, n_ctx=budget.SMALL_CONTEXT, n_ubatch=1))
+    engine.close()
+    return budget.default_context(wished, taken, left)
+
+
+def _measured(make: Callable[[], LlamaEngine]) -> tuple[LlamaEngine, int, int]:
+    """An engine, the bytes that its context (KV cache, compute buffers) takes, and how many of them not yet."""
+    data, anonymous = budget.status_bytes("VmData"), budget.status_bytes("RssAnon")
+    engine = make()
+    taken = budget.status_bytes("VmData") - data
+    touched = budget.status_bytes("RssAnon") - anonymous
+    return engine, taken, max(0, taken - touched) + engine.late_bytes
+
+
+def _fit(
+    make: Callable[..., LlamaEngine], catalog: ExpertCatalog, step: int, limit: int, align: int, promised: int
+) -> tuple[LlamaEngine, list[int]]:
+    """The engine with the largest micro-batch up to `step` that leaves room for a pool, and that pool's slots.
+
+    Compute buffers grow with the micro-batch: in a tight budget slots are worth more, and a small pool does not allow
+    a large micro-batch anyway. `promised`: bytes that others have reserved and not touched. Raises BudgetError.
+    """
+    hoped = max(limit - budget.status_bytes("VmRSS") - budget.RESERVE, budget.least_pool(catalog, align))
+    step = budget.micro_batch(catalog, budget.slots_for(catalog, hoped, align), step)
+    while True:
+        engine, _, to_come = _measured(partial(make, n_ubatch=step))
+        used = budget.status_bytes("VmRSS") + to_come + promised + budget.RESERVE
+        # nor can less be kept than starting has taken already
+        least = max(used + budget.least_pool(catalog, align), budget.status_bytes("VmHWM"))
+        greedy = step > SMALL_UBATCH and to_come > MOST_FOR_BUFFERS * (limit - used)
+        if least <= limit and not greedy:
+            return engine, budget.slots_for(catalog, limit - used, align)
+        engine.close()
+        if step == 1:
+            raise budget.too_small(limit, least)
+        step //= 2

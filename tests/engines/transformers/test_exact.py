@@ -1,0 +1,110 @@
+"""The transformers engine against plain transformers with eager experts: equal to the last bit, at every pool size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import flashmoe
+from flashmoe.engines.base import Sampling
+from flashmoe.errors import BudgetError
+from tests.engines.transformers.conftest import Checkpoints
+from tests.engines.transformers.models import ARCHITECTURES, VOCABULARY, make_checkpoint, plain
+
+PROMPT = [(7 * i + 3) % VOCABULARY for i in range(11)]
+TOKENS = 64
+OTHER_SUMS = "nemotron_h"  # adds its experts up in another type than it returns
+DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
+
+
+def check(folder: Path, caches: tuple[str, ...]) -> None:
+    reference = plain(folder)
+    prompt = torch.tensor([PROMPT])
+    with torch.inference_mode():
+        logits = reference(prompt).logits[0].float().numpy()
+        tokens = reference.generate(prompt, max_new_tokens=TOKENS, do_sample=False)[0].tolist()
+    for cache in caches:
+        with flashmoe.load(
+            folder, engine="transformers", cache=cache, threads=1, all_logits=True, n_ctx=128
+        ) as model:
+            model.evaluate(PROMPT, decode=False)
+            for i, row in enumerate(logits):
+                assert np.array_equal(model.engine.logits(i), row), (cache, i)
+            # the library's own generate
+            with torch.inference_mode():
+                made = model.model.generate(prompt, max_new_tokens=TOKENS, do_sample=False)
+            assert made[0].tolist() == tokens, cache
+            # and ours, the prompt's last token giving the first
+            made_here = model.start(PROMPT, max_tokens=TOKENS, sampling=Sampling(temperature=0))
+            while not made_here.finished:
+                made_here.step()
+            assert PROMPT + made_here.made == tokens, cache
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != OTHER_SUMS])
+def test_logits_and_tokens(name: str, dtype: str, checkpoint: Checkpoints) -> None:
+    check(checkpoint(name, DTYPES[dtype]), ("1", "40%", "100%"))
+
+
+def test_experts_added_in_another_type(checkpoint: Checkpoints) -> None:
+    folder = checkpoint(OTHER_SUMS)
+    check(folder, ("60%", "100%"))
+    with (
+        flashmoe.load(folder, engine="transformers", cache="1", threads=1) as model,
+        pytest.raises(BudgetError, match="do not fit into the pool at once"),
+    ):
+        model.evaluate(PROMPT, decode=False)
+
+
+def test_several_files(tmp_path: Path) -> None:
+    """Shards end between an expert's tensors: then its parts are joined in memory."""
+    folder = make_checkpoint("olmoe", tmp_path, torch.float32, max_shard_size="60KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 3
+    check(folder, ("1", "50%"))
+
+
+def test_prompt_in_micro_batches(checkpoint: Checkpoints) -> None:
+    """A prompt in pieces is what the library computes in the same pieces; and what was said can be taken back."""
+    folder = checkpoint("qwen3_moe", torch.float32)
+    reference = plain(folder)
+    with torch.inference_mode():
+        first = reference(torch.tensor([PROMPT[:4]]), use_cache=True)
+        second = reference(
+            torch.tensor([PROMPT[4:8]]), past_key_values=first.past_key_values, logits_to_keep=1
+        ).logits[0, -1]
+    with flashmoe.load(folder, engine="transformers", cache="30%", threads=1, n_ubatch=4) as model:
+        made = model.start(PROMPT[:8], max_tokens=1, sampling=Sampling(temperature=0))
+        while not made.finished:
+            made.step()
+        assert np.array_equal(model.engine.logits(), second.numpy())
+        assert model.engine.rewind(4) == 4
+        model.evaluate(PROMPT[4:8], decode=False)
+        assert np.array_equal(model.engine.logits(), second.numpy())
+        assert model.engine.rewind(0) == 0
+
+
+def test_sequences_are_apart(checkpoint: Checkpoints) -> None:
+    folder = checkpoint("mixtral")
+    with flashmoe.load(folder, engine="transformers", cache="50%", threads=1, sequences=2) as model:
+        model.evaluate(PROMPT, 0, decode=False)
+        alone = model.engine.logits()
+        model.engine.clear()
+        model.evaluate(PROMPT[:5], 0, decode=False)
+        model.evaluate(PROMPT, 1, decode=False)
+        assert np.array_equal(model.engine.logits(), alone)
+        assert (model.engine.past(0), model.engine.past(1)) == (5, len(PROMPT))
+
+
+def test_experts_get_no_memory_of_their_own(checkpoint: Checkpoints) -> None:
+    folder = checkpoint("olmoe")
+    with flashmoe.load(folder, engine="transformers", cache="25%", threads=1) as model:
+        assert type(model.model) is type(plain(folder))
+        names = [name for name, _ in model.model.named_parameters()]
+        assert names
+        assert not [name for name in names if "experts" in name]
+        view = model.model.get_submodule("model.layers.0.mlp.experts").pooled_experts._pool["down_proj"]
+        assert len(view) == model.cache.policy.residency.n_slots < model.catalog.total_experts
