@@ -116,7 +116,7 @@ def compare(blocks: Sequence[Block], quota: NDArray[np.int32]) -> Iterator[Compa
     yield None
     rates = []
     for policy in (Lru(), oracle):
-        policy.bind(_holding(make_residency(n_layers, n_experts, quota), resident))
+        policy.bind(_holding(make_residency(n_layers, n_experts, quota.copy()), resident))
         if policy is oracle:
             oracle.foresee(ids, first, decode)
             yield None
