@@ -96,3 +96,13 @@ def test_pool_that_holds_some() -> None:
     residency = recent._holding(make_residency(4, 9, np.full(4, 6, np.int32)), resident)
     check_residency(residency)
     assert ((residency.slot_of >= 0) == resident).all()
+
+
+def test_a_prompt_at_the_end_takes_nothing_from_the_next_comparison() -> None:
+    """It lends slots to its window; the shares that the comparison was given stay as they are."""
+    steps = np.concatenate([np.arange(60), np.full(3, 60)])
+    trace = replace(made_up(tokens=63), step=steps, phase=(steps == 60).astype(np.uint8))
+    quota = np.full(3, 6, np.int32)
+    found = [result([Block(0.0, np.zeros((3, 16), np.bool_), trace, 0, 0)], quota) for _ in range(2)]
+    assert quota.tolist() == [6, 6, 6]
+    assert (found[0].lru, found[0].belady) == (found[1].lru, found[1].belady)
