@@ -50,6 +50,10 @@ def test_logits_and_tokens(name: str, dtype: str, checkpoint: Checkpoints) -> No
     check(checkpoint(name, DTYPES[dtype]), ("1", "40%", "100%"))
 
 
+def test_f16(checkpoint: Checkpoints) -> None:
+    check(checkpoint("olmoe", torch.float16), ("1", "100%"))
+
+
 def test_experts_added_in_another_type(checkpoint: Checkpoints) -> None:
     folder = checkpoint(OTHER_SUMS)
     check(folder, ("60%", "100%"))

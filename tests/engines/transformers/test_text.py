@@ -1,0 +1,111 @@
+"""From a prompt's text to text: tokenizers of both kinds, the command line, a trace, reports, a saved cache."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tokenizers
+import transformers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+from typer.testing import CliRunner
+
+import flashmoe
+from flashmoe.cli import app
+from flashmoe.engines.transformers.tokens import open_tokenizer, token_bytes
+from flashmoe.routing.trace import RoutingTrace
+from tests.engines.transformers.conftest import Checkpoints
+
+TEXT = "A cät sat — on 1 mat."
+
+
+def byte_level() -> tokenizers.Tokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    made = tokenizers.Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return made
+
+
+def metaspace() -> tokenizers.Tokenizer:
+    words = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), "▁", *"Actsaonm1."]
+    model = models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True)
+    made = tokenizers.Tokenizer(model)
+    made.normalizer = normalizers.Replace(" ", "▁")
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return made
+
+
+def save(tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(
+        folder
+    )
+
+
+@pytest.mark.parametrize("kind", [byte_level, metaspace])
+def test_bytes_of_tokens(kind: type, tmp_path: Path) -> None:
+    save(kind(), tmp_path)
+    tokenizer = open_tokenizer(tmp_path)
+    ids = tokenizer.encode(TEXT, add_special_tokens=False)
+    assert b"".join(token_bytes(tokenizer, i, False) for i in ids).decode() == TEXT
+    end = tokenizer.eos_token_id
+    assert token_bytes(tokenizer, end, False) == b""
+    assert token_bytes(tokenizer, end, True) == b"<end>"
+    assert token_bytes(tokenizer, 100_000, False) == b""
+
+
+@pytest.fixture(scope="module")
+def spoken(checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a tokenizer."""
+    import torch
+
+    from tests.engines.transformers.models import make_checkpoint
+
+    folder = tmp_path_factory.mktemp("spoken")
+    make_checkpoint("olmoe", folder, torch.bfloat16, shape={"vocab_size": 300})
+    save(byte_level(), folder)
+    return folder
+
+
+def test_run(spoken: Path, tmp_path: Path) -> None:
+    command = [
+        "run", str(spoken), "--engine", "transformers", "-p", TEXT, "-n", "8", "--temp", "0.7", "-s", "3",
+        "--cache", "50%", "-t", "1", "--json", str(tmp_path / "r.json"), "--trace", str(tmp_path / "t.safetensors"),
+    ]  # fmt: skip
+    texts = []
+    for _ in range(2):
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+        report = json.loads((tmp_path / "r.json").read_text())
+        assert report["model"] == spoken.name
+        texts.append(report["text"])
+    assert texts[0] == texts[1]  # the same seed
+    assert len(RoutingTrace.load(tmp_path / "t.safetensors").token_id) >= len(TEXT.encode())
+
+
+def test_budget(spoken: Path) -> None:
+    with flashmoe.load(spoken, engine="transformers", ram="3GiB", threads=1) as model:
+        assert "".join(model.generate(TEXT, max_tokens=4))
+        assert model.budget_bytes == 3 << 30
+
+
+def test_saved_cache(spoken: Path, tmp_path: Path) -> None:
+    file = tmp_path / "saved.safetensors"
+    for warm in (False, True):
+        with flashmoe.load(spoken, engine="transformers", cache="50%", threads=1, save_cache=file) as model:
+            assert (model.cache.warm is not None) is warm
+            assert "".join(model.generate(TEXT, max_tokens=4))
+
+
+def test_without_a_tokenizer(checkpoint: Checkpoints, tmp_path: Path) -> None:
+    folder = checkpoint("olmoe")
+    result = CliRunner().invoke(
+        app, ["run", str(folder), "--engine", "transformers", "-p", "x", "--cache", "50%", "-t", "1"]
+    )
+    assert "has no tokenizer" in str(result.exception)
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    (copy / "tokenizer.json").write_text("{")
+    with pytest.raises(flashmoe.errors.ModelError, match="the tokenizer cannot be read"):
+        flashmoe.load(copy, engine="transformers", cache="50%", threads=1)
