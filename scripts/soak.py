@@ -21,13 +21,13 @@ from typing import Annotated
 import typer
 
 import flashmoe
-from flashmoe.api import proven_library
 from flashmoe.budget import status_bytes
 from flashmoe.engines.base import Sampling
 from flashmoe.engines.llamacpp.stock import StockModel
 from flashmoe.errors import UsageError
 from flashmoe.generation import Generation, Reuse
 from flashmoe.hub import resolve
+from flashmoe.probe import proven_library
 from flashmoe.units import format_bytes
 
 SEQUENCES, CONTEXT, UBATCH = 4, 256, 64
