@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from flashmoe import hub
@@ -16,6 +17,11 @@ os.environ["GGML_NO_BACKTRACE"] = "1"  # an abort in the library must not start 
 os.environ["HF_HUB_OFFLINE"] = "1"
 for name in ("FLASHMOE_LIBLLAMA", "LLAMA_ARG_THREADS"):
     os.environ.pop(name, None)
+
+# The same cases at every run: what fails has been changed. `--hypothesis-profile=explore` looks for new ones.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000)
+hypothesis.settings.load_profile("same")
 
 Tiny = Callable[[str], Path]
 

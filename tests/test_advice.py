@@ -32,7 +32,7 @@ def noted(ids: np.ndarray) -> RecentRouting:
     return recent
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 1000), tokens=st.integers(1, 300), slots=st.integers(3, EXPERTS))
 def test_misses_are_those_of_lru(seed: int, tokens: int, slots: int) -> None:
     """The simulator's LRU at every size, whose first uses are misses at all of them.

@@ -103,7 +103,7 @@ def test_too_small_names_a_budget_that_works() -> None:
 
 
 @hypothesis.given(
-    wished=st.integers(1, 1 << 20), taken=st.integers(0, 1 << 40), left=st.integers(-(1 << 40), 1 << 40)
+    wished=st.integers(1, 1 << 20), taken=st.integers(1, 1 << 40), left=st.integers(-(1 << 40), 1 << 40)
 )
 def test_default_context(wished: int, taken: int, left: int) -> None:
     context = budget.default_context(wished, taken, left)

@@ -81,7 +81,7 @@ def test_any_flipped_bit_is_found_and_named(model: Path) -> None:
     places = list(slices_of(catalog_of(model)))
     layers = {p.tensor.name: i for i, layer in enumerate(catalog_of(model).layers) for p in layer.planes}
 
-    @settings(max_examples=20, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=20)
     @given(place=st.sampled_from(places), bit=st.integers(0, 1 << 20))
     def one(place: Slice, bit: int) -> None:
         flip(model, place, bit)

@@ -158,7 +158,7 @@ requests = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(requests=requests, policy=st.sampled_from(["lru", "lfu"]), slots=st.integers(4, 20))
 def test_any_sequence_with_failures(
     requests: list[tuple[int, list[int], tuple[int, int] | None]], policy: str, slots: int, tiny: Tiny

@@ -73,7 +73,7 @@ def one_by_one(policy: EvictionPolicy, ids: Any, starts: Any, check: bool = Fals
 @pytest.mark.parametrize("partition", ["per-layer", "global"])
 @pytest.mark.parametrize("name", ONLINE)
 @given(case=traces())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_replay_is_access_one_by_one(name: str, partition: str, case: Any) -> None:
     ids, n_experts, slots, starts = case
     hit = one_by_one(bound(name, ids.shape[1], n_experts, slots, partition), ids, starts, check=True)
@@ -84,7 +84,7 @@ def test_replay_is_access_one_by_one(name: str, partition: str, case: Any) -> No
 
 
 @given(case=traces())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_lru_is_an_ordered_dict(case: Any) -> None:
     ids, n_experts, slots, starts = case
     hit = one_by_one(bound("lru", ids.shape[1], n_experts, slots), ids, starts)
@@ -102,7 +102,7 @@ def test_lru_is_an_ordered_dict(case: Any) -> None:
 
 
 @given(case=traces())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_lfu_is_a_counter_with_recency(case: Any) -> None:
     ids, n_experts, slots, starts = case
     hit = one_by_one(bound("lfu", ids.shape[1], n_experts, slots), ids, starts)
@@ -125,7 +125,7 @@ def test_lfu_is_a_counter_with_recency(case: Any) -> None:
 
 @pytest.mark.parametrize("name", ONLINE)
 @given(seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_random_use_keeps_the_pool_consistent(name: str, seed: int) -> None:
     """Micro-batches, exchanged slots, failed reads, size groups: the arrays never contradict each other."""
     rng = np.random.default_rng(seed)

@@ -126,7 +126,7 @@ steps = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(steps=steps, policy=st.sampled_from(["lru", "lfu-aged", "arc"]), spare=st.integers(1, 4))
 def test_policy_does_not_notice(
     steps: list[tuple[int, list[int], list[int], bool]], policy: str, spare: int, tiny: Tiny

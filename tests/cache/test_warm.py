@@ -156,7 +156,7 @@ def test_a_failed_read_is_nothing(tiny: Tiny) -> None:
         c.ensure(0, [3, 1])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_start_and_any_requests(tiny: Tiny, data: st.DataObject) -> None:
     slots = data.draw(st.integers(4, 20), "slots")
@@ -223,7 +223,7 @@ def test_a_policy_goes_on_as_if_it_had_never_stopped(name: str) -> None:
     assert ((ours.slot_of >= 0) == (theirs.slot_of >= 0)).all()
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(data=st.data())
 def test_any_state_is_refused_or_works(data: st.DataObject) -> None:
     """What compiled code uses as an index is checked: no state that is taken makes a policy fail."""

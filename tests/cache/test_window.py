@@ -76,7 +76,7 @@ tokens = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     steps=st.lists(tokens, max_size=8),
     policy=st.sampled_from(["lru", "lfu-aged", "arc"]),

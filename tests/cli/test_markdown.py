@@ -90,7 +90,7 @@ def test_all_of_it() -> None:
     assert screen([TEXT]) == SHOWN.split("\n")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(cuts=st.lists(st.integers(0, len(TEXT)), max_size=60).map(sorted))
 def test_in_any_pieces(cuts: list[int]) -> None:
     edges = [0, *cuts, len(TEXT)]

@@ -44,7 +44,7 @@ def test_changed_files(title: str, made: dict[str, Target], tmp_path_factory: py
     target.read(folder / target.name)  # the seed is good; compiles what there is to compile
     refused = []
 
-    @settings(max_examples=60, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=60)
     @given(seed=st.integers(0, 2**32))
     def one(seed: int) -> None:
         refused.append(attempt(target, target.change(random.Random(seed)), folder).refused)

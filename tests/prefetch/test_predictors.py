@@ -111,7 +111,7 @@ def test_chances_are_chances_and_asking_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_never_sees_the_future(name: str, data: st.DataObject) -> None:
     """Two texts that are equal up to some layer of some token get equal predictions there."""
@@ -427,7 +427,7 @@ def test_damaged_and_foreign_files(tmp_path: Path) -> None:
 # The simulator ----------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000))
 def test_tally_counts_as_defined(seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -79,7 +79,7 @@ COMPLETION = st.fixed_dictionaries(
     },
     optional={**COMMON, "logprobs": NUMBER},
 )
-FEW = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=60, suppress_health_check=list(HealthCheck))
 
 
 def post(server: ServerProcess, path: str, body: Any) -> None:
@@ -110,7 +110,7 @@ def test_completions(server: ServerProcess, body: Any) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/embeddings"])
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, suppress_health_check=list(HealthCheck))
 @given(content=st.binary(max_size=200))
 def test_garbage(server: ServerProcess, path: str, content: bytes) -> None:
     answer = httpx.post(f"{server.url}{path}", content=content, headers={"Content-Type": "application/json"})
@@ -128,7 +128,7 @@ def test_what_its_document_says(server: ServerProcess) -> None:
         if operation.path.endswith("/stream"):
             continue  # has no end
 
-        @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=15, suppress_health_check=list(HealthCheck))
         @given(case=operation.as_strategy())
         def ask(case: Any) -> None:
             if isinstance(case.body, dict):

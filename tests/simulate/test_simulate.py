@@ -68,7 +68,7 @@ def test_equal_to_libcachesim_on_a_real_layer(ours: str, theirs: str, layer: int
 
 @pytest.mark.parametrize("name", [name for name in PLAIN if name != "belady"])
 @given(seed=st.integers(0, 2**32 - 1), slots=st.integers(2, 6), layers=st.integers(1, 3))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_belady_is_never_beaten(name: str, seed: int, slots: int, layers: int) -> None:
     trace = made_up(80, layers, 7, 2, seed)
     best = replay(trace, create("belady"), slots * layers)

@@ -170,7 +170,7 @@ def test_unknown_tensor_type_and_odd_shapes(tiny: Tiny, tmp_path: Path) -> None:
             parse_part(path)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_mutated_headers_neither_hang_nor_eat_memory(
     data: st.DataObject, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory

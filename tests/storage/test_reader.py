@@ -284,7 +284,7 @@ def inverted(memory: np.ndarray, batch: list[Read]) -> bool:
     offsets=st.lists(st.integers(0, len(CONTENT) - 4096), max_size=60),
     cancelled=st.sets(st.integers(0, 59)),
 )
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=25)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
 def test_placed_reads(reader: ExpertReader, offsets: list[int], cancelled: set[int]) -> None:
     """More of them than buffers, demanded and prefetched, some cancelled, beside reads that are not placed."""
     memory = np.zeros(len(offsets) * 8192 + 8192, np.uint8)
