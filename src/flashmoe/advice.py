@@ -1,19 +1,20 @@
 """Why a run is as slow as it is, and what would help most: a sentence with numbers, from the run itself.
 
-The time of a token is what the engine computes plus what it waits for reads. The second part shrinks with the misses:
-their share at another pool size is that of an LRU cache under the run's own recent requests. That is exact for LRU, and
-for other policies as good as their advantage is the same at both sizes.
+The time of a token is what the engine computes plus what it waits for reads. The second part shrinks with the misses,
+which are counted by replaying the run's own recent requests with a larger pool, and under other policies
+(simulate/what_if.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from flashmoe.units import format_bytes
 
 LEAST_TOKENS = 32  # fewer decoded tokens say little
 _STEP = 0.25  # of the memory in use: what one would think of adding
+_CLEARLY = 1.03  # times the present speed: a policy that promises less is not worth a word
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Advice:
     more_ram_tokens_per_s: float = 0.0
     faster_drive_tokens_per_s: float = 0.0  # twice as fast
     no_reads_tokens_per_s: float = 0.0  # every read hidden or saved
+    policy: str = ""  # the one that would help most, where one clearly would
+    policies_tokens_per_s: Mapping[str, float] = field(default_factory=dict)  # all that were replayed
 
 
 def more_ram(used: int, missing: int) -> int:
@@ -43,14 +46,15 @@ def advise(
     ceiling: float,
     slots: int,
     experts: int,
-    layers: int,
     expert_bytes: int,
     misses: Callable[[float], float],
+    others: Callable[[], Mapping[str, int]],
 ) -> Advice:
     """What to say of a run that decoded `tokens` tokens in `seconds`.
 
     read_bytes: read meanwhile; ceiling: of the drive, in 1e9 bytes per second, 0.0 where not known; slots, experts: of
-    the whole pool and model; expert_bytes: of one expert; misses(c): requests that miss with c slots per layer.
+    the whole pool and model; expert_bytes: of one expert; misses(c): of the last requests, with c times the slots;
+    others(): of the same requests, under other policies.
     """
     if bound == "memory":
         return Advice(
@@ -72,20 +76,26 @@ def advise(
         )
     faster = 1 / (busy + stall / 2)
     extra = more_ram(slots * expert_bytes, (experts - slots) * expert_bytes)
-    now = misses(slots / layers)
+    now = misses(1.0)
     if not extra or not now:
         return Advice(
             f"{start}; a drive twice as fast would give about {faster:.1f} tokens/s",
             faster_drive_tokens_per_s=faster,
             no_reads_tokens_per_s=whole,
         )
-    then = misses((slots + extra / expert_bytes) / layers)
-    ram = 1 / (busy + stall * then / now)
+    ram = 1 / (busy + stall * misses(1 + extra / (slots * expert_bytes)) / now)
+    policies = {spec: 1 / (busy + stall * missed / now) for spec, missed in others().items()}
+    best = max(policies, key=lambda spec: policies[spec], default="")
+    if best and policies[best] * seconds < _CLEARLY * tokens:
+        best = ""
+    policy = f"policy {best.partition(':')[0]} {policies[best]:.1f}, " if best else ""
     return Advice(
-        f"{start}; +{format_bytes(extra)} of RAM would give about {ram:.1f} tokens/s, "
+        f"{start}; +{format_bytes(extra)} of RAM would give about {ram:.1f} tokens/s, {policy}"
         f"a drive twice as fast {faster:.1f}, all experts in memory {whole:.1f}",
         more_ram_bytes=extra,
         more_ram_tokens_per_s=ram,
         faster_drive_tokens_per_s=faster,
         no_reads_tokens_per_s=whole,
+        policy=best,
+        policies_tokens_per_s=policies,
     )

@@ -26,6 +26,7 @@ from flashmoe.prefetch import Predictor
 from flashmoe.prefetch import create_all as create_predictors
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.session import Session
+from flashmoe.simulate.what_if import UNTRAINED
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.units import parse_bytes
 
@@ -166,6 +167,7 @@ def load(
             resources,
             prefetcher=prefetcher,
             layout=opened.layout,
+            alternatives=[default_policy(model), *UNTRAINED],
         )
         if trace:
             loaded_model.record()

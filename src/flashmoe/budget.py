@@ -200,26 +200,28 @@ def spare_slots(catalog: ExpertCatalog, slots: Sequence[int]) -> list[int]:
     ]
 
 
+def shares(slots: int, n_layers: int, n_experts: int, top_k: int) -> NDArray[np.int32]:
+    """Slots of each layer, int32 [L], equal in general.
+
+    Shares that do not hold one token's experts would never see a hit: then as many layers as possible get that much,
+    and the others borrow in passing.
+    """
+    if slots >= n_layers * top_k:
+        return equal_quota(slots, n_layers, n_experts)
+    return np.diff(np.minimum(np.arange(n_layers + 1) * top_k, slots)).astype(np.int32)
+
+
 def residency_for(
     catalog: ExpertCatalog, slots: Sequence[int], spare: Sequence[int] | None = None
 ) -> Residency:
     """The arrays of a pool with `slots[g]` slots in size group g, shared equally by the layers of the group.
 
     `spare[g]` of them are left to prefetching.
-
-    Shares that do not hold one token's experts would never see a hit: then as many layers as possible get that much,
-    and the others borrow in passing.
     """
     groups = np.array(catalog.groups)
     quota = np.zeros(len(groups), np.int32)
     spare = list(spare or [0] * len(slots))
     for group, (n, away) in enumerate(zip(slots, spare, strict=True)):
-        n -= away
         members = np.flatnonzero(groups == group)
-        if n >= len(members) * catalog.top_k:
-            quota[members] = equal_quota(n, len(members), catalog.n_experts)
-        else:
-            served = -(-n // catalog.top_k)
-            quota[members[:served]] = catalog.top_k
-            quota[members[served - 1]] = n - (served - 1) * catalog.top_k
+        quota[members] = shares(n - away, len(members), catalog.n_experts, catalog.top_k)
     return make_residency(len(groups), catalog.n_experts, quota, groups, spare=spare)

@@ -21,6 +21,7 @@ from flashmoe.layout import PLAIN
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import Recorder
 from flashmoe.routing.trace import DECODE, PREFILL
+from flashmoe.simulate.what_if import WhatIf
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.disk import read_ceiling
 
@@ -41,9 +42,11 @@ class Model:
         resources: ExitStack,
         prefetcher: Prefetcher | None = None,
         layout: str = PLAIN,
+        alternatives: Sequence[str] = (),
     ) -> None:
         self.engine, self.cache, self.catalog, self.prefetcher = engine, cache, catalog, prefetcher
         self.budget_bytes, self.layout = budget_bytes, layout
+        self.alternatives = alternatives  # eviction policies that reports try
         self.telemetry = telemetry.Telemetry()
         self.progress, self._resources = progress, resources
         #: What each sequence of the engine holds.
@@ -178,6 +181,7 @@ class Model:
 
     def report(self, text: str = "") -> telemetry.Report:
         """The figures so far; `text` is passed through. Measures the drive where that has not been done before."""
+        what_if = WhatIf(self.cache.recent, self.cache.policy, self.catalog.top_k)
         return telemetry.make_report(
             self.telemetry,
             self.cache.stats,
@@ -188,9 +192,9 @@ class Model:
             text=text,
             slots=self.cache.policy.residency.n_slots,
             experts=self.catalog.total_experts,
-            layers=len(self.catalog.layers),
             expert_bytes=self.catalog.expert_bytes // self.catalog.total_experts,
-            misses=self.cache.recent.misses,
+            misses=what_if.larger,
+            others=lambda: what_if.others(self.alternatives),
             budget=self.budget_bytes,
             warm=(self.cache.warm.experts, self.cache.warm.bytes) if self.cache.warm else (0, 0),
             ceiling=read_ceiling(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -120,16 +120,16 @@ def make_report(
     text: str,
     slots: int,
     experts: int,
-    layers: int,
     expert_bytes: int,
     misses: Callable[[float], float],
+    others: Callable[[], Mapping[str, int]],
     budget: int,
     ceiling: float,
     warm: tuple[int, int] = (0, 0),
 ) -> Report:
     """Put the counters together. `cache` and `io` cover decoding; their prefill counterparts stand beside them.
 
-    layers, expert_bytes, misses: see advice.advise.
+    expert_bytes, misses, others: see advice.advise.
     warm: experts that a warm start brought back, and bytes that it read in the background.
     """
     decode, prefill = stats["decode"], stats["prefill"]
@@ -147,9 +147,9 @@ def make_report(
         ceiling=ceiling,
         slots=slots,
         experts=experts,
-        layers=layers,
         expert_bytes=expert_bytes,
         misses=misses,
+        others=others,
     )
     return Report(
         model=model,

@@ -88,6 +88,7 @@ class ExpertCache:
         """Tell the policy that a new prompt or conversation begins."""
         with self._lock:
             self.policy.begin_sequence()
+            self.recent.begin_sequence()
 
     def begin_step(self, tokens: int, top_k: int) -> None:
         """Call before `tokens` tokens are evaluated at once: prefill gets slots to work in, decode gets them back."""

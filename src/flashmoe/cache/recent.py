@@ -1,6 +1,8 @@
-"""The experts asked for lately while decoding, and what they say about other pool sizes."""
+"""The experts asked for lately while decoding."""
 
 from __future__ import annotations
+
+from collections import deque
 
 import numpy as np
 from numba import njit
@@ -43,26 +45,35 @@ class RecentRouting:
     """A ring of each layer's last requests. Noting them takes a microsecond; all else waits until somebody asks."""
 
     def __init__(self, n_layers: int, n_experts: int) -> None:
+        self.n_experts = n_experts
         self._ids = np.full((n_layers, IDS), -1, np.int16)
         self._at = [0] * n_layers
-        self._n_experts = n_experts
+        self._tokens = 0
+        self._begun: deque[int] = deque(maxlen=IDS)  # tokens noted when a sequence began
+
+    def begin_sequence(self) -> None:
+        """A new prompt or conversation begins."""
+        self._begun.append(self._tokens)
 
     def add(self, layer: int, ids: NDArray[np.int32]) -> None:
-        """A layer was asked for `ids` [n]."""
+        """A layer was asked for a token's `ids` [k]."""
         at, n = self._at[layer], len(ids)
+        self._tokens += layer == 0
         if at + n > IDS:
             at = 0
         if n <= IDS:
             self._ids[layer, at : at + n] = ids
             self._at[layer] = at + n
 
-    def misses(self, slots: float) -> float:
-        """Requests for experts seen before that an LRU cache of `slots` slots per layer would have missed."""
-        whole = min(int(slots), self._n_experts)
-        total = 0.0
-        for ids, at in zip(self._ids, self._at, strict=True):
-            histogram = reuse_histogram(np.roll(ids, -at), self._n_experts)
-            total += float(histogram[whole:].sum())
-            if whole < self._n_experts:
-                total -= (slots - whole) * float(histogram[whole])
-        return total
+    def last(self, top_k: int) -> tuple[NDArray[np.int16], NDArray[np.bool_]]:
+        """The ids [T, L, k] of the last tokens, oldest first, and at which of them a sequence begins [T]."""
+        whole = IDS // top_k
+        rows = self._ids[:, : whole * top_k].reshape(-1, whole, top_k)
+        ordered = np.stack(
+            [np.roll(own, -(at // top_k), axis=0) for own, at in zip(rows, self._at, strict=True)]
+        )
+        noted = int((ordered[:, :, 0] >= 0).sum(axis=1).min())
+        begins = np.zeros(noted, np.bool_)
+        first = self._tokens - noted
+        begins[[n - first for n in self._begun if first <= n < self._tokens]] = True
+        return np.ascontiguousarray(ordered[:, whole - noted :].swapaxes(0, 1)), begins
