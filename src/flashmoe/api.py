@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,7 @@ def load(
     engine: str = LLAMACPP,
     ram: str | int | None = None,
     cache: str | None = None,
+    vram: str | int | None = None,
     policy: str | None = None,
     prefetch: str = "auto",
     layout: str = AUTO,
@@ -63,9 +65,11 @@ def load(
 
     model: path of a GGUF (or of the first file of a split set), "demo", or "hf:organisation/repository[:file]"; for the
         transformers engine the folder of a safetensors checkpoint, or "hf:organisation/repository".
-    engine: "llama.cpp", or "transformers": Hugging Face's own model, as `.model`, in BF16, F16 or F32 on the CPU.
+    engine: "llama.cpp", or "transformers": Hugging Face's own model, as `.model`, in BF16, F16 or F32.
     ram: memory for the whole process, for example "6GiB"; by default a share of what is available.
     cache: sizes the expert pool directly instead: "25%" of the experts, "2GiB", or a number of slots ("300").
+    vram: of the transformers engine: compute on the GPU, with a tier of experts there in front of those in RAM: "50%"
+        of the experts, or a size of all that the model takes there ("16GiB"). Without it the CPU computes.
     policy: eviction policy, NAME or NAME:FILE (default: lfu-aged, or what is bundled with the demo model).
     prefetch: predictor of the next layer's experts: "gate", "table", "promoe:FILE", "moe-infinity", "none", or "auto":
         the first of gate and table that is worth asking on this text, and none where neither is.
@@ -96,8 +100,11 @@ def load(
         raise UsageError("context, micro-batch and threads must be at least 1")
     if engine not in ENGINES:
         raise UsageError(f"unknown engine {engine!r}: choose from {', '.join(ENGINES)}")
+    if vram is not None and engine != TRANSFORMERS:
+        raise UsageError("--vram is for --engine transformers: llama.cpp computes on the CPU here")
     check_layout(layout)
-    evict = create(policy or default_policy(model))
+    make_policy = partial(create, policy or default_policy(model))
+    evict = make_policy()
     predictors = create_predictors(prefetch)
     limit = 0 if cache is not None else parse_bytes(ram) if ram is not None else budget.default_ram()
 
@@ -112,6 +119,7 @@ def load(
         model=model,
         limit=limit,
         cache=cache,
+        vram=None if vram is None else str(vram),
         n_ctx=n_ctx,
         n_ubatch=n_ubatch,
         threads=threads or psutil.cpu_count(logical=False) or 1,
@@ -120,6 +128,7 @@ def load(
         pooling=pooling,
         layout=layout,
         verify=verify,
+        policy=make_policy,
         check=lambda catalog: evict.check_model(catalog.identity),
         prepare=prepare,
         progress=lambda done, total: report_progress("load", min(done, total), total),
@@ -140,12 +149,14 @@ def load(
         evict.bind(budget.residency_for(catalog, slots, spare))
         experts = ExpertCache(pool, opened.reader, evict, spare)
         runner.attach(pool, slots, experts)
+        if runner.tiers:
+            stack.callback(runner.tiers.close)
         if opened.whole_layers:
             left = [n - away for n, away in zip(slots, spare, strict=True)]
             runner.n_ubatch = budget.micro_batch(catalog, left, runner.n_ubatch)
         prefetcher = None
         if predictors and any(spare):
-            prefetcher = Prefetcher(predictors, experts)
+            prefetcher = Prefetcher(predictors, runner.tiers or experts)
             runner.prefetch(prefetcher)
         resources = ExitStack()
         ranked = None

@@ -135,6 +135,8 @@ class Model:
             held.cut(self.engine.rewind(n, sequence))
         if not goes_on:
             self.cache.begin_sequence()
+            if self.engine.tiers:
+                self.engine.tiers.begin_sequence()
             if self.prefetcher:
                 self.prefetcher.begin_sequence()
             self._prompts += 1
@@ -196,6 +198,7 @@ class Model:
             misses=what_if.larger,
             others=lambda: what_if.others(self.alternatives),
             budget=self.budget_bytes,
+            tiers=self.engine.tiers.figures() if self.engine.tiers else {},
             warm=(self.cache.warm.experts, self.cache.warm.bytes) if self.cache.warm else (0, 0),
             ceiling=read_ceiling(
                 self.cache.reader,

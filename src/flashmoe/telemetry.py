@@ -65,6 +65,7 @@ class Report:
     io: dict[str, float]
     memory: dict[str, int]
     start: dict[str, float]
+    tiers: dict[str, float]  # of experts on a GPU; empty where there are none
     bound: str
     advice: dict[str, Any]
 
@@ -93,7 +94,19 @@ class Report:
             f"{format_bytes(io['bytes_per_token'])} read per token",
             f"reads {io['gb_per_s']:.2f} GB/s on average{ceiling}; "
             f"memory {format_bytes(m['peak_bytes'])} at most{budget}; weights {self.layout}",
+            *self._tiers(),
             self.advice["sentence"],
+        ]
+
+    def _tiers(self) -> list[str]:
+        t = self.tiers
+        if not t:
+            return []
+        requests = max(1, t["vram_hits"] + t["ram_hits"] + t["ssd_misses"])
+        return [
+            f"experts asked for: {t['vram_hits'] / requests:.1%} on the GPU ({t['vram_slots']:.0f} slots), "
+            f"{t['ram_hits'] / requests:.1%} in RAM, {t['ssd_misses'] / requests:.1%} on the drive; "
+            f"{t['copies']:.0f} copied at {t['pcie_gb_per_s']:.1f} GB/s, {t['computed_on_cpu']:.0f} computed by the CPU"
         ]
 
 
@@ -125,11 +138,12 @@ def make_report(
     others: Callable[[], Mapping[str, int]],
     budget: int,
     ceiling: float,
+    tiers: dict[str, float],
     warm: tuple[int, int] = (0, 0),
 ) -> Report:
     """Put the counters together. `cache` and `io` cover decoding; their prefill counterparts stand beside them.
 
-    expert_bytes, misses, others: see advice.advise.
+    expert_bytes, misses, others: see advice.advise. tiers: see engines.base.Tiers.
     warm: experts that a warm start brought back, and bytes that it read in the background.
     """
     decode, prefill = stats["decode"], stats["prefill"]
@@ -188,6 +202,7 @@ def make_report(
             "warm_experts": warm[0],
             "warm_bytes": warm[1],
         },
+        tiers=tiers,
         bound=held_up,
         advice=asdict(advice),
     )

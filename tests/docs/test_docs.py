@@ -21,7 +21,7 @@ GENERATED = ROOT / "docs/reference/cli.md"
 PAGES = [ROOT / "README.md", *sorted(set((ROOT / "docs").rglob("*.md")) - {GENERATED})]
 REASONS = {
     "needs a download", "needs a big model", "takes minutes", "takes hours", "sets up an environment",
-    "listens on all addresses",
+    "listens on all addresses", "needs a GPU",
 }  # fmt: skip
 _FENCE = re.compile(
     r"^(?P<indent> *)(?:<!-- not run: (?P<reason>.*?) -->\n *)?```(?P<kind>\w*)\n(?P<text>.*?)^ *```$",

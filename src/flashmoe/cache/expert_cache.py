@@ -299,9 +299,13 @@ class ExpertCache:
         stats, first = self.stats[self.phase], self._first_slot[layer]
         incomplete = [(expert, entry) for expert, entry in staged if not entry.complete]
         late = {expert: [entry.first, entry.last] for expert, entry in incomplete}
+        began = time.perf_counter()
         try:
             for expert, slot in absent:
                 late[expert] = [self.reader.demand(self.pool.reads(layer, expert, slot - first))]
+            stats.stall_seconds += (
+                time.perf_counter() - began
+            )  # starting reads can mean waiting for the drive
             for expert, _ in (*absent, *staged):
                 self.pool.fill_tables(layer, expert, slots[expert] - first)
             if meanwhile:
@@ -310,8 +314,8 @@ class ExpertCache:
                 began = time.perf_counter()
                 for ticket in late.get(expert, ()):
                     self.reader.wait(ticket)
-                stats.stall_seconds += time.perf_counter() - began
                 self.reader.poll()
+                stats.stall_seconds += time.perf_counter() - began
                 each(expert, slots[expert] - first)
         except BaseException:  # also what a signal's handler raises
             self._give_back([ticket for tickets in late.values() for ticket in tickets], layer, admitted)

@@ -77,7 +77,8 @@ class SlotPool:
         align = max(file.align for file in reader.files)
         self._reader = reader
         self._maps: list[mmap.mmap] = []
-        self._regions: list[tuple[int, int]] = []
+        #: Address and bytes of all its memory.
+        self.regions: list[tuple[int, int]] = []
         self._stop = threading.Event()
         self._prefault: threading.Thread | None = None
         self.windows: list[list[Window]] = [[] for _ in catalog.layers]
@@ -105,7 +106,7 @@ class SlotPool:
         memory, address = reserve_huge(nbytes)
         self._maps.append(memory)
         self._reader.keep(memory)
-        self._regions.append((address, nbytes))
+        self.regions.append((address, nbytes))
         return address
 
     def prefault(self) -> None:
@@ -124,8 +125,8 @@ class SlotPool:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LEAST_PRIORITY)
         # region by region in steps, all regions at the same pace: low slots are taken first
         done = 0
-        while any(done < size for _, size in self._regions):
-            for address, size in self._regions:
+        while any(done < size for _, size in self.regions):
+            for address, size in self.regions:
                 if self._stop.is_set():
                     return
                 step = min(_PREFAULT_STEP, size - done)

@@ -18,6 +18,10 @@ Cache = Annotated[
     str | None,
     typer.Option("--cache", help="Size of the expert pool instead: 25%, 2GiB or a number of slots."),
 ]
+Vram = Annotated[
+    str | None,
+    typer.Option("--vram", help="Compute on the GPU, with experts there: 50% of them, or 16GiB in all."),
+]
 Policy = Annotated[str | None, typer.Option("--policy", help="Eviction policy: NAME or NAME:FILE.")]
 Prefetch = Annotated[
     str, typer.Option("--prefetch", help="Predictor of the next experts: NAME, NAME:FILE, auto or none.")

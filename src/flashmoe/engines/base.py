@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe.cache.expert_cache import ExpertCache
+from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.pool import SlotPool
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import RoutingObserver
@@ -36,6 +37,31 @@ class Sampler(Protocol):
     def close(self) -> None: ...
 
 
+class Tiers(Protocol):
+    """A tier of experts on a device, in front of the cache in RAM."""
+
+    @property
+    def policy(self) -> EvictionPolicy:
+        """Of the cache in RAM."""
+        ...
+
+    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
+        """`ExpertCache.prefetch` for experts that the device does not have."""
+        ...
+
+    def begin_sequence(self) -> None:
+        """A new prompt or conversation begins."""
+        ...
+
+    def figures(self) -> dict[str, float]:
+        """Requests of decoding by where the expert was, and copies of all phases; rates in 1e9 bytes per second."""
+        ...
+
+    def close(self) -> None:
+        """End the use of the pool in RAM, before its memory is given back."""
+        ...
+
+
 class Engine(Protocol):
     """A loaded model that runs its experts through an ExpertCache. Several sequences of tokens, one at a time."""
 
@@ -45,6 +71,11 @@ class Engine(Protocol):
     sequences: int
     pooling: str  # how embeddings are made; "none" where they are not
     n_embd: int  # numbers of an embedding
+
+    @property
+    def tiers(self) -> Tiers | None:
+        """After `attach`, where experts are on a device too."""
+        ...
 
     def tokenize(self, text: str, special: bool = False, begin: bool = True) -> list[int]:
         """Token ids of `text`; with `begin` a beginning-of-sequence token first, where the model has one.

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.engines.base import Engine
 from flashmoe.errors import UsageError
 from flashmoe.storage.catalog import ExpertCatalog
@@ -19,6 +20,7 @@ class Wish:
     model: str | Path
     limit: int  # of the whole process, in bytes; 0: the pool's size is given
     cache: str | None  # the pool's size
+    vram: str | None  # the pool's on a GPU, which computes then
     n_ctx: int | None
     n_ubatch: int
     threads: int
@@ -27,6 +29,7 @@ class Wish:
     pooling: str
     layout: str
     verify: bool
+    policy: Callable[[], EvictionPolicy]  # another one of the kind that was asked for
     #: Raises PolicyError where the policy is not for this model.
     check: Callable[[ExpertCatalog], None]
     #: To be called before memory is counted; the bytes that are promised to others.

@@ -32,11 +32,14 @@ def open_checkpoint(wish: Wish, stack: ExitStack) -> Opened:
     open_transformers()
     import torch
 
+    from flashmoe.engines.transformers import device as devices
     from flashmoe.engines.transformers.catalog import read_layout
     from flashmoe.engines.transformers.engine import TransformersEngine
+    from flashmoe.engines.transformers.front import Front, device_slots
     from flashmoe.engines.transformers.loader import load_dense
     from flashmoe.engines.transformers.skeleton import read_skeleton
 
+    device = devices.open_device() if wish.vram is not None else None
     checkpoint = read_checkpoint(resolve_checkpoint(wish.model))
     skeleton = read_skeleton(checkpoint)
     layout = read_layout(checkpoint, skeleton)
@@ -46,6 +49,18 @@ def open_checkpoint(wish: Wish, stack: ExitStack) -> Opened:
     trained = getattr(text, "max_position_embeddings", None) or budget.DEFAULT_CONTEXT
     wish.check_context(trained)
     context = wish.n_ctx or min(trained, budget.DEFAULT_CONTEXT)
+    outputs = text.vocab_size if wish.all_logits else 0
+    each = wish.sequences * token_bytes(text, layout.dtype.itemsize)
+
+    def scratch(step: int) -> int:
+        """Bytes that a micro-batch takes."""
+        return _SCRATCH + step * 4 * (_STATES * text.hidden_size + context + outputs)
+
+    front = None
+    if device is not None:
+        fixed = catalog.dense_bytes + context * each + scratch(min(wish.n_ubatch, context))
+        there = device_slots(str(wish.vram), catalog, device.free_bytes(), fixed)
+        front = Front(device, there, wish.policy())
     reader = ExpertReader(checkpoint.files)
     stack.callback(reader.close)
     tune(reader, catalog.read_bytes)
@@ -55,20 +70,19 @@ def open_checkpoint(wish: Wish, stack: ExitStack) -> Opened:
     torch.set_num_threads(wish.threads)
     dense = catalog.dense_bytes
     model = load_dense(checkpoint, skeleton, layout, reader.files, lambda n: wish.progress(n, dense))
+    if device is not None:
+        model.to(device.place)
     aside = reader.set_aside(catalog.largest_placed) if catalog.largest_placed else 0
     promised = aside + wish.prepare(catalog)
-    if wish.limit:
-        each = wish.sequences * token_bytes(text, layout.dtype.itemsize)
+    if wish.limit and device is None:
         if wish.n_ctx is None:
             left = wish.limit - budget.status_bytes("VmRSS") - promised - budget.RESERVE
             context = budget.default_context(context, budget.SMALL_CONTEXT * each, left)
-        promised += context * each + _SCRATCH
+        promised += context * each
     step = min(wish.n_ubatch, context)
     if wish.limit:
-        outputs = text.vocab_size if wish.all_logits else 0
-        per_token = 4 * (_STATES * text.hidden_size + context + outputs)
         while True:
-            used = budget.status_bytes("VmRSS") + promised + step * per_token + budget.RESERVE
+            used = budget.status_bytes("VmRSS") + promised + scratch(step) + budget.RESERVE
             least = max(used + budget.least_pool(catalog, align), budget.status_bytes("VmHWM"))
             if least <= wish.limit:
                 break
@@ -87,6 +101,7 @@ def open_checkpoint(wish: Wish, stack: ExitStack) -> Opened:
         n_ubatch=step,
         all_logits=wish.all_logits,
         sequences=wish.sequences,
+        front=front,
     )
     stack.callback(engine.close)
     return Opened(engine, catalog, reader, slots, PLAIN, whole_layers=False)

@@ -10,12 +10,12 @@ of that confidence have been worth on this very text, not what it says.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numba import njit
 
-from flashmoe.cache.expert_cache import ExpertCache
+from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.prefetch.base import Int32, Predictor
 
 LEAST_CHANCE = 0.7
@@ -76,6 +76,19 @@ def learn(
     return right
 
 
+class Ahead(Protocol):
+    """What reads ahead: an ExpertCache."""
+
+    @property
+    def policy(self) -> EvictionPolicy:
+        """Who is resident."""
+        ...
+
+    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
+        """See `ExpertCache.prefetch`."""
+        ...
+
+
 class Prefetcher:
     """Feeds a predictor with the routing and prefetches what it is sure enough of while single tokens are decoded.
 
@@ -83,7 +96,7 @@ class Prefetcher:
     until one is; when none is, it hardly asks any more. Until one has proved itself those after it learn as well.
     """
 
-    def __init__(self, predictors: Sequence[Predictor], cache: ExpertCache) -> None:
+    def __init__(self, predictors: Sequence[Predictor], cache: Ahead) -> None:
         self._predictors, self._cache = list(predictors), cache
         residency = cache.policy.residency
         self._slot_of, self._used, self._n_experts = (

@@ -110,5 +110,4 @@ def test_experts_get_no_memory_of_their_own(checkpoint: Checkpoints) -> None:
         names = [name for name, _ in model.model.named_parameters()]
         assert names
         assert not [name for name in names if "experts" in name]
-        view = model.model.get_submodule("model.layers.0.mlp.experts").pooled_experts._pool["down_proj"]
-        assert len(view) == model.cache.policy.residency.n_slots < model.catalog.total_experts
+        assert model.cache.policy.residency.n_slots < model.catalog.total_experts

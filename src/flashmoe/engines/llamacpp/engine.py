@@ -27,6 +27,8 @@ from flashmoe.routing.recorder import RoutingObserver
 class LlamaEngine:
     """Implements `engines.base.Engine` with stock llama.cpp. Call `attach` before the first `decode`."""
 
+    tiers = None  # it computes on the CPU
+
     def __init__(
         self,
         lib: Library,

@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.cache.pool import SlotPool
 from flashmoe.engines.base import Sampling
-from flashmoe.engines.transformers.catalog import TORCH_DTYPES
-from flashmoe.engines.transformers.experts import IMPLEMENTATION, PooledExperts, register, slot_view
+from flashmoe.engines.transformers.experts import IMPLEMENTATION, PooledExperts, register
+from flashmoe.engines.transformers.front import Front
 from flashmoe.engines.transformers.routers import find_routers
 from flashmoe.engines.transformers.routing import Routing, count_tokens
 from flashmoe.engines.transformers.sampler import Sampler
+from flashmoe.engines.transformers.slots import HostSlots, InRam, Residents
+from flashmoe.engines.transformers.tiers import Tiers
 from flashmoe.engines.transformers.tokens import open_tokenizer, token_bytes
 from flashmoe.errors import FlashMoEError, ModelError, UsageError
 from flashmoe.prefetch.scheduler import Prefetcher
@@ -46,10 +48,11 @@ class TransformersEngine:
         n_ubatch: int,
         all_logits: bool = False,
         sequences: int = 1,
+        front: Front | None = None,
     ) -> None:
         """model: with its dense weights. experts: names of its experts modules. n_ctx: tokens per sequence.
 
-        all_logits: compute them for every token.
+        all_logits: compute them for every token. front: the device that the model is on, and its tier of experts.
         """
         self.model = model
         self._catalog, self._experts, self._folder, self._all_logits = catalog, experts, folder, all_logits
@@ -64,26 +67,27 @@ class TransformersEngine:
         self._last = np.zeros(self.n_vocab, np.float32)
         self._recorder: Recorder | None = None
         self._driven = False
+        self._front = front
+        self._device = front.device.place if front else torch.device("cpu")
+        self.tiers: Tiers | None = None
         self._limits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         model.register_forward_pre_hook(self._before, with_kwargs=True)
         model.register_forward_hook(self._after, with_kwargs=True)
 
     def attach(self, pool: SlotPool, slots: Sequence[int], cache: ExpertCache) -> None:
         register()
+        exact = self._front is None or self._front.device.exact
         for layer, name in enumerate(self._experts):
-            views = {}
-            for window in pool.windows[layer]:
-                info = window.plane.tensor
-                weight = info.name.rpartition(".")[2]
-                shape = info.shape[1], info.shape[2]
-                n = slots[self._catalog.groups[layer]]
-                views[weight] = slot_view(window, n, shape, TORCH_DTYPES[info.type])
             module = self.model.get_submodule(name)
-            module.pooled_experts = PooledExperts(module, layer, views, self._routing)
+            module.pooled_experts = PooledExperts(module, layer, self._routing, exact=exact)
             module.register_forward_pre_hook(self._see, with_kwargs=True)
         self.model.set_experts_implementation(IMPLEMENTATION)
-        self._pool = pool  # its memory lives as long as the views
-        self._routing.cache = cache
+        host = HostSlots(pool, slots, self._catalog)
+        residents: Residents = InRam(cache, host)
+        if self._front is not None:
+            first = self.model.get_submodule(self._experts[0]).pooled_experts
+            residents = self.tiers = self._front.open(pool, host, cache, self._catalog, first)
+        self._routing.open(cache, residents)
 
     def record(self, recorder: RoutingObserver | None) -> None:
         self._routing.recorder = recorder
@@ -112,7 +116,7 @@ class TransformersEngine:
         try:
             with torch.inference_mode():
                 found = self.model(
-                    torch.tensor([list(tokens)]),
+                    torch.tensor([list(tokens)], device=self._device),
                     past_key_values=self._caches[sequence],
                     use_cache=True,
                     **wanted,
@@ -125,7 +129,7 @@ class TransformersEngine:
             self._driven = False
         self._caches[sequence] = found.past_key_values
         self._past[sequence] = before + len(tokens)
-        self._kept = found.logits[0].to(torch.float32).numpy()
+        self._kept = found.logits[0].to("cpu", torch.float32).numpy()
         self._last[:] = self._kept[-1]
 
     def interrupt(self, error: BaseException) -> None:
@@ -190,7 +194,7 @@ class TransformersEngine:
 
     def close(self) -> None:
         """End the use of the pool; the model cannot be run any more."""
-        self._routing.cache = None
+        self._routing.close()
         self._caches = [None] * self.sequences
 
     def _tokens(self) -> Any:
@@ -200,9 +204,8 @@ class TransformersEngine:
 
     def _before(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids, count = count_tokens(args, kwargs)
-        cache = self._routing.cache
-        if not self._driven and cache is not None:
-            cache.phase = (
+        if not self._driven:
+            self._routing.cache.phase = (
                 "decode" if count == len(ids if ids is not None else kwargs["inputs_embeds"]) else "prefill"
             )
             if self._recorder is not None:
@@ -213,7 +216,7 @@ class TransformersEngine:
         if self._recorder is not None and not self._driven:
             ids, count = count_tokens(args, kwargs)
             rows = len(ids if ids is not None else kwargs["inputs_embeds"])
-            tokens = -1 if ids is None else ids.reshape(-1).numpy()
+            tokens = -1 if ids is None else ids.reshape(-1).cpu().numpy()
             self._recorder.end_step(tokens, DECODE if count == rows else PREFILL, 0)
 
     def _see(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,46 +1,57 @@
 """The experts function: computes a layer's experts where they lie in the pool, by the library's own code.
 
-`use_experts_implementation` lets a registered function take the place of an experts module's forward. Ours asks the
-ExpertCache for the experts that the router picked and runs the module's *own* forward for each, with the pool's slot as
-its weights: first those that are resident, the others as they come in. The results are added in the order in which that
-forward adds them, ascending by expert, so that they are the same to the last bit.
+`use_experts_implementation` lets a registered function take the place of an experts module's forward. Ours asks for
+the experts that the router picked and runs the module's *own* forward for each, with a slot as its weights: first those
+that are resident, the others as they come in. The results are added in the order in which that forward adds them,
+ascending by expert, so that they are the same to the last bit.
 
 That holds where the forward adds in the data type that it returns, which all but a few do. What a forward does is
 watched when it is first run; one that adds otherwise is run once for all experts, when all are in.
+
+On a GPU the same steps are done without the forward: it asks the device twice for every expert which tokens are its
+own, and each time the CPU would wait.
 """
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashmoe.cache.pool import Window
+from flashmoe.engines.transformers.slots import Each, Weights
 from flashmoe.errors import BudgetError
 
 Int32 = NDArray[np.int32]
 IMPLEMENTATION = "flashmoe"
 _ADD = torch.ops.aten.index_add_.default
+_CPU = torch.device("cpu")
+_FEW = 64  # tokens; for more at once the CPU is never faster than a copy
 
 
 class Residence(Protocol):
     """Where a layer's experts come from."""
+
+    @property
+    def computes(self) -> bool:
+        """Whether weights may come in RAM to a model that computes elsewhere."""
+        ...
 
     def route(self, layer: int, ids: Int32) -> Int32:
         """The experts to run in place of those that the router picked, [tokens, top_k]; mostly just these."""
         ...
 
     def ensure(
-        self, layer: int, ids: Int32, weights: torch.Tensor | None, each: Callable[[int, int], None]
+        self, layer: int, ids: Int32, weights: torch.Tensor | None, each: Each, *, anywhere: bool
     ) -> None:
-        """Make experts resident; `each` gets every one and its slot as it is complete. Raises BudgetError.
+        """Make experts resident; `each` gets every one and its weights as they are complete. Raises BudgetError.
 
-        weights: of the router, [tokens, top_k]; None where this layer's routing has been seen already.
+        weights: of the router, [tokens, top_k]; None where this layer's routing has been seen already. anywhere: the
+        experts' weights may be in RAM where `computes`, else they are where the model computes.
         """
         ...
 
@@ -59,51 +70,53 @@ def _forward(
     return pooled(hidden_states, top_k_index, top_k_weights)
 
 
-def slot_view(window: Window, slots: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A plane of the pool as a tensor [slots, rows, columns]; valid as long as the pool."""
-    nbytes = (slots - 1) * window.stride + window.plane.nbytes
-    memory = (ctypes.c_char * nbytes).from_address(window.address)
-    rows, columns = shape
-    flat = torch.frombuffer(memory, dtype=dtype, count=nbytes // dtype.itemsize)
-    return flat.as_strided((slots, rows, columns), (window.stride // dtype.itemsize, columns, 1))
-
-
 class PooledExperts:
-    """One layer's experts: `pool` are its weights by name, [slots, rows, columns] each."""
+    """One layer's experts, whose weights come from `residence`."""
 
-    def __init__(self, module: Any, layer: int, pool: dict[str, torch.Tensor], residence: Residence) -> None:
-        self._module, self._layer, self._pool, self._residence = module, layer, pool, residence
-        self._run = type(module).forward.__wrapped__  # the module's own
-        self._resident = {
+    def __init__(self, module: Any, layer: int, residence: Residence, *, exact: bool) -> None:
+        """exact: compute with the library's own forward, else by `compute_one`."""
+        self._module, self._layer, self._residence, self._exact = module, layer, residence, exact
+        self._whole = type(module).forward.__wrapped__  # the module's own
+        self._tables = {
             name: parameter
             for name, parameter in module.named_parameters(recurse=False)
             if parameter.ndim and len(parameter) == module.num_experts
         }
-        self._apart: bool | None = None  # whether experts may be run one by one; None until it has been seen
+        self._tables_on: dict[torch.device, dict[str, torch.Tensor]] = {}
+        # whether experts may be run one by one; None until it has been seen
+        self._apart: bool | None = None if exact else True
 
     def __call__(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        picked = index.to(torch.int32).numpy()
+        picked = index.to(_CPU, torch.int32).numpy()
         ids = self._residence.route(self._layer, picked)
         if ids is not picked:
-            index = torch.from_numpy(ids).to(index.dtype)
+            index = torch.from_numpy(ids).to(index)
         chosen = _Chosen(ids)
+        # a norm among the weights is where the module is
+        anywhere = self._apart is True and len(ids) <= _FEW and not _has_norm(self._module)
+        inputs = {hidden.device: (hidden, weights)}
+        if anywhere and self._residence.computes and hidden.device != _CPU:
+            # now: later it would have to wait for what is queued on the device
+            inputs[_CPU] = hidden.to(_CPU), weights.to(_CPU)
         parts: dict[int, torch.Tensor] = {}
-        slots: dict[int, int] = {}
+        slots: dict[int, Weights] = {}
         watch = _Additions()
 
-        def each(expert: int, slot: int) -> None:
+        def each(expert: int, slot: Weights) -> None:
             slots[expert] = slot
             if self._apart is False:
                 return
-            tokens, places = chosen.of(expert)
-            arguments = hidden[tokens], torch.zeros_like(tokens)[:, None], weights[tokens, places][:, None]
+            device = next(iter(slot.values())).device
+            tokens, places = chosen.of(expert, device)
+            states, scores = inputs[device]
+            arguments = states[tokens], scores[tokens, places][:, None]
             if self._apart:
-                parts[expert] = self._run(self._one(expert, slot), *arguments)
+                parts[expert] = self.compute(expert, slot, *arguments).to(hidden.device)
             else:
                 with watch:
-                    parts[expert] = self._run(self._one(expert, slot), *arguments)
+                    parts[expert] = self.compute(expert, slot, *arguments)
 
-        whole = self._ensure(ids, weights, chosen.experts, each)
+        whole = self._ensure(ids, weights, chosen.experts, each, anywhere)
         if self._apart is None:
             self._apart = watch.dtypes == {hidden.dtype}
         if not self._apart:
@@ -112,18 +125,40 @@ class PooledExperts:
                     f"{len(chosen.experts)} experts of one layer do not fit into the pool at once: "
                     "give more memory, or a smaller micro-batch (-ub)"
                 )
-            return self._run(_Stand(self._module, self._all(slots)), hidden, index, weights)  # type: ignore[no-any-return]
+            names = next(iter(slots.values()))
+            pool = {name: _ByExpert({e: slot[name][0] for e, slot in slots.items()}) for name in names}
+            return self._whole(_Stand(self._module, pool), hidden, index, weights)  # type: ignore[no-any-return]
         total = torch.zeros_like(hidden)
         for expert in chosen.experts:
-            total.index_add_(0, chosen.of(expert)[0], parts[expert])
+            total.index_add_(0, chosen.of(expert, hidden.device)[0], parts[expert])
         return total
 
+    def compute(
+        self, expert: int, slot: Weights, hidden: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """What one expert adds to each of its tokens: hidden [n, size], the router's weights [n, 1]."""
+        device = hidden.device
+        if device not in self._tables_on:
+            self._tables_on[device] = {name: table.to(device) for name, table in self._tables.items()}
+        rows = {name: table[expert : expert + 1] for name, table in self._tables_on[device].items()}
+        module = _Stand(self._module, {**slot, **rows, "num_experts": 1})
+        if self._exact:
+            index = torch.zeros((len(hidden), 1), dtype=torch.long)
+            return self._whole(module, hidden, index, weights)  # type: ignore[no-any-return]
+        return compute_one(module, hidden, weights)
+
+    def example(self, slot: Weights, n_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs to `compute` of the right shape, where the weights `slot` are."""
+        down = slot["down_proj"]
+        size = down.shape[2 if self._module.is_transposed else 1]
+        return down.new_zeros((n_tokens, size)), down.new_ones((n_tokens, 1))
+
     def _ensure(
-        self, ids: Int32, weights: torch.Tensor, experts: list[int], each: Callable[[int, int], None]
+        self, ids: Int32, weights: torch.Tensor, experts: list[int], each: Each, anywhere: bool
     ) -> bool:
         """Run `each` for all experts; at once if they fit into the pool, else some after the others."""
         try:
-            self._residence.ensure(self._layer, ids, weights, each)
+            self._residence.ensure(self._layer, ids, weights, each, anywhere=anywhere)
         except BudgetError:
             if len(experts) == 1:
                 raise
@@ -133,23 +168,37 @@ class PooledExperts:
             self._ensure_list(half, each)
         return False
 
-    def _ensure_list(self, experts: list[int], each: Callable[[int, int], None]) -> None:
+    def _ensure_list(self, experts: list[int], each: Each) -> None:
         try:
-            self._residence.ensure(self._layer, np.array([experts], np.int32), None, each)
+            self._residence.ensure(self._layer, np.array([experts], np.int32), None, each, anywhere=False)
         except BudgetError:
             if len(experts) == 1:
                 raise
             for half in _halves(experts):
                 self._ensure_list(half, each)
 
-    def _one(self, expert: int, slot: int) -> _Stand:
-        """The module, as if it had this one expert."""
-        weights = {name: pool[slot : slot + 1] for name, pool in self._pool.items()}
-        rows = {name: table[expert : expert + 1] for name, table in self._resident.items()}
-        return _Stand(self._module, {**weights, **rows, "num_experts": 1})
 
-    def _all(self, slots: dict[int, int]) -> dict[str, Any]:
-        return {name: _Renamed(pool, slots) for name, pool in self._pool.items()}
+def compute_one(module: Any, hidden: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """What an experts module of one expert adds to its tokens, hidden [n, size], by the interface's flags.
+
+    Follows `batched_mm_experts_forward` in the library's `integrations/moe.py`, with products of matrices.
+    """
+
+    def linear(states: torch.Tensor, name: str) -> torch.Tensor:
+        weight = getattr(module, name)[0]
+        bias = getattr(module, f"{name}_bias")[0] if module.has_bias else None
+        return functional.linear(states, weight.T if module.is_transposed else weight, bias)
+
+    states = linear(hidden, "gate_up_proj" if module.has_gate else "up_proj")
+    states = module._apply_gate(states) if module.has_gate else module.act_fn(states)
+    states = linear(states, "down_proj")
+    if _has_norm(module):
+        states = module.post_expert_norm(states)
+    return (states * weights).to(hidden.dtype)
+
+
+def _has_norm(module: Any) -> bool:
+    return getattr(module, "has_post_expert_norm", False)  # not in the first versions of the interface
 
 
 class _Stand:
@@ -163,14 +212,14 @@ class _Stand:
         return getattr(self._module, name)
 
 
-class _Renamed:
-    """A weight, indexed by expert, in the pool, which is indexed by slot."""
+class _ByExpert:
+    """A weight of an experts module, indexed by expert."""
 
-    def __init__(self, pool: torch.Tensor, slots: dict[int, int]) -> None:
-        self._pool, self._slots = pool, slots
+    def __init__(self, slots: dict[int, torch.Tensor]) -> None:
+        self._slots = slots
 
     def __getitem__(self, expert: Any) -> torch.Tensor:
-        return self._pool[self._slots[int(expert)]]
+        return self._slots[int(expert)]
 
 
 class _Chosen:
@@ -182,15 +231,18 @@ class _Chosen:
         experts, starts = np.unique(flat[order], return_index=True)
         self.experts: list[int] = experts.tolist()
         positions, tokens = np.divmod(order, len(ids))
+        self._places = torch.from_numpy(np.stack([tokens, positions]))
+        self._places_on: dict[torch.device, torch.Tensor] = {}
         ends = [*starts[1:].tolist(), len(order)]
-        self._of = {
-            expert: (torch.from_numpy(tokens[a:b]), torch.from_numpy(positions[a:b]))
-            for expert, a, b in zip(self.experts, starts.tolist(), ends, strict=True)
-        }
+        self._range = dict(zip(self.experts, zip(starts.tolist(), ends, strict=True), strict=True))
 
-    def of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def of(self, expert: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens that picked an expert, and as which of their top-k."""
-        return self._of[expert]
+        if device not in self._places_on:
+            self._places_on[device] = self._places.to(device)
+        begin, end = self._range[expert]
+        tokens, positions = self._places_on[device][:, begin:end]
+        return tokens, positions
 
 
 class _Additions(TorchDispatchMode):

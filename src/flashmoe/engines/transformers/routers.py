@@ -48,4 +48,4 @@ def _find(model: Any, name: str) -> Router | None:
 
 
 def _floats(tensor: torch.Tensor) -> NDArray[np.float32]:
-    return tensor.detach().to(torch.float32).contiguous().numpy().copy()
+    return tensor.detach().to("cpu", torch.float32).contiguous().numpy().copy()
