@@ -81,6 +81,22 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "moe_layer_start_index": 1,
         "moe_num_shared_experts": 1,
     },
+    # keeps gate and up interleaved in its checkpoints; adds its experts up in another type than it returns
+    "inkling2_text": {
+        "moe_intermediate_size": 32,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "head_dim": 16,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+        "swa_head_dim": 16,
+        "sliding_window_size": 8,
+        "unpadded_vocab_size": VOCABULARY,
+        "d_rel": 4,
+        "rel_extent": 16,
+        "n_layers_per_attn_res_block": 2,
+        "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
+    },
     # adds its experts up in another type than it returns
     "nemotron_h": {
         "moe_intermediate_size": 32,

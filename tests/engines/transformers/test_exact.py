@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 
 import flashmoe
@@ -16,7 +17,7 @@ from tests.engines.transformers.models import ARCHITECTURES, VOCABULARY, make_ch
 
 PROMPT = [(7 * i + 3) % VOCABULARY for i in range(11)]
 TOKENS = 64
-OTHER_SUMS = "nemotron_h"  # adds its experts up in another type than it returns
+OTHER_SUMS = ("inkling2_text", "nemotron_h")  # add their experts up in another type than they return
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 
 
@@ -45,7 +46,7 @@ def check(folder: Path, caches: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != OTHER_SUMS])
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in OTHER_SUMS])
 def test_logits_and_tokens(name: str, dtype: str, checkpoint: Checkpoints) -> None:
     check(checkpoint(name, DTYPES[dtype]), ("1", "40%", "100%"))
 
@@ -54,14 +55,36 @@ def test_f16(checkpoint: Checkpoints) -> None:
     check(checkpoint("olmoe", torch.float16), ("1", "100%"))
 
 
-def test_experts_added_in_another_type(checkpoint: Checkpoints) -> None:
-    folder = checkpoint(OTHER_SUMS)
+@pytest.mark.parametrize("name", OTHER_SUMS)
+def test_experts_added_in_another_type(name: str, checkpoint: Checkpoints) -> None:
+    """One of them, inkling2_text, keeps gate and up interleaved in its checkpoints: they are sorted on the way in."""
+    folder = checkpoint(name)
     check(folder, ("60%", "100%"))
     with (
         flashmoe.load(folder, engine="transformers", cache="1", threads=1) as model,
         pytest.raises(BudgetError, match="do not fit into the pool at once"),
     ):
         model.evaluate(PROMPT, decode=False)
+
+
+@pytest.mark.parametrize("check_dims", [False, True])
+def test_transposed_experts(check_dims: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints that keep experts transposed: a mapping of the library's, as some of its larger models have."""
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import Transpose, WeightConverter
+
+    conversion_mapping.get_checkpoint_conversion_mapping("olmoe")  # fills the library's table
+    names = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    mapping = [
+        WeightConverter(name, name, operations=[Transpose(1, 2, check_dims=check_dims)]) for name in names
+    ]
+    monkeypatch.setitem(conversion_mapping._checkpoint_conversion_mapping_cache, "olmoe", mapping)  # type: ignore[arg-type]
+    # down is square: whether it is to be transposed cannot be seen, and it is not
+    folder = make_checkpoint("olmoe", tmp_path, torch.float32, shape={"intermediate_size": 64})
+    with safetensors.safe_open(str(folder / "model.safetensors"), "pt") as file:
+        shape = file.get_slice("model.layers.0.mlp.experts.gate_up_proj").get_shape()
+    assert shape == ([12, 128, 64] if check_dims else [12, 64, 128])
+    check(folder, ("1", "50%"))
 
 
 def test_several_files(tmp_path: Path) -> None:

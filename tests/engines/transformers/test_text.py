@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,6 +87,27 @@ def test_run(spoken: Path, tmp_path: Path) -> None:
         texts.append(report["text"])
     assert texts[0] == texts[1]  # the same seed
     assert len(RoutingTrace.load(tmp_path / "t.safetensors").token_id) >= len(TEXT.encode())
+
+
+def test_interrupt_stops_cleanly(spoken: Path) -> None:
+    """Ctrl-C in the middle of a generation: the text so far, the report, and no traceback."""
+    command = [
+        sys.executable, "-m", "flashmoe.cli", "run", str(spoken), "--engine", "transformers", "-p", TEXT,
+        "--cache", "1", "-t", "1", "--prefetch", "none",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout
+    assert os.read(process.stdout.fileno(), 1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert b"Traceback" not in err
+    assert b"Exception" not in err
+    if b"(stopped)" in err:  # else it had come to its end
+        assert out.endswith(b"\n")
+        assert b"tokens/s" in err
+    assert process.returncode in (0, 130)
 
 
 def test_budget(spoken: Path) -> None:

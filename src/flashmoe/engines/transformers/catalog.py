@@ -155,12 +155,14 @@ def _plane(
     if missing:
         raise ModelError(f"{checkpoint.folder}: the tensors of {missing[0] or name} are missing")
     merged = kinds[:1] == [("MergeModulelist", 0)]
-    reorder = None
+    reorder, mapped = None, not operations
     rest = kinds[1:] if merged else kinds
     if rest and rest[0][0] in ("Transpose", "Interleave") and not merged and len(parts) == 1:
         reorder, rest = operations[0], rest[1:]
-        if getattr(reorder, "check_dims", False) and parts[0][0].shape == parameter.shape:
-            reorder = None
+        if getattr(reorder, "check_dims", False):
+            turned = parts[0][0].shape != parameter.shape
+            reorder = type(reorder)(reorder.dim0, reorder.dim1) if turned else None
+            mapped = not turned
     if rest not in ([], [("Concatenate", 1)]) or len(converter.target_patterns if converter else [0]) != 1:
         raise ModelError(
             f"{checkpoint.folder}: {name} is made from the checkpoint in a way that FlashMoE does not know "
@@ -203,7 +205,7 @@ def _plane(
         0,
         place,
         tuple(tuple(extents) for extents in where),
-        mapped=not operations,
+        mapped=mapped,
     )
 
 
