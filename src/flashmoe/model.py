@@ -181,9 +181,12 @@ class Model:
         """The figures so far, as in `flashmoe run --json`."""
         return self.report().as_dict()
 
-    def report(self, text: str = "") -> telemetry.Report:
-        """The figures so far; `text` is passed through. Measures the drive where that has not been done before."""
-        what_if = WhatIf(self.cache.recent, self.cache.policy, self.catalog.top_k)
+    def report(self, text: str = "", pause: Callable[[], None] = lambda: None) -> telemetry.Report:
+        """The figures so far; `text` is passed through. Measures the drive where that has not been done before.
+
+        pause: called after every millisecond of replaying, by whoever asks while the model is at work.
+        """
+        what_if = WhatIf(self.cache.recent, self.cache.policy, self.catalog.top_k, pause)
         return telemetry.make_report(
             self.telemetry,
             self.cache.stats,

@@ -81,6 +81,7 @@ def test_map_and_chat(browser: Any, server: ServerProcess, scheme: str) -> None:
         until(lambda: all(re.fullmatch(r"[\d.]+ %", text) for text in rates.all_inner_texts()))
         lru, cache, belady = (float(text.split()[0]) for text in rates.all_inner_texts())
         assert 0 < max(lru, cache) <= belady <= 100
+        until(lambda: "-bound: " in page.inner_text("#time .note"))
         assert "experts are in memory" in page.get_attribute("#map", "aria-label")
         page.click("#new")
         assert page.locator("#log .assistant").count() == 0

@@ -232,15 +232,17 @@ def test_metrics_and_their_dashboard(server: ServerProcess, client: OpenAI) -> N
 
 
 def test_hit_rate_is_compared_while_somebody_looks(server: ServerProcess, client: OpenAI) -> None:
-    """The first look begins it; once enough was decoded there are three figures, in frames and in the metrics."""
+    """The first look begins it; then there are three figures, in frames and metrics, and what would help."""
     with httpx.stream("GET", f"{server.url}/flashmoe/live/stream?hz=5") as stream:
         for line in stream.iter_lines():
             if not line:
                 continue
-            compared = json.loads(line.removeprefix("data: "))["compared"]
-            if compared:
+            frame = json.loads(line.removeprefix("data: "))
+            if frame["advice"]:
                 break
             client.completions.create(model="any", prompt="The moon", max_tokens=40, logit_bias={"0": -100})
+    compared = frame["compared"]
+    assert re.match("(ssd|compute)-bound: .* tokens/s", frame["advice"]["sentence"])
     assert compared["tokens"] > 0
     assert 0 < compared["lru"] < compared["belady"]
     assert 0 < compared["hit_rate"] <= compared["belady"]

@@ -1,9 +1,10 @@
-"""The hit rate of the last minutes against LRU's and Belady's: replayed in the background while somebody asks."""
+"""The hit rate of the last minutes against LRU's and Belady's, and what would help: replayed while somebody asks."""
 
 from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 
 from flashmoe.model import Model
 from flashmoe.server.audience import Audience
@@ -26,8 +27,9 @@ class Comparing:
         self._quota = model.cache.policy.residency.quota.copy()  # before a prompt borrows from it
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._wanted_until = 0.0
+        self._wanted_until = self._worked = 0.0
         self._latest: Comparison | None = None
+        self.advice: dict[str, Any] | None = None  # of a report, as new as the latest comparison
 
     def look(self) -> Comparison | None:
         """The latest comparison, None where there is none yet; it is kept up to date for a minute."""
@@ -48,17 +50,21 @@ class Comparing:
                 time.sleep(1)
                 continue
             seen = blocks[-1]
-            began = time.thread_time()
+            self._worked = time.thread_time()
             for found in compare(blocks, self._quota):
-                time.sleep((time.thread_time() - began) / SHARE)
+                self._rest()
                 self._latest = found or self._latest
-                began = time.thread_time()
+            self.advice = self._model.report(pause=self._rest).advice
             time.sleep(EVERY_SECONDS)
         self._audience.leave(steps)
+
+    def _rest(self) -> None:
+        time.sleep((time.thread_time() - self._worked) / SHARE)
+        self._worked = time.thread_time()
 
     def _wanted(self) -> bool:
         with self._lock:
             if time.monotonic() < self._wanted_until:
                 return True
-            self._thread = self._latest = None
+            self._thread = self._latest = self.advice = None
             return False

@@ -93,6 +93,7 @@ class Live:
             ),
             "decode": _phase(model.telemetry.decode.tokens, model.telemetry.decode.seconds, stats["decode"]),
             "compared": compared.as_dict() if compared else None,
+            "advice": self._comparing.advice,
             "prefetch": prefetcher.predictor.name if prefetcher else "",
             "memory": {"resident_bytes": status_bytes("VmRSS"), "peak_bytes": status_bytes("VmHWM")},
             "requests": {"running": self._scheduler.running, "waiting": self._scheduler.waiting},

@@ -44,6 +44,7 @@ export class Figures {
     this.#memory(frame.memory);
     this.#time();
     if (frame.compared) this.#against(frame.compared);
+    if (frame.advice) this.#tiles.time.querySelector(".note").textContent = frame.advice.sentence;
     const { running, waiting } = frame.requests;
     document.getElementById("requests").textContent = `${running} running, ${waiting} waiting`;
   }
