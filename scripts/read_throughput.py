@@ -18,7 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -100,11 +100,14 @@ def main(
     ways: dict[str, Callable[[], Callable[[], None]]] = {
         "demand reads of the expert cache": lambda: partial(demand, absent())
     }
+
+    def by_threads(n: int, *, at_once: bool) -> Callable[[], None]:
+        layers = reads(absent())
+        return partial(raw.read, n, [sum(layers, [])] if at_once else layers)
+
     for n in THREADS:
-        ways[f"preadv, {n} threads, a layer at a time"] = lambda n=n: partial(raw.read, n, reads(absent()))
-        ways[f"preadv, {n} threads, all at once"] = lambda n=n: partial(
-            raw.read, n, [sum(reads(absent()), [])]
-        )
+        ways[f"preadv, {n} threads, a layer at a time"] = partial(by_threads, n, at_once=False)
+        ways[f"preadv, {n} threads, all at once"] = partial(by_threads, n, at_once=True)
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, prepare in ways.items():
@@ -113,7 +116,7 @@ def main(
             run()
             rates[name].append(nbytes / (time.perf_counter() - began) / 1e9)
     ours = rates["demand reads of the expert cache"]
-    result = {
+    result: dict[str, Any] = {
         "ceiling_gb_per_s": ceiling,
         "block_bytes": nbytes,
         "read_bytes": catalog.read_bytes,

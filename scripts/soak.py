@@ -16,18 +16,18 @@ import random
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import flashmoe
 from flashmoe.budget import status_bytes
 from flashmoe.engines.base import Sampling
+from flashmoe.engines.llamacpp.proof import proven_library
 from flashmoe.engines.llamacpp.stock import StockModel
 from flashmoe.errors import UsageError
 from flashmoe.generation import Generation, Reuse
 from flashmoe.hub import resolve
-from flashmoe.probe import proven_library
 from flashmoe.units import format_bytes
 
 SEQUENCES, CONTEXT, UBATCH = 4, 256, 64
@@ -145,7 +145,11 @@ def main(
         f"memory {growth:+.2%} since {samples[len(samples) // 10][0]} requests; {wrong} of {len(samples)} checks differ"
     )
     if json_file:
-        result = {"requests": load.requests, "tokens": load.tokens, "seconds": time.monotonic() - began}
+        result: dict[str, Any] = {
+            "requests": load.requests,
+            "tokens": load.tokens,
+            "seconds": time.monotonic() - began,
+        }
         result |= {"rss": samples, "growth": growth, "checks": len(samples), "wrong": wrong}
         json_file.write_text(json.dumps(result, indent=1))
     sys.exit(int(wrong > 0 or growth > GROWTH))

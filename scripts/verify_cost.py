@@ -79,7 +79,7 @@ def main(
     for reader in readers.values():
         reader.close()
     costs = {"reads alone": cost(seconds["plain"][1:], seconds["checked"][1:])}
-    stalls = {verify: [] for verify in (False, True)}
+    stalls: dict[bool, list[list[float]]] = {False: [], True: []}
     for number in range(2 * sessions):
         verify = number % 4 in (1, 2)
         stalls[verify].append(stall(model, catalog, verify))

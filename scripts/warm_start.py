@@ -25,7 +25,7 @@ from flashmoe.bench.opponent import drop_from_page_cache
 from flashmoe.bench.runner import _run_child
 from flashmoe.bench.spec import POOL, BenchError, Job, ram_sizes, split_list
 from flashmoe.bench.tokens import vocabulary_size
-from flashmoe.probe import proven_library
+from flashmoe.engines.llamacpp.proof import proven_library
 from flashmoe.routing.files import read as read_trace
 from flashmoe.storage.gguf import read_gguf
 

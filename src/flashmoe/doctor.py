@@ -19,8 +19,8 @@ import psutil
 from flashmoe.bench.machine import file_system, processor
 from flashmoe.budget import default_ram, memory_limit
 from flashmoe.engines.llamacpp.library import find_library, open_library
+from flashmoe.engines.llamacpp.proof import prove
 from flashmoe.errors import FlashMoEError, UsageError
-from flashmoe.probe import prove
 from flashmoe.storage.aio import KernelQueue
 from flashmoe.storage.disk import rate, sample
 from flashmoe.storage.reader import ExpertReader

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from flashmoe.engines.llamacpp.proof import proven_library
 from flashmoe.engines.llamacpp.repack import placed
 from flashmoe.errors import ModelError
 from flashmoe.hub import resolve
 from flashmoe.layout import REPACKED, choose_layout
 from flashmoe.model import Progress
-from flashmoe.probe import proven_library
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.direct import DirectFile
 from flashmoe.storage.gguf import read_gguf

@@ -14,6 +14,7 @@ import pytest
 from flashmoe import probe
 from flashmoe.engines.llamacpp import abi, library
 from flashmoe.engines.llamacpp.library import ENVIRONMENT, Library, find_library
+from flashmoe.engines.llamacpp.proof import prove
 from flashmoe.errors import LibraryError
 
 
@@ -136,7 +137,7 @@ def test_probe_proves_the_installed_library_once(
     notes: Path, lib: Library, demo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert demo.is_file()
-    probe.prove(lib.path)
+    prove(lib.path)
     (fact,) = json.loads(notes.read_text())
     assert str(lib.path) in fact
 
@@ -144,7 +145,7 @@ def test_probe_proves_the_installed_library_once(
         raise AssertionError("proven again")
 
     monkeypatch.setattr(subprocess, "run", again)
-    probe.prove(lib.path)
+    prove(lib.path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "null", "{}", "\x00"])
@@ -160,7 +161,7 @@ def test_damaged_notes_mean_not_proven(
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", child)
-    probe.prove(lib.path)
+    prove(lib.path)
     assert len(asked) == 1
     assert len(json.loads(notes.read_text())) == 1
 
@@ -181,7 +182,7 @@ def test_library_that_fails_its_probe(
         subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, status, "", stderr)
     )
     with pytest.raises(LibraryError, match=f"does not work with the slot pool .*{reason}"):
-        probe.prove(lib.path)
+        prove(lib.path)
     assert not notes.exists()
 
 
@@ -191,7 +192,7 @@ def test_library_that_hangs_in_its_probe(notes: Path, lib: Library, monkeypatch:
 
     monkeypatch.setattr(subprocess, "run", hang)
     with pytest.raises(LibraryError, match="no answer"):
-        probe.prove(lib.path)
+        prove(lib.path)
     assert not notes.exists()
 
 

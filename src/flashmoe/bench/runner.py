@@ -46,7 +46,7 @@ def run(plan: Plan, progress: Progress = lambda what, done, total: None) -> dict
 class _Runner:
     def __init__(self, plan: Plan, progress: Progress) -> None:
         from flashmoe.engines.llamacpp.library import open_library
-        from flashmoe.probe import proven_library
+        from flashmoe.engines.llamacpp.proof import proven_library
 
         self._plan, self._progress = plan, progress
         self._lib = open_library(plan.library) if plan.library else proven_library()

@@ -11,11 +11,11 @@ from flashmoe.embedding import choose_pooling
 from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.loader import LoadedModel
+from flashmoe.engines.llamacpp.proof import proven_library
 from flashmoe.engines.llamacpp.token_table import MOST_BYTES
 from flashmoe.hub import resolve
 from flashmoe.layout import PACKED, PLAIN, REPACKED, choose_layout
 from flashmoe.opening import Opened, Wish
-from flashmoe.probe import proven_library
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.disk import tune
 from flashmoe.storage.gguf import read_gguf

@@ -1,0 +1,54 @@
+"""Asks for the proof that the slot pool works with a library, once per library file.
+
+The proof itself, `flashmoe.probe`, loads a model: it runs in a child process, because a wrong layout crashes.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from flashmoe.engines.llamacpp import abi
+from flashmoe.engines.llamacpp.library import Library, find_library, open_library
+from flashmoe.errors import LibraryError
+from flashmoe.storage.files import cache_folder, write_atomically
+
+_TIMEOUT = 120
+_PROOF = 2  # counts what is proven: a library that has shown less is proven again
+
+
+def prove(library: Path) -> None:
+    """Run the proof for this library file unless it has been run before. Raises LibraryError where it fails."""
+    stat = library.stat()
+    fact = f"{library}:{stat.st_size}:{stat.st_mtime_ns}:{_PROOF}"
+    notes = cache_folder() / "libraries.json"
+    try:
+        proven = list(json.loads(notes.read_text()))
+    except (OSError, ValueError, TypeError):
+        proven = []
+    if fact in proven:
+        return
+    command = [sys.executable, "-m", "flashmoe.probe", str(library)]
+    try:
+        child = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
+        lines = child.stderr.strip().splitlines() or [f"ended by signal {-child.returncode}"]
+        failure = lines[-1] if child.returncode else None
+    except subprocess.TimeoutExpired:
+        failure = "no answer"
+    if failure:
+        known = ", ".join(sorted({build.name for build in abi.KNOWN_BUILDS.values()}))
+        raise LibraryError(
+            f"{library}: this llama.cpp library does not work with the slot pool ({failure}); builds that do: {known}"
+        )
+    with suppress(OSError):  # a home that cannot be written: proven again next time
+        write_atomically(notes, json.dumps([*proven, fact], indent=1).encode())
+
+
+def proven_library() -> Library:
+    """The llama.cpp library, after it has shown once that the pool works with it. Raises LibraryError."""
+    path = find_library()
+    prove(path)
+    return open_library(path)
