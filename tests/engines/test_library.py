@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,27 @@ def test_named_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "libllama.so").write_bytes(b"")
     monkeypatch.setenv(ENVIRONMENT, str(tmp_path))
     assert find_library() == tmp_path / "libllama.so"
+
+
+@pytest.mark.parametrize(
+    ("wish", "turns"),
+    [({}, "3000000"), ({"GOMP_SPINCOUNT": "17"}, "17"), ({"OMP_WAIT_POLICY": "passive"}, "0")],
+)
+def test_compute_threads_stay_awake(lib: Library, wish: dict[str, str], turns: str) -> None:
+    if not lib.openmp:
+        pytest.skip("this llama.cpp is built without OpenMP")
+    code = "from flashmoe.engines.llamacpp import library; library.open_library(library.find_library())"
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=clean | wish | {"OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    if "GOMP_SPINCOUNT" not in done.stderr:
+        pytest.skip("this OpenMP is not GNU's")
+    assert f"GOMP_SPINCOUNT = '{turns}'" in done.stderr
 
 
 @pytest.mark.parametrize("what", ["nothing", "folder"])

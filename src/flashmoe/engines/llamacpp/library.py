@@ -15,6 +15,9 @@ from flashmoe.errors import LibraryError
 
 ENVIRONMENT = "FLASHMOE_LIBLLAMA"
 _SUFFIXES = (".so", ".dylib", ".dll")
+# Turns that a compute thread waits for the others before it sleeps, some 30 ms: longer than a layer's reads take. With
+# OpenMP's own 3 ms they fall asleep in the midst of a token (docs/benchmarks.md); OMP_WAIT_POLICY=passive still holds.
+_SPINS = "3000000"
 _text, _size, _ne = C.c_char_p, C.c_size_t, C.c_int64
 
 # name -> (result, arguments)
@@ -143,6 +146,8 @@ class Library:
 
 def _load(path: Path) -> list[C.CDLL]:
     """Open a library, with the ggml libraries beside it where it comes in parts."""
+    if "OMP_WAIT_POLICY" not in os.environ:  # OpenMP looks when it is loaded
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
     folder = path.parent
     parts = [
         p
