@@ -44,10 +44,10 @@ class Failing:
     def start(self, reads: list) -> None:  # type: ignore[type-arg]
         self._queue.start(reads)
 
-    def collect(self, timeout: float) -> list:  # type: ignore[type-arg]
+    def collect(self, timeout: float, least: int = 1) -> list:  # type: ignore[type-arg]
         return [
             (number, ReadError("bad sector") if self._rng.random() < self._share else error)
-            for number, error in self._queue.collect(timeout)
+            for number, error in self._queue.collect(timeout, least)
         ]
 
     def close(self) -> None:

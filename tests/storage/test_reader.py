@@ -36,7 +36,7 @@ class Held:
         self.under_way += reads
         assert len(self.under_way) <= self.depth
 
-    def collect(self, timeout: float) -> list[Done]:
+    def collect(self, timeout: float, least: int = 1) -> list[Done]:
         ended = self.under_way[:1] if timeout else []
         self.under_way = self.under_way[len(ended) :]
         return [(number, None) for number, _ in ended]

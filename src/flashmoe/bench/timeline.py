@@ -111,9 +111,9 @@ class _TimedQueue:
         self._started |= {number: (read, number in self._urgent, now) for number, read in reads}
         self._queue.start(reads)
 
-    def collect(self, timeout: float) -> list[Done]:
+    def collect(self, timeout: float, least: int = 1) -> list[Done]:
         """See ReadQueue."""
-        ended = self._queue.collect(timeout)
+        ended = self._queue.collect(timeout, least)
         now = time.perf_counter()
         for number, _ in ended:
             if number in self._started:

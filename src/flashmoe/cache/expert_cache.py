@@ -6,11 +6,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe.cache.policies.base import EvictionPolicy
+from flashmoe.cache.policies.base import MISSES, EvictionPolicy
 from flashmoe.cache.pool import SlotPool
 from flashmoe.cache.recent import RecentRouting
 from flashmoe.cache.residency import exchange
@@ -82,7 +83,8 @@ class ExpertCache:
         self._resize(64)
 
     def _resize(self, n: int) -> None:
-        self._slots, self._miss_expert, self._miss_slot = (np.empty(n, np.int32) for _ in range(3))
+        self._ids, self._slots, self._miss_expert, self._miss_slot = (np.empty(n, np.int32) for _ in range(4))
+        self._request = self.policy.request(self._ids, self._slots, self._miss_expert, self._miss_slot)
 
     def begin_sequence(self) -> None:
         """Tell the policy that a new prompt or conversation begins."""
@@ -129,37 +131,44 @@ class ExpertCache:
         """
         with self._lock:
             self._finish()
-            if self.phase == "decode":
-                self.recent.add(layer, ids.ravel())
             if self._window.serves[layer]:
                 return self._ensure_batch(layer, np.atleast_2d(ids), leave_last, meanwhile, each)
             ids = ids.ravel()
             if len(ids) > len(self._slots):
                 self._resize(2 * len(ids))
             slots = self._slots[: len(ids)]
-            misses = self.policy.access(layer, ids, slots, self._miss_expert, self._miss_slot)
-            if misses < 0 and self.warm and self.warm.give_way():
-                misses = self.policy.access(layer, ids, slots, self._miss_expert, self._miss_slot)
-            if misses < 0:
+            self._ids[: len(ids)] = ids
+            done = self._request(layer, len(ids))
+            if done < 0 and self.warm and self.warm.give_way():
+                done = self._request(layer, len(ids))
+            if done < 0:
                 raise BudgetError(
                     f"{len(np.unique(ids))} experts of one layer do not fit into the pool at once: "
                     "give more memory, or a smaller micro-batch (-ub)"
                 )
             first = self._first_slot[layer]
             stats = self.stats[self.phase]
-            stats.hits += len(set(ids.tolist())) - misses
+            misses = done & MISSES
+            stats.hits += done >> 32
+            settle = partial(self._settle, layer, ids, meanwhile)
             if misses:
-                self._fill(layer, ids, slots, misses, leave_last, meanwhile, each)
+                self._fill(layer, ids, slots, misses, leave_last, settle, each)
             else:
-                self.staging.served(layer)
-                if meanwhile:
-                    meanwhile()
+                settle()
                 if each:
                     for expert, slot in _pairs(ids, slots).items():
                         each(expert, slot - first)
             if first:
                 slots -= first
         return slots
+
+    def _settle(self, layer: int, ids: Int32, meanwhile: Callable[[], None] | None) -> None:
+        """What can wait until a request's reads have begun."""
+        self.staging.served(layer)
+        if self.phase == "decode":
+            self.recent.add(layer, ids)
+        if meanwhile:
+            meanwhile()
 
     def _ensure_batch(
         self,
@@ -172,6 +181,8 @@ class ExpertCache:
         """`ensure` for a micro-batch; while it computes, the next layer's experts are read."""
         self._window.step_done()
         self.reader.poll()
+        if self.phase == "decode":
+            self.recent.add(layer, ids.ravel())
         placed = self._window.place(layer, ids)
         stats = self.stats[self.phase]
         stats.hits += placed.requests - len(placed.absent) - len(placed.staged)
@@ -224,20 +235,22 @@ class ExpertCache:
         each: Each | None,
     ) -> None:
         """Let in what `access` missed: staged experts change places with the slots meant for them, others are read."""
-        self.reader.poll()
         experts = self._miss_expert[:misses].tolist()
-        absent: list[tuple[int, int]] = []
+        absent = list(zip(experts, self._miss_slot[:misses].tolist(), strict=True))
         staged: list[tuple[int, Staged]] = []
-        group = int(self.policy.residency.group[layer])
-        for expert, slot in zip(experts, self._miss_slot[:misses].tolist(), strict=True):
-            entry = self.staging.take(layer, expert) if self._prefetching else None
-            if entry is None:
-                absent.append((expert, slot))
-                continue
-            self.staging.give(group, [exchange(self.policy.residency, layer, expert, entry.slot)])
-            slots[slots == slot] = entry.slot
-            staged.append((expert, entry))
-        self.staging.served(layer)
+        if self.staging.holds(layer):
+            self.reader.poll()
+            missed, absent, residency = absent, [], self.policy.residency
+            for expert, slot in missed:
+                entry = self.staging.take(layer, expert)
+                if entry is None:
+                    absent.append((expert, slot))
+                    continue
+                self.staging.give(
+                    int(residency.group[layer]), [exchange(residency, layer, expert, entry.slot)]
+                )
+                slots[slots == slot] = entry.slot
+                staged.append((expert, entry))
         if each is None:
             self._read(layer, absent, staged, experts, leave_last, meanwhile)
         else:
@@ -266,8 +279,9 @@ class ExpertCache:
             reads = [self.pool.reads(layer, expert, slot - first) for expert, slot in absent]
             planes = list(zip(*reads, strict=True))
             if planes:
-                now.append(self.reader.demand([read for plane in planes[:-1] for read in plane]))
-                later.append(self.reader.demand(planes[-1]))
+                first_planes = [read for plane in planes[:-1] for read in plane]
+                tickets = self.reader.demand_in_order([first_planes, planes[-1]])
+                now, later = [*now, tickets[0]], [*later, tickets[1]]
             for expert, slot in (*absent, *((expert, entry.slot) for expert, entry in staged)):
                 self.pool.fill_tables(layer, expert, slot - first)
             if meanwhile:

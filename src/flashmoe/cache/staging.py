@@ -82,6 +82,10 @@ class Staging:
                 *first, last = self._pool.reads(layer, expert, local)
                 staged[expert] = Staged(slot, self._reader.prefetch(first), self._reader.prefetch([last]))
 
+    def holds(self, layer: int) -> bool:
+        """Whether anything of a layer is prefetched or about to be."""
+        return bool(self._staged[layer])
+
     def take(self, layer: int, expert: int) -> Staged | None:
         """The router has asked for an expert: give it away, its reads made urgent. None where it is not staged."""
         entry = self._staged[layer].get(expert)

@@ -11,13 +11,12 @@ import ctypes as C
 import errno
 import os
 import platform
+import struct
 import threading
 import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import NamedTuple, Protocol
-
-import numpy as np
 
 from flashmoe.storage.direct import DirectFile
 
@@ -54,8 +53,8 @@ class ReadQueue(Protocol):
         """Start reads; with those under way at most `depth`."""
         ...
 
-    def collect(self, timeout: float) -> list[Done]:
-        """Reads that have ended since; where none has, wait up to `timeout` seconds for one."""
+    def collect(self, timeout: float, least: int = 1) -> list[Done]:
+        """Reads that have ended since; where none has, wait up to `timeout` seconds for one, or for `least`."""
         ...
 
     def close(self) -> None:
@@ -89,8 +88,8 @@ class ThreadQueue:
                 error = caught
             self._done.put((number, error))
 
-    def collect(self, timeout: float) -> list[Done]:
-        """See ReadQueue."""
+    def collect(self, timeout: float, least: int = 1) -> list[Done]:
+        """See ReadQueue; `least` is not looked at."""
         ended = []
         try:
             ended.append(self._done.get(timeout=timeout) if timeout > 0 else self._done.get_nowait())
@@ -107,15 +106,10 @@ class ThreadQueue:
 
 # io_setup, io_destroy, io_submit, io_getevents: glibc has no functions for them
 _SYSCALLS = {"x86_64": (206, 207, 209, 208), "aarch64": (0, 1, 2, 4)}
-_CONTROL_BLOCK = np.dtype(
-    {
-        "names": ["data", "opcode", "file", "buffer", "nbytes", "offset"],
-        "formats": ["u8", "u2", "u4", "u8", "u8", "i8"],
-        "offsets": [0, 16, 20, 24, 32, 40],
-        "itemsize": 64,
-    }
-)  # struct iocb of linux/aio_abi.h, little-endian; the rest stays 0, and so does opcode: IOCB_CMD_PREAD
-_EVENT = np.dtype([("data", "u8"), ("block", "u8"), ("result", "i8"), ("result2", "i8")])  # struct io_event
+# struct iocb and struct io_event of linux/aio_abi.h, little-endian
+_CONTROL_BLOCK = struct.Struct("<Q8xHxxIQQq16x")  # data, opcode, file, buffer, bytes, offset
+_EVENT = struct.Struct("<Q8xq8x")  # data, result
+_PREAD = 0
 _DEPTH = 128
 _TURN = 1e-3  # seconds that one of two queues is waited for
 
@@ -129,17 +123,20 @@ class KernelQueue:
         """Raises OSError where the system does not offer it."""
         self._files = files
         self._call = C.CDLL(None, use_errno=True).syscall
-        self._call.restype = C.c_long
+        self._call.restype, self._call.argtypes = C.c_long, [C.c_long] * 6
         try:
             self._setup, self._destroy, self._submit, self._getevents = _SYSCALLS[platform.machine()]
         except KeyError:
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
-        self._context = C.c_ulong(0)
-        self._checked(self._setup, C.c_long(_DEPTH), C.byref(self._context))
-        self._blocks = np.zeros(_DEPTH, _CONTROL_BLOCK)
-        self._pointers = np.zeros(_DEPTH, np.uint64)
-        self._events = np.zeros(_DEPTH, _EVENT)
-        self._first = self._blocks.ctypes.data
+        context = C.c_ulong(0)
+        self._checked(self._setup, _DEPTH, C.addressof(context))
+        self._context = context.value
+        self._blocks = C.create_string_buffer(_DEPTH * _CONTROL_BLOCK.size)
+        self._first = C.addressof(self._blocks)
+        self._pointers = (C.c_uint64 * _DEPTH)()
+        self._events = C.create_string_buffer(_DEPTH * _EVENT.size)
+        self._seen = memoryview(self._events)
+        self._patience = (C.c_long * 2)()  # struct timespec
         self._free = list(range(_DEPTH))
         self._under_way: dict[int, tuple[int, Read, int]] = {}  # block -> number, read, bytes wanted at least
         self._patient: ThreadQueue | None = None  # for what cannot go this way, or has failed
@@ -147,7 +144,7 @@ class KernelQueue:
 
     def start(self, reads: list[tuple[int, Read]]) -> None:
         """See ReadQueue."""
-        started = []
+        started: list[int] = []
         for number, read in reads:
             file = self._files[read.file]
             head = read.offset % file.align
@@ -156,25 +153,24 @@ class KernelQueue:
                 continue
             index = self._free.pop()
             length = -(-(head + read.nbytes) // file.align) * file.align
-            self._blocks[index] = (index, 0, file.fd, read.address - head, length, read.offset - head)
+            block = _CONTROL_BLOCK.size * index
+            _CONTROL_BLOCK.pack_into(
+                self._blocks, block, index, _PREAD, file.fd, read.address - head, length, read.offset - head
+            )
             self._under_way[index] = number, read, head + read.nbytes
+            self._pointers[len(started)] = self._first + block
             started.append(index)
-        self._pointers[: len(started)] = [self._first + 64 * index for index in started]
         done = 0
         while done < len(started):
+            left = C.addressof(self._pointers) + 8 * done
             try:
-                done += self._checked(
-                    self._submit,
-                    self._context,
-                    C.c_long(len(started) - done),
-                    C.c_void_p(self._pointers.ctypes.data + 8 * done),
-                )
+                done += self._checked(self._submit, self._context, len(started) - done, left)
             except OSError:  # this one is refused: the plain way knows whether for good, and says why
                 number, read, _ = self._release(started[done])
                 self._read_plainly(number, read)
                 done += 1
 
-    def collect(self, timeout: float) -> list[Done]:
+    def collect(self, timeout: float, least: int = 1) -> list[Done]:
         """See ReadQueue."""
         ended: list[Done] = []
         until = time.monotonic() + timeout
@@ -182,7 +178,7 @@ class KernelQueue:
             left = max(0.0, until - time.monotonic())
             both = self._under_way and self._with_patience
             if self._under_way:
-                ended += self._events_of(min(left, _TURN) if both else left)
+                ended += self._events_of(min(left, _TURN) if both else left, least)
             if self._patient and self._with_patience:
                 done = self._patient.collect(0 if both or ended else left)
                 self._with_patience -= len(done)
@@ -190,19 +186,20 @@ class KernelQueue:
             if ended or not left:
                 return ended
 
-    def _events_of(self, timeout: float) -> list[Done]:
+    def _events_of(self, timeout: float, least: int) -> list[Done]:
         """Reads that have ended well; others are handed on."""
-        seconds = int(timeout)
+        self._patience[0] = int(timeout)
+        self._patience[1] = int(timeout % 1 * 1e9)
         count = self._checked(
             self._getevents,
             self._context,
-            C.c_long(int(timeout > 0)),
-            C.c_long(_DEPTH),
-            C.c_void_p(self._events.ctypes.data),
-            C.byref((C.c_long * 2)(seconds, int((timeout - seconds) * 1e9))),
+            min(least, len(self._under_way)) if timeout > 0 else 0,
+            _DEPTH,
+            C.addressof(self._events),
+            C.addressof(self._patience),
         )
         ended: list[Done] = []
-        for index, _, result, _ in self._events[:count].tolist():
+        for index, result in _EVENT.iter_unpack(self._seen[: count * _EVENT.size]):
             number, read, wanted = self._release(index)
             if result >= wanted:
                 ended.append((number, None))
@@ -212,7 +209,7 @@ class KernelQueue:
 
     def close(self) -> None:
         """See ReadQueue."""
-        self._call(C.c_long(self._destroy), self._context)
+        self._checked(self._destroy, self._context)
         if self._patient:
             self._patient.close()
 
@@ -226,10 +223,10 @@ class KernelQueue:
         self._with_patience += 1
         self._patient.start([(number, read)])
 
-    def _checked(self, number: int, *args: object) -> int:
+    def _checked(self, number: int, a: int, b: int = 0, c: int = 0, d: int = 0, e: int = 0) -> int:
         """A system call, repeated when a signal interrupts it. Raises OSError."""
         while True:
-            result = int(self._call(C.c_long(number), *args))
+            result = int(self._call(number, a, b, c, d, e))
             if result >= 0:
                 return result
             if C.get_errno() != errno.EINTR:

@@ -111,11 +111,15 @@ class ExpertReader:
 
     def demand(self, reads: Sequence[Read]) -> Ticket:
         """Start reads that somebody waits for."""
-        return self._submit(reads, self._demand)
+        return self._submit([reads], self._demand)[0]
+
+    def demand_in_order(self, batches: Sequence[Sequence[Read]]) -> list[Ticket]:
+        """The same for several batches, the first to be waited for in front: one call of the system starts them all."""
+        return self._submit(batches, self._demand)
 
     def prefetch(self, reads: Sequence[Read]) -> Ticket:
         """Queue reads that nobody waits for yet: they start when no demand read is queued or under way."""
-        return self._submit(reads, self._prefetch)
+        return self._submit([reads], self._prefetch)[0]
 
     def promote(self, ticket: Ticket) -> None:
         """Make demand reads of what has not started of a prefetch."""
@@ -152,7 +156,9 @@ class ExpertReader:
         while not ticket.done:
             with self._lock:
                 left = self._heard + PATIENCE - time.monotonic()
-                if not ticket.done and not self._collect(max(left, _LAST_LOOK)) and left <= 0:
+                # bytes that are to be looked at or placed are so while others come in
+                least = 1 if self._demand or self._lent or self._check else ticket.pending
+                if not ticket.done and not self._collect(max(left, _LAST_LOOK), least) and left <= 0:
                     self._give_up(ticket)
                     return
 
@@ -188,14 +194,18 @@ class ExpertReader:
             for slack in [self.files[other.file].align]
         )
 
-    def _submit(self, reads: Sequence[Read], queue: deque[tuple[Ticket, Read]]) -> Ticket:
+    def _submit(self, batches: Sequence[Sequence[Read]], queue: deque[tuple[Ticket, Read]]) -> list[Ticket]:
         if self._chunk and not self._check:
-            reads = [piece for read in reads for piece in ([read] if read.place else self._pieces(read))]
-        ticket = Ticket(reads)
+            batches = [
+                [piece for read in reads for piece in ([read] if read.place else self._pieces(read))]
+                for reads in batches
+            ]
+        tickets = [Ticket(reads) for reads in batches]
         with self._lock:
-            queue.extend((ticket, read) for read in reads)
+            for ticket, reads in zip(tickets, batches, strict=True):
+                queue.extend((ticket, read) for read in reads)
             self._pump()
-        return ticket
+        return tickets
 
     def _pump(self) -> None:
         """Start as much as the queue takes."""
@@ -241,9 +251,9 @@ class ExpertReader:
         self._lent[self._number] = buffer, address
         return read._replace(address=address)
 
-    def _collect(self, timeout: float) -> bool:
+    def _collect(self, timeout: float, least: int = 1) -> bool:
         """See what has ended, and start what is next; whether anything has."""
-        ended = [(n, *self._under_way.pop(n), error) for n, error in self._queue.collect(timeout)]
+        ended = [(n, *self._under_way.pop(n), error) for n, error in self._queue.collect(timeout, least)]
         if ended:
             self._heard = time.monotonic()
         self._urgent.difference_update(number for number, *_ in ended)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -10,13 +10,16 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe.cache.policies.kernels import Kernels
+from flashmoe.cache.policies.kernels import REQUEST, Kernels
 from flashmoe.cache.policies.loops import window_size
 from flashmoe.cache.residency import Residency
 from flashmoe.cache.saved import Limits, take_back
 from flashmoe.errors import PolicyError
+from flashmoe.native import Pinned
 
 Int32 = NDArray[np.int32]
+
+MISSES = (1 << 32) - 1  # the misses in what `EvictionPolicy.request` returns; the hits are above
 
 
 class Replay(NamedTuple):
@@ -52,7 +55,7 @@ class EvictionPolicy:
     def __init__(self) -> None:
         self._res: Residency | None = None
         self._state: Any = None
-        self._access = type(self).kernels.access if hasattr(type(self), "kernels") else None
+        self._pool: Pinned | None = None
 
     # What subclasses give ---------------------------------------------------------------------------------
 
@@ -80,6 +83,7 @@ class EvictionPolicy:
         shape."""
         self._res = residency
         self._state = self.make_state(residency.n_layers, residency.n_experts)
+        self._pool = Pinned(type(self._state).__name__, (self._state, residency))
 
     def begin_sequence(self) -> None:
         """A new prompt or conversation begins: what counts "in this sequence" starts again. Slots stay as
@@ -96,7 +100,25 @@ class EvictionPolicy:
         misses than slots that can be evicted in the layer's size group; then nothing has been evicted or
         counted.
         """
-        return self._access(self._state, self._res, layer, ids, slots_out, miss_expert, miss_slot)  # type: ignore
+        done = self.request(ids, slots_out, miss_expert, miss_slot)(layer, len(ids))
+        return done if done < 0 else done & MISSES
+
+    def request(
+        self, ids: Int32, slots_out: Int32, miss_expert: Int32, miss_slot: Int32
+    ) -> Callable[[int, int], int]:
+        """`access` on these arrays, again and again: call it with (layer, n) for the experts ids[:n].
+
+        The call returns hits << 32 | misses, or -1, and costs little where a model's weights fill the processor's
+        caches.
+        """
+        assert self._pool is not None
+        arrays = Pinned(REQUEST, (ids, slots_out, miss_expert, miss_slot))
+        access, pool, address = self.kernels.access, self._pool.address, arrays.address
+
+        def call(layer: int, n: int, _alive: Pinned = arrays) -> int:
+            return access(pool, address, layer, n)
+
+        return call
 
     def access_each(
         self, layer: int, ids: Int32, slots_out: Int32, miss_expert: Int32, miss_slot: Int32

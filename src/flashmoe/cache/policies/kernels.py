@@ -25,20 +25,26 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
+from flashmoe import native
 from flashmoe.cache import residency
 from flashmoe.cache.policies.loops import access_each_loop, access_loop, rank_loop, release_loop, window_loop
 from flashmoe.cache.policies.replay import replay_loop
 from flashmoe.cache.policies.rules import RULES, begin_rule
 from flashmoe.cache.policies.slots import allocating, evictable, lean, lowest
+from flashmoe.native import pinned
 
 __all__ = ["Kernels", "allocating", "compiled", "evictable", "lean", "lowest"]
+
+REQUEST = "request"  # kind of Pinned: ids, slots_out, miss_expert, miss_slot of EvictionPolicy.access
 
 
 class Kernels(NamedTuple):
     """The compiled entry points of a policy."""
 
-    access: Callable[..., int]  # (state, res, layer, ids, slots_out, miss_expert, miss_slot) -> misses or -1
-    access_each: Callable[..., int]  # the same with ids [tokens, k], a request per token -> 0 or -1
+    access: Callable[
+        ..., int
+    ]  # (Pinned (state, res), Pinned REQUEST, layer, n) -> see EvictionPolicy.request
+    access_each: Callable[..., int]  # (state, res, layer, ids, slots_out, miss_expert, miss_slot) -> 0 or -1
     window: Callable[..., None]  # (state, res, tokens, k)
     release: Callable[..., int]  # (state, res, layer, expert) -> slot or -1
     replay: Callable[..., int]  # (state, res, ids, first, starts, bits, requests, hits) -> -1 or failed step
@@ -63,14 +69,23 @@ def compiled(
             raise ValueError(f"{other} has the same name: numba's symbols would clash, choose another")
     RULES[state] = {"record": record, "victim": victim, "evicted": evicted, "begin": begin}
     version = _version(state)  # numba keeps compiled code by what a function closes over
+    kind = state.__name__
 
     def keep(function: Callable[..., Any]) -> Any:
         function.__qualname__ = f"{state.__name__}.{function.__name__}"  # a file of its own on disk
         return njit(cache=True)(function)
 
-    def access(st, res, layer, ids, slots_out, miss_expert, miss_slot):
+    def access(pool, request, layer, n):
         _ = version
-        return access_loop(st, res, layer, ids, slots_out, miss_expert, miss_slot)
+        st, res = pinned(pool, kind)
+        ids, slots_out, miss_expert, miss_slot = pinned(request, REQUEST)
+        misses = access_loop(st, res, layer, ids[:n], slots_out[:n], miss_expert, miss_slot)
+        if misses < 0:
+            return -1
+        distinct = 0
+        for e in range(res.seen.shape[0]):
+            distinct += res.seen[e] == res.step[0]
+        return (distinct - misses) << 32 | misses
 
     def access_each(st, res, layer, ids, slots_out, miss_expert, miss_slot):
         _ = version
@@ -108,7 +123,8 @@ def compiled(
 def _version(state: type) -> int:
     """Of the sources that a policy is compiled from: this folder, the pool's arrays, the module of its state."""
     own = getattr(sys.modules[state.__module__], "__file__", None)
-    files = [*Path(__file__).parent.glob("*.py"), Path(residency.__file__), *([Path(own)] if own else [])]
+    shared = [Path(module.__file__ or "") for module in (residency, native)]
+    files = [*Path(__file__).parent.glob("*.py"), *shared, *([Path(own)] if own else [])]
     digest = hashlib.sha256()
     for file in sorted(set(files)):
         try:

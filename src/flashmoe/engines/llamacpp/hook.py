@@ -150,9 +150,8 @@ class RouterHook:
             if control.inspect and tokens == 1 and control.logits:
                 self._met[layer] = read_router(self._model.lib, node, control.logits, control.ids)
             meanwhile = partial(self._look_ahead, self.prefetcher, control, layer)
-        slots = self.cache.ensure(
-            layer, ids.reshape(tokens, top_k), leave_last=control.late_length > 0, meanwhile=meanwhile
-        )
+        wanted = ids if tokens == 1 else ids.reshape(tokens, top_k)
+        slots = self.cache.ensure(layer, wanted, leave_last=control.late_length > 0, meanwhile=meanwhile)
         ids[:] = slots
         control.pending = self.cache.pending
         if control.inspect:
