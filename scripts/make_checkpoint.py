@@ -2,7 +2,8 @@
 
     python scripts/make_checkpoint.py FOLDER [SHAPE]
 
-SHAPE: olmoe (OLMoE-1B-7B, 13.8 GB, the default), qwen3 (Qwen3-30B-A3B, 61 GB), or tiny-olmoe and tiny-qwen3.
+SHAPE: olmoe (OLMoE-1B-7B, 13.8 GB, the default), qwen3 (Qwen3-30B-A3B, 61 GB), olmoe-4 (four of OLMoE's layers), or
+tiny-olmoe and tiny-qwen3.
 
 Every layer has the same random experts, but a router and attention of its own: what they weigh and where they lie is
 what counts for measurements. Experts are stored as the library has them, all of a layer in one tensor, so that
@@ -51,6 +52,7 @@ _TINY: dict[str, Any] = {
 SHAPES: dict[str, tuple[type, dict[str, Any]]] = {
     "olmoe": (OlmoeConfig, _OLMOE),
     "qwen3": (Qwen3MoeConfig, _QWEN3),
+    "olmoe-4": (OlmoeConfig, {**_OLMOE, "num_hidden_layers": 4}),
     "tiny-olmoe": (OlmoeConfig, _TINY),
     "tiny-qwen3": (Qwen3MoeConfig, {**_TINY, "moe_intermediate_size": 32, "head_dim": 16}),
 }

@@ -15,6 +15,8 @@ from flashmoe.cache.policies import create
 from flashmoe.cache.residency import make_residency
 from flashmoe.engines.base import Sampling
 from flashmoe.engines.llamacpp.library import Library
+from flashmoe.learn import prefetch as learning
+from flashmoe.learn.train import Plan
 from flashmoe.model import Model
 from flashmoe.routing.trace import DECODE, RoutingTrace
 from tests.engines.transformers.conftest import Checkpoints
@@ -119,17 +121,23 @@ def test_generate_of_the_library_is_recorded_and_counted(checkpoint: Checkpoints
 
 
 def test_prefetching_reads_ahead_and_changes_nothing(tmp_path: Path) -> None:
+    """With every kind of predictor, one of them trained on this engine's own trace."""
     folder = make_checkpoint("qwen3_moe", tmp_path, torch.bfloat16, shape={"num_experts": 48})
     made = []
-    for prefetch in ("none", "gate"):
+    trained = tmp_path / "promoe.safetensors"
+    for prefetch in ("none", "gate", "table", "moe-infinity", f"promoe:{trained}"):
+        if prefetch.startswith("promoe"):
+            learning.train(made[0], "promoe", Plan(epochs=1, threads=1)).save(trained)
         with flashmoe.load(
             folder, engine="transformers", cache="50%", threads=1, prefetch=prefetch, trace=True
         ) as model:
-            for _ in run(model, [i % VOCABULARY for i in range(0, 90, 7)]):
-                pass
+            for i in range(3):
+                for _ in run(model, [(i + 7 * j) % VOCABULARY for j in range(180)]):
+                    pass
             assert model.recorder is not None
             made.append(model.recorder.trace())
-            if prefetch == "gate":
+            if prefetch != "none":
                 assert model.prefetcher is not None
                 assert model.prefetcher._asked.sum() > 0  # it has guessed
-    np.testing.assert_array_equal(made[0].expert_ids, made[1].expert_ids)
+    for trace in made[1:]:
+        np.testing.assert_array_equal(made[0].expert_ids, trace.expert_ids)
