@@ -48,6 +48,7 @@ class Front:
         self.policy.bind(budget.residency_for(catalog, self.slots))
         self.device.pin(pool.regions)
         latency = None if self.device.exact else measure_latency(self.device, slots, host, experts)
+        self.device.copied_bytes, self.device.copy_seconds = 0, 0.0
         return Tiers(self.device, slots, self.policy, cache, host, latency)
 
 

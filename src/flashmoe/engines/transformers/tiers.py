@@ -103,6 +103,7 @@ class Tiers:
         self._cache.begin_sequence()
 
     def begin_step(self, tokens: int, top_k: int) -> None:
+        self._device.settle()  # what comes may be read ahead into slots that copies are leaving
         self._ram.begin_step(tokens, top_k)
         self._cache.begin_step(tokens, top_k)
 
