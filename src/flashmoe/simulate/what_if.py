@@ -16,7 +16,7 @@ from numba.core import event
 
 from flashmoe.budget import shares
 from flashmoe.cache.policies import create
-from flashmoe.cache.policies.base import EvictionPolicy
+from flashmoe.cache.policies.base import MISSES, EvictionPolicy
 from flashmoe.cache.recent import RecentRouting
 from flashmoe.cache.residency import make_residency
 
@@ -86,13 +86,15 @@ class WhatIf:
         n_layers, k = self._ids.shape[1:]
         quota = shares(int(self._slots * factor), n_layers, self._n_experts, k)
         policy.bind(make_residency(n_layers, self._n_experts, quota))
-        slots, miss_expert, miss_slot = (np.empty(k, np.int32) for _ in range(3))
+        wanted, slots, miss_expert, miss_slot = (np.empty(k, np.int32) for _ in range(4))
+        request = policy.request(wanted, slots, miss_expert, miss_slot)
         misses = done = 0
         for begins, token in zip(self._begins, self._ids, strict=True):
             if begins:
                 policy.begin_sequence()
             for layer, ids in enumerate(token):
-                misses += policy.access(layer, ids, slots, miss_expert, miss_slot)
+                wanted[:] = ids
+                misses += request(layer, k) & MISSES
             done += n_layers
             if done >= PIECE:
                 self._pause()
