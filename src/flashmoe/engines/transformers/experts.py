@@ -231,18 +231,19 @@ class _Chosen:
         experts, starts = np.unique(flat[order], return_index=True)
         self.experts: list[int] = experts.tolist()
         positions, tokens = np.divmod(order, len(ids))
-        self._places = torch.from_numpy(np.stack([tokens, positions]))
-        self._places_on: dict[torch.device, torch.Tensor] = {}
+        self._host = torch.from_numpy(tokens), torch.from_numpy(positions)
+        self._on: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {_CPU: self._host}
         ends = [*starts[1:].tolist(), len(order)]
         self._range = dict(zip(self.experts, zip(starts.tolist(), ends, strict=True), strict=True))
 
     def of(self, expert: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens that picked an expert, and as which of their top-k."""
-        if device not in self._places_on:
-            self._places_on[device] = self._places.to(device)
+        if device not in self._on:
+            tokens, positions = self._host
+            self._on[device] = tokens.to(device), positions.to(device)
+        tokens, positions = self._on[device]
         begin, end = self._range[expert]
-        tokens, positions = self._places_on[device][:, begin:end]
-        return tokens, positions
+        return tokens[begin:end], positions[begin:end]
 
 
 class _Additions(TorchDispatchMode):
