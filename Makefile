@@ -8,6 +8,7 @@ demo: $(STAMP)
 	$(VENV)/bin/flashmoe run demo --cache 25% --temp 0 -n 96 --chat -p "What is a mixture of experts?"
 
 test: $(STAMP)
+	$(PYTHON) -m tests.kernels
 	$(PYTHON) -m pytest
 
 lint: $(STAMP)
