@@ -317,9 +317,8 @@ class ExpertCache:
         try:
             for expert, slot in absent:
                 late[expert] = [self.reader.demand(self.pool.reads(layer, expert, slot - first))]
-            stats.stall_seconds += (
-                time.perf_counter() - began
-            )  # starting reads can mean waiting for the drive
+            # starting reads can mean waiting for the drive
+            stats.stall_seconds += time.perf_counter() - began
             for expert, _ in (*absent, *staged):
                 self.pool.fill_tables(layer, expert, slots[expert] - first)
             if meanwhile:

@@ -209,7 +209,7 @@ class KernelQueue:
 
     def close(self) -> None:
         """See ReadQueue."""
-        self._checked(self._destroy, self._context)
+        self._call(self._destroy, self._context, 0, 0, 0, 0)
         if self._patient:
             self._patient.close()
 

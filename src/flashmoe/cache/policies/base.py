@@ -112,13 +112,10 @@ class EvictionPolicy:
         caches.
         """
         assert self._pool is not None
+        access, pool = self.kernels.access, self._pool
         arrays = Pinned(REQUEST, (ids, slots_out, miss_expert, miss_slot))
-        access, pool, address = self.kernels.access, self._pool.address, arrays.address
-
-        def call(layer: int, n: int, _alive: Pinned = arrays) -> int:
-            return access(pool, address, layer, n)
-
-        return call
+        # both live as long as the function does, whatever the policy is bound to later
+        return lambda layer, n: access(pool.address, arrays.address, layer, n)
 
     def access_each(
         self, layer: int, ids: Int32, slots_out: Int32, miss_expert: Int32, miss_slot: Int32
