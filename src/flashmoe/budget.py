@@ -28,7 +28,10 @@ _MADV_PAGEOUT = 21  # Linux 5.4; not in Python's mmap module
 DEFAULT_SHARE = 0.7  # of the memory that is available: the machine stays usable
 # Not seen when the pool is sized: scratch of the expert products, read buffers, what Python takes while it runs
 RESERVE = 32 << 20
-SPARE_SHARE = 0.03  # of the slots, for experts that are prefetched and not yet asked for
+# Slots for experts that are prefetched and not yet asked for: a layer's guesses (prefetch.scheduler.MOST), and one
+# whose read has to end although it is wanted no more. Every further one would cost more hits than it brings
+SPARE = 4
+_MOST_SPARE = 0.03  # of the slots
 # Interpreter, libraries, compute buffers, as seen with small models: for decisions before loading
 _BEFORE_LOADING = 160 << 20
 
@@ -189,13 +192,13 @@ def too_small(budget: int, least: int) -> BudgetError:
 
 
 def spare_slots(catalog: ExpertCatalog, slots: Sequence[int]) -> list[int]:
-    """Slots of each size group to set aside for prefetching: enough for a layer's misses, few enough not to be missed.
+    """Slots of each size group to set aside for prefetching: enough for a layer's guesses.
 
     None where all experts of the group fit, or where slots are too few to give any away.
     """
     members = group_experts(catalog)
     return [
-        0 if n >= whole else min(2 * catalog.top_k, int(SPARE_SHARE * n))
+        0 if n >= whole else min(SPARE, int(_MOST_SPARE * n))
         for n, whole in zip(slots, members.tolist(), strict=True)
     ]
 

@@ -161,7 +161,7 @@ def test_spare_slots_are_a_small_share(tiny: Tiny) -> None:
     assert budget.spare_slots(catalog, [catalog.top_k] * groups) == [0] * groups
     large = replace(catalog, layers=catalog.layers * 40)
     for spare in budget.spare_slots(large, [large.total_experts // groups // 2] * groups):
-        assert 0 < spare <= 2 * catalog.top_k
+        assert 0 < spare <= budget.SPARE
 
 
 def test_cache_without_spare_slots_ignores_prefetches(tiny: Tiny) -> None:

@@ -308,7 +308,7 @@ class Table(TextPredictor):
         self,
         file: str | Path | None = None,
         trained: PredictorFile | None = None,
-        memory: int = 32 << 20,
+        memory: int = 8 << 20,
     ) -> None:
         super().__init__()
         self.trained = PredictorFile.load(file, self.name) if file is not None else trained
