@@ -205,6 +205,18 @@ def test_promoted_prefetch_is_a_demand_read(held: tuple[ExpertReader, Held], mem
     assert queue.started == [0, 8192, 4096]
 
 
+def test_promoted_prefetch_under_way_is_a_demand_read(
+    held: tuple[ExpertReader, Held], memory: np.ndarray
+) -> None:
+    reader, queue = held
+    wanted = reader.prefetch(reads(memory, [0]))
+    reader.promote(wanted)
+    reader.prefetch(reads(memory, [4096]))
+    assert queue.started == [0]  # though there is room
+    reader.wait(wanted)
+    assert queue.started == [0, 4096]
+
+
 def test_cancelled_prefetch_is_not_read_but_ends(held: tuple[ExpertReader, Held], memory: np.ndarray) -> None:
     reader, queue = held
     begun = reader.prefetch(reads(memory, [0, 4096, 8192]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -63,6 +64,7 @@ class _Runner:
         self._done = 0
         self._job = self._template()
         self._unlimited = False
+        self._ceilings: list[float] = []  # of the drive, 1e9 bytes per second
 
     def run(self) -> dict[str, Any]:
         plan, gguf = self._plan, self._catalog.gguf
@@ -71,8 +73,6 @@ class _Runner:
             files = OpponentFiles(gguf.files[0], gguf.files, None, "")
             if "mmap" in plan.opponents:
                 files = stack.enter_context(opponent_files(gguf.files))
-            self._progress("measuring the drive", 0, self._total)
-            ceiling = self._drive_ceiling()
             rows = [row for size in plan.sizes for row in self._measure_size(size, files)]
         notes = [files.note] if files.note else []
         if self._unlimited:
@@ -88,7 +88,7 @@ class _Runner:
         return {
             "machine": {
                 **describe(gguf.files[0], self._lib.build.name, self._job.threads),
-                "ceiling_gb_per_s": ceiling,
+                "ceiling_gb_per_s": statistics.median(self._ceilings),
             },
             "model": {
                 "path": str(gguf.files[0]),
@@ -114,11 +114,15 @@ class _Runner:
             "rows": rows,
         }
 
-    def _drive_ceiling(self) -> float:
-        """Measured now and noted, so that every child's report has it and none spends time and memory on it."""
+    def _measure_drive(self) -> None:
+        """Before every run of ours, because a drive may change from minute to minute.
+
+        It is noted: the child's report has it, without spending time and memory on it.
+        """
+        self._progress("measuring the drive", self._done, self._total)
         reader = ExpertReader(self._catalog.gguf.files)
         try:
-            return read_ceiling(reader, self._catalog.read_bytes, fresh=True)
+            self._ceilings.append(read_ceiling(reader, self._catalog.read_bytes, fresh=True))
         finally:
             reader.close()
 
@@ -190,6 +194,7 @@ class _Runner:
         for setting in self._settings:
             job = replace(self._job, ram=size.ram, cache=size.cache, **setting._asdict())
             title = f"{size.text}: pool, {setting.policy}"
+            self._measure_drive()
             result, load = self._measure(title, job, size.ram, self._catalog.gguf.files)
             if "error" in result:
                 raise BenchError(f"{title}: {result['error']}")

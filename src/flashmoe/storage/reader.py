@@ -122,10 +122,11 @@ class ExpertReader:
         return self._submit([reads], self._prefetch)[0]
 
     def promote(self, ticket: Ticket) -> None:
-        """Make demand reads of what has not started of a prefetch."""
+        """Make demand reads of a prefetch: other prefetches wait for what is under way of it, too."""
         with self._lock:
             waiting = self._withdraw(ticket)
             self._demand.extend(waiting)
+            self._urgent.update(number for number, (owner, _) in self._under_way.items() if owner is ticket)
             self._pump()
 
     def cancel(self, ticket: Ticket) -> None:
