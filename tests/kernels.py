@@ -12,6 +12,7 @@ from multiprocessing import get_context
 
 import numpy as np
 
+from flashmoe.api import compile_policy
 from flashmoe.cache import policies
 from flashmoe.cache.residency import make_residency
 from flashmoe.hub import DEMO, default_policy
@@ -21,20 +22,13 @@ LAYERS, EXPERTS, K = 8, 32, 4  # the bundled model's, for its trained policy
 PREDICTORS = ("table", "moe-infinity")  # those that need no file
 
 
-def compile_policy(spec: str) -> None:
-    """All entry points of a policy."""
+def compile_all(spec: str) -> None:
+    """All entry points of a policy: the runtime's and the simulator's."""
     policy = policies.create(spec)
+    if not policy.oracle:
+        compile_policy(policy, LAYERS, EXPERTS, ranking=True)
     policy.bind(make_residency(LAYERS, EXPERTS, np.full(LAYERS, K, np.int32)))
     policy.replay(np.zeros((1, LAYERS, K), np.int16))
-    if policy.oracle:
-        return
-    ids, out = np.zeros(1, np.int32), np.zeros((3, 1), np.int32)
-    policy.begin_sequence()
-    policy.access(0, ids, out[0], out[1], out[2])
-    policy.access_each(0, ids[np.newaxis], out[0], out[1], out[2])
-    policy.window(1, 1)
-    policy.ranking()
-    policy.release(0, 0)
 
 
 def compile_predictor(spec: str) -> None:
@@ -48,7 +42,7 @@ def main() -> None:
     untrained = [name for name in policies.BUILTIN if not name.startswith("flashmoe")]
     order = sorted([*untrained, default_policy(DEMO)], key=lambda name: name not in ("adaptive", "arc"))
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        running = [pool.submit(compile_policy, spec) for spec in order]
+        running = [pool.submit(compile_all, spec) for spec in order]
         running += [pool.submit(compile_predictor, spec) for spec in PREDICTORS]
         for future in running:
             future.result()

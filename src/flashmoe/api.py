@@ -110,7 +110,7 @@ def load(
 
     def prepare(catalog: ExpertCatalog) -> int:
         """Compile what is compiled; the bytes that the predictors take."""
-        _compile(evict, catalog, ranking=bool(save_cache))
+        compile_policy(evict, len(catalog.layers), catalog.n_experts, ranking=bool(save_cache))
         predictors[:] = _bind(predictors, catalog, limit if prefetch == "auto" else 0)
         budget.release_code()
         return sum(p.nbytes for p in predictors)
@@ -200,10 +200,9 @@ def _bind(predictors: Sequence[Predictor], catalog: ExpertCatalog, limit: int) -
     return [p for p in predictors if p.nbytes <= most]
 
 
-def _compile(policy: EvictionPolicy, catalog: ExpertCatalog, *, ranking: bool) -> None:
+def compile_policy(policy: EvictionPolicy, n_layers: int, n_experts: int, *, ranking: bool) -> None:
     """Let numba compile the policy's kernels before memory is counted and before the first token waits for it."""
-    n = catalog.n_experts
-    policy.bind(make_residency(len(catalog.layers), n, np.ones(len(catalog.layers), np.int32)))
+    policy.bind(make_residency(n_layers, n_experts, np.ones(n_layers, np.int32)))
     ids, out = np.zeros(1, np.int32), np.zeros((3, 1), np.int32)
     policy.begin_sequence()
     policy.access(0, ids, out[0], out[1], out[2])
