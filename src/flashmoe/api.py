@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ from flashmoe.cache.policies import create
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.pool import SlotPool
 from flashmoe.cache.residency import make_residency
+from flashmoe.engines.llamacpp.context import CACHE_TYPES
+from flashmoe.engines.llamacpp.serving.options import ServerOptions, projector_bytes
 from flashmoe.errors import UsageError
 from flashmoe.hub import default_policy
 from flashmoe.layout import AUTO, check_layout
@@ -55,6 +58,11 @@ def load(
     all_logits: bool = False,
     trace: bool = False,
     sequences: int = 1,
+    parallel: int | None = None,
+    cache_type_k: str = "f16",
+    cache_type_v: str = "f16",
+    cache_ram: str | int | None = None,
+    server: ServerOptions | None = None,
     pooling: str = "none",
     save_cache: bool | str | Path = False,
     verify: bool = False,
@@ -75,12 +83,17 @@ def load(
         the first of gate and table that is worth asking on this text, and none where neither is.
     layout: of all weights. "plain": the file's; "repacked": those that llama.cpp's default chooses for this processor;
         "auto": repacked where that is faster. The results are llama.cpp's with the same layouts.
-    n_ctx: context in tokens (default: the model's, at most 4096, and less, down to 1024, where it would take more than
-        a sixth of what the weights leave of the budget: slots are worth more).
+    n_ctx: context in tokens of one conversation (default: the model's, and less, down to 1024, where it would take more
+        than a sixth of what the weights leave of the budget, or a third for 32768: slots are worth more).
     n_ubatch: tokens evaluated at once while a prompt is read; the results are the engine's at the same value.
     threads: compute threads (default: physical cores). all_logits: keep the logits of every token, not the last only.
     trace: record which experts every token is routed to, see `Model.recorder`.
     sequences: prompts that can be continued in turns (see `Model.start`); each has a context of `n_ctx` tokens.
+    parallel: conversations that llama.cpp's server (`Model.server`) evaluates together. They share a KV cache, of at
+        least one whole context, and of one for each where that takes no more than its share.
+    cache_type_k, cache_type_v: types of the KV cache: f16, q8_0, ... (llama.cpp's names).
+    cache_ram: memory for conversations that no slot of the server holds (default: a share with `parallel`, else none).
+    server: what else the server is told (chat template, reasoning, projector, defaults of samplers).
     pooling: how `Model.embed` makes one vector of a text's tokens: "last", "mean", "cls", or "auto": as the file says.
         It costs memory: every token of a micro-batch then has logits. "none": no embeddings.
     save_cache: keep which experts are resident, and what the policy and the predictors have learned, when the model is
@@ -102,7 +115,16 @@ def load(
         raise UsageError(f"unknown engine {engine!r}: choose from {', '.join(ENGINES)}")
     if vram is not None and engine != TRANSFORMERS:
         raise UsageError("--vram is for --engine transformers: llama.cpp computes on the CPU here")
+    if (parallel is not None and parallel < 1) or (
+        unknown := {cache_type_k, cache_type_v} - CACHE_TYPES.keys()
+    ):
+        raise UsageError(
+            "parallel must be at least 1"
+            if parallel is not None and parallel < 1
+            else f"unknown type of a KV cache {unknown.pop()!r}: choose from {', '.join(CACHE_TYPES)}"
+        )
     check_layout(layout)
+    server = server or ServerOptions()
     make_policy = partial(create, policy or default_policy(model))
     evict = make_policy()
     predictors = create_predictors(prefetch)
@@ -125,6 +147,10 @@ def load(
         threads=threads or psutil.cpu_count(logical=False) or 1,
         all_logits=all_logits,
         sequences=sequences,
+        parallel=parallel,
+        cache_types=(cache_type_k, cache_type_v),
+        cache_ram=parse_bytes(cache_ram) if cache_ram is not None else 0 if parallel is None else None,
+        projector_bytes=projector_bytes(server.mmproj) if server.mmproj else 0,
         pooling=pooling,
         layout=layout,
         verify=verify,
@@ -151,9 +177,6 @@ def load(
         runner.attach(pool, slots, experts)
         if runner.tiers:
             stack.callback(runner.tiers.close)
-        if opened.whole_layers:
-            left = [n - away for n, away in zip(slots, spare, strict=True)]
-            runner.n_ubatch = budget.micro_batch(catalog, left, runner.n_ubatch)
         prefetcher = None
         if predictors and any(spare):
             prefetcher = Prefetcher(predictors, runner.tiers or experts)
@@ -179,6 +202,14 @@ def load(
             prefetcher=prefetcher,
             layout=opened.layout,
             alternatives=[default_policy(model), *UNTRAINED],
+            server_options=replace(
+                server,
+                cache_ram_mib=opened.conversations.cache_ram >> 20,
+                ctx_checkpoints=opened.conversations.checkpoints,
+            )
+            if engine == LLAMACPP
+            else None,
+            public=parallel is not None,
         )
         if trace:
             loaded_model.record()

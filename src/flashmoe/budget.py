@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import re
+import resource
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +20,15 @@ from flashmoe.errors import BudgetError, UsageError
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.units import format_bytes, parse_bytes
 
-DEFAULT_CONTEXT = 4096
+DEFAULT_CONTEXT = 4096  # of a file that does not say what it was trained for
 SMALL_CONTEXT = 1024  # still a conversation
+AGENT_CONTEXT = 32768  # what coding agents need: their prompts alone have thousands of tokens
 _CONTEXT_STEP = 256  # llama.cpp's own
-_MOST_FOR_CONTEXT = (
-    1 / 6
-)  # of what the weights leave: slots are worth more than a context that few prompts fill
+# Of what the weights leave: slots are worth more than a context that few prompts fill
+_MOST_FOR_CONTEXT = 1 / 6
+_MOST_FOR_AGENTS = 1 / 3
+_MOST_FOR_CONVERSATIONS = 1 / 16  # that wait in RAM for their next turn, and as much for checkpoints
+_MOST_CACHE_RAM, _MOST_CHECKPOINTS = 8192 << 20, 32  # llama.cpp's defaults
 _MADV_PAGEOUT = 21  # Linux 5.4; not in Python's mmap module
 DEFAULT_SHARE = 0.7  # of the memory that is available: the machine stays usable
 # Not seen when the pool is sized: scratch of the expert products, read buffers, what Python takes while it runs
@@ -39,11 +44,43 @@ _BEFORE_LOADING = 160 << 20
 def default_context(wished: int, small_bytes: int, left: int) -> int:
     """Tokens of context where none were asked for: up to `wished`, fewer where they would take too much of `left`.
 
-    left: bytes for context and slots. small_bytes: what SMALL_CONTEXT tokens take. Never below that, if so many are
-    wished.
+    left: bytes for context and slots. small_bytes: what SMALL_CONTEXT tokens take. A sixth of `left` at most, or a
+    third where that makes it AGENT_CONTEXT; never below SMALL_CONTEXT, if so many are wished.
     """
-    fitting = int(SMALL_CONTEXT * _MOST_FOR_CONTEXT * left / max(small_bytes, 1))
+    small_bytes = max(small_bytes, 1)
+    fitting = int(SMALL_CONTEXT * _MOST_FOR_CONTEXT * left / small_bytes)
+    agent = min(wished, AGENT_CONTEXT)
+    if agent * small_bytes <= SMALL_CONTEXT * _MOST_FOR_AGENTS * left:
+        fitting = max(fitting, agent)
     return min(wished, max(SMALL_CONTEXT, fitting // _CONTEXT_STEP * _CONTEXT_STEP))
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """What the server may keep of conversations beside its KV cache: bytes, and checkpoints of each slot."""
+
+    cache_ram: int = 0
+    checkpoints: int = 0
+    checkpoint_bytes: int = 0  # all of them together
+
+    @property
+    def nbytes(self) -> int:
+        return self.cache_ram + self.checkpoint_bytes
+
+
+def conversations(left: int, cache_ram: int | None, checkpoint: int, parallel: int) -> Conversations:
+    """The share of `left` bytes, for context and slots, that conversations get.
+
+    cache_ram: bytes for those that no slot holds, where they were asked for. checkpoint: bytes of one, of a memory
+    that cannot be cut; 0 where it can.
+    """
+    share = max(0, int(_MOST_FOR_CONVERSATIONS * left)) >> 20 << 20
+    kept = min(_MOST_CACHE_RAM, share) if cache_ram is None else cache_ram
+    if not checkpoint:
+        return Conversations(kept)
+    # one at least: without any, every turn reads the whole conversation again
+    count = min(_MOST_CHECKPOINTS, max(1, share // (checkpoint * parallel)))
+    return Conversations(kept, count, count * checkpoint * parallel)
 
 
 def micro_batch(catalog: ExpertCatalog, slots: Sequence[int], wished: int) -> int:
@@ -110,6 +147,11 @@ def status_bytes(field: str) -> int:
     except OSError:
         match = None
     return int(match[1]) << 10 if match else 0
+
+
+def major_faults() -> int:
+    """Pages of this process that had to be read back from disk so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
 
 
 def parse_cache(text: str, catalog: ExpertCatalog, align: int) -> list[int]:

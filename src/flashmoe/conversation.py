@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flashmoe.engines.base import Sampling
-from flashmoe.generation import Generation, Reuse, check_prompt
+from flashmoe.errors import UsageError
 
 if TYPE_CHECKING:
     from flashmoe.model import Model
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 LEFT_FREE = 1 / 4  # of the context, for an answer
 KEPT = 1 / 2  # of the context, where that is not free: the rest is read anew, so do it seldom
-_THINK = "<think>"
 
 
 @dataclass(frozen=True)
@@ -34,27 +33,42 @@ class Turn:
     )
 
 
-class Conversation:
-    """Messages and answers, in the first sequence of a model's engine.
+@dataclass(frozen=True)
+class Piece:
+    """A part of an answer as it is made: of its text, or of the thoughts before it."""
 
-    The engine keeps what it has read: a turn evaluates what follows the longest beginning that its prompt shares with
-    what is there. Answers are those of llama.cpp evaluating the same tokens in the same steps. A memory that cannot
-    be cut (Mamba) reads everything anew where an earlier token changes.
+    text: str
+    thought: bool = False
+
+
+class Conversation:
+    """Messages and answers, over llama.cpp's server in this process (`Model.server`).
+
+    The server keeps what it has read: a turn evaluates what follows the longest beginning that its prompt shares with
+    what is there, as any client's does. Memories that cannot be cut (Mamba) go back to a checkpoint.
 
     When the context is too full for an answer, the oldest turns are left out; the system prompt stays.
     """
 
     def __init__(
-        self, model: Model, *, system: str = "", max_tokens: int = -1, sampling: Sampling | None = None
+        self,
+        model: Model,
+        *,
+        system: str = "",
+        max_tokens: int = -1,
+        sampling: Sampling | None = None,
+        request: Mapping[str, Any] | None = None,
     ) -> None:
         """system: what the model is to follow throughout. max_tokens: of each answer (-1: no limit).
 
-        Raises ModelError where the model has no chat template.
+        request: further fields of every request, see `Model.chat`. Raises LibraryError where the model's library has
+        no server.
         """
         self._model, self._max_tokens, self._sampling = model, max_tokens, sampling
+        self._request = dict(request or {})
+        self._server = model.server()
         #: Takes effect with the next message.
         self.system = system
-        model.engine.chat_prompt([{"role": "user", "content": "-"}])
         self.reset()
 
     def reset(self, messages: Sequence[Message] = ()) -> None:
@@ -64,92 +78,95 @@ class Conversation:
         self.turn = Turn()
         self._first = 0  # of the messages that the model sees
         self._begun = False
-        self._text, self._tokens = "", list[int]()  # what the last turn has left in the context
+        self._used = 0
 
     @property
     def used(self) -> int:
-        """Tokens in the context."""
-        return self._model.engine.past() if self._begun else 0
+        """Tokens in the context after the last turn."""
+        return self._used
 
     def say(self, message: str) -> Generator[str, None, None]:
-        """Answer `message`: yields text as it is made; afterwards `turn` has the figures.
+        """Answer `message`: yields text as it is made; see `stream`."""
+        for piece in self.stream(message):
+            if not piece.thought:
+                yield piece.text
+
+    def stream(self, message: str) -> Generator[Piece, None, None]:
+        """Answer `message`: yields thoughts and text as they are made; afterwards `turn` has the figures.
 
         Stopping in the middle (Ctrl-C, or closing the iterator) leaves the answer so far in the conversation; a message
-        without any answer is not kept. Raises UsageError where the message alone does not fit into the context,
-        ModelError where the chat template refuses it, and ReadError.
+        without any answer is not kept. Raises UsageError where the message alone does not fit into the context or the
+        chat template refuses it, and ReadError.
         """
         if self.messages and self.messages[-1]["role"] == "user":
             self.messages.pop()  # a second Ctrl-C has kept the last turn from tidying up
         self.messages.append({"role": "user", "content": message})
-        self.turn, said = Turn(), ""
+        first, self.turn = self._first, Turn()
+        said, thought, made = "", "", 0
+        timings: Mapping[str, Any] = {}
+        finished = ""
         try:
-            first = self._first
-            text, tokens = self._prompt()
-            generation = self._model.start(
-                tokens,
+            self._make_room()
+            decode = self._model.cache.stats["decode"]
+            hits, requests = decode.hits, decode.requests
+            deltas = self._model.stream_chat(
+                self._shown(),
                 max_tokens=self._max_tokens,
                 sampling=self._sampling,
-                reuse=Reuse.ANY if self._begun else Reuse.NONE,
+                goes_on=self._begun,
+                **self._request,
             )
             self._begun = True
-            before = self._counters()
-            # a template may open the thinking itself: then the answer begins inside
-            opening = f"{_THINK}\n" if text.rstrip().endswith(_THINK) else ""
             try:
-                for piece in generation.pieces():
-                    piece, opening = opening + piece, ""
-                    said += piece
-                    yield piece
+                for delta in deltas:
+                    for name in ("reasoning_content", "content"):
+                        if piece := delta.get(name):
+                            made += 1
+                            if name == "content":
+                                said += piece
+                            else:
+                                thought += piece
+                            yield Piece(piece, thought=name != "content")
+                    finished = delta.get("finish_reason", "")
+                    timings = delta.get("timings", {})
             finally:
-                self._text, self._tokens = text + said, tokens + generation.made
-                self.turn = self._figures(generation, before, (self._first - first) // 2)
+                deltas.close()  # type: ignore[attr-defined]
+                self.turn = Turn(
+                    read=timings.get("prompt_n", 0),
+                    reused=timings.get("cache_n", 0),
+                    made=timings.get("predicted_n", made),
+                    tokens_per_s=timings.get("predicted_per_second", 0.0),
+                    hit_rate=(decode.hits - hits) / max(1, decode.requests - requests),
+                    forgotten=(self._first - first) // 2,
+                    finished=finished,
+                )
+                self._used = self.turn.read + self.turn.reused + self.turn.made
         finally:
-            if said or self.turn.finished:
-                self.messages.append({"role": "assistant", "content": said})
+            if said or thought or finished:
+                thoughts = {"reasoning_content": thought} if thought else {}
+                self.messages.append({"role": "assistant", "content": said, **thoughts})
             else:
                 self.messages.pop()
 
-    def _prompt(self) -> tuple[str, list[int]]:
-        """What the model is to continue, as text and as tokens; without the oldest turns if need be."""
-        n_ctx, first = self._model.engine.n_ctx, self._first
+    def _shown(self, first: int | None = None) -> list[Message]:
+        """What the model sees, or would from message `first` on."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, *self.messages[self._first if first is None else first :]]
+
+    def _make_room(self) -> None:
+        """Leave the oldest turns out where the context is too full for an answer. Raises UsageError."""
+        n_ctx = self._model.engine.n_ctx
         room = int(n_ctx * LEFT_FREE)
         if self._max_tokens >= 0:
             room = min(room, self._max_tokens)
-        text, tokens = self._render(first)
-        if len(tokens) + room > n_ctx:
-            while len(tokens) > n_ctx * KEPT and first + 2 < len(self.messages):
-                first += 2
-                text, tokens = self._render(first)
-        check_prompt(tokens, n_ctx)
-        self._first = first
-        return text, tokens
+        tokens = self._count(self._first)
+        if tokens + room > n_ctx:
+            while tokens > n_ctx * KEPT and self._first + 2 < len(self.messages):
+                self._first += 2
+                tokens = self._count(self._first)
+        if tokens >= n_ctx:
+            raise UsageError(f"the prompt has {tokens} tokens, the context {n_ctx}: shorten it or raise -c")
 
-    def _render(self, first: int) -> tuple[str, list[int]]:
-        """The messages from `first` on in the model's template, as text and as tokens."""
-        engine = self._model.engine
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        text = engine.chat_prompt([*system, *self.messages[first:]])
-        if self._text and text.startswith(self._text):
-            # an answer's own tokens may be others than those that its text would give
-            rest = engine.tokenize(text[len(self._text) :], special=True, begin=False)
-            if rest and not engine.piece(rest[0]):  # a control token: no word goes across
-                return text, self._tokens + rest
-        return text, engine.tokenize(text, special=True)
-
-    def _counters(self) -> tuple[float, float, int, int]:
-        decode, cache = self._model.telemetry.decode, self._model.cache.stats["decode"]
-        return decode.tokens, decode.seconds, cache.hits, cache.requests
-
-    def _figures(self, generation: Generation, before: tuple[float, float, int, int], forgotten: int) -> Turn:
-        tokens, seconds, hits, requests = (
-            now - then for now, then in zip(self._counters(), before, strict=True)
-        )
-        return Turn(
-            read=len(generation.prompt) - generation.reused,
-            reused=generation.reused,
-            made=len(generation.made),
-            tokens_per_s=tokens / seconds if seconds else 0.0,
-            hit_rate=hits / max(1, requests),
-            forgotten=forgotten,
-            finished=generation.finished or "",
-        )
+    def _count(self, first: int) -> int:
+        """Tokens of the prompt from message `first` on."""
+        return self._server.count_tokens({"messages": self._shown(first), **self._request})

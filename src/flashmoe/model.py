@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe import telemetry
+from flashmoe.budget import major_faults
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.embedding import Embedding, embedding_tokens
-from flashmoe.engines.base import Engine, Sampling
+from flashmoe.engines.base import Engine, Sampling, TemplateEngine
 from flashmoe.errors import UsageError
-from flashmoe.generation import Generation, Held, Reuse, Rule
+from flashmoe.generation import Generation, Held, Reuse, Rule, check_prompt
 from flashmoe.layout import PLAIN
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import Recorder
@@ -24,6 +25,10 @@ from flashmoe.routing.trace import DECODE, PREFILL
 from flashmoe.simulate.what_if import WhatIf
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.disk import read_ceiling
+
+if TYPE_CHECKING:
+    from flashmoe.engines.llamacpp.hook import Evaluated
+    from flashmoe.engines.llamacpp.serving.server import InnerServer, ServerOptions
 
 #: Called with what is going on ("load" or "prefill"), how much is done, and of how much.
 Progress = Callable[[str, int, int], None]
@@ -43,7 +48,10 @@ class Model:
         prefetcher: Prefetcher | None = None,
         layout: str = PLAIN,
         alternatives: Sequence[str] = (),
+        server_options: ServerOptions | None = None,
+        public: bool = False,
     ) -> None:
+        """public: prompts come to the server from other processes too: nothing else tells where one begins."""
         self.engine, self.cache, self.catalog, self.prefetcher = engine, cache, catalog, prefetcher
         self.budget_bytes, self.layout = budget_bytes, layout
         self.alternatives = alternatives  # eviction policies that reports try
@@ -53,6 +61,9 @@ class Model:
         self.held = [Held() for _ in range(engine.sequences)]
         self.recorder: Recorder | None = None
         self._prompts = -1
+        self._server_options = server_options
+        self._server: InnerServer | None = None
+        self._public = public
 
     @property
     def model(self) -> Any:
@@ -74,6 +85,39 @@ class Model:
         self.engine.record(self.recorder)
         return self.recorder
 
+    def server(self) -> InnerServer:
+        """llama.cpp's own server over this model, in this process; started when it is first asked for.
+
+        It has the model's context until `close`, or until `start`, `evaluate` or `embed` want it back. Raises
+        UsageError for the transformers engine, and LibraryError where the library has no server.
+        """
+        if self._server is None:
+            if self._server_options is None:
+                raise UsageError(
+                    "this model is run by Transformers, which has no server: use engine='llama.cpp'"
+                )
+            from flashmoe.engines.llamacpp.engine import LlamaEngine
+            from flashmoe.engines.llamacpp.serving.server import InnerServer
+
+            assert isinstance(self.engine, LlamaEngine)
+            on_prompt = self._begin_prompt if self._public else lambda: None
+            self._server = InnerServer(self.engine, self._server_options, self._served, on_prompt)
+            for held in self.held:
+                held.cut(0)
+        return self._server
+
+    def _served(self, graph: Evaluated) -> None:
+        """The server has evaluated a graph."""
+        self._count(graph.seconds, len(graph.tokens), graph.faults, decode=graph.decode)
+        if self.recorder is not None:
+            self.recorder.end_step(graph.tokens, DECODE if graph.decode else PREFILL, self._prompts)
+
+    def _own_context(self) -> None:
+        """Take the context back from the server."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
     def generate(
         self,
         prompt: str | Sequence[int],
@@ -89,7 +133,106 @@ class Model:
         when the model file cannot be read; the model stays usable.
         """
         tokens = self.engine.tokenize(prompt, special) if isinstance(prompt, str) else list(prompt)
-        yield from self.start(tokens, max_tokens=max_tokens, sampling=sampling).pieces()
+        check_prompt(tokens, self.engine.n_ctx)
+        if not self.engine.has_server:
+            yield from self.start(tokens, max_tokens=max_tokens, sampling=sampling).pieces()
+            return
+        if max_tokens == 0:
+            return
+        # nothing of earlier prompts: kernels for one token round otherwise than kernels for several
+        request = self._request(max_tokens, sampling) | {"prompt": tokens, "cache_prompt": False}
+        for event in self._stream(self.server().complete(request)):
+            if piece := event["choices"][0]["text"] if event.get("choices") else "":
+                yield piece
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        max_tokens: int = -1,
+        sampling: Sampling | None = None,
+        **request: Any,
+    ) -> Iterator[str]:
+        """Answer a conversation, [{"role": "user", "content": "..."}, ...], in the model's own chat template.
+
+        Yields the answer's text; see `stream_chat` for thoughts and calls of tools. request: further fields of a
+        request to llama.cpp's server (`tools`, `chat_template_kwargs`, ...). Raises as `generate` does, and UsageError
+        where the template does not take these messages.
+        """
+        for delta in self.stream_chat(messages, max_tokens=max_tokens, sampling=sampling, **request):
+            if piece := delta.get("content"):
+                yield piece
+
+    def stream_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        max_tokens: int = -1,
+        sampling: Sampling | None = None,
+        goes_on: bool = False,
+        **request: Any,
+    ) -> Iterator[dict[str, Any]]:
+        """`chat` in OpenAI's deltas: "content", "reasoning_content", "tool_calls"; the last has "finish_reason" and
+        "timings" (llama.cpp's figures of the answer).
+
+        goes_on: the messages continue the last conversation, for policies and traces.
+        """
+        if not self.engine.has_server:
+            yield from self._chat_without_server(messages, max_tokens, sampling, request)
+            return
+        body = self._request(max_tokens, sampling, goes_on=goes_on) | {"messages": list(messages), **request}
+        for event in self._stream(self.server().chat(body)):
+            for choice in event.get("choices", ()):
+                delta = {name: value for name, value in choice["delta"].items() if value}
+                if choice.get("finish_reason"):
+                    delta |= {"finish_reason": choice["finish_reason"], "timings": event.get("timings", {})}
+                if delta:
+                    yield delta
+
+    def _chat_without_server(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        max_tokens: int,
+        sampling: Sampling | None,
+        request: Mapping[str, Any],
+    ) -> Iterator[dict[str, Any]]:
+        """With the checkpoint's own template, which the transformers engine has."""
+        if not isinstance(self.engine, TemplateEngine):
+            self.server()  # says why there is none
+        assert isinstance(self.engine, TemplateEngine)
+        if request:
+            raise UsageError(f"the transformers engine does not know {', '.join(request)}")
+        tokens = self.engine.tokenize(self.engine.chat_prompt(messages), True)
+        generation = self.start(tokens, max_tokens=max_tokens, sampling=sampling)
+        for piece in generation.pieces():
+            yield {"content": piece}
+        yield {"finish_reason": generation.finished, "timings": {}}
+
+    def _request(
+        self, max_tokens: int, sampling: Sampling | None, *, goes_on: bool = False
+    ) -> dict[str, Any]:
+        """What every request of this process says. A new prompt begins, for policies and traces."""
+        if not goes_on:
+            self._begin_prompt()
+        return {
+            "n_predict": max_tokens,
+            "return_progress": True,
+            "cache_prompt": self.recorder is None,  # a trace has every token of its prompts
+            **(sampling or Sampling()).request(),
+        }
+
+    def _stream(self, events: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """`events` without those of progress, which is passed on. Closing it cancels the request."""
+        try:
+            for event in events:
+                if done := event.get("prompt_progress"):
+                    self.progress("prefill", done["processed"], done["total"])
+                    continue
+                if event.get("choices"):
+                    self.telemetry.token_made()
+                yield event
+        finally:
+            events.close()  # type: ignore[attr-defined]
 
     def start(
         self,
@@ -117,31 +260,29 @@ class Model:
             logprobs=logprobs,
         )
 
-    def chat(
-        self, messages: Sequence[dict[str, str]], *, max_tokens: int = -1, sampling: Sampling | None = None
-    ) -> Iterator[str]:
-        """Answer a conversation, [{"role": "user", "content": "..."}, ...], in the model's own chat template."""
-        prompt = self.engine.chat_prompt(messages)
-        return self.generate(prompt, max_tokens=max_tokens, sampling=sampling, special=True)
-
     def keep(self, sequence: int, n: int, *, goes_on: bool) -> int:
         """Another prompt comes to `sequence`, which keeps its first `n` tokens, or fewer; returns how many.
 
         goes_on: the prompt continues what was there, a conversation; else a new one begins, for policies and traces.
         """
+        self._own_context()
         held = self.held[sequence]
         held.cut(n)
         if self.engine.past(sequence) != n:
             held.cut(self.engine.rewind(n, sequence))
         if not goes_on:
-            self.cache.begin_sequence()
-            if self.engine.tiers:
-                self.engine.tiers.begin_sequence()
-            if self.prefetcher:
-                self.prefetcher.begin_sequence()
-            self._prompts += 1
-            held.number = self._prompts
+            held.number = self._begin_prompt()
         return self.engine.past(sequence)
+
+    def _begin_prompt(self) -> int:
+        """Tell policies and predictors of a new prompt; its number among all of this model's."""
+        self.cache.begin_sequence()
+        if self.engine.tiers:
+            self.engine.tiers.begin_sequence()
+        if self.prefetcher:
+            self.prefetcher.begin_sequence()
+        self._prompts += 1
+        return self._prompts
 
     def embed(self, text: str | Sequence[int]) -> NDArray[np.float32]:
         """The embedding of a text (or of token ids), float32 [n_embd], of length 1; see `pooling` of `load`.
@@ -157,9 +298,9 @@ class Model:
 
         Raises what the engine's `decode` raises.
         """
-        phase = self.telemetry.decode if decode else self.telemetry.prefill
+        self._own_context()
         self.cache.phase = "decode" if decode else "prefill"
-        faults = telemetry.major_faults()
+        faults = major_faults()
         began = time.perf_counter()
         try:
             self.engine.decode(tokens, sequence, embed=embed)
@@ -169,12 +310,17 @@ class Model:
                 self.recorder.drop_step()
             raise
         self.held[sequence].chunks.append(tuple(tokens))
-        phase.seconds += time.perf_counter() - began
-        phase.tokens += len(tokens)
-        if decode:
-            self.telemetry.decode_faults += telemetry.major_faults() - faults
+        self._count(time.perf_counter() - began, len(tokens), major_faults() - faults, decode=decode)
         if self.recorder is not None:
             self.recorder.end_step(tokens, DECODE if decode else PREFILL, self.held[sequence].number)
+
+    def _count(self, seconds: float, tokens: int, faults: int, *, decode: bool) -> None:
+        """Tokens were evaluated."""
+        phase = self.telemetry.decode if decode else self.telemetry.prefill
+        phase.seconds += seconds
+        phase.tokens += tokens
+        if decode:
+            self.telemetry.decode_faults += faults
 
     @property
     def stats(self) -> dict[str, Any]:
@@ -212,6 +358,7 @@ class Model:
 
     def close(self) -> None:
         """Free everything, and keep what `save_cache` asked for. The model cannot be used afterwards."""
+        self._own_context()
         self._resources.close()
 
     def __enter__(self) -> Model:

@@ -139,13 +139,13 @@ def make_plan(
     n_ctx: tokens of context; without, what a run that is not told takes.
     """
     gguf = catalog.gguf
-    wished = n_ctx or min(budget.DEFAULT_CONTEXT, gguf.arch_int("context_length", budget.DEFAULT_CONTEXT))
+    wished = n_ctx or gguf.arch_int("context_length", budget.DEFAULT_CONTEXT)
     small = n_ctx or min(wished, budget.SMALL_CONTEXT)
     fixed = catalog.dense_bytes + OVERHEAD_BYTES
     least = fixed + context_bytes(gguf, small) + budget.least_pool(catalog, ALIGN)
     whole = (
         fixed
-        + context_bytes(gguf, wished)
+        + context_bytes(gguf, n_ctx or min(wished, budget.AGENT_CONTEXT))
         + sum(
             size * int(n)
             for size, n in zip(budget.slot_bytes(catalog, ALIGN), budget.group_experts(catalog), strict=True)

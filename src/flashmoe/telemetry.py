@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -115,11 +114,6 @@ def bound(stall_share: float, faults: int, tokens: int) -> str:
     if tokens and faults > FAULTS_PER_TOKEN * tokens:
         return "memory"
     return "ssd" if stall_share > STALL_BOUND else "compute"
-
-
-def major_faults() -> int:
-    """Pages of this process that had to be read back from disk so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
 
 
 def make_report(

@@ -33,6 +33,7 @@ def noted(ids: np.ndarray, begins: np.ndarray) -> RecentRouting:
     for step, new in zip(ids.astype(np.int32), begins, strict=True):
         if new:
             recent.begin_sequence()
+        recent.begin_step(1)
         for layer, experts in enumerate(step):
             recent.add(layer, experts)
     return recent

@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe.cache.policies.base import MISSES, EvictionPolicy
+from flashmoe.cache.policies.base import MISSES, CompiledRequest, EvictionPolicy
 from flashmoe.cache.pool import SlotPool
 from flashmoe.cache.recent import RecentRouting
 from flashmoe.cache.residency import exchange
@@ -80,11 +80,13 @@ class ExpertCache:
         self._bytes = [sum(w.plane.nbytes for w in windows) for windows in pool.windows]
         self._lock = threading.RLock()
         self._under_way: tuple[list[Ticket], int, list[int]] | None = None  # reads, layer, experts
+        self._least_share = int(residency.quota.min())
         self._resize(64)
 
     def _resize(self, n: int) -> None:
         self._ids, self._slots, self._miss_expert, self._miss_slot = (np.empty(n, np.int32) for _ in range(4))
-        self._request = self.policy.request(self._ids, self._slots, self._miss_expert, self._miss_slot)
+        arrays = self._ids, self._slots, self._miss_expert, self._miss_slot
+        self._request, self._compiled = self.policy.request(*arrays), self.policy.compiled_request(*arrays)
 
     def begin_sequence(self) -> None:
         """Tell the policy that a new prompt or conversation begins."""
@@ -93,12 +95,54 @@ class ExpertCache:
             self.recent.begin_sequence()
 
     def begin_step(self, tokens: int, top_k: int) -> None:
-        """Call before `tokens` tokens are evaluated at once: prefill gets slots to work in, decode gets them back."""
+        """Call before `tokens` tokens are evaluated at once: prefill gets slots to work in, decode gets them back.
+
+        Decoding one token of each of several sequences is one request of each layer where its share holds them all.
+        """
         with self._lock:
             self._finish()
+            decode = self.phase == "decode"
+            if decode:
+                self.recent.begin_step(tokens)
+            together = decode and tokens * top_k <= self._least_share
             if self.warm:
                 self.warm.pause(tokens > 1)  # slots are lent: none may be away
-            self._window.resize(tokens, top_k)
+            self._window.resize(1 if together else tokens, top_k)
+
+    def compiled_request(self, n: int) -> CompiledRequest | None:
+        """The policy's request of up to `n` ids for compiled code, on `ids` and `slots`.
+
+        None where a request is more than the policy's affair in the step that has begun: slots are lent to prefill, or
+        a warm start is under way. What misses is left to `ensure`, and so are the requests of a step that prefetches.
+        """
+        warm = self.warm is not None and self.warm.running
+        return None if warm or self._window.serves_any or n > len(self._ids) else self._compiled
+
+    def withdraw(self, layer: int, requested: int) -> None:
+        """Forget what a compiled request has let in, where `ensure` did not come to read it."""
+        with self._lock:
+            for expert in self._miss_expert[: requested & MISSES].tolist():
+                self.policy.release(layer, expert)
+
+    @property
+    def ids(self) -> Int32:
+        """Where a compiled request finds its ids, int32 [capacity]."""
+        return self._ids
+
+    @property
+    def slots(self) -> Int32:
+        """Where a compiled request leaves their slots, int32 [capacity], numbered over all size groups."""
+        return self._slots
+
+    @property
+    def first_slots(self) -> list[int]:
+        """The first slot of each layer's size group."""
+        return self._first_slot
+
+    def reserve(self, n: int) -> None:
+        """Have room for requests of `n` ids, so that `ids` and `slots` stay where they are."""
+        if n > len(self._ids):
+            self._resize(n)
 
     def warm_start(self, ranked: Int32) -> None:
         """Read experts of an earlier session in the background, the best first, as far as slots are free.
@@ -120,12 +164,14 @@ class ExpertCache:
         leave_last: bool = False,
         meanwhile: Callable[[], None] | None = None,
         each: Each | None = None,
+        requested: int = -1,
     ) -> Int32:
         """Make the experts `ids` (int32 [n] or [tokens, top_k], may repeat) of a layer resident and complete.
 
         With `leave_last` the last plane (down) may still be under way: call `finish` before it is used. `meanwhile` is
         called once the reads are queued, before they are waited for. `each` is called with every expert and its slot
         as soon as its bytes are in, the residents first: what it does happens while the others are read.
+        `requested`: what the `compiled_request` for these ids has returned, where it was made.
         Returns their slots, int32 [n], numbered in the layer's size group; valid until the next call. Raises ReadError
         (the failed experts are then absent and the cache is consistent) and BudgetError (they cannot fit at once).
         """
@@ -138,7 +184,7 @@ class ExpertCache:
                 self._resize(2 * len(ids))
             slots = self._slots[: len(ids)]
             self._ids[: len(ids)] = ids
-            done = self._request(layer, len(ids))
+            done = self._request(layer, len(ids)) if requested < 0 else requested
             if done < 0 and self.warm and self.warm.give_way():
                 done = self._request(layer, len(ids))
             if done < 0:

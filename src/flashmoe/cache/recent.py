@@ -46,8 +46,9 @@ class RecentRouting:
 
     def __init__(self, n_layers: int, n_experts: int) -> None:
         self.n_experts = n_experts
-        self._ids = np.full((n_layers, IDS), -1, np.int16)
-        self._at = [0] * n_layers
+        #: The ring [L, IDS] and where its next ids go [L]: compiled code notes requests as `add` does.
+        self.ids = np.full((n_layers, IDS), -1, np.int16)
+        self.at = np.zeros(n_layers, np.int64)
         self._tokens = 0
         self._begun: deque[int] = deque(maxlen=IDS)  # tokens noted when a sequence began
 
@@ -55,22 +56,25 @@ class RecentRouting:
         """A new prompt or conversation begins."""
         self._begun.append(self._tokens)
 
+    def begin_step(self, tokens: int) -> None:
+        """The layers are about to be asked for the experts of so many tokens."""
+        self._tokens += tokens
+
     def add(self, layer: int, ids: NDArray[np.int32]) -> None:
-        """A layer was asked for a token's `ids` [k]."""
-        at, n = self._at[layer], len(ids)
-        self._tokens += layer == 0
+        """A layer was asked for the experts `ids` [tokens * k] of a step."""
+        at, n = int(self.at[layer]), len(ids)
         if at + n > IDS:
             at = 0
         if n <= IDS:
-            self._ids[layer, at : at + n] = ids
-            self._at[layer] = at + n
+            self.ids[layer, at : at + n] = ids
+            self.at[layer] = at + n
 
     def last(self, top_k: int) -> tuple[NDArray[np.int16], NDArray[np.bool_]]:
         """The ids [T, L, k] of the last tokens, oldest first, and at which of them a sequence begins [T]."""
         whole = IDS // top_k
-        rows = self._ids[:, : whole * top_k].reshape(-1, whole, top_k)
+        rows = self.ids[:, : whole * top_k].reshape(-1, whole, top_k)
         ordered = np.stack(
-            [np.roll(own, -(at // top_k), axis=0) for own, at in zip(rows, self._at, strict=True)]
+            [np.roll(own, -(at // top_k), axis=0) for own, at in zip(rows, self.at.tolist(), strict=True)]
         )
         noted = int((ordered[:, :, 0] >= 0).sum(axis=1).min())
         begins = np.zeros(noted, np.bool_)

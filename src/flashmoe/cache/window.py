@@ -41,11 +41,12 @@ class PrefillWindow:
         self._passing_group = 0
         #: of each layer, whether its requests are to be served by `place`
         self.serves = [False] * policy.residency.n_layers
+        self.serves_any = False
 
     def resize(self, tokens: int, k: int) -> None:
         """Before a step of `tokens` tokens: take slots from the policy, or give them back where it needs none."""
         res = self._policy.residency
-        if tokens == 1 and not any(self.serves):
+        if tokens == 1 and not self.serves_any:
             return
         self.step_done()
         before = res.window_count.copy()
@@ -59,6 +60,7 @@ class PrefillWindow:
                 top = start + int(res.free_count[group])
                 res.free[top - old : top] = self._staging.claim(group, old)
         self.serves = (res.window_count[res.group] > 0).tolist()
+        self.serves_any = any(self.serves)
 
     def step_done(self) -> None:
         """The engine has computed the layer that was served last."""

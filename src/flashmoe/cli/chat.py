@@ -10,17 +10,19 @@ import typer
 
 from flashmoe.cli import options
 from flashmoe.cli.chat_commands import Commands
+from flashmoe.cli.groups import with_options
 from flashmoe.cli.pipe import Pipe
 from flashmoe.cli.progress import stderr_console
 from flashmoe.cli.report import show, write_json
+from flashmoe.cli.sampling import ChatOptions, SamplingOptions
 from flashmoe.conversation import Conversation
-from flashmoe.engines.base import Sampling
 from flashmoe.errors import FlashMoEError
 from flashmoe.layout import AUTO
 
-_SAMPLING = Sampling()
+_SAMPLING, _CHAT = SamplingOptions(), ChatOptions()
 
 
+@with_options(sampling=SamplingOptions, chat_options=ChatOptions)
 def chat(
     model: options.Model,
     system: Annotated[str, typer.Option("--system", help="What the model is to follow throughout.")] = "",
@@ -33,11 +35,10 @@ def chat(
     ctx_size: options.CtxSize = None,
     ubatch: options.Ubatch = 512,
     threads: options.Threads = None,
-    temp: options.Temp = _SAMPLING.temperature,
-    top_k: options.TopK = _SAMPLING.top_k,
-    top_p: options.TopP = _SAMPLING.top_p,
-    min_p: options.MinP = _SAMPLING.min_p,
-    seed: options.Seed = None,
+    cache_type_k: options.CacheTypeK = "f16",
+    cache_type_v: options.CacheTypeV = "f16",
+    sampling: SamplingOptions = _SAMPLING,
+    chat_options: ChatOptions = _CHAT,
     save_cache: options.SaveCache = False,
     verify: options.Verify = False,
     trace: options.Trace = None,
@@ -67,11 +68,13 @@ def chat(
             trace=trace is not None,
             save_cache=save_cache,
             verify=verify,
+            cache_type_k=cache_type_k,
+            cache_type_v=cache_type_v,
+            server=chat_options.server(),
             progress=user.progress.update,
         )
     with loaded:
-        sampling = Sampling(temp, top_k, top_p, min_p, seed)
-        talk = Conversation(loaded, system=system, max_tokens=n_predict, sampling=sampling)
+        talk = Conversation(loaded, system=system, max_tokens=n_predict, sampling=sampling.sampling())
         stopped = False
         try:
             converse(user, talk, Commands(loaded, talk))
@@ -95,7 +98,7 @@ def converse(user: Pipe, talk: Conversation, commands: Commands) -> None:
         try:
             reply = commands.run(line.strip())
             if reply is None:
-                user.hear(talk.say(line))
+                user.hear(talk.stream(line))
                 for note in notes(talk):
                     user.note(note)
             elif reply:

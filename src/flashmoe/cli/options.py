@@ -33,15 +33,14 @@ Layout = Annotated[
 NPredict = Annotated[int, typer.Option("-n", "--n-predict", help="Tokens to make; -1: until the end.")]
 CtxSize = Annotated[
     int | None,
-    typer.Option("-c", "--ctx-size", help="Context in tokens (4096, or what the budget allows)."),
+    typer.Option("-c", "--ctx-size", help="Context in tokens (the model's, as far as the budget allows)."),
 ]
+CacheTypeK = Annotated[
+    str, typer.Option("-ctk", "--cache-type-k", help="Type of the KV cache's keys: f16, q8_0, ...")
+]
+CacheTypeV = Annotated[str, typer.Option("-ctv", "--cache-type-v", help="Type of the KV cache's values.")]
 Ubatch = Annotated[int, typer.Option("-ub", "--ubatch-size", help="Prompt tokens evaluated at once.")]
 Threads = Annotated[int | None, typer.Option("-t", "--threads", help="Compute threads.")]
-Temp = Annotated[float, typer.Option("--temp", help="Temperature; 0 is greedy.")]
-TopK = Annotated[int, typer.Option("--top-k", help="Sample from the k likeliest tokens.")]
-TopP = Annotated[float, typer.Option("--top-p", help="Nucleus sampling.")]
-MinP = Annotated[float, typer.Option("--min-p", help="Least share of the top probability.")]
-Seed = Annotated[int | None, typer.Option("-s", "--seed", help="Seed of the sampler.")]
 SaveCache = Annotated[
     bool,
     typer.Option(

@@ -10,6 +10,7 @@ from io import TextIOWrapper
 from rich.console import Console
 
 from flashmoe.cli.progress import LoadProgress, stderr_console
+from flashmoe.conversation import Piece
 from flashmoe.errors import FlashMoEError, UsageError
 
 
@@ -30,12 +31,15 @@ class Pipe:
         except UnicodeDecodeError:
             raise UsageError("standard input is not UTF-8 text") from None
 
-    def hear(self, answer: Generator[str, None, None]) -> None:
-        """Show an answer as it is made."""
+    def hear(self, answer: Generator[Piece, None, None]) -> None:
+        """Show an answer as it is made; thoughts are none of it."""
         with closing(answer), self.progress:
             for piece in answer:
                 self.progress.stop()
-                sys.stdout.write(piece)
+                if piece.thought:
+                    self._notes.print(piece.text, end="", style="dim", highlight=False, markup=False)
+                    continue
+                sys.stdout.write(piece.text)
                 sys.stdout.flush()
         sys.stdout.write("\n")
 

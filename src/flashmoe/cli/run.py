@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
 from flashmoe.cli import options
+from flashmoe.cli.groups import with_options
 from flashmoe.cli.progress import LoadProgress, stderr_console
 from flashmoe.cli.report import show, write_json
-from flashmoe.engines.base import Sampling
+from flashmoe.cli.sampling import ChatOptions, SamplingOptions
 from flashmoe.errors import UsageError
 from flashmoe.layout import AUTO
 
-_SAMPLING = Sampling()
+if TYPE_CHECKING:
+    from flashmoe.engines.base import Sampling
+    from flashmoe.model import Model
+
+_SAMPLING, _CHAT = SamplingOptions(), ChatOptions()
 
 
+@with_options(sampling=SamplingOptions, chat_options=ChatOptions)
 def run(
     model: options.Model,
     prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="The prompt.")] = None,
@@ -34,11 +42,10 @@ def run(
     ctx_size: options.CtxSize = None,
     ubatch: options.Ubatch = 512,
     threads: options.Threads = None,
-    temp: options.Temp = _SAMPLING.temperature,
-    top_k: options.TopK = _SAMPLING.top_k,
-    top_p: options.TopP = _SAMPLING.top_p,
-    min_p: options.MinP = _SAMPLING.min_p,
-    seed: options.Seed = None,
+    cache_type_k: options.CacheTypeK = "f16",
+    cache_type_v: options.CacheTypeV = "f16",
+    sampling: SamplingOptions = _SAMPLING,
+    chat_options: ChatOptions = _CHAT,
     save_cache: options.SaveCache = False,
     verify: options.Verify = False,
     trace: options.Trace = None,
@@ -50,7 +57,6 @@ def run(
     from flashmoe.api import load  # after the arguments are known to be good: it takes a moment to import
 
     console = stderr_console(quiet)
-    sampling = Sampling(temp, top_k, top_p, min_p, seed)
     with LoadProgress(console) as progress:
         loaded = load(
             model,
@@ -67,13 +73,17 @@ def run(
             trace=trace is not None,
             save_cache=save_cache,
             verify=verify,
+            cache_type_k=cache_type_k,
+            cache_type_v=cache_type_v,
+            server=chat_options.server(),
             progress=progress.update,
         )
         with loaded:
+            chosen = sampling.sampling()
             pieces = (
-                loaded.chat([{"role": "user", "content": text}], max_tokens=n_predict, sampling=sampling)
+                _answer(loaded, text, n_predict, chosen, console)
                 if chat
-                else loaded.generate(text, max_tokens=n_predict, sampling=sampling)
+                else loaded.generate(text, max_tokens=n_predict, sampling=chosen)
             )
             made: list[str] = []
             try:
@@ -92,6 +102,22 @@ def run(
         loaded.recorder.save(trace)
     if json_file:
         write_json(json_file, report.as_dict())
+
+
+def _answer(model: Model, text: str, n_predict: int, sampling: Sampling, console: Console) -> Iterator[str]:
+    """The answer's text; thoughts go to the console, dim."""
+    thinking = False
+    for delta in model.stream_chat(
+        [{"role": "user", "content": text}], max_tokens=n_predict, sampling=sampling
+    ):
+        if thought := delta.get("reasoning_content"):
+            console.print(thought, end="", style="dim", highlight=False, markup=False)
+            thinking = True
+        if piece := delta.get("content"):
+            if thinking:
+                console.print("\n")
+                thinking = False
+            yield piece
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:

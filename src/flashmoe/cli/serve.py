@@ -8,14 +8,18 @@ from typing import Annotated
 import typer
 
 from flashmoe.cli import options
+from flashmoe.cli.groups import with_options
 from flashmoe.cli.progress import LoadProgress, stderr_console
 from flashmoe.cli.report import show
+from flashmoe.cli.sampling import ChatOptions, SamplingOptions
 from flashmoe.errors import UsageError
 from flashmoe.layout import AUTO
 
 KEY_VARIABLE = "FLASHMOE_API_KEY"
+_SAMPLING, _CHAT = SamplingOptions(), ChatOptions()
 
 
+@with_options(sampling=SamplingOptions, chat_options=ChatOptions)
 def serve(
     model: options.Model,
     ram: options.Ram = None,
@@ -27,10 +31,8 @@ def serve(
     ] = None,
     parallel: Annotated[
         int,
-        typer.Option(
-            "--parallel", help="Requests that take turns, each with its own context.", min=1, max=64
-        ),
-    ] = 2,
+        typer.Option("-np", "--parallel", help="Conversations that are evaluated together.", min=1, max=64),
+    ] = 4,
     cors: Annotated[
         list[str] | None,
         typer.Option("--cors", help="Origin whose pages may ask, e.g. http://localhost:3000."),
@@ -47,14 +49,28 @@ def serve(
     ctx_size: options.CtxSize = None,
     ubatch: options.Ubatch = 512,
     threads: options.Threads = None,
+    cache_type_k: options.CacheTypeK = "f16",
+    cache_type_v: options.CacheTypeV = "f16",
+    cache_ram: Annotated[
+        str | None,
+        typer.Option(
+            "--cache-ram", help="Memory for conversations that wait for their next turn, e.g. 512MiB."
+        ),
+    ] = None,
+    alias: Annotated[
+        str | None, typer.Option("-a", "--alias", help="The model's name for clients (default: its file's).")
+    ] = None,
+    sampling: SamplingOptions = _SAMPLING,
+    chat_options: ChatOptions = _CHAT,
     save_cache: options.SaveCache = False,
     verify: options.Verify = False,
 ) -> None:
     """Serve a model to OpenAI's clients."""
     try:
-        import fastapi  # noqa: F401
-        import llguidance  # noqa: F401
+        import aiohttp  # noqa: F401
+        import httptools  # noqa: F401
         import prometheus_client  # noqa: F401
+        import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UsageError(f"the server needs {error.name}: pip install 'flashmoe-ssd[serve]'") from None
@@ -79,14 +95,19 @@ def serve(
                 n_ctx=ctx_size,
                 n_ubatch=ubatch,
                 threads=threads,
-                sequences=parallel,
+                parallel=parallel,
+                cache_type_k=cache_type_k,
+                cache_type_v=cache_type_v,
+                cache_ram=cache_ram,
+                server=chat_options.server(alias=alias or "", sampling=sampling.defaults()),
                 pooling=pooling,
                 progress=progress.update,
                 save_cache=save_cache,
                 verify=verify,
             )
         with loaded:
-            name = loaded.catalog.gguf.files[0].stem
+            name = alias or loaded.catalog.gguf.files[0].stem
+            inner = loaded.server()
             address, real_port = sock.getsockname()[:2]
             shown = f"[{address}]" if ":" in address else address
 
@@ -99,5 +120,7 @@ def serve(
                 url = f"http://{shown}:{real_port}"
                 console.print(f"serving {name} on {url}/v1, dashboard at {url}/", highlight=False)
 
-            run_server(loaded, sock, name=name, host=host, api_key=key, cors=cors or [], started=started)
+            run_server(
+                loaded, inner, sock, name=name, host=host, api_key=key, cors=cors or [], started=started
+            )
             show(console, loaded.report())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import termios
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 
 from prompt_toolkit import PromptSession
@@ -16,6 +16,7 @@ from rich.console import Console
 from flashmoe.cli.markdown import StreamedMarkdown
 from flashmoe.cli.pipe import Pipe
 from flashmoe.cli.progress import print_error
+from flashmoe.conversation import Piece
 from flashmoe.errors import FlashMoEError
 from flashmoe.storage.files import state_folder
 
@@ -44,13 +45,14 @@ class Terminal(Pipe):
             except EOFError:
                 return
 
-    def hear(self, answer: Generator[str, None, None]) -> None:
+    def hear(self, answer: Generator[Piece, None, None]) -> None:
         with closing(answer), _silent_keys(), self.progress:
-            first = next(answer, "")
+            text = _with_thoughts(answer)
+            first = next(text, "")
             self.progress.stop()
             with StreamedMarkdown(self._replies) as markdown:
                 markdown.add(first)
-                for piece in answer:
+                for piece in text:
                     markdown.add(piece)
 
     def fail(self, error: FlashMoEError) -> None:
@@ -60,6 +62,16 @@ class Terminal(Pipe):
     def stop(self) -> None:
         """Ctrl-C has stopped an answer; the user may go on."""
         self.note("(stopped)")
+
+
+def _with_thoughts(answer: Iterable[Piece]) -> Iterator[str]:
+    """An answer as one text, thoughts in <think>."""
+    thinking = False
+    for piece in answer:
+        if piece.thought != thinking:
+            thinking = piece.thought
+            yield "<think>" if thinking else "</think>\n\n"
+        yield piece.text
 
 
 @contextmanager

@@ -14,18 +14,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from flashmoe.cli import options
+from flashmoe.cli.groups import with_options
 from flashmoe.cli.progress import stderr_console
+from flashmoe.cli.sampling import SamplingOptions
 from flashmoe.errors import TraceError, UsageError
 
 if TYPE_CHECKING:
     from flashmoe.routing.trace import RoutingTrace
 
 SAVE_EVERY = 30.0  # seconds
+_SAMPLING = SamplingOptions()
 
 app = typer.Typer(help="Record, inspect, import, merge and split routing traces.", no_args_is_help=True)
 
 
 @app.command()
+@with_options(sampling=SamplingOptions)
 def record(
     model: options.Model,
     prompts: Annotated[
@@ -40,8 +44,7 @@ def record(
     cache: options.Cache = None,
     ctx_size: options.CtxSize = None,
     threads: options.Threads = None,
-    temp: options.Temp = 0.8,
-    seed: options.Seed = None,
+    sampling: SamplingOptions = _SAMPLING,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew where the output exists.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing.")] = False,
 ) -> None:
@@ -65,9 +68,8 @@ def record(
         return
 
     from flashmoe.api import load
-    from flashmoe.engines.base import Sampling
 
-    sampling = Sampling(temperature=temp, seed=seed)
+    chosen = sampling.sampling()
     with load(model, ram=ram, cache=cache, n_ctx=ctx_size, threads=threads, trace=True) as loaded:
         recorder = loaded.recorder
         assert recorder is not None
@@ -88,9 +90,9 @@ def record(
                 task = bar.add_task("prompts", total=len(todo), completed=done)
                 for prompt in todo[done:]:
                     pieces = (
-                        loaded.generate(prompt, max_tokens=n_predict, sampling=sampling)
+                        loaded.generate(prompt, max_tokens=n_predict, sampling=chosen)
                         if isinstance(prompt, str)
-                        else loaded.chat(prompt, max_tokens=n_predict, sampling=sampling)
+                        else loaded.chat(prompt, max_tokens=n_predict, sampling=chosen)
                     )
                     for _ in pieces:
                         pass

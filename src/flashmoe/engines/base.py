@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,19 +13,70 @@ from numpy.typing import NDArray
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.pool import SlotPool
+from flashmoe.errors import UsageError
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import RoutingObserver
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. `temperature` 0 is greedy. Names and defaults are llama.cpp's."""
+    """How the next token is chosen. Names are those of llama.cpp's server; None is its default, or the model's own.
 
-    temperature: float = 0.8
-    top_k: int = 40
-    top_p: float = 0.95
-    min_p: float = 0.05
+    `temperature` 0 is greedy. Those below `seed` are for llama.cpp's server only.
+    """
+
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
     seed: int | None = None
+    top_n_sigma: float | None = None
+    typical_p: float | None = None
+    xtc_probability: float | None = None
+    xtc_threshold: float | None = None
+    dynatemp_range: float | None = None
+    dynatemp_exponent: float | None = None
+    repeat_last_n: int | None = None
+    repeat_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    dry_multiplier: float | None = None
+    dry_base: float | None = None
+    dry_allowed_length: int | None = None
+    dry_penalty_last_n: int | None = None
+    mirostat: int | None = None
+    mirostat_tau: float | None = None
+    mirostat_eta: float | None = None
+    ignore_eos: bool | None = None
+    samplers: str | None = None  # their order, by llama.cpp's names, separated by semicolons
+    grammar: str | None = None
+    json_schema: str | None = None
+
+    def request(self) -> dict[str, Any]:
+        """What is not left to the server, as fields of a request. Raises UsageError for a schema that is no JSON."""
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        if self.seed is not None:
+            given["seed"] = self.seed & 0xFFFFFFFF
+        if self.samplers is not None:
+            given["samplers"] = self.samplers.split(";")
+        if self.json_schema is not None:
+            try:
+                given["json_schema"] = json.loads(self.json_schema)
+            except ValueError as error:
+                raise UsageError(f"the JSON schema is no JSON ({error})") from None
+        return given
+
+    def chain(self) -> tuple[float, int, float, float]:
+        """temperature, top_k, top_p and min_p of an engine's own sampler. Raises UsageError where more is asked for."""
+        simple = ("temperature", "top_k", "top_p", "min_p", "seed")
+        if more := [name for name in self.request() if name not in simple]:
+            raise UsageError(f"only llama.cpp's server knows {', '.join(more)}")
+        given = (self.temperature, self.top_k, self.top_p, self.min_p)
+        temperature, top_k, top_p, min_p = (
+            default if value is None else value
+            for value, default in zip(given, (0.8, 40, 0.95, 0.05), strict=True)
+        )
+        return float(temperature), int(top_k), float(top_p), float(min_p)
 
 
 class Sampler(Protocol):
@@ -73,6 +125,11 @@ class Engine(Protocol):
     n_embd: int  # numbers of an embedding
 
     @property
+    def has_server(self) -> bool:
+        """Whether llama.cpp's own server can run over it."""
+        ...
+
+    @property
     def tiers(self) -> Tiers | None:
         """After `attach`, where experts are on a device too."""
         ...
@@ -90,19 +147,6 @@ class Engine(Protocol):
 
     def is_end(self, token: int) -> bool:
         """Whether `token` ends the generation."""
-        ...
-
-    def chat_prompt(
-        self,
-        messages: Sequence[dict[str, Any]],
-        tools: Sequence[dict[str, Any]] | None = None,
-        answer: bool = True,
-    ) -> str:
-        """`messages` ({"role", "content", ...}) in the model's own chat template, up to where the answer begins.
-
-        tools: what the model may call, as in OpenAI's requests. answer: False to end with the last message.
-        Raises ModelError where there is no template, or it does not take these messages.
-        """
         ...
 
     def attach(self, pool: SlotPool, slots: Sequence[int], cache: ExpertCache) -> None:
@@ -162,4 +206,16 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free everything."""
+        ...
+
+
+@runtime_checkable
+class TemplateEngine(Engine, Protocol):
+    """An engine that renders conversations itself."""
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """`messages` ({"role", "content", ...}) in the model's own chat template, up to where the answer begins.
+
+        Raises ModelError where there is no template, or it does not take these messages.
+        """
         ...

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from flashmoe.budget import Conversations
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.engines.base import Engine
 from flashmoe.errors import UsageError
@@ -26,6 +27,12 @@ class Wish:
     threads: int
     all_logits: bool
     sequences: int
+    parallel: (
+        int | None
+    )  # conversations that the server holds at once, in one KV cache; None: one of its own each
+    cache_types: tuple[str, str]  # of K and V
+    cache_ram: int | None  # bytes for conversations that wait; None: a share
+    projector_bytes: int  # that the server will load
     pooling: str
     layout: str
     verify: bool
@@ -53,4 +60,4 @@ class Opened:
     reader: ExpertReader
     slots: list[int]  # of each size group
     layout: str  # of the weights, for reports
-    whole_layers: bool  # whether all that a micro-batch asks a layer for must be in the pool at once
+    conversations: Conversations

@@ -104,7 +104,7 @@ def open_checkpoint(wish: Wish, stack: ExitStack) -> Opened:
         front=front,
     )
     stack.callback(engine.close)
-    return Opened(engine, catalog, reader, slots, PLAIN, whole_layers=False)
+    return Opened(engine, catalog, reader, slots, PLAIN, budget.Conversations())
 
 
 def token_bytes(config: Any, itemsize: int) -> int:

@@ -59,37 +59,62 @@ def open_gguf(wish: Wish, stack: ExitStack, library: Library | None) -> Opened:
     if sums:
         reader.check(FirstReads(catalog, [file.path for file in reader.files], sums))
     aside = reader.set_aside(catalog.largest_placed) if catalog.largest_placed else 0
-    promised = aside + wish.prepare(catalog) + (MOST_BYTES if loaded.token_table else 0)
+    promised = (
+        aside + wish.prepare(catalog) + (MOST_BYTES if loaded.token_table else 0) + wish.projector_bytes
+    )
     make = partial(
         LlamaEngine,
         lib,
         loaded,
         threads=wish.threads,
         all_logits=wish.all_logits,
-        sequences=wish.sequences,
+        sequences=wish.parallel or wish.sequences,
         pooling=pooling,
+        cache_types=wish.cache_types,
     )
-    context = wish.n_ctx or min(trained, budget.DEFAULT_CONTEXT)
-    if wish.limit and wish.n_ctx is None:
-        context = _default_context(make, context, wish.limit)
-    make = partial(make, n_ctx=context)
+    wanted = None if wish.limit else budget.parse_cache(str(wish.cache), catalog, align)
+    for_pool = sum(n * size for n, size in zip(wanted or (), budget.slot_bytes(catalog, align), strict=False))
+    # a pool of a given size has the rest of the memory beside it
+    limit = wish.limit or budget.default_ram() + budget.status_bytes("VmRSS")
+    left = limit - budget.status_bytes("VmRSS") - promised - for_pool - budget.RESERVE
+    context, shared = _context(make, wish, trained, left)
+    make = partial(make, n_ctx=context, shared=shared)
     step = min(wish.n_ubatch, context)
-    if wish.limit:
-        engine, slots = _fit(make, catalog, step, wish.limit, align, promised)
+    if wanted is None:
+        engine, slots, kept = _fit(make, catalog, step, wish, align, promised)
     else:
-        engine, slots = make(n_ubatch=step), budget.parse_cache(str(wish.cache), catalog, align)
+        engine = make(n_ubatch=_step(catalog, wanted, step))
+        slots, kept = (
+            wanted,
+            budget.conversations(left, wish.cache_ram, engine.checkpoint_bytes(), engine.sequences),
+        )
     stack.callback(engine.close)
-    return Opened(engine, catalog, reader, slots, PACKED if pack else layout, whole_layers=True)
+    return Opened(engine, catalog, reader, slots, PACKED if pack else layout, kept)
 
 
-def _default_context(make: Callable[..., LlamaEngine], wished: int, limit: int) -> int:
-    """`budget.default_context`, told from a small one: a large one would be touched at once, beyond the budget."""
-    if wished <= budget.SMALL_CONTEXT:
-        return wished
-    left = limit - budget.status_bytes("VmRSS") - budget.RESERVE
-    engine, taken, _ = _measured(partial(make, n_ctx=budget.SMALL_CONTEXT, n_ubatch=1))
+def _context(make: Callable[..., LlamaEngine], wish: Wish, trained: int, left: int) -> tuple[int, int]:
+    """Tokens of context of one conversation, and of all of them together where they share a KV cache, else 0.
+
+    Where `left` bytes are to decide, that is told from a small context: a large one would be touched at once.
+    """
+    small = min(trained, budget.SMALL_CONTEXT)
+    parallel = wish.parallel or 1
+    if (wish.n_ctx or trained) * parallel <= small:
+        context = wish.n_ctx or trained
+        return context, context * wish.parallel if wish.parallel else 0
+    engine, taken, _ = _measured(partial(make, n_ctx=small, n_ubatch=1))
     engine.close()
-    return budget.default_context(wished, taken, left)
+    if not wish.parallel:
+        taken = taken // wish.sequences if wish.n_ctx is None else taken
+    fitting = partial(budget.default_context, small_bytes=taken * budget.SMALL_CONTEXT // small, left=left)
+    context = wish.n_ctx or fitting(trained)
+    return context, max(context, fitting(context * parallel)) if wish.parallel else 0
+
+
+def _step(catalog: ExpertCatalog, slots: list[int], wished: int) -> int:
+    """Tokens that can be evaluated at once with a pool of so many slots, some of them kept for prefetching."""
+    spare = budget.spare_slots(catalog, slots)
+    return budget.micro_batch(catalog, [n - away for n, away in zip(slots, spare, strict=True)], wished)
 
 
 def _measured(make: Callable[[], LlamaEngine]) -> tuple[LlamaEngine, int, int]:
@@ -102,23 +127,30 @@ def _measured(make: Callable[[], LlamaEngine]) -> tuple[LlamaEngine, int, int]:
 
 
 def _fit(
-    make: Callable[..., LlamaEngine], catalog: ExpertCatalog, step: int, limit: int, align: int, promised: int
-) -> tuple[LlamaEngine, list[int]]:
-    """The engine with the largest micro-batch up to `step` that leaves room for a pool, and that pool's slots.
+    make: Callable[..., LlamaEngine], catalog: ExpertCatalog, step: int, wish: Wish, align: int, promised: int
+) -> tuple[LlamaEngine, list[int], budget.Conversations]:
+    """The engine with the largest micro-batch up to `step` that leaves room for a pool, that pool's slots, and what
+    the server may keep of conversations.
 
     Compute buffers grow with the micro-batch: in a tight budget slots are worth more, and a small pool does not allow
     a large micro-batch anyway. `promised`: bytes that others have reserved and not touched. Raises BudgetError.
     """
+    limit = wish.limit
     hoped = max(limit - budget.status_bytes("VmRSS") - budget.RESERVE, budget.least_pool(catalog, align))
-    step = budget.micro_batch(catalog, budget.slots_for(catalog, hoped, align), step)
+    step = _step(catalog, budget.slots_for(catalog, hoped, align), step)
     while True:
         engine, _, to_come = _measured(partial(make, n_ubatch=step))
         used = budget.status_bytes("VmRSS") + to_come + promised + budget.RESERVE
+        kept = budget.conversations(limit - used, wish.cache_ram, engine.checkpoint_bytes(), engine.sequences)
+        used += kept.nbytes
         # nor can less be kept than starting has taken already
         least = max(used + budget.least_pool(catalog, align), budget.status_bytes("VmHWM"))
         greedy = step > SMALL_UBATCH and to_come > MOST_FOR_BUFFERS * (limit - used)
         if least <= limit and not greedy:
-            return engine, budget.slots_for(catalog, limit - used, align)
+            slots = budget.slots_for(catalog, limit - used, align)
+            if (allowed := _step(catalog, slots, step)) == step:
+                return engine, slots, kept
+            step = 2 * allowed
         engine.close()
         if step == 1:
             raise budget.too_small(limit, least)

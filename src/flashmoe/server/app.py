@@ -1,122 +1,136 @@
-"""The HTTP application: routes, errors in OpenAI's shape, health."""
+"""The front: an ASGI application of what is ours (dashboard, telemetry, metrics), before llama.cpp's server."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from flashmoe import __version__
-from flashmoe.errors import FlashMoEError, ModelError, ReadError, UsageError
-from flashmoe.server import openai
+from flashmoe.model import Model
 from flashmoe.server.audience import Audience
+from flashmoe.server.body import Limits
 from flashmoe.server.comparing import Comparing
-from flashmoe.server.completions import completions
-from flashmoe.server.conversation import Preparer
-from flashmoe.server.embeddings import embeddings
-from flashmoe.server.live import live_routes
+from flashmoe.server.errors import Refusal
+from flashmoe.server.live import Live, live_routes
 from flashmoe.server.metrics import Metrics
-from flashmoe.server.page import page_routes
-from flashmoe.server.scheduler import Scheduler, Unavailable
+from flashmoe.server.page import PAGE, PAGE_PATHS, page_routes
+from flashmoe.server.proxy import Proxy
 from flashmoe.server.security import Guard
+from flashmoe.server.traffic import Traffic
+from flashmoe.server.upstream import InnerServer, Upstream
 
-_log = logging.getLogger("flashmoe.server")
-LEAST_BODY = 1 << 20
-BODY_PER_TOKEN = 64  # bytes of a request's body for each token that the context takes
+#: Without a key: what supervisors ask, and the page, which asks its reader for one.
+PUBLIC = PAGE_PATHS | {"/ready"}
+
+
+def is_own(path: str) -> bool:
+    """Whether a path is the front's; all others are the backend's."""
+    return path.startswith(PAGE) or path in ("/flashmoe", "/metrics", "/ready")
+
+
+class Front:
+    """The ASGI application. `started` is called when requests are answered; `drain` and `stop` end it in order."""
+
+    def __init__(
+        self,
+        model: Model,
+        inner: InnerServer,
+        *,
+        name: str,
+        host: str,
+        api_key: str | None,
+        cors: Sequence[str],
+    ) -> None:
+        self.started: Callable[[], Any] = lambda: None
+        self.traffic = Traffic(inner.parallel)
+        self._upstream = Upstream(inner)
+        limits = Limits(inner.n_ctx, inner.longest_token, inner.multimodal)
+        self._proxy = Proxy(inner, self._upstream, self.traffic, limits)
+        self._own = self._make_own(model, inner, name)
+        guard = Guard(
+            self._dispatch,
+            host=host,
+            api_key=api_key,
+            cors=cors,
+            own=is_own,
+            public=PUBLIC.__contains__,
+        )
+        self._app: ASGIApp = guard
+        if cors:
+            self._app = CORSMiddleware(
+                guard, allow_origins=list(cors), allow_methods=["*"], allow_headers=["*"]
+            )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
+
+    async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not is_own(scope["path"]):
+            await self._proxy(scope, receive, send)
+        else:
+            await self._own(scope, receive, send)
+
+    def _make_own(self, model: Model, inner: InnerServer, name: str) -> Starlette:
+        audience = Audience(model.engine)
+        comparing = Comparing(model, audience)
+        live = Live(model, inner, self.traffic, audience, comparing, name)
+        metrics = Metrics(model, self.traffic, comparing)
+
+        async def ready(_: Request) -> Response:
+            """Whether new requests are taken."""
+            if self.traffic.accepting:
+                return JSONResponse({"status": "ready"})
+            return JSONResponse({"status": "shutting down"}, 503)
+
+        async def scrape(_: Request) -> Response:
+            """For Prometheus."""
+            ours = await run_in_threadpool(metrics.text)
+            return Response(ours + await self._upstream.fetch("/metrics"), media_type=metrics.content_type)
+
+        @asynccontextmanager
+        async def lifespan(_: Starlette) -> AsyncIterator[None]:
+            await self._upstream.open()
+            self.started()
+            yield
+            await self._upstream.close()
+
+        return Starlette(
+            routes=[Route("/ready", ready), Route("/metrics", scrape), *live_routes(live), *page_routes()],
+            exception_handlers={HTTPException: _refused, Refusal: _refused, Exception: _broken},
+            lifespan=lifespan,
+        )
 
 
 def make_app(
-    scheduler: Scheduler,
+    model: Model,
+    inner: InnerServer,
     *,
     name: str,
     host: str = "127.0.0.1",
     api_key: str | None = None,
     cors: Sequence[str] = (),
-) -> FastAPI:
-    """The application over a running scheduler. name: the model's; host: where it listens; cors: allowed origins."""
-    max_body = max(LEAST_BODY, BODY_PER_TOKEN * scheduler.model.engine.n_ctx)
-    guard = Middleware(Guard, host=host, api_key=api_key, max_body=max_body)
-    crossing = Middleware(CORSMiddleware, allow_origins=list(cors), allow_methods=["*"], allow_headers=["*"])
-    app = FastAPI(
-        title="FlashMoE",
-        version=__version__,
-        docs_url=None,
-        redoc_url=None,
-        middleware=[crossing, guard] if cors else [guard],
-    )
-    app.include_router(completions(scheduler, Preparer(scheduler.model.engine), name))
-    app.include_router(embeddings(scheduler, name))
-    audience = Audience(scheduler.model.engine)
-    comparing = Comparing(scheduler.model, audience)
-    app.include_router(live_routes(scheduler, audience, comparing))
-    app.include_router(page_routes())
-    metrics = Metrics(scheduler, comparing)
-    card = {"id": name, "object": "model", "created": 0, "owned_by": "flashmoe"}
-
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        """The model, as a list of one."""
-        return {"object": "list", "data": [card]}
-
-    @app.get("/v1/models/{model:path}")
-    async def model(model: str) -> dict[str, Any]:
-        """The model."""
-        if model != name:
-            raise HTTPException(404, f"no model {model!r}: this server has {name!r}")
-        return card
-
-    @app.get("/health")
-    async def health() -> Response:
-        """Whether the process works."""
-        fine = scheduler.healthy
-        return JSONResponse({"status": "ok" if fine else "the engine has ended"}, 200 if fine else 500)
-
-    @app.get("/ready")
-    async def ready() -> Response:
-        """Whether new requests are taken."""
-        fine = scheduler.accepting
-        return JSONResponse({"status": "ready" if fine else "shutting down"}, 200 if fine else 503)
-
-    @app.get("/metrics")
-    def scrape() -> Response:
-        """For Prometheus."""
-        return Response(metrics.text(), media_type=metrics.content_type)
-
-    _add_errors(app)
-    return app
+) -> Front:
+    """The application before a running backend. name: the model's; host: where it listens; cors: allowed origins."""
+    return Front(model, inner, name=name, host=host, api_key=api_key, cors=cors)
 
 
-def _add_errors(app: FastAPI) -> None:
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        place = [str(part) for part in first["loc"] if part != "body"]
-        message = f"{'.'.join(place)}: {first['msg']}" if place else str(first["msg"])
-        body = openai.error(message, "invalid_request_error", place[0] if place else None)
-        return JSONResponse(body, 400)
+async def _refused(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        error = Refusal(error.status_code, str(error.detail), headers=error.headers)
+    assert isinstance(error, Refusal)
+    body = error.body(request.url.path)
+    return Response(body, error.status, error.headers, "application/json")
 
-    @app.exception_handler(HTTPException)
-    async def refused(_: Request, error: HTTPException) -> Response:
-        kind = "invalid_request_error" if error.status_code < 500 else "server_error"
-        return JSONResponse(openai.error(str(error.detail), kind), error.status_code, error.headers)
 
-    @app.exception_handler(FlashMoEError)
-    async def failed(_: Request, error: FlashMoEError) -> Response:
-        if isinstance(error, Unavailable):
-            return JSONResponse(openai.error(str(error), "server_error"), 503, {"Retry-After": "5"})
-        if isinstance(error, (UsageError, ModelError)) and not isinstance(error, ReadError):
-            code = "context_length_exceeded" if "context" in str(error) else None
-            return JSONResponse(openai.error(str(error), "invalid_request_error", code=code), 400)
-        return JSONResponse(openai.error(str(error), "server_error"), 500)
-
-    @app.exception_handler(Exception)
-    async def broken(_: Request, error: Exception) -> Response:
-        _log.error("a request failed", exc_info=error)
-        return JSONResponse(openai.error("internal error", "server_error"), 500)
+async def _broken(request: Request, _: Exception) -> Response:
+    """Starlette raises the error again when this is sent, so it is in the log."""
+    return await _refused(request, Refusal(500, "internal error"))

@@ -13,21 +13,26 @@ import json
 import threading
 import time
 from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-from fastapi import APIRouter, Query
-from fastapi.responses import StreamingResponse
 from numpy.typing import NDArray
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 
 from flashmoe.budget import status_bytes
 from flashmoe.cache.expert_cache import CacheStats
+from flashmoe.model import Model
 from flashmoe.server.audience import Audience
 from flashmoe.server.comparing import Comparing
-from flashmoe.server.scheduler import Scheduler
+from flashmoe.server.errors import Refusal
+from flashmoe.server.traffic import Traffic
+from flashmoe.server.upstream import InnerServer
 from flashmoe.storage.disk import read_ceiling
 
 RESIDENT, USED, MISSED = 1, 2, 4
+SLOWEST, FASTEST = 0.1, 30.0  # frames a second
 
 
 class Activity:
@@ -47,10 +52,18 @@ class Activity:
 
 
 class Live:
-    """Frames of what a scheduler's model is doing."""
+    """Frames of what a model is doing."""
 
-    def __init__(self, scheduler: Scheduler, audience: Audience, comparing: Comparing) -> None:
-        self._scheduler, self._model = scheduler, scheduler.model
+    def __init__(
+        self,
+        model: Model,
+        inner: InnerServer,
+        traffic: Traffic,
+        audience: Audience,
+        comparing: Comparing,
+        name: str,
+    ) -> None:
+        self._model, self._inner, self._traffic, self._name = model, inner, traffic, name
         self._audience, self._comparing = audience, comparing
         self._activity = Activity(self._model.cache.policy.residency.slot_of)
         self._watchers, self._lock = 0, threading.Lock()
@@ -61,6 +74,7 @@ class Live:
         catalog = model.catalog
         return {
             "model": catalog.label,
+            "name": self._name,
             "layers": len(catalog.layers),
             "first_moe_layer": catalog.layers[0].block,
             "experts": catalog.n_experts,
@@ -68,8 +82,8 @@ class Live:
             "slots": model.cache.policy.residency.n_slots,
             "expert_bytes": max(layer.expert_bytes for layer in catalog.layers),
             "policy": model.cache.policy.name,
-            "context": model.engine.n_ctx,
-            "parallel": model.engine.sequences,
+            "context": self._inner.n_ctx,
+            "parallel": self._inner.parallel,
             "budget_bytes": model.budget_bytes,
             "ceiling_bytes_per_s": 1e9 * read_ceiling(model.cache.reader, catalog.read_bytes),
         }
@@ -96,7 +110,7 @@ class Live:
             "advice": self._comparing.advice,
             "prefetch": prefetcher.predictor.name if prefetcher else "",
             "memory": {"resident_bytes": status_bytes("VmRSS"), "peak_bytes": status_bytes("VmHWM")},
-            "requests": {"running": self._scheduler.running, "waiting": self._scheduler.waiting},
+            "requests": {"running": self._traffic.running, "waiting": self._traffic.waiting},
             "map": base64.b64encode(cells.tobytes()).decode(),
         }
 
@@ -105,7 +119,7 @@ class Live:
         self._watch(1)
         try:
             frame = self.frame()
-            while self._scheduler.accepting:
+            while self._traffic.accepting:
                 yield frame
                 await asyncio.sleep(1 / hz)
                 frame = self.frame(frame["tick"])
@@ -136,23 +150,20 @@ def _phase(tokens: int, seconds: float, stats: CacheStats) -> dict[str, float]:
     }
 
 
-def live_routes(scheduler: Scheduler, audience: Audience, comparing: Comparing) -> APIRouter:
+def live_routes(live: Live) -> list[Route]:
     """The routes."""
-    router, live = APIRouter(), Live(scheduler, audience, comparing)
 
-    @router.get("/flashmoe/info")
-    def info() -> dict[str, Any]:
+    def info(_: Request) -> Response:
         """The model and its pool: what does not change."""
-        return live.info()
+        return JSONResponse(live.info())
 
-    @router.get("/flashmoe/live")
-    async def frame() -> dict[str, Any]:
+    async def frame(_: Request) -> Response:
         """Counters and the map of the pool, once."""
-        return live.frame()
+        return JSONResponse(live.frame())
 
-    @router.get("/flashmoe/live/stream")
-    async def stream(hz: Annotated[float, Query(ge=0.1, le=30)] = 10) -> StreamingResponse:
+    async def stream(request: Request) -> Response:
         """The same as server-sent events, `hz` times a second."""
+        hz = _rate(request.query_params.get("hz", "10"))
 
         async def events() -> AsyncIterator[str]:
             async for frame in live.frames(hz):
@@ -162,4 +173,18 @@ def live_routes(scheduler: Scheduler, audience: Audience, comparing: Comparing) 
             events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
         )
 
-    return router
+    return [
+        Route("/flashmoe/info", info),
+        Route("/flashmoe/live", frame),
+        Route("/flashmoe/live/stream", stream),
+    ]
+
+
+def _rate(text: str) -> float:
+    try:
+        hz = float(text)
+    except ValueError:
+        hz = 0.0
+    if not SLOWEST <= hz <= FASTEST:
+        raise Refusal(400, f"hz: a number from {SLOWEST} to {FASTEST:g} (frames a second), not {text!r}")
+    return hz

@@ -1,16 +1,17 @@
-"""/metrics for Prometheus."""
+"""/metrics for Prometheus: what the front and the pool count, then what the backend counts (llamacpp:...)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from flashmoe.budget import status_bytes
+from flashmoe.model import Model
 from flashmoe.server.comparing import Comparing
-from flashmoe.server.scheduler import Job, Scheduler
+from flashmoe.server.traffic import Traffic
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -18,11 +19,11 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 class _ModelCollector(Collector):
     """Reads the model's own counters when it is asked."""
 
-    def __init__(self, scheduler: Scheduler, comparing: Comparing) -> None:
-        self._scheduler, self._comparing = scheduler, comparing
+    def __init__(self, model: Model, traffic: Traffic, comparing: Comparing) -> None:
+        self._model, self._traffic, self._comparing = model, traffic, comparing
 
     def collect(self) -> Iterable[Metric]:
-        model, stats = self._scheduler.model, self._scheduler.model.cache.stats
+        model, stats = self._model, self._model.cache.stats
         phases = {"prefill": model.telemetry.prefill, "decode": model.telemetry.decode}
 
         def by_phase(name: str, text: str, values: dict[str, float]) -> Metric:
@@ -62,8 +63,8 @@ class _ModelCollector(Collector):
             ("pool_slots", "Slots of the expert pool.", residency.n_slots),
             ("pool_slots_used", "Slots that hold an expert.", int(residency.used.sum())),
             ("experts", "Experts of the model, all layers.", model.catalog.total_experts),
-            ("requests_running", "Requests that take turns.", self._scheduler.running),
-            ("requests_waiting", "Requests in the queue.", self._scheduler.waiting),
+            ("requests_running", "Requests that have a slot of the server.", self._traffic.running),
+            ("requests_waiting", "Requests in the queue.", self._traffic.waiting),
             ("memory_budget_bytes", "The memory budget; 0 without one.", model.budget_bytes),
             ("memory_resident_bytes", "Memory of the process.", status_bytes("VmRSS")),
             ("memory_peak_bytes", "The most that the process has taken.", status_bytes("VmHWM")),
@@ -85,40 +86,27 @@ class _ModelCollector(Collector):
 class Metrics:
     """Collects figures of requests as they end, and the model's when asked."""
 
-    content_type = CONTENT_TYPE_LATEST
+    content_type = CONTENT_TYPE_PLAIN_0_0_4  # that of the backend's part, too
 
-    def __init__(self, scheduler: Scheduler, comparing: Comparing) -> None:
+    def __init__(self, model: Model, traffic: Traffic, comparing: Comparing) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_ModelCollector(scheduler, comparing))
-        self._requests = Counter(
-            "flashmoe_requests", "Requests that ended, by how.", ["outcome"], registry=self._registry
+        self._registry.register(_ModelCollector(model, traffic, comparing))
+        requests = Counter(
+            "flashmoe_requests",
+            "Requests on generating routes that ended, by how.",
+            ["outcome"],
+            registry=self._registry,
         )
-        for outcome in ("stop", "length", "cancelled", "failed"):
-            self._requests.labels(outcome)
-        self._prompt = Counter("flashmoe_prompt_tokens", "Tokens of prompts.", registry=self._registry)
-        self._reused = Counter(
-            "flashmoe_reused_tokens", "Tokens of prompts that were in the KV cache.", registry=self._registry
+        for outcome in ("ok", "client_error", "server_error", "cancelled"):
+            requests.labels(outcome)
+        first = Histogram(
+            "flashmoe_first_byte_seconds",
+            "From a request on a generating route to the first byte of its response's body.",
+            buckets=_SECONDS,
+            registry=self._registry,
         )
-        self._made = Counter("flashmoe_generated_tokens", "Tokens made.", registry=self._registry)
-        self._queue = self._histogram("queue_seconds", "From a request to its first turn.")
-        self._first = self._histogram("first_token_seconds", "From a request to its first token.")
-        self._per_token = self._histogram("seconds_per_token", "Of a request, between its tokens.")
-        scheduler.on_end = self._observe
-
-    def _histogram(self, name: str, text: str) -> Histogram:
-        return Histogram(f"flashmoe_{name}", text, buckets=_SECONDS, registry=self._registry)
-
-    def _observe(self, job: Job) -> None:
-        self._requests.labels(job.outcome).inc()
-        if job.started:
-            self._prompt.inc(len(job.prompt))
-            self._reused.inc(job.reused)
-            self._made.inc(job.made)
-            self._queue.observe(job.started - job.submitted)
-        if job.first_token:
-            self._first.observe(job.first_token - job.submitted)
-        if job.made > 1:
-            self._per_token.observe((job.ended - job.first_token) / (job.made - 1))
+        traffic.on_end = lambda outcome: requests.labels(outcome).inc()
+        traffic.on_first_byte = first.observe
 
     def text(self) -> bytes:
         """All figures in Prometheus's text format."""

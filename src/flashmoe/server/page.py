@@ -1,13 +1,15 @@
-"""The dashboard at `/`: files of the package, read once; nothing in a request names a file."""
+"""The dashboard at `/flashmoe/`: files of the package, read once; nothing in a request names a file."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from importlib.resources import files
 
-from fastapi import APIRouter
-from fastapi.responses import Response
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
 
+PAGE = "/flashmoe/"
 _TYPES = {
     "html": "text/html; charset=utf-8",
     "css": "text/css; charset=utf-8",
@@ -27,7 +29,7 @@ def _read() -> dict[str, Response]:
     pages = {}
     for file in files("flashmoe.server").joinpath("static").iterdir():
         kind = _TYPES[file.name.rpartition(".")[2]]
-        path = "/" if file.name == "index.html" else f"/static/{file.name}"
+        path = PAGE if file.name == "index.html" else f"{PAGE}static/{file.name}"
         pages[path] = Response(file.read_bytes(), media_type=kind, headers=_HEADERS)
     return pages
 
@@ -35,19 +37,20 @@ def _read() -> dict[str, Response]:
 _PAGES = _read()
 
 #: The page's paths. They hold no figures and need no key: the page asks for it.
-PAGE_PATHS = frozenset(_PAGES)
+PAGE_PATHS = frozenset(_PAGES) | {PAGE.rstrip("/")}
 
 
-def page_routes() -> APIRouter:
+def page_routes() -> list[Route]:
     """A route for each file."""
-    router = APIRouter(include_in_schema=False)
 
-    def answer(page: Response) -> Callable[[], Awaitable[Response]]:
-        async def get() -> Response:
+    def answer(page: Response) -> Callable[[Request], Awaitable[Response]]:
+        async def get(_: Request) -> Response:
             return page
 
         return get
 
-    for path, page in _PAGES.items():
-        router.add_api_route(path, answer(page), methods=["GET"], response_class=Response)
-    return router
+    async def slash(_: Request) -> Response:
+        """The page's own paths are relative."""
+        return RedirectResponse("flashmoe/")
+
+    return [Route(path, answer(page)) for path, page in _PAGES.items()] + [Route(PAGE.rstrip("/"), slash)]

@@ -1,22 +1,22 @@
-"""Who may ask: an API key, the names under which a loopback server is called, and bodies that come in time."""
+"""Who may ask: an API key, the names under which a loopback server is called, and pages of other origins."""
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import ipaddress
+from collections.abc import Callable, Collection
+from urllib.parse import urlsplit
 
-from fastapi import HTTPException
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from flashmoe.server import openai
-from flashmoe.server.page import PAGE_PATHS
+from flashmoe.server.errors import Refusal
 
-#: Without a key: what supervisors ask, and the page, which asks its reader for one.
-OPEN_PATHS = PAGE_PATHS | {"/health", "/ready"}
-BODY_SECONDS = 60.0  # for a client to send its request
+#: In the scope of a request that the guard has let through: whether it came with the key, or none is needed.
+TRUSTED = "flashmoe.trusted"
+_SAFE = ("GET", "HEAD", "OPTIONS")
+# what a page may send elsewhere without asking first
+_UNASKED = ("", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data")
 
 
 def is_loopback(host: str) -> bool:
@@ -30,10 +30,11 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """ASGI middleware. Without a key everybody may ask.
+    """ASGI middleware. Without a key everybody may ask, but for pages of other origins than `cors`.
 
     A server that listens on loopback answers only to loopback's names: a page in a browser, whose own name has been
-    pointed at 127.0.0.1, gets nothing.
+    pointed at 127.0.0.1, gets nothing. A request without the key is refused, but one that only reads what the backend
+    answers is passed on without the backend's key: it knows what is public, such as the files of its page.
     """
 
     def __init__(
@@ -42,57 +43,69 @@ class Guard:
         *,
         host: str,
         api_key: str | None,
-        max_body: int,
-        body_seconds: float = BODY_SECONDS,
+        cors: Collection[str] = (),
+        own: Callable[[str], bool] = lambda _: False,
+        public: Callable[[str], bool] = lambda _: False,
     ) -> None:
-        self._app, self._key = app, api_key.encode() if api_key else None
-        self._max_body, self._seconds = max_body, body_seconds
-        self._names = {"localhost", "127.0.0.1", "[::1]", host.lower()} if is_loopback(host) else None
+        """own: paths that the front answers itself; public: those of them that need no key."""
+        self._app, self._key, self._cors = app, api_key.encode() if api_key else None, frozenset(cors)
+        self._own, self._public = own, public
+        self._names = {"localhost", host.lower()} if is_loopback(host) else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-        elif refusal := self._refusal(scope["path"], Headers(scope=scope)):
-            await refusal(scope, receive, send)
-        else:
-            await self._app(scope, self._limited(receive), send)
-
-    def _limited(self, receive: Receive) -> Receive:
-        """`receive`, for a body that has to be small enough and there in time."""
-        now = asyncio.get_running_loop().time
-        deadline, size, complete = now() + self._seconds, 0, False
-
-        async def limited() -> Message:
-            nonlocal size, complete
-            if complete:
-                return await receive()
+        if scope["type"] == "http":
             try:
-                message = await asyncio.wait_for(receive(), max(0.0, deadline - now()))
-            except asyncio.TimeoutError:
-                raise HTTPException(408, "the request did not arrive in time") from None
-            size += len(message.get("body", b""))
-            if size > self._max_body:
-                raise HTTPException(413, f"the request is larger than {self._max_body} bytes")
-            complete = not message.get("more_body", False)
-            return message
+                scope[TRUSTED] = self._check(scope["method"], scope["path"], Headers(scope=scope))
+            except Refusal as refusal:
+                await refusal.answer(scope, send)
+                return
+        await self._app(scope, receive, send)
 
-        return limited
-
-    def _refusal(self, path: str, headers: Headers) -> JSONResponse | None:
-        host = headers.get("host", "").lower()
-        name = host if host.endswith("]") else host.rpartition(":")[0] if ":" in host else host
-        if self._names is not None and name not in self._names:
-            return JSONResponse(
-                openai.error(f"this server does not answer to the name {name!r}", "invalid_request_error"),
-                421,
-            )
-        if self._key is None or path in OPEN_PATHS:
-            return None
-        kind, _, given = headers.get("authorization", "").partition(" ")
-        if kind.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self._key):
-            return None
-        return JSONResponse(
-            openai.error("a valid API key is needed", "authentication_error", code="invalid_api_key"),
-            401,
-            {"WWW-Authenticate": "Bearer"},
+    def _check(self, method: str, path: str, headers: Headers) -> bool:
+        """Whether the request has the key. Raises Refusal."""
+        host = headers.get("host")
+        if self._names is not None and host is not None:
+            self._check_name(host.lower())
+        if self._key is None:
+            self._check_origin(method, host, headers)
+            return True
+        if self._has_key(headers):
+            return True
+        if self._public(path) or (method in _SAFE and not self._own(path)):
+            return False
+        raise Refusal(
+            401, "a valid API key is needed", code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"}
         )
+
+    def _check_name(self, host: str) -> None:
+        """Names can be pointed here; addresses, and requests without a name, which no browser sends, cannot."""
+        name = host if host.endswith("]") else host.rpartition(":")[0] if ":" in host else host
+        assert self._names is not None
+        if name not in self._names and not is_loopback(name.strip("[]")):
+            raise Refusal(
+                421,
+                f"this server listens on this machine only and does not answer to the name {name!r}: have a proxy "
+                "in front of it send 'Host: localhost', or listen elsewhere (--host) with a key (--api-key)",
+            )
+
+    def _check_origin(self, method: str, host: str | None, headers: Headers) -> None:
+        """A browser asks before it sends JSON or a key to another origin, and is told no; other requests it sends."""
+        origin = headers.get("origin")
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if method in _SAFE or kind not in _UNASKED or origin in self._cors:
+            return
+        site = headers.get("sec-fetch-site")
+        foreign = (
+            site not in ("same-origin", "none")
+            if site
+            else origin is not None and urlsplit(origin).netloc != host
+        )
+        if foreign:
+            raise Refusal(403, "pages of other origins may not ask (--cors ORIGIN allows it)")
+
+    def _has_key(self, headers: Headers) -> bool:
+        assert self._key is not None
+        kind, _, bearer = headers.get("authorization", "").partition(" ")
+        given = [bearer.strip()] if kind.lower() == "bearer" else []
+        given.append(headers.get("x-api-key", "").strip())  # what Anthropic's clients send
+        return any(hmac.compare_digest(one.encode("latin-1"), self._key) for one in given)

@@ -1,10 +1,11 @@
-"""A process that serves: a socket, uvicorn, and an orderly end."""
+"""A process that serves: a socket, uvicorn before the backend, and an orderly end."""
 
 from __future__ import annotations
 
 import asyncio
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,23 +14,38 @@ import uvicorn
 
 from flashmoe.errors import UsageError
 from flashmoe.model import Model
-from flashmoe.server.app import make_app
+from flashmoe.server.app import Front, make_app
 from flashmoe.server.patience import PatientProtocol
-from flashmoe.server.scheduler import Scheduler
+from flashmoe.server.upstream import InnerServer
 
 GRACE_SECONDS = 30.0  # for running requests, when the server is told to end
+KEEP_ALIVE_SECONDS = 120  # between two requests; clients keep connections for up to 75 s, and then trust them
 
 
-class _Server(uvicorn.Server):
+class FrontServer(uvicorn.Server):
     """Ends in order: no new requests, a time of grace for those that run, then an error in their streams."""
 
-    def __init__(self, config: uvicorn.Config, scheduler: Scheduler, grace: float) -> None:
-        super().__init__(config)
-        self._scheduler, self._grace = scheduler, grace
+    def __init__(self, front: Front, grace: float = GRACE_SECONDS) -> None:
+        super().__init__(
+            uvicorn.Config(
+                front,
+                http=PatientProtocol,
+                ws="none",
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=int(grace) + 5,
+            )
+        )
+        self._front, self._grace = front, grace
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """As uvicorn's own, but the signal is not raised again: an end in order is a success."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         before = {s: signal.signal(s, self.handle_exit) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -38,8 +54,8 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._scheduler.refuse()
-        late = asyncio.get_running_loop().call_later(self._grace, self._scheduler.stop_running)
+        self._front.traffic.drain()
+        late = asyncio.get_running_loop().call_later(self._grace, self._front.traffic.stop)
         await super().shutdown(sockets)
         late.cancel()
 
@@ -61,6 +77,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def serve(
     model: Model,
+    inner: InnerServer,
     sock: socket.socket,
     *,
     name: str,
@@ -70,19 +87,7 @@ def serve(
     grace: float = GRACE_SECONDS,
     started: Callable[[], Any] = lambda: None,
 ) -> None:
-    """Serve `model` on `sock` until SIGINT or SIGTERM. `started` is called when requests are answered."""
-    scheduler = Scheduler(model)
-    try:
-        app = make_app(scheduler, name=name, host=host, api_key=api_key, cors=cors)
-        app.router.on_startup.append(started)
-        config = uvicorn.Config(
-            app,
-            http=PatientProtocol,
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=int(grace) + 5,
-        )
-        _Server(config, scheduler, grace).run(sockets=[sock])
-    finally:
-        scheduler.close()
+    """Serve `model` through the backend `inner` on `sock` until SIGINT or SIGTERM. `started`: requests are answered."""
+    front = make_app(model, inner, name=name, host=host, api_key=api_key, cors=cors)
+    front.started = started
+    FrontServer(front, grace).run(sockets=[sock])

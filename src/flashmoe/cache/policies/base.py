@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+from numba import types
 from numpy.typing import NDArray
 
 from flashmoe.cache.policies.kernels import REQUEST, Kernels
@@ -19,6 +20,7 @@ from flashmoe.native import Pinned
 
 Int32 = NDArray[np.int32]
 
+_REQUEST_SIGNATURE = types.int64(types.int64, types.int64, types.int64, types.int64)
 MISSES = (1 << 32) - 1  # the misses in what `EvictionPolicy.request` returns; the hits are above
 
 
@@ -35,6 +37,15 @@ class Replay(NamedTuple):
     def hit_rate(self) -> float:
         """Hits over requests, 0 where nothing was requested."""
         return float(self.hits.sum() / max(1, self.requests.sum()))
+
+
+class CompiledRequest(NamedTuple):
+    """`EvictionPolicy.request` for compiled callers: int64 function(pool, arrays, layer, n), all int64."""
+
+    function: int  # its address
+    pool: int
+    arrays: int
+    kept: tuple[Any, ...]  # what must live as long as it is used
 
 
 class EvictionPolicy:
@@ -116,6 +127,17 @@ class EvictionPolicy:
         arrays = Pinned(REQUEST, (ids, slots_out, miss_expert, miss_slot))
         # both live as long as the function does, whatever the policy is bound to later
         return lambda layer, n: access(pool.address, arrays.address, layer, n)
+
+    def compiled_request(
+        self, ids: Int32, slots_out: Int32, miss_expert: Int32, miss_slot: Int32
+    ) -> CompiledRequest:
+        """`request` as an address, for compiled code that makes it without Python."""
+        assert self._pool is not None
+        arrays = Pinned(REQUEST, (ids, slots_out, miss_expert, miss_slot))
+        self.kernels.access.compile(_REQUEST_SIGNATURE.args)
+        compiled = self.kernels.access.overloads[_REQUEST_SIGNATURE.args]
+        address = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name)
+        return CompiledRequest(address, self._pool.address, arrays.address, (self._pool, arrays))
 
     def access_each(
         self, layer: int, ids: Int32, slots_out: Int32, miss_expert: Int32, miss_slot: Int32

@@ -41,7 +41,7 @@ REQUEST = "request"  # kind of Pinned: ids, slots_out, miss_expert, miss_slot of
 class Kernels(NamedTuple):
     """The compiled entry points of a policy."""
 
-    access: Callable[..., int]  # (Pinned (state, res), Pinned REQUEST, layer, n); EvictionPolicy.request
+    access: Any  # (Pinned (state, res), Pinned REQUEST, layer, n); EvictionPolicy.request
     access_each: Callable[..., int]  # (state, res, layer, ids, slots_out, miss_expert, miss_slot) -> 0 or -1
     window: Callable[..., None]  # (state, res, tokens, k)
     release: Callable[..., int]  # (state, res, layer, expert) -> slot or -1

@@ -12,11 +12,9 @@ import mmap
 from collections.abc import Callable
 from typing import Any
 
-from flashmoe.engines.llamacpp.abi import BufferInterface, BufferOverride, Tensor, flag, ptr
+from flashmoe.engines.llamacpp.abi import BufferInterface, BufferOverride, Tensor, ptr
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.storage.memory import reserve
-
-_ALIGNMENT = 64
 
 
 class ExpertBuffer:
@@ -29,15 +27,17 @@ class ExpertBuffer:
         self._lib = lib
         self._keep: list[Any] = []
         self._reserved: list[mmap.mmap] = []
+        self._buffers: list[int] = []
         self.tensors: dict[str, Tensor] = {}
-        name = C.create_string_buffer(b"FlashMoE")
-        self._keep.append(name)
-        buffer_type = lib.build.buffer_type
-        self._type = buffer_type()
-        self._type.iface.get_name = self._function(lambda _: C.addressof(name), ptr, ptr)
+        self._type = lib.build.buffer_type()
+        # The library's own answers where it asks while it builds a graph: its server may hold Python's lock then
+        self._cpu = lib.build.buffer_type.from_address(lib.ggml_backend_cpu_buffer_type()).iface
+        for question in ("get_alignment", "get_max_size", "get_alloc_size", "is_host"):
+            setattr(self._type.iface, question, getattr(self._cpu, question))
         self._type.iface.alloc_buffer = self._function(self._alloc, ptr, ptr, C.c_size_t)
-        self._type.iface.get_alignment = self._function(lambda _: _ALIGNMENT, C.c_size_t, ptr)
-        self._type.iface.is_host = self._function(lambda _: True, flag, ptr)
+        name = C.create_string_buffer(b"FlashMoE")  # the loader tells buffer types apart by their names
+        self._keep.append(name)
+        self._type.iface.get_name = self._function(lambda _: C.addressof(name), ptr, ptr)
 
     def overrides(self, pattern: str) -> int:
         """Address of a llama_model_params.tensor_buft_overrides list: tensors matching `pattern` come here."""
@@ -67,11 +67,17 @@ class ExpertBuffer:
             clear=self._function(lambda *_: None, None, ptr, C.c_uint8),
         )
         address: int = self._lib.ggml_backend_buffer_init(C.addressof(self._type), interface, None, size)
+        self._buffers.append(address)
         return address
+
+    def seal(self) -> None:
+        """The model is loaded: graphs, which make views of its tensors, need not call Python from here on."""
+        self._type.iface.get_name = self._cpu.get_name
+        for address in self._buffers:
+            BufferInterface.from_address(address).init_tensor = None  # a buffer begins with its interface
 
     def _init_tensor(self, _buffer: int, address: int) -> int:
         tensor = Tensor.from_address(address)
-        if not tensor.view_src:  # graphs make views of tables later; only the model's own tensors are wanted
-            self.tensors[tensor.name.decode()] = tensor
-            tensor.ne[1] = tensor.ne[2] = tensor.ne[3] = 1
+        self.tensors[tensor.name.decode()] = tensor
+        tensor.ne[1] = tensor.ne[2] = tensor.ne[3] = 1
         return 0

@@ -1,9 +1,13 @@
 """The compiled half of the eval callback (numba): what runs for every node of every graph.
 
 It answers "do you want this node?" by comparing a name. When a router's choice is ready it copies the ids out of the
-engine's tensors, calls Python, and copies back what Python made of them. Where reads for a layer's last product (down)
-were left under way, it calls Python once more when that product's input is ready. Python touches no struct: after a
-layer's products the processor's caches hold weights, and every line of Python costs several times more than in a loop.
+engine's tensors, has them made resident, and copies the slots back. While every expert is resident that is compiled
+too (`_hit`); else it calls Python. Where reads for a layer's last product (down) were left under way, it calls Python
+once more when that product's input is ready. Python touches no struct: after a layer's products the processor's caches
+hold weights, and every line of Python costs several times more than in a loop.
+
+Where the library's own server evaluates (serving/), nobody announces a graph: the gathering of the tokens' embeddings,
+the first thing in it, does.
 """
 
 from __future__ import annotations
@@ -23,9 +27,12 @@ ROUTER_WEIGHTS = (
 )
 ROUTER_IDS = b"ffn_moe_topk-"
 ROUTER_LOGITS = b"ffn_moe_logits-"  # the router's product with the layer's hidden state
+INPUT_TOKENS = b"inp_tokens"  # the token ids that a graph gathers embeddings by
 RETURNED, NOT_RETURNED = 0, 1
+#: Why Python is called: a node is ready; it is wanted to be looked at; a graph begins; it has ended.
+READY, LOOK, BEGIN, END = range(4)
 
-# Python's half: (node, asked); what it returns is not looked at, Control.outcome says whether to go on
+# Python's half: (node, why); what it returns is not looked at, Control.outcome says whether to go on
 PYTHON_CALLBACK = C.CFUNCTYPE(C.c_uint8, C.c_void_p, C.c_uint8)
 
 
@@ -48,14 +55,35 @@ class Control(C.Structure):
         ("late_length", C.c_int64),
         ("logits", C.c_int64),  # address of the router's logits' tensor, 0 if it was not found
         ("hidden", C.c_int64),  # address of the router's input, float32 [tokens, n]
+        ("begun", C.c_int64),  # whether Python knows of the graph under way
+        ("thread", C.c_int64),  # the thread that evaluates it, 0 for none
+        ("ignore", C.c_int64),  # whether graphs are to end at their first node, uncounted
+        ("inputs", C.c_int64),  # address of int32 [tokens]: the token ids of the graph that begins
+        ("request", C.c_int64),  # address of the policy's compiled request, 0 where Python is to be asked
+        ("pool", C.c_int64),  # its arguments, and where it leaves the slots
+        ("arrays", C.c_int64),
+        ("slots", C.c_int64),
+        ("layers", C.c_int64),  # address of int64 [blocks]: the layer of each block, and its first slot
+        ("first_slots", C.c_int64),
+        ("done", C.c_int64),  # what the request returned
+        ("hits", C.c_int64),  # counted since Python took them away
+        ("served", C.c_int64),  # layers likewise
+        (
+            "recent",
+            C.c_int64,
+        ),  # address of int16 [layers, RECENT]: the latest requests, 0 where they are not noted
+        ("recent_at", C.c_int64),  # address of int64 [layers]: where the next one goes
+        ("recent_size", C.c_int64),
     ]
 
 
-_FIELDS = 15
+_FIELDS = 31
 _PYTHON, _INSPECT, _OUTCOME, _BUFFER, _CAPACITY, _BLOCK, _TOKENS, _TOP_K, _IDS, _WEIGHTS = range(10)
-_PENDING, _LATE, _LATE_LENGTH, _LOGITS, _HIDDEN = range(10, _FIELDS)
+_PENDING, _LATE, _LATE_LENGTH, _LOGITS, _HIDDEN, _BEGUN, _THREAD, _IGNORE, _INPUTS = range(10, 19)
+_REQUEST, _POOL, _ARRAYS, _SLOTS, _LAYERS, _FIRST_SLOTS, _DONE, _HITS, _SERVED = range(19, 28)
+_RECENT, _RECENT_AT, _RECENT_SIZE = range(28, _FIELDS)
 _WEIGHTS_NAME, _IDS_NAME = np.frombuffer(ROUTER_WEIGHTS, np.uint8), np.frombuffer(ROUTER_IDS, np.uint8)
-_LOGITS_NAME = np.frombuffer(ROUTER_LOGITS, np.uint8)
+_LOGITS_NAME, _TOKENS_NAME = np.frombuffer(ROUTER_LOGITS, np.uint8), np.frombuffer(INPUT_TOKENS, np.uint8)
 _STEPS_TO_LOGITS = 12  # at most, from the gathered weights back: reshape, softmax, bias, groups
 _NAME, _NAME_END = Tensor.name.offset, Tensor.name.offset + Tensor.name.size
 _DATA, _NE0, _NE1, _NB1 = (
@@ -80,7 +108,22 @@ def _pointer_to(kind: Any) -> Any:
     return cast
 
 
-_bytes_at, _int32_at, _int64_at = _pointer_to(types.uint8), _pointer_to(types.int32), _pointer_to(types.int64)
+_bytes_at, _int32_at, int64_at = _pointer_to(types.uint8), _pointer_to(types.int32), _pointer_to(types.int64)
+_int16_at = _pointer_to(types.int16)
+_pthread_self = types.ExternalFunction("pthread_self", types.int64())
+
+
+@intrinsic
+def _call_request(_typing: Any, _function: Any, _pool: Any, _arrays: Any, _layer: Any, _n: Any) -> Any:
+    """A policy's compiled request at an address, see EvictionPolicy.compiled_request."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        number = ir.IntType(64)
+        kind = ir.FunctionType(number, [number] * 4)
+        return builder.call(builder.inttoptr(args[0], kind.as_pointer()), list(args[1:]))
+
+    five = (types.int64,) * 5
+    return types.int64(*five), generate
 
 
 @intrinsic
@@ -114,7 +157,7 @@ def _block_of(tensor: Any, prefix: Any) -> Any:  # pragma: no cover - compiled
 
 @njit(cache=True)
 def _read(address: Any) -> Any:  # pragma: no cover - compiled
-    return carray(_int64_at(address), 1)[0]
+    return carray(int64_at(address), 1)[0]
 
 
 @njit(cache=True)
@@ -132,10 +175,74 @@ def _copy_ids(ids: Any, buffer: Any, back: Any) -> Any:  # pragma: no cover - co
 
 
 @njit(cache=True)
-def _ask_python(control: Any, node: Any, ask: Any) -> Any:  # pragma: no cover - compiled
+def ask_python(control: Any, node: Any, why: Any) -> Any:  # pragma: no cover - compiled
+    """Call Python's half; whether it has succeeded."""
     control[_OUTCOME] = NOT_RETURNED
-    _call(control[_PYTHON], node, ask)  # type: ignore[call-arg]
+    _call(control[_PYTHON], node, why)  # type: ignore[call-arg]
     return control[_OUTCOME] == RETURNED
+
+
+@njit(cache=True)
+def end_graph(address: Any, thread: Any) -> Any:  # pragma: no cover - compiled
+    """A thread has evaluated a graph: 0 where it is not this Control's, 1 where it succeeded, -1 where it failed."""
+    control = carray(int64_at(address), _FIELDS)
+    if control[_THREAD] != thread:
+        return 0
+    failed = control[_OUTCOME] == NOT_RETURNED
+    control[_THREAD] = 0
+    succeeded = ask_python(control, types.int64(failed), END)
+    control[_BEGUN], control[_OUTCOME] = 0, RETURNED
+    return 1 if succeeded and not failed else -1
+
+
+@njit(cache=True)
+def _gathers_tokens(node: Any) -> Any:  # pragma: no cover - compiled
+    """Whether a node gathers rows by the graph's token ids."""
+    ids = _read(node + _SOURCE1)
+    if ids == 0:
+        return False
+    name = carray(_bytes_at(ids), _NAME_END)
+    for i in range(len(_TOKENS_NAME)):
+        if name[_NAME + i] != _TOKENS_NAME[i]:
+            return False
+    return name[_NAME + len(_TOKENS_NAME)] == 0
+
+
+@njit(cache=True)
+def _begin(control: Any, node: Any) -> Any:  # pragma: no cover - compiled
+    """The graph that begins gathers its tokens' embeddings at `node`: tell Python."""
+    ids = _read(node + _SOURCE1)
+    control[_INPUTS], control[_TOKENS] = _read(ids + _DATA), _read(ids + _NE0)
+    return ask_python(control, node, BEGIN)
+
+
+@njit(cache=True)
+def _hit(control: Any, ids: Any, n: Any) -> Any:  # pragma: no cover - compiled
+    """Have a layer's `n` ids in the buffer made resident without Python: whether they all are.
+
+    Where some are not, slots have been found for them: Control.done has the request's answer, for Python to go on.
+    """
+    block = control[_BLOCK]
+    layer = carray(int64_at(control[_LAYERS]), block + 1)[block]
+    done: Any = _call_request(control[_REQUEST], control[_POOL], control[_ARRAYS], layer, n)  # type: ignore[call-arg]
+    control[_DONE] = done
+    if done & 0xFFFFFFFF != 0:  # misses, or -1
+        return False
+    control[_HITS] += done >> 32
+    control[_SERVED] += 1
+    buffer, slots = carray(_int32_at(control[_BUFFER]), n), carray(_int32_at(control[_SLOTS]), n)
+    if control[_RECENT] != 0:
+        size = control[_RECENT_SIZE]
+        places = carray(int64_at(control[_RECENT_AT]), layer + 1)
+        at = places[layer] if places[layer] + n <= size else 0
+        recent = carray(_int16_at(control[_RECENT] + 2 * size * layer), size)
+        for i in range(n):
+            recent[at + i] = buffer[i]
+        places[layer] = at + n
+    first = carray(int64_at(control[_FIRST_SLOTS]), block + 1)[block]
+    for i in range(n):
+        buffer[i] = slots[i] - first
+    return True
 
 
 @njit(cache=True)
@@ -164,11 +271,15 @@ def _find_logits(control: Any, node: Any) -> Any:  # pragma: no cover - compiled
 def on_node(node: Any, ask: Any, shared: Any) -> Any:  # pragma: no cover - compiled
     """ggml_backend_sched_eval_callback; `shared` is a Control."""
     control = carray(shared, _FIELDS)
-    if control[_OUTCOME] == NOT_RETURNED:
-        return ask  # it has failed: want this node, and end the evaluation at it
+    if control[_IGNORE] != 0 or control[_OUTCOME] == NOT_RETURNED:
+        return ask  # it has failed, or is not to be: want this node, and end the evaluation at it
     block = _block_of(node, _WEIGHTS_NAME)
     if ask != 0:
-        if control[_INSPECT] != 0 and not _ask_python(control, node, ask):
+        if control[_THREAD] == 0:
+            control[_THREAD] = _pthread_self()
+        if control[_BEGUN] == 0 and _gathers_tokens(node) and not _begin(control, node):
+            return 1
+        if control[_INSPECT] != 0 and not ask_python(control, node, LOOK):
             return 1
         return block >= 0 or _is_late(control, node)
     control[_BLOCK] = -1
@@ -179,11 +290,16 @@ def on_node(node: Any, ask: Any, shared: Any) -> Any:  # pragma: no cover - comp
         # no token left: the last layer of a micro-batch without outputs; another name: a second, dense set of experts
         if control[_TOKENS] == 0 or _block_of(ids, _IDS_NAME) < 0:
             return 1
-        if control[_TOKENS] * control[_TOP_K] > control[_CAPACITY]:
+        n = control[_TOKENS] * control[_TOP_K]
+        if n > control[_CAPACITY]:
             return 0
         _copy_ids(ids, control[_BUFFER], False)
+        control[_DONE] = -1
+        if control[_REQUEST] != 0 and control[_BEGUN] != 0 and _hit(control, ids, n):
+            _copy_ids(ids, control[_BUFFER], True)
+            return 1
         _find_logits(control, node)
-    if not _ask_python(control, node, ask):
+    if not ask_python(control, node, READY):
         return 0
     if block >= 0:
         _copy_ids(ids, control[_BUFFER], True)

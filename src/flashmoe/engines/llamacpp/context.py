@@ -15,6 +15,11 @@ from flashmoe.errors import ModelError
 
 #: How the vectors of a text's tokens become one: llama.cpp's names and numbers.
 POOLING = {"none": 0, "mean": 1, "cls": 2, "last": 3}
+#: Types of a KV cache: llama.cpp's names, and their numbers in ggml.
+CACHE_TYPES = {
+    "f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2, "q4_1": 3, "iq4_nl": 20, "q5_0": 6, "q5_1": 7
+}  # fmt: skip
+_PARTIAL_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
 _PADDING = 256  # llama.cpp rounds the cells of a KV cache up to a multiple of this
 
 
@@ -22,7 +27,8 @@ class Context:
     """Sequences of tokens over a loaded model, each with a KV cache of its own of `n_ctx` tokens.
 
     One sequence is evaluated at a time, so that its logits are those it would have alone. With `all_logits`, the
-    logits of every token are kept.
+    logits of every token are kept. With `shared`, all sequences have one KV cache of so many tokens in common, for
+    the library's server.
     """
 
     def __init__(
@@ -36,14 +42,21 @@ class Context:
         callback: tuple[int, int] | None = None,
         all_logits: bool = False,
         sequences: int = 1,
+        shared: int = 0,
         pooling: str = "none",
+        cache_types: tuple[str, str] = ("f16", "f16"),
     ) -> None:
         self._lib, self.n_ubatch, self._all_logits = lib, n_ubatch, all_logits
         params = lib.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, n_ubatch, n_ubatch
+        # the library's server tries two tokens at once while it starts, and one of each sequence later
+        self.n_batch = max(n_ubatch, sequences, 2)
+        params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, self.n_batch, n_ubatch
         if sequences > 1:
             params.n_seq_max = sequences
             params.n_ctx = sequences * -(-n_ctx // _PADDING) * _PADDING
+        if shared:
+            params.kv_unified, params.n_ctx = True, max(shared, n_ctx)
+        params.type_k, params.type_v = (CACHE_TYPES[name] for name in cache_types)
         params.n_threads = params.n_threads_batch = threads
         # sizes the output buffer, vocabulary x outputs; the library wants one for each sequence
         every_token = all_logits or pooling != "none"
@@ -59,7 +72,9 @@ class Context:
             raise ModelError(
                 f"llama.cpp cannot make a context of {n_ctx} tokens ({reason}); try a smaller one (-c)"
             )
-        self.n_ctx = int(lib.llama_n_ctx(self._pointer)) // sequences
+        #: Tokens in all, and in one sequence at most.
+        self.n_cells = int(lib.llama_n_ctx(self._pointer))
+        self.n_ctx = min(n_ctx, self.n_cells) if shared else self.n_cells // sequences
         self._memory = lib.llama_get_memory(self._pointer)
         self._vocab = lib.llama_model_get_vocab(model)
         self.n_vocab = int(lib.llama_vocab_n_tokens(self._vocab))
@@ -67,6 +82,7 @@ class Context:
         self._embedding = False
         self._pool = None if lib.openmp else self._attach_threads(threads)
         self._window = lib.llama_model_n_swa(model)  # tokens that attention looks back; 0 for all
+        self._recurrent = lib.llama_model_is_recurrent(model) or lib.llama_model_is_hybrid(model)
         #: Tokens in each sequence.
         self.past = [0] * sequences
         self._sequence = (C.c_int32 * 1)(0)  # of the batch
@@ -125,6 +141,18 @@ class Context:
         else:
             remove(-1, -1)
         self.past[sequence] = 0
+
+    def partial_state_bytes(self) -> int:
+        """What the library keeps to come back to a place in a sequence, with the window's cells; 0 where it need not.
+
+        It evaluates a token to find out, and forgets it.
+        """
+        if not (self._window or self._recurrent):
+            return 0
+        self.decode([0])
+        size = int(self._lib.llama_state_seq_get_size_ext(self._pointer, 0, _PARTIAL_ONLY))
+        self.rewind(0)
+        return size * max(1, min(self._window, self.n_ctx))
 
     def logits(self, index: int = -1) -> NDArray[np.float32]:
         """Logits of the last evaluation, float32 [vocabulary]: of its last token, or with all_logits of any."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes as C
-from collections.abc import Callable, Sequence
-from itertools import product
-from typing import Any
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,12 +16,11 @@ from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.cache.pool import SlotPool
 from flashmoe.engines.base import Sampling
 from flashmoe.engines.llamacpp.context import Context
-from flashmoe.engines.llamacpp.hook import RouterHook
+from flashmoe.engines.llamacpp.hook import Evaluated, RouterHook
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.loader import LoadedModel
 from flashmoe.engines.llamacpp.sampler import Sampler
-from flashmoe.engines.llamacpp.template import render_chat
-from flashmoe.errors import FlashMoEError, ModelError
+from flashmoe.errors import FlashMoEError, ModelError, UsageError
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import RoutingObserver
 
@@ -39,8 +40,11 @@ class LlamaEngine:
         threads: int,
         all_logits: bool = False,
         sequences: int = 1,
+        shared: int = 0,
         pooling: str = "none",
+        cache_types: tuple[str, str] = ("f16", "f16"),
     ) -> None:
+        """shared: the sequences have a KV cache of so many tokens in common, not one each. cache_types: of K, V."""
         assert model.pointer
         self._lib, self._model = lib, model
         self._hook = RouterHook(model, n_ubatch)
@@ -55,16 +59,18 @@ class LlamaEngine:
             callback=(self._hook.function, self._hook.data),
             all_logits=all_logits,
             sequences=sequences,
+            shared=shared,
             pooling=pooling,
+            cache_types=cache_types,
         )
+        self.shared, self.threads = bool(shared), threads
+        self._serving = False
         #: How `embedding` is made: one of context.POOLING.
         self.pooling = pooling
         self.n_embd = self._context.n_embd
         #: What the outputs of an embedding's micro-batch will take when the first one comes.
         self.late_bytes = 4 * n_ubatch * (self.n_vocab + self.n_embd) if pooling != "none" else 0
         self.n_ctx, self.n_ubatch, self.sequences = self._context.n_ctx, n_ubatch, sequences
-        #: Graphs: of one token or several, for embeddings or not
-        self._uninspected = set(product((True, False), repeat=2))
 
     def attach(self, pool: SlotPool, slots: Sequence[int], cache: ExpertCache) -> None:
         """Let the experts live in `pool`, of `slots[g]` slots in size group g, filled by `cache`."""
@@ -83,24 +89,97 @@ class LlamaEngine:
         """Let `override` overwrite the ids, (layer, int32 [tokens, top_k]), before they are made resident."""
         self._hook.override = override
 
+    @property
+    def library(self) -> Library:
+        return self._lib
+
+    @cached_property
+    def has_server(self) -> bool:
+        """Whether the library is the wheel's, which carries llama.cpp's server."""
+        spec = importlib.util.find_spec("xllamacpp")
+        return (
+            bool(spec and spec.origin)
+            and self._lib.path.resolve().parent == Path(spec.origin).resolve().parent
+        )
+
+    @property
+    def path(self) -> Path:
+        """The model's first file."""
+        return self._model.catalog.gguf.files[0]
+
+    @property
+    def model_pointer(self) -> int:
+        """The llama_model."""
+        assert self._model.pointer
+        return self._model.pointer
+
+    @property
+    def context_pointer(self) -> int:
+        """The llama_context."""
+        assert self._context.pointer
+        return self._context.pointer
+
+    @property
+    def n_cells(self) -> int:
+        """Tokens that all sequences can hold together."""
+        return self._context.n_cells
+
+    @property
+    def n_batch(self) -> int:
+        """Tokens that the library takes at once, to evaluate them in micro-batches."""
+        return self._context.n_batch
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Bytes of the longest token's text, at most."""
+        text = self._lib.llama_vocab_get_text
+        return max(len(text(self._vocab, token) or b"") for token in range(self.n_vocab))
+
+    def checkpoint_bytes(self) -> int:
+        """What a checkpoint of one sequence takes, of a memory that cannot be cut anywhere; 0 where it can be."""
+        with self.ignoring():
+            size = self._context.partial_state_bytes()
+        return size
+
+    def serve(
+        self,
+        on_prompt: Callable[[], Any],
+        on_graph: Callable[[Evaluated], None],
+        on_error: Callable[[BaseException], None],
+    ) -> int:
+        """The library's server evaluates from here on, until `unserve`; see `RouterHook.serve`."""
+        self._serving = True
+        return self._hook.serve(self.sequences, self.n_vocab, on_prompt, on_graph, on_error)
+
+    def unserve(self) -> None:
+        """The server has gone."""
+        self._serving = False
+        self._lib.keep_log()
+        self.clear()
+
+    @contextmanager
+    def ignoring(self) -> Iterator[None]:
+        """Let graphs that are evaluated meanwhile end at once, uncounted."""
+        self._hook.ignore(True)
+        try:
+            yield
+        finally:
+            self._hook.ignore(False)
+            self._lib.keep_log()
+
     def past(self, sequence: int = 0) -> int:
         """Tokens in a sequence."""
         return self._context.past[sequence]
 
     def decode(self, tokens: Sequence[int], sequence: int = 0, *, embed: bool = False) -> None:
+        if self._serving:
+            raise UsageError("the model's context is its server's: close that first")
         before = self._context.past[sequence]
         if before + len(tokens) > self.n_ctx:
             raise FlashMoEError(
                 f"the context is full: {before + len(tokens)} tokens of {self.n_ctx}; use a larger one (-c)"
             )
-        if self._model.token_table is not None:
-            self._model.token_table.fetch(tokens)
-        graph = len(tokens) == 1, embed
-        self._hook.inspect(graph in self._uninspected)
-        if self._hook.cache is not None:
-            self._hook.cache.begin_step(len(tokens), self._model.catalog.top_k)
-        if self._hook.prefetcher is not None:
-            self._hook.prefetcher.begin_step(tokens)
+        self._hook.begin(tokens, embed=embed)
         with self._hook.watch():
             status = self._context.decode(tokens, sequence, embed=embed)
         if self._hook.error or status:
@@ -108,7 +187,6 @@ class LlamaEngine:
             raise self._hook.error or ModelError(
                 f"llama.cpp failed to evaluate {len(tokens)} tokens (status {status})"
             )
-        self._uninspected.discard(graph)
 
     def interrupt(self, error: BaseException) -> None:
         """From another thread: end the evaluation under way, which takes its tokens back and raises `error`."""
@@ -153,30 +231,6 @@ class LlamaEngine:
 
     def is_end(self, token: int) -> bool:
         return bool(self._lib.llama_vocab_is_eog(self._vocab, token))
-
-    def chat_prompt(
-        self,
-        messages: Sequence[dict[str, Any]],
-        tools: Sequence[dict[str, Any]] | None = None,
-        answer: bool = True,
-    ) -> str:
-        template = self._lib.llama_model_chat_template(self._model.pointer, None)
-        if not template:
-            raise ModelError(
-                "this model has no chat template: use `flashmoe run` without --chat, with a plain prompt"
-            )
-        return render_chat(
-            template.decode(),
-            messages,
-            tools=tools,
-            answer=answer,
-            bos=self._text(True),
-            eos=self._text(False),
-        )
-
-    def _text(self, bos: bool) -> str:
-        token = (self._lib.llama_vocab_bos if bos else self._lib.llama_vocab_eos)(self._vocab)
-        return self._lib.llama_vocab_get_text(self._vocab, token).decode() if token >= 0 else ""
 
     def close(self) -> None:
         """Free the context; the model is its loader's."""

@@ -9,17 +9,31 @@ callback.py); Python runs once per layer.
 from __future__ import annotations
 
 import ctypes as C
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
+from itertools import product
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flashmoe.budget import major_faults
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.engines.llamacpp.abi import Tensor
-from flashmoe.engines.llamacpp.callback import NOT_RETURNED, PYTHON_CALLBACK, RETURNED, Control, on_node
+from flashmoe.engines.llamacpp.callback import (
+    BEGIN,
+    END,
+    LOOK,
+    NOT_RETURNED,
+    PYTHON_CALLBACK,
+    RETURNED,
+    Control,
+    on_node,
+)
 from flashmoe.engines.llamacpp.interrupts import hold_interrupts
 from flashmoe.engines.llamacpp.loader import LoadedModel
 from flashmoe.engines.llamacpp.routers import read_router
@@ -29,6 +43,16 @@ from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import RoutingObserver
 
 INDICES = 26  # GGML_TYPE_I32
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A graph that the library's server has evaluated."""
+
+    tokens: Sequence[int]  # their ids, -1 where only their number is known
+    decode: bool
+    seconds: float
+    faults: int  # pages that had to be read back from the drive
 
 
 class RouterHook:
@@ -44,16 +68,16 @@ class RouterHook:
         self._renamed: dict[int, int] = {}
         self._late_inputs: set[bytes] = set()
         self._late = C.create_string_buffer(64)
-        self._ids = np.zeros(n_ubatch * model.catalog.top_k, np.int32)
+        self._n_ids = n_ubatch * model.catalog.top_k
+        self._ids = np.zeros(0, np.int32)
         self._python = PYTHON_CALLBACK(self._on_python)
         self._control = Control(
             python=C.cast(self._python, C.c_void_p).value,
             outcome=RETURNED,
-            buffer=self._ids.ctypes.data,
-            capacity=len(self._ids),
             late=C.addressof(self._late),
         )
-        self.cache: ExpertCache | None = None
+        self._cache: ExpertCache | None = None
+        self._blocks = np.zeros((2, max(self._layer_of_block) + 1), np.int64)
         self.recorder: RoutingObserver | None = None
         self.prefetcher: Prefetcher | None = None
         self._met: dict[int, Router | None] = {}
@@ -62,6 +86,39 @@ class RouterHook:
         #: Called with (layer, ids [tokens, top_k]) to put other experts in place of the router's.
         self.override: Callable[[int, NDArray[np.int32]], None] | None = None
         self.error: BaseException | None = None
+        #: Kinds of graphs, of one token or several and for embeddings or not, that were not inspected yet.
+        self._uninspected = set(product((True, False), repeat=2))
+        self._kind = True, False
+        self._inspected = True  # all of the last graph that was to be
+        self._asked: Prefetcher | None = None  # in the present graph
+        self._n_vocab = 0
+        # of the library's server
+        self._parallel = 0
+        self._on_prompt: Callable[[], Any] = lambda: None
+        self._on_graph: Callable[[Evaluated], None] = lambda _: None
+        self._on_error: Callable[[BaseException], None] = lambda _: None
+        self._graph_began = 0.0
+        self._graph_tokens: list[int] = []
+        self._graph_faults = 0
+        self._prompting = False
+        self._threads: set[int] = set()
+
+    @property
+    def cache(self) -> ExpertCache | None:
+        """Who makes experts resident."""
+        return self._cache
+
+    @cache.setter
+    def cache(self, cache: ExpertCache) -> None:
+        cache.reserve(self._n_ids)
+        self._cache, self._ids = cache, cache.ids
+        for block, layer in self._layer_of_block.items():
+            self._blocks[:, block] = layer, cache.first_slots[layer]
+        control = self._control
+        control.buffer, control.capacity = self._ids.ctypes.data, len(self._ids)
+        control.slots = cache.slots.ctypes.data
+        control.layers, control.first_slots = (row.ctypes.data for row in self._blocks)
+        control.recent_at, control.recent_size = cache.recent.at.ctypes.data, cache.recent.ids.shape[1]
 
     @property
     def function(self) -> int:
@@ -73,7 +130,56 @@ class RouterHook:
         """Address for llama_context_params.cb_eval_user_data."""
         return C.addressof(self._control)
 
-    def inspect(self, enable: bool) -> None:
+    def ignore(self, wanted: bool) -> None:
+        """Let graphs end at their first node, and count nothing: what a server tries while it starts."""
+        self._control.ignore = int(wanted)
+
+    def serve(
+        self,
+        parallel: int,
+        n_vocab: int,
+        on_prompt: Callable[[], Any],
+        on_graph: Callable[[Evaluated], None],
+        on_error: Callable[[BaseException], None],
+    ) -> int:
+        """Graphs come unannounced from here on; the address of what `callback.end_graph` takes.
+
+        A graph of at most `parallel` tokens is counted as decoding; on_prompt is called before one of more tokens that
+        follows it. on_graph is told of each that has succeeded, on_error why one has failed. All in the thread that
+        evaluates.
+        """
+        self._parallel, self._n_vocab = parallel, n_vocab
+        self._on_prompt, self._on_graph, self._on_error = on_prompt, on_graph, on_error
+        return self.data
+
+    def begin(self, tokens: Sequence[int], *, embed: bool = False) -> None:
+        """A graph of `tokens` is about to be evaluated: have what it needs before its first layer. Raises ReadError.
+
+        tokens: their ids, none where only their number is known (images): -1.
+        """
+        cache, control = self._cache, self._control
+        if self._model.token_table is not None:
+            self._model.token_table.fetch(tokens)
+        self._kind = len(tokens) == 1, embed
+        self._inspect_next(self._kind in self._uninspected)
+        control.request = control.recent = 0
+        control.begun = 1
+        if cache is None:
+            return
+        top_k = self._model.catalog.top_k
+        cache.begin_step(len(tokens), top_k)
+        # decoding several sequences, the next layer is asked for too much to guess it
+        together = len(tokens) > 1 and cache.phase == "decode"
+        self._asked = None if together or min(tokens, default=-1) < 0 else self.prefetcher
+        if self._asked is not None:
+            self._asked.begin_step(tokens)
+        compiled = cache.compiled_request(len(tokens) * top_k)
+        if compiled and not (control.inspect or self._asked or self.recorder or self.override):
+            control.pool, control.arrays, control.request = compiled.pool, compiled.arrays, compiled.function
+            if cache.phase == "decode":
+                control.recent = cache.recent.ids.ctypes.data
+
+    def _inspect_next(self, enable: bool) -> None:
         """Check, node by node, that the next graph uses expert tensors only with ids that were renamed."""
         routers = [router for _, router in sorted(self._met.items()) if router]
         if self.prefetcher is not None and not self._routers and len(routers) == len(self._layer_of_block):
@@ -81,6 +187,7 @@ class RouterHook:
             self.prefetcher.use_routers(routers)
         if enable:
             self._experts = self._model.layer_of_tensor()
+            self._inspected = True
             self._renamed = {}
             self._late_inputs.clear()
         elif len(self._late_inputs) == 1:  # every layer's last product has the same kind of input
@@ -97,24 +204,38 @@ class RouterHook:
         if self._control.outcome == NOT_RETURNED and not self.error:
             # a signal handler has raised before the callback's first line: ctypes swallows that
             self.error = FlashMoEError("the evaluation was interrupted")
+        self._control.thread = self._control.begun = 0
         self._settle()
+        if not self.error and self._inspected:
+            self._uninspected.discard(self._kind)
 
     def _settle(self) -> None:
         """No read may be under way when an evaluation has ended; only one that failed leaves any."""
         self._control.pending = False
-        if self.cache and self.cache.pending:
+        if not self._cache:
+            return
+        self._cache.stats[self._cache.phase].hits += self._control.hits
+        self._control.hits = 0
+        if self._control.done > 0:  # a compiled request whose misses nobody has read, or only misses
+            self._cache.withdraw(self._layer_of_block[self._control.block], self._control.done)
+            self._control.done = -1
+        if self._cache.pending:
             self.error = self.error or ModelError(
                 "an expert product ran before its reads had ended; please report it"
             )
             with suppress(FlashMoEError):
-                self.cache.finish()
+                self._cache.finish()
 
-    def _on_python(self, address: int, ask: int) -> int:
+    def _on_python(self, address: int, why: int) -> int:
         """Goes on if it ends with outcome RETURNED; else the evaluation ends and `error` says why."""
         control = self._control
         try:
-            if self.error is None:
-                if ask:
+            if why == END:
+                self._end_graph(failed=bool(address))
+            elif self.error is None:
+                if why == BEGIN:
+                    self._begin_graph(control, address)
+                elif why == LOOK:
                     self._inspect(Tensor.from_address(address))
                 elif control.block >= 0:
                     self._rename(control, address)
@@ -127,12 +248,50 @@ class RouterHook:
             self.error = self.error or error
         return int(self.error is None)
 
+    def _begin_graph(self, control: Control, node: int) -> None:
+        """The library's server evaluates: the first node of its graph is ready to be computed."""
+        if (thread := threading.get_ident()) not in self._threads:
+            # the library's thread: Python's state of it stays, instead of being made anew for every callback
+            self._threads.add(thread)
+            C.pythonapi.PyGILState_Ensure()
+        ids = np.ctypeslib.as_array((C.c_int32 * control.tokens).from_address(control.inputs)).copy()
+        if (ids < 0).any() or (ids >= self._n_vocab).any():
+            ids[:] = -1  # not set: the graph is fed with embeddings
+        self._announce(ids.tolist())
+        if control.inspect:
+            self._inspect(Tensor.from_address(node))
+
+    def _announce(self, tokens: list[int]) -> None:
+        assert self._cache is not None
+        decode = len(tokens) <= self._parallel
+        self._cache.phase = "decode" if decode else "prefill"
+        if not decode and not self._prompting:
+            self._on_prompt()
+        self._prompting = not decode
+        self._graph_tokens, self._graph_began = tokens, time.perf_counter()
+        self._graph_faults = major_faults()
+        self.begin(tokens)
+
+    def _end_graph(self, failed: bool) -> None:
+        self._settle()
+        error, self.error = self.error, None
+        if failed or error:
+            self._on_error(error or FlashMoEError("the evaluation was interrupted"))
+            return
+        if self._inspected:
+            self._uninspected.discard(self._kind)
+        if self._control.begun:
+            seconds, faults = time.perf_counter() - self._graph_began, major_faults() - self._graph_faults
+            self._on_graph(Evaluated(self._graph_tokens, not self._prompting, seconds, faults))
+
     def _rename(self, control: Control, node: int) -> None:
         began = time.perf_counter()
-        assert self.cache is not None
-        stats = self.cache.stats[self.cache.phase]
-        stalled = stats.stall_seconds
+        assert self._cache is not None
         tokens, top_k = control.tokens, control.top_k
+        if not control.begun:
+            self._announce([-1] * tokens)
+        stats = self._cache.stats[self._cache.phase]
+        stalled = stats.stall_seconds
         layer = self._layer_of_block[control.block]
         ids = self._ids[: tokens * top_k]
         if self.override is not None:
@@ -141,19 +300,26 @@ class RouterHook:
         if recorder is not None:
             weights = np.ctypeslib.as_array((C.c_float * len(ids)).from_address(control.weights))
             recorder.add(layer, ids.reshape(tokens, top_k), weights.reshape(tokens, top_k))
-        if self.cache.pending:
+        if self._cache.pending:
             raise ModelError(
                 f"the last product of layer {layer - 1} did not wait for its reads; please report it"
             )
         meanwhile = None
-        if self.prefetcher is not None:
+        if self._asked is not None:
             if control.inspect and tokens == 1 and control.logits:
                 self._met[layer] = read_router(self._model.lib, node, control.logits, control.ids)
-            meanwhile = partial(self._look_ahead, self.prefetcher, control, layer)
+            meanwhile = partial(self._look_ahead, self._asked, control, layer)
         wanted = ids if tokens == 1 else ids.reshape(tokens, top_k)
-        slots = self.cache.ensure(layer, wanted, leave_last=control.late_length > 0, meanwhile=meanwhile)
+        slots = self._cache.ensure(
+            layer,
+            wanted,
+            leave_last=control.late_length > 0,
+            meanwhile=meanwhile,
+            requested=control.done,
+        )
+        control.done = -1
         ids[:] = slots
-        control.pending = self.cache.pending
+        control.pending = self._cache.pending
         if control.inspect:
             self._renamed[control.ids] = layer
         stats.overhead_seconds += time.perf_counter() - began - (stats.stall_seconds - stalled)
@@ -175,9 +341,9 @@ class RouterHook:
         prefetcher.routed(layer, ids)
 
     def _finish(self, control: Control) -> None:
-        assert self.cache is not None
+        assert self._cache is not None
         control.pending = False
-        self.cache.finish()
+        self._cache.finish()
 
     def _inspect(self, node: Tensor) -> None:
         """Raise ModelError where a node uses tensors of ours in a way that is not provided for."""
@@ -192,6 +358,9 @@ class RouterHook:
         for source in (node.src[0], node.src[1]):
             layer = self._experts.get(source) if source else None
             if layer is None or node.view_src == source:  # a reshaped table keeps its slots
+                continue
+            if 0 in node.ne[:]:  # the last layer of a micro-batch without outputs: nothing is computed
+                self._inspected = False
                 continue
             if self._renamed.get(node.src[2] or 0) != layer:
                 raise ModelError(

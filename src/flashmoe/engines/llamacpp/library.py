@@ -35,6 +35,9 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_model_n_ctx_train": (i32, (ptr,)),
     "llama_model_n_swa": (i32, (ptr,)),
     "llama_model_has_encoder": (flag, (ptr,)),
+    "llama_model_is_recurrent": (flag, (ptr,)),
+    "llama_model_is_hybrid": (flag, (ptr,)),
+    "llama_state_seq_get_size_ext": (_size, (ptr, i32, u32)),
     "llama_model_n_embd_out": (i32, (ptr,)),
     "llama_model_chat_template": (_text, (ptr, _text)),
     "llama_free": (None, (ptr,)),
@@ -127,6 +130,19 @@ class Library:
         function = self._find(name)
         function.restype, function.argtypes = result, list(arguments)
         setattr(self, name, function)
+
+    @property
+    def handle(self) -> C.CDLL:
+        """The library itself, without those beside it."""
+        return self._handles[0]
+
+    def address(self, name: str) -> int:
+        """Where a function is."""
+        return C.cast(self._find(name), C.c_void_p).value or 0
+
+    def keep_log(self) -> None:
+        """Have errors in `messages` again: its server has a log of its own."""
+        self.llama_log_set(self._log, None)
 
     def _find(self, name: str) -> Any:
         for handle in self._handles:

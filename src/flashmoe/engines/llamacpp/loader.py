@@ -57,6 +57,7 @@ class LoadedModel:
             raise file.error
         if not self.pointer:
             raise load_error(lib, catalog)
+        self._buffer.seal()
         self.catalog = catalog.only(self._buffer.tensors)
         for layer in self.catalog.layers:
             for plane in (*layer.planes, *layer.tables):

@@ -14,15 +14,16 @@ class Sampler:
 
     def __init__(self, lib: Library, context: Context, sampling: Sampling) -> None:
         self._lib, self._context = lib, context
+        temperature, top_k, top_p, min_p = sampling.chain()
         self._chain: int | None = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
-        if sampling.temperature <= 0:
+        if temperature <= 0:
             links = [lib.llama_sampler_init_greedy()]
         else:
             links = [
-                lib.llama_sampler_init_top_k(sampling.top_k),
-                lib.llama_sampler_init_top_p(sampling.top_p, 1),
-                lib.llama_sampler_init_min_p(sampling.min_p, 1),
-                lib.llama_sampler_init_temp(sampling.temperature),
+                lib.llama_sampler_init_top_k(top_k),
+                lib.llama_sampler_init_top_p(top_p, 1),
+                lib.llama_sampler_init_min_p(min_p, 1),
+                lib.llama_sampler_init_temp(temperature),
                 lib.llama_sampler_init_dist(
                     _RANDOM_SEED if sampling.seed is None else sampling.seed & 0xFFFFFFFF
                 ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class TransformersEngine:
 
     `model` is the library's own, with its own `generate`: its forwards go through the pool too.
     """
+
+    has_server = False
 
     pooling, n_embd = "none", 0  # it makes no embeddings
 
@@ -173,12 +175,7 @@ class TransformersEngine:
     def is_end(self, token: int) -> bool:
         return token in self._ends
 
-    def chat_prompt(
-        self,
-        messages: Sequence[dict[str, Any]],
-        tools: Sequence[dict[str, Any]] | None = None,
-        answer: bool = True,
-    ) -> str:
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> str:
         tokenizer = self._tokens()
         if not tokenizer.chat_template:
             raise ModelError(
@@ -186,7 +183,7 @@ class TransformersEngine:
             )
         try:
             text: str = tokenizer.apply_chat_template(
-                list(messages), tools=tools, add_generation_prompt=answer, tokenize=False
+                list(messages), add_generation_prompt=True, tokenize=False
             )
         except Exception as error:  # templates raise what they like
             raise ModelError(f"the model's chat template does not take these messages ({error})") from None

@@ -17,7 +17,8 @@ class Sampler:
         from transformers.generation import logits_process as warpers
 
         self._logits = torch.from_numpy(logits)
-        self._greedy = sampling.temperature <= 0
+        temperature, top_k, top_p, min_p = sampling.chain()
+        self._greedy = temperature <= 0
         self._random = torch.Generator()
         if sampling.seed is not None:
             self._random.manual_seed(sampling.seed & 0xFFFFFFFF)
@@ -26,13 +27,13 @@ class Sampler:
         self._chain = warpers.LogitsProcessorList()
         if self._greedy:
             return
-        if sampling.top_k > 0:
-            self._chain.append(warpers.TopKLogitsWarper(sampling.top_k))
-        if 0 < sampling.top_p < 1:
-            self._chain.append(warpers.TopPLogitsWarper(sampling.top_p))
-        if 0 < sampling.min_p < 1:
-            self._chain.append(warpers.MinPLogitsWarper(sampling.min_p))
-        self._chain.append(warpers.TemperatureLogitsWarper(float(sampling.temperature)))
+        if top_k > 0:
+            self._chain.append(warpers.TopKLogitsWarper(top_k))
+        if 0 < top_p < 1:
+            self._chain.append(warpers.TopPLogitsWarper(top_p))
+        if 0 < min_p < 1:
+            self._chain.append(warpers.MinPLogitsWarper(min_p))
+        self._chain.append(warpers.TemperatureLogitsWarper(float(temperature)))
 
     def sample(self) -> int:
         """Choose a token from the logits of the last evaluation."""

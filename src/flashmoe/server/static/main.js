@@ -1,6 +1,5 @@
 // Reads the server's live frames and shows them, as long as the page is seen.
 
-import "./chat.js";
 import { Figures } from "./figures.js";
 import { HeatMap } from "./heatmap.js";
 import { events, request } from "./server.js";
@@ -38,8 +37,8 @@ function show(frame) {
 }
 
 async function follow(signal) {
-  views ??= open(await (await request("/flashmoe/info", { signal })).json());
-  const response = await request(`/flashmoe/live/stream?hz=${calm.matches ? 2 : 10}`, { signal });
+  views ??= open(await (await request("info", { signal })).json());
+  const response = await request(`live/stream?hz=${calm.matches ? 2 : 10}`, { signal });
   for await (const data of events(response)) show(JSON.parse(data));
 }
 

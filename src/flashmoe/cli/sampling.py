@@ -1,0 +1,160 @@
+"""Options of sampling and of chat templates, by llama.cpp's names."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flashmoe.errors import UsageError
+
+
+def _option(flags: str, text: str, **more: Any) -> Any:
+    return typer.Option(*flags.split(), help=text, rich_help_panel="Sampling", **more)
+
+
+def _chat(flags: str, text: str) -> Any:
+    return typer.Option(*flags.split(), help=text, rich_help_panel="Chat template and reasoning")
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are chosen. Left out, llama.cpp's defaults hold, or what the model's file recommends."""
+
+    temp: Annotated[float | None, _option("--temp", "Temperature; 0 is greedy (0.8).")] = None
+    top_k: Annotated[int | None, _option("--top-k", "Keep the k most probable tokens; 0 keeps all (40).")] = (
+        None
+    )
+    top_p: Annotated[float | None, _option("--top-p", "Nucleus sampling (0.95).")] = None
+    min_p: Annotated[
+        float | None, _option("--min-p", "Minimum probability relative to the most likely token (0.05).")
+    ] = None
+    seed: Annotated[int | None, _option("-s --seed", "Seed of the sampler.")] = None
+    top_n_sigma: Annotated[
+        float | None, _option("--top-n-sigma", "Keep tokens within n standard deviations of the top logit.")
+    ] = None
+    typical: Annotated[float | None, _option("--typical", "Locally typical sampling.")] = None
+    xtc_probability: Annotated[float | None, _option("--xtc-probability", "Probability of XTC.")] = None
+    xtc_threshold: Annotated[float | None, _option("--xtc-threshold", "Threshold of XTC.")] = None
+    dynatemp_range: Annotated[float | None, _option("--dynatemp-range", "Dynamic temperature: range.")] = None
+    dynatemp_exp: Annotated[float | None, _option("--dynatemp-exp", "Dynamic temperature: exponent.")] = None
+    repeat_last_n: Annotated[int | None, _option("--repeat-last-n", "Tokens considered for penalties.")] = (
+        None
+    )
+    repeat_penalty: Annotated[float | None, _option("--repeat-penalty", "Penalty of repeated tokens.")] = None
+    presence_penalty: Annotated[float | None, _option("--presence-penalty", "Presence penalty.")] = None
+    frequency_penalty: Annotated[float | None, _option("--frequency-penalty", "Frequency penalty.")] = None
+    dry_multiplier: Annotated[float | None, _option("--dry-multiplier", "DRY: multiplier; 0 is off.")] = None
+    dry_base: Annotated[float | None, _option("--dry-base", "DRY: base.")] = None
+    dry_allowed_length: Annotated[int | None, _option("--dry-allowed-length", "DRY: allowed length.")] = None
+    dry_penalty_last_n: Annotated[int | None, _option("--dry-penalty-last-n", "DRY: tokens considered.")] = (
+        None
+    )
+    mirostat: Annotated[int | None, _option("--mirostat", "Mirostat: 0 off, 1, or 2.")] = None
+    mirostat_ent: Annotated[float | None, _option("--mirostat-ent", "Mirostat: target entropy.")] = None
+    mirostat_lr: Annotated[float | None, _option("--mirostat-lr", "Mirostat: learning rate.")] = None
+    samplers: Annotated[
+        str | None, _option("--samplers", "Samplers and their order, separated by semicolons.")
+    ] = None
+    ignore_eos: Annotated[bool, _option("--ignore-eos", "Go on after the end of text.")] = False
+    grammar: Annotated[str | None, _option("--grammar", "A grammar (GBNF) that the text must follow.")] = None
+    json_schema: Annotated[
+        str | None, _option("-j --json-schema", "A JSON schema that the text must follow.")
+    ] = None
+
+    def sampling(self) -> Any:
+        """As the Python API has it."""
+        from flashmoe.engines.base import Sampling
+
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        renamed = {_NAMES.get(name, name): value for name, value in given.items()}
+        return Sampling(**renamed | {"ignore_eos": self.ignore_eos or None})
+
+    def defaults(self) -> dict[str, Any]:
+        """For requests that say nothing else: attributes of llama.cpp's common_params_sampling. Raises UsageError."""
+        given = {name: value for name, value in self.sampling().request().items() if name != "samplers"}
+        if self.samplers is not None:
+            given["samplers"] = self.samplers
+        for name in ("top_n_sigma", "grammar", "json_schema"):
+            if name in given:
+                raise UsageError(
+                    f"--{name.replace('_', '-')} cannot be a default of the server: clients send {name!r}"
+                )
+        return {_ATTRIBUTES.get(name, name): value for name, value in given.items()}
+
+
+# option -> field of flashmoe.Sampling
+_NAMES = {
+    "temp": "temperature",
+    "typical": "typical_p",
+    "dynatemp_exp": "dynatemp_exponent",
+    "mirostat_ent": "mirostat_tau",
+    "mirostat_lr": "mirostat_eta",
+}
+# field of a request -> attribute of common_params_sampling
+_ATTRIBUTES = {
+    "temperature": "temp",
+    "typical_p": "typ_p",
+    "repeat_last_n": "penalty_last_n",
+    "repeat_penalty": "penalty_repeat",
+    "presence_penalty": "penalty_present",
+    "frequency_penalty": "penalty_freq",
+}
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """How messages become a prompt, and what becomes of thoughts."""
+
+    chat_template: Annotated[
+        str | None, _chat("--chat-template", "A Jinja template, or the name of one that llama.cpp knows.")
+    ] = None
+    chat_template_file: Annotated[
+        Path | None, _chat("--chat-template-file", "Read the chat template from a file.")
+    ] = None
+    chat_template_kwargs: Annotated[
+        str | None, _chat("--chat-template-kwargs", "Arguments of the template, as a JSON object.")
+    ] = None
+    reasoning_format: Annotated[
+        str, _chat("--reasoning-format", "Where thoughts go: none (into the text), auto, deepseek.")
+    ] = "deepseek"
+    reasoning_budget: Annotated[
+        int, _chat("--reasoning-budget", "Maximum tokens of thoughts; -1: any number, 0: none.")
+    ] = -1
+    mmproj: Annotated[Path | None, _chat("--mmproj", "Projector of a model that sees or hears.")] = None
+
+    def server(self, **more: Any) -> Any:
+        """As the Python API has it. Raises UsageError."""
+        from flashmoe.engines.llamacpp.serving.options import ServerOptions
+
+        template = self.chat_template or ""
+        if self.chat_template_file is not None:
+            try:
+                template = self.chat_template_file.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UsageError(
+                    f"{self.chat_template_file}: the template cannot be read ({error})"
+                ) from None
+        return ServerOptions(
+            chat_template=template,
+            chat_template_kwargs=_kwargs(self.chat_template_kwargs),
+            reasoning_format=self.reasoning_format,
+            reasoning_budget=self.reasoning_budget,
+            mmproj=self.mmproj,
+            **more,
+        )
+
+
+def _kwargs(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        kwargs = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"--chat-template-kwargs is no JSON ({error})") from None
+    if not isinstance(kwargs, dict):
+        raise UsageError("--chat-template-kwargs must be a JSON object")
+    return kwargs

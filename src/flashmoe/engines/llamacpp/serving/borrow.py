@@ -1,0 +1,191 @@
+"""The compiled functions behind the import slots: the server gets our model and context, and gives them back.
+
+They are compiled because the server's constructor waits for its loading thread with Python's lock held: whatever that
+thread calls must not be Python.
+
+- llama_model_load_from_file and llama_init_from_model return what is offered, for as long as a server starts.
+- llama_model_free and llama_free leave what is lent alone, and free everything else.
+- ggml_backend_sched_graph_compute_async evaluates; where the graph's hook has failed, so does the step. llama.cpp's
+  scheduler itself reports success when a callback ends an evaluation, and a server would sample from what was never
+  computed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from llvmlite import binding, ir
+from numba import carray, cfunc, types
+from numba.extending import intrinsic
+
+from flashmoe.engines.llamacpp.callback import end_graph, int64_at
+from flashmoe.engines.llamacpp.library import Library
+from flashmoe.engines.llamacpp.serving.imports import ImportSlot, import_slots
+from flashmoe.errors import LibraryError
+
+_GIVE_MODEL, _GIVE_CONTEXT = "llama_model_load_from_file", "llama_init_from_model"
+_FREE_MODEL, _FREE_CONTEXT = "llama_model_free", "llama_free"
+_COMPUTE = "ggml_backend_sched_graph_compute_async"
+_NAMES = {_GIVE_MODEL, _GIVE_CONTEXT, _FREE_MODEL, _FREE_CONTEXT, _COMPUTE}
+
+_FAILED = -1  # GGML_STATUS_FAILED
+_MOST = 32  # models lent at once, in one process
+# What the compiled functions share: what is offered, the library's own functions, and by row what is lent
+_OFFERED_MODEL, _OFFERED_CONTEXT, _OWN_FREE_MODEL, _OWN_FREE_CONTEXT, _OWN_COMPUTE, _LENT = range(6)
+_ROW = 3  # model, context, the Control of its hook
+_cells = np.zeros(_LENT + _ROW * _MOST, np.int64)
+_SYMBOL = "flashmoe_lent"
+binding.add_symbol(
+    _SYMBOL, _cells.ctypes.data
+)  # by name, so that compiled code can be kept for other processes
+_pthread_self = types.ExternalFunction("pthread_self", types.int64())
+
+
+@intrinsic
+def _lent(_typing: Any) -> Any:
+    """The address of the cells."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, _args: Any) -> Any:
+        number = ir.IntType(64)
+        known = builder.module.globals.get(_SYMBOL)
+        return builder.ptrtoint(known or ir.GlobalVariable(builder.module, number, _SYMBOL), number)
+
+    return types.int64(), generate
+
+
+@intrinsic
+def _free(_typing: Any, _function: Any, _pointer: Any) -> Any:
+    """Call void function(pointer) at an address."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), [args[1]])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def _evaluate(_typing: Any, _function: Any, _scheduler: Any, _graph: Any) -> Any:
+    """Call the library's own ggml_backend_sched_graph_compute_async at an address."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(32), [ir.IntType(64)] * 2)
+        return builder.call(builder.inttoptr(args[0], kind.as_pointer()), list(args[1:]))
+
+    return types.int32(types.int64, types.int64, types.int64), generate
+
+
+@cfunc(types.int64(), cache=True)
+def _give_model() -> Any:  # pragma: no cover - compiled
+    return carray(int64_at(_lent()), _LENT)[_OFFERED_MODEL]  # type: ignore[call-arg]
+
+
+@cfunc(types.int64(), cache=True)
+def _give_context() -> Any:  # pragma: no cover - compiled
+    return carray(int64_at(_lent()), _LENT)[_OFFERED_CONTEXT]  # type: ignore[call-arg]
+
+
+@cfunc(types.void(types.int64), cache=True)
+def _free_model(model: Any) -> None:  # pragma: no cover - compiled
+    cells = carray(int64_at(_lent()), _LENT + _ROW * _MOST)  # type: ignore[call-arg]
+    for i in range(_MOST):
+        if cells[_LENT + _ROW * i] == model:
+            return
+    _free(cells[_OWN_FREE_MODEL], model)
+
+
+@cfunc(types.void(types.int64), cache=True)
+def _free_context(context: Any) -> None:  # pragma: no cover - compiled
+    cells = carray(int64_at(_lent()), _LENT + _ROW * _MOST)  # type: ignore[call-arg]
+    for i in range(_MOST):
+        if cells[_LENT + _ROW * i + 1] == context:
+            return
+    _free(cells[_OWN_FREE_CONTEXT], context)
+
+
+@cfunc(types.int32(types.int64, types.int64), cache=True)
+def _compute(scheduler: Any, graph: Any) -> Any:  # pragma: no cover - compiled
+    cells = carray(int64_at(_lent()), _LENT + _ROW * _MOST)  # type: ignore[call-arg]
+    status = _evaluate(cells[_OWN_COMPUTE], scheduler, graph)  # type: ignore[call-arg]
+    thread = _pthread_self()
+    for i in range(_MOST):
+        control = cells[_LENT + _ROW * i + 2]
+        if control != 0 and end_graph(control, thread) < 0:
+            return _FAILED
+    return status
+
+
+class _Slots:
+    """The import slots of the one library in this process whose server is used."""
+
+    def __init__(self, lib: Library) -> None:
+        self.path = lib.path
+        self._slots = import_slots(lib.handle, _NAMES)
+        self.lock = threading.Lock()
+        for name, function, cell in (
+            (_FREE_MODEL, _free_model, _OWN_FREE_MODEL),
+            (_FREE_CONTEXT, _free_context, _OWN_FREE_CONTEXT),
+            (_COMPUTE, _compute, _OWN_COMPUTE),
+        ):
+            _cells[cell] = lib.address(name)
+            self._slots[name].address = function.address or 0
+
+    @contextmanager
+    def offering(self, model: int, context: int) -> Iterator[None]:
+        """What asks for a model and a context meanwhile gets these."""
+        with self.lock:
+            slots: list[tuple[ImportSlot, Any]] = [
+                (self._slots[_GIVE_MODEL], _give_model),
+                (self._slots[_GIVE_CONTEXT], _give_context),
+            ]
+            before = [slot.address for slot, _ in slots]
+            _cells[_OFFERED_MODEL], _cells[_OFFERED_CONTEXT] = model, context
+            for slot, function in slots:
+                slot.address = function.address or 0
+            try:
+                yield
+            finally:
+                for (slot, _), address in zip(slots, before, strict=True):
+                    slot.address = address
+
+
+_slots: _Slots | None = None
+_first = threading.Lock()
+
+
+def lend(
+    lib: Library, model: int, context: int, control: int, start: Callable[[], Any]
+) -> tuple[Any, Callable[[], None]]:
+    """Call `start`, which makes a server of the library's, that gets `model` and `context` and leaves them alive.
+
+    control: see `RouterHook.serve`. Returns what `start` returned, and what to call when the server has gone.
+    Raises LibraryError where the library cannot be made to borrow, and what `start` raises.
+    """
+    global _slots
+    with _first:
+        if _slots is None:
+            _slots = _Slots(lib)
+    if _slots.path != lib.path:
+        raise LibraryError(f"{lib.path}: the server of another library is used already: {_slots.path}")
+    rows = _cells[_LENT:].reshape(_MOST, _ROW)
+    with _slots.lock:
+        free = np.flatnonzero(rows[:, 0] == 0)
+        if not len(free):
+            raise LibraryError(f"{_MOST} models are being served already in this process")
+        row = rows[free[0]]
+        row[:] = model, context, control
+
+    def give_back() -> None:
+        row[:] = 0
+
+    try:
+        with _slots.offering(model, context):
+            return start(), give_back
+    except BaseException:
+        give_back()
+        raise

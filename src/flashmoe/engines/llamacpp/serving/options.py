@@ -1,0 +1,37 @@
+"""What llama.cpp's server is told beside its model and context."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flashmoe.errors import ModelError
+
+_PROJECTOR_BUFFERS = 128 << 20  # beside its weights, for an image
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What the server is told beside its model and context. Names and defaults are llama.cpp's."""
+
+    alias: str = ""
+    chat_template: str = ""  # in place of the model's own
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    reasoning_format: str = "deepseek"  # none, auto, deepseek, deepseek-legacy
+    reasoning_budget: int = -1  # tokens of thinking: -1 any, 0 none
+    cache_ram_mib: int = 0  # of conversations that no slot holds
+    ctx_checkpoints: int = 0  # of each slot, for memories that cannot be cut
+    mmproj: Path | None = None  # the projector of a model that sees or hears
+    sampling: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # defaults: attributes of common_params_sampling
+
+
+def projector_bytes(path: Path) -> int:
+    """What a projector takes of the memory budget. Raises ModelError where it cannot be read."""
+    try:
+        return path.stat().st_size + _PROJECTOR_BUFFERS
+    except OSError as error:
+        raise ModelError(f"{path}: the projector cannot be read ({error.strerror})") from None

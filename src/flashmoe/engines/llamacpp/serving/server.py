@@ -1,0 +1,246 @@
+"""llama.cpp's own server over the expert pool: chat templates, tools, samplers, batching, prefix reuse, HTTP.
+
+It listens on a Unix socket of its own, for the front (flashmoe.server), and answers requests of this process without
+HTTP (`chat`, `complete`).
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import queue
+import secrets
+import shutil
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from flashmoe.engines.llamacpp.engine import LlamaEngine
+from flashmoe.engines.llamacpp.hook import Evaluated
+from flashmoe.engines.llamacpp.serving.borrow import lend
+from flashmoe.engines.llamacpp.serving.options import ServerOptions
+from flashmoe.engines.llamacpp.serving.stack import BYTES_PER_CHARACTER, raise_thread_stacks
+from flashmoe.errors import LibraryError, ModelError, UsageError
+
+Request = dict[str, Any]
+Event = dict[str, Any]
+
+_COMPUTE_ERROR = "Compute error."  # all that the server says of an evaluation that has failed
+_THREADS = 4  # of its HTTP side, beside one for each slot; more are made as they are needed
+
+
+class InnerServer:
+    """The server of a LlamaEngine, which lends it its model and its context until `close`.
+
+    Raises LibraryError where the engine's library has no server, and ModelError with what the server says.
+    """
+
+    def __init__(
+        self,
+        engine: LlamaEngine,
+        options: ServerOptions,
+        on_graph: Callable[[Evaluated], None] = lambda _: None,
+        on_prompt: Callable[[], Any] = lambda: None,
+    ) -> None:
+        """on_graph: told of every evaluation; on_prompt: called when a prompt begins. Both in the server's thread."""
+        self._engine = engine
+        self.n_ctx, self.parallel = engine.n_ctx, engine.sequences
+        self.multimodal = options.mmproj is not None
+        #: Why the last evaluation that failed did, "" where none has.
+        self.last_error = ""
+        self._error: BaseException | None = None
+        #: What clients of the socket must send as their key.
+        self.key = secrets.token_urlsafe(32)
+        self._folder = Path(tempfile.mkdtemp(prefix="flashmoe-"))
+        self.socket = str(self._folder / "http.sock")
+        self._stack = raise_thread_stacks()
+        try:
+            params = _params(engine, options, self.socket, self.key)
+            control = engine.serve(on_prompt, on_graph, self._failed)
+            # the only reference to the library's object: it ends when that goes
+            self._server, self._give_back = lend(
+                engine.library,
+                engine.model_pointer,
+                engine.context_pointer,
+                control,
+                lambda: _start(engine, params),
+            )
+        except BaseException:
+            self._remove()
+            raise
+        engine.clear()
+
+    @cached_property
+    def longest_text(self) -> int:
+        """Bytes of the longest text that is worth tokenizing: longer ones fit neither the context nor the stack."""
+        fitting = self.n_ctx * self._engine.longest_token
+        return min(fitting, self._stack // BYTES_PER_CHARACTER) if self._stack else fitting
+
+    @property
+    def longest_token(self) -> int:
+        """Bytes of the longest token's text."""
+        return self._engine.longest_token
+
+    def chat(self, request: Request) -> Iterator[Event]:
+        """Events of a streamed /v1/chat/completions. Raises UsageError, ModelError, or why an evaluation failed."""
+        return self._stream("handle_chat_completions", request)
+
+    def complete(self, request: Request) -> Iterator[Event]:
+        """Events of a streamed /v1/completions. Raises as `chat` does."""
+        return self._stream("handle_completions", request)
+
+    def count_tokens(self, request: Request) -> int:
+        """Tokens of the prompt that a chat request makes. Raises as `chat` does."""
+        answer = self.ask("POST", "/v1/chat/completions/input_tokens", request)
+        return int(answer["input_tokens"])
+
+    def ask(self, method: str, path: str, body: Request | None = None) -> Any:
+        """A request to its HTTP side, as a client of this process; the answer's JSON. Raises as `chat` does."""
+        connection = _UnixConnection(self.socket)
+        try:
+            headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
+            connection.request(method, path, None if body is None else json.dumps(body).encode(), headers)
+            response = connection.getresponse()
+            answer = json.loads(response.read() or b"null")
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise ModelError(f"llama.cpp's server does not answer ({error})") from None
+        finally:
+            connection.close()
+        if response.status >= 400:
+            raise self._as_error(answer.get("error", answer) if isinstance(answer, dict) else answer)
+        return answer
+
+    def _stream(self, handler: str, request: Request) -> Iterator[Event]:
+        """Closing the iterator cancels the request. The caller's thread waits interruptibly."""
+        events: queue.SimpleQueue[Event | BaseException | None] = queue.SimpleQueue()
+        cancelled = threading.Event()
+
+        def hear(event: Event) -> bool:
+            """Whether the server is to stop."""
+            events.put(event)
+            return cancelled.is_set()
+
+        def run() -> None:
+            try:
+                getattr(self._server, handler)({**request, "stream": True}, hear)
+                events.put(None)
+            except Exception as error:  # the server's refusals, as C++ exceptions
+                events.put(error)
+
+        worker = threading.Thread(target=run, name="flashmoe-request", daemon=True)
+        worker.start()
+        self._error = None
+        try:
+            while (event := events.get()) is not None:
+                if isinstance(event, BaseException):
+                    raise UsageError(f"the request cannot be answered ({event})") from None
+                if error := event.get("error") or (event if "code" in event and "message" in event else None):
+                    raise self._as_error(error)
+                yield event
+        finally:
+            cancelled.set()
+            worker.join()
+
+    def _as_error(self, error: Any) -> BaseException:
+        message = str(error.get("message", error)) if isinstance(error, dict) else str(error)
+        if _COMPUTE_ERROR in message and self._error is not None:
+            return self._error
+        code = error.get("code") if isinstance(error, dict) else None
+        if isinstance(code, int) and 400 <= code < 500:
+            hint = " (-c)" if "context size" in message else ""
+            return UsageError(message + hint)
+        return ModelError(f"llama.cpp's server failed ({message})")
+
+    def _failed(self, error: BaseException) -> None:
+        """An evaluation has failed, in the server's thread."""
+        self._error, self.last_error = error, str(error)
+
+    def close(self) -> None:
+        """End it. The engine has its context back, empty."""
+        if self._server is None:
+            return
+        self._server = None  # its destructor ends its threads
+        self._give_back()
+        self._engine.unserve()
+        self._remove()
+
+    def _remove(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost")
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.connect(self._path)
+
+
+def _start(engine: LlamaEngine, params: Any) -> Any:
+    """The library's Server; what it evaluates while it starts is no graph of a request."""
+    import xllamacpp
+
+    with engine.ignoring():
+        try:
+            return xllamacpp.Server(params)
+        except (RuntimeError, ValueError) as error:
+            reason = (engine.library.messages or [str(error)])[-1]
+            raise ModelError(f"llama.cpp's server does not start ({reason})") from None
+
+
+def _params(engine: LlamaEngine, options: ServerOptions, socket: str, key: str) -> Any:
+    """The library's common_params. Raises LibraryError where it is another library than the wheel's."""
+    if not engine.has_server:
+        raise LibraryError(
+            f"{engine.library.path}: chat and serve need llama.cpp's server, which only xllamacpp's library has"
+        )
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(engine.path)
+    params.n_ctx, params.n_parallel, params.kv_unified = engine.n_cells, engine.sequences, engine.shared
+    if engine.shared:
+        params.kv_unified_per_slot = engine.n_ctx
+    params.n_batch, params.n_ubatch = engine.n_batch, engine.n_ubatch
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = engine.threads
+    params.warmup = params.fit_params = False
+    params.use_jinja = params.endpoint_metrics = True
+    params.hostnames, params.api_keys = [socket], [key]
+    params.n_threads_http = engine.sequences + _THREADS
+    params.verbosity = 0
+    params.model_alias = {options.alias or engine.path.stem}
+    params.chat_template = options.chat_template
+    params.default_template_kwargs = {
+        name: json.dumps(value) for name, value in options.chat_template_kwargs.items()
+    }
+    params.reasoning_format = _reasoning_format(xllamacpp, options.reasoning_format)
+    params.sampling.reasoning_budget_tokens = options.reasoning_budget
+    params.cache_ram_mib, params.n_ctx_checkpoints = options.cache_ram_mib, options.ctx_checkpoints
+    if engine.pooling != "none":
+        params.embedding = True
+        params.pooling_type = getattr(
+            xllamacpp.llama_pooling_type, f"LLAMA_POOLING_TYPE_{engine.pooling.upper()}"
+        )
+    if options.mmproj is not None:
+        params.mmproj.path = str(options.mmproj)
+    for name, value in options.sampling.items():
+        setattr(params.sampling, name, value)
+    return params
+
+
+def _reasoning_format(xllamacpp: Any, name: str) -> Any:
+    found = f"COMMON_REASONING_FORMAT_{name.upper().replace('-', '_')}"
+    kind = xllamacpp.common_reasoning_format
+    if not hasattr(kind, found):
+        raise UsageError(
+            f"unknown reasoning format {name!r}: choose from none, auto, deepseek, deepseek-legacy"
+        )
+    return getattr(kind, found)

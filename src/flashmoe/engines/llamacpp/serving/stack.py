@@ -1,0 +1,34 @@
+"""Room on the stack for the library's threads: its tokenizers match long texts recursively (std::regex)."""
+
+from __future__ import annotations
+
+import ctypes as C
+import resource
+from pathlib import Path
+
+_WANTED = 1 << 30  # of addresses: memory is taken page by page, as it is used
+_MODEST = 64 << 20  # where addresses are limited, or count as memory
+BYTES_PER_CHARACTER = 350  # of stack, of a run of equal characters: 25,000 overflow the usual 8 MiB
+
+
+def raise_thread_stacks() -> int:
+    """Give the threads that are made from here on large stacks; returns their size in bytes, 0 where unknown."""
+    size = _WANTED
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY or _counts_addresses():
+        size = _MODEST
+    try:
+        libc = C.CDLL(None)
+        attributes = C.create_string_buffer(256)  # pthread_attr_t
+        if libc.pthread_attr_init(attributes) or libc.pthread_attr_setstacksize(attributes, C.c_size_t(size)):
+            return 0
+        return 0 if libc.pthread_setattr_default_np(attributes) else size
+    except AttributeError:  # another libc than GNU's
+        return 0
+
+
+def _counts_addresses() -> bool:
+    """Whether the system refuses to promise more memory than it has (vm.overcommit_memory = 2)."""
+    try:
+        return Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2"
+    except OSError:
+        return False

@@ -1,0 +1,95 @@
+"""The reverse proxy: an ASGI application that passes requests to the backend, and its responses back as they come.
+
+It is plain ASGI: what a token costs here is paid thousands of times a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from contextlib import nullcontext, suppress
+
+import aiohttp
+from starlette.types import Receive, Scope, Send
+
+from flashmoe.server.body import Gone, Limits
+from flashmoe.server.errors import Refusal, shutting_down
+from flashmoe.server.exchange import Exchange
+from flashmoe.server.security import TRUSTED
+from flashmoe.server.traffic import GENERATING, Traffic
+from flashmoe.server.upstream import InnerServer, Upstream
+
+_log = logging.getLogger("flashmoe.server")
+_SAFE = ("GET", "HEAD", "OPTIONS")
+
+
+class Proxy:
+    """Requests to one backend. `scope[TRUSTED]` says whether a request may be made with the backend's key."""
+
+    def __init__(self, inner: InnerServer, upstream: Upstream, traffic: Traffic, limits: Limits) -> None:
+        self._inner, self._upstream, self._traffic, self._limits = inner, upstream, traffic, limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        _note(scope)
+        counted = scope["method"] == "POST" and scope["path"] in GENERATING
+        exchange = Exchange(self._inner, self._upstream, scope, send)
+        if counted:
+            exchange.on_first_byte = self._timer()
+        outcome = "server_error"
+        try:
+            if scope["method"] not in _SAFE:
+                self._traffic.check_open()
+            with self._traffic.counted() if counted else nullcontext():
+                await self._run(exchange, await self._limits.read(scope, receive), receive)
+            outcome = exchange.outcome
+        except Gone:
+            outcome = "cancelled"
+        except Refusal as refusal:
+            outcome = "client_error" if refusal.status < 500 else "server_error"
+            await exchange.refuse(refusal)
+        except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
+            _log.warning("the backend does not answer: %r", error)
+            await exchange.refuse(Refusal(502, "the engine's server does not answer; see the log"))
+        except Exception:
+            _log.exception("a request failed")
+            await exchange.refuse(Refusal(500, "internal error"))
+        finally:
+            if counted:
+                self._traffic.on_end(outcome)
+
+    async def _run(self, exchange: Exchange, body: bytes, receive: Receive) -> None:
+        """Raises Gone when the client hangs up; the backend is hung up on then, and when the time of grace ends."""
+        work = asyncio.create_task(exchange.run(body, trusted=exchange.scope[TRUSTED]))
+        gone = asyncio.create_task(_until_gone(receive))
+        with self._traffic.stoppable(work):
+            try:
+                await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+                hung_up = not work.done() and not exchange.ended
+            finally:
+                gone.cancel()
+                if not work.done():
+                    work.cancel()
+                    with suppress(asyncio.CancelledError, Exception):
+                        await work
+        if hung_up:
+            raise Gone
+        if work.cancelled():
+            raise shutting_down()
+        work.result()
+
+    def _timer(self) -> Exchange.Heard:
+        began = time.perf_counter()
+        return lambda: self._traffic.on_first_byte(time.perf_counter() - began)
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _note(scope: Scope) -> None:
+    """A client's own name for a request helps to find it in the log."""
+    if _log.isEnabledFor(logging.DEBUG):
+        name = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        _log.debug("%s %s%s", scope["method"], scope["path"], f" (request {name!r})" if name else "")

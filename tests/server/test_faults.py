@@ -1,0 +1,187 @@
+"""A backend that fails, dawdles or is gone, and the end in order."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2 as httpx
+import pytest
+from aiohttp import web
+
+from flashmoe.model import Model
+from tests.server.front import Backend, Running, fronted, made_up_server
+
+REASON = 'cannot read 4096 bytes of "model.gguf" at 123: Input/output error\n(drive)'
+ERROR = {"error": {"code": 500, "message": "Compute error.", "type": "server_error"}}
+
+
+ASKED, LEFT = threading.Event(), threading.Event()  # a request has come; its connection has been closed
+
+
+async def misbehave(request: web.Request) -> web.StreamResponse:
+    """What the path says."""
+    what = request.path.rpartition("/")[2]
+    if what == "completions":
+        return web.json_response(ERROR, status=500)
+    if what == "completion":
+        return await stream(request, [f"data: {json.dumps(ERROR)}\n\n", "data: [DONE]\n\n"])
+    if what == "ends":
+        return await stream(request, ["data: 1\n\n"], complete=False)
+    if what == "short":
+        answer = web.StreamResponse(headers={"Content-Length": "100"})
+        await answer.prepare(request)
+        await answer.write(b"abc")
+        return close(request, answer)
+    if what == "silent":
+        close(request, None)
+        await asyncio.sleep(1)
+    if what == "slow":
+        ASKED.set()
+        for _ in range(int(100 * float(request.query["seconds"]))):
+            await asyncio.sleep(0.01)
+            if request.transport is None or request.transport.is_closing():
+                LEFT.set()
+                break
+    if what in ("infill", "messages"):
+        return await stream(request, ["data: x\n\n"] * int(request.query["n"]), pause=0.02)
+    return web.Response(text="not found", status=404)
+
+
+async def stream(
+    request: web.Request, events: list[str], *, complete: bool = True, pause: float = 0
+) -> web.StreamResponse:
+    answer = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+    await answer.prepare(request)
+    for event in events:
+        await answer.write(event.encode())
+        await asyncio.sleep(pause)
+    return answer if complete else close(request, answer)
+
+
+def close(request: web.Request, answer: web.StreamResponse | None) -> web.StreamResponse:
+    assert request.transport
+    request.transport.close()
+    return answer or web.Response()
+
+
+@pytest.fixture(scope="module")
+def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backend]:
+    with made_up_server(misbehave, tmp_path_factory.mktemp("made-up")) as backend:
+        yield backend
+
+
+@pytest.fixture(scope="module")
+def front(pool: Model, backend: Backend) -> Iterator[Running]:
+    with fronted(pool, backend) as running:
+        yield running
+
+
+def test_compute_error(front: Running, backend: Backend) -> None:
+    """Where the reason is known it is told, in a response and in a stream."""
+    for reason in ("", REASON):
+        backend.last_error = reason
+        answer = httpx.post(f"{front.url}/v1/completions")
+        assert answer.status_code == 500
+        assert answer.json() == {"error": {**ERROR["error"], "message": reason or "Compute error."}}
+        lines = httpx.post(f"{front.url}/completion").text.split("\n\n")
+        assert json.loads(lines[0][6:])["error"]["message"] == reason or "Compute error."
+        assert lines[1] == "data: [DONE]"
+
+
+def test_no_page(front: Running) -> None:
+    answer = httpx.get(f"{front.url}/")
+    assert answer.status_code == 307
+    assert httpx.get(f"{front.url}/", follow_redirects=True).url.path == "/flashmoe/"
+
+
+def test_backend_that_ends_too_early(front: Running) -> None:
+    events = httpx.post(f"{front.url}/ends").text.split("\n\n")
+    assert events[0] == "data: 1"
+    assert "does not answer" in json.loads(events[1][6:])["error"]["message"]
+    with pytest.raises(httpx.RemoteProtocolError):
+        httpx.get(f"{front.url}/short")
+    for path, kind in (("silent", "server_error"), ("v1/messages/silent", "api_error")):
+        answer = httpx.post(f"{front.url}/{path}")
+        assert (answer.status_code, answer.json()["error"]["type"]) == (502, kind)
+
+
+def test_backend_that_is_gone(pool: Model, tmp_path: Path) -> None:
+    with fronted(pool, Backend(str(tmp_path / "none.sock"))) as front:
+        for method, path in (("POST", "v1/chat/completions"), ("GET", "health"), ("GET", "")):
+            answer = httpx.request(method, f"{front.url}/{path}")
+            assert answer.status_code == 502
+            assert answer.json()["error"]["message"]
+        text = httpx.get(f"{front.url}/metrics").text
+        assert 'flashmoe_requests_total{outcome="server_error"} 1.0' in text
+
+
+def test_hang_up_is_passed_on_at_once(front: Running) -> None:
+    """Before the backend has begun to answer."""
+    ASKED.clear(), LEFT.clear()
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{front.url}/slow?seconds=5", timeout=0.2)
+    began = time.monotonic()
+    assert ASKED.is_set()
+    assert LEFT.wait(5)
+    assert time.monotonic() < began + 0.5
+
+
+def test_queue_has_an_end(front: Running) -> None:
+    traffic = front.front.traffic
+    traffic._in_flight += 258
+    try:
+        answer = httpx.post(f"{front.url}/v1/messages?n=1")
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"]
+        assert answer.json()["error"]["type"] == "overloaded_error"
+        assert httpx.post(f"{front.url}/tokenize").status_code == 404  # takes no slot
+    finally:
+        traffic._in_flight -= 258
+
+
+@contextmanager
+def ending(front: Running, path: str, seconds: float = 0.2) -> Iterator[httpx.Response]:
+    """The response to a request under way when the server is told to end."""
+    threading.Timer(seconds, setattr, (front.server, "should_exit", True)).start()
+    with httpx.stream("POST", front.url + path) as answer:
+        yield answer
+
+
+def test_end_in_order(pool: Model, backend: Backend) -> None:
+    """What runs comes to its end."""
+    with fronted(pool, backend) as front, ending(front, "/infill?n=50") as answer:
+        assert answer.read().count(b"data: x\n\n") == 50
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(front.url)
+
+
+def test_requests_while_it_ends(pool: Model, backend: Backend) -> None:
+    with fronted(pool, backend) as front:
+        front.front.traffic.drain()
+        answer = httpx.post(f"{front.url}/v1/completions")
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+        assert httpx.get(f"{front.url}/ready").status_code == 503
+        assert httpx.get(f"{front.url}/metrics").status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/infill?n=1000", "/v1/messages?n=1000"])
+def test_end_of_what_takes_too_long(pool: Model, backend: Backend, path: str) -> None:
+    """After the time of grace a stream is told why it ends."""
+    with fronted(pool, backend, grace=0.3) as front, ending(front, path) as answer:
+        last = answer.read().decode().rstrip().split("\n\n")[-1]
+    name, _, data = last.rpartition("data: ")
+    assert json.loads(data)["error"]["message"] == "the server is shutting down"
+    assert name == ("event: error\n" if "messages" in path else "")
+
+
+def test_end_of_what_has_not_begun(pool: Model, backend: Backend) -> None:
+    began = time.monotonic()
+    with fronted(pool, backend, grace=0.3) as front, ending(front, "/slow?seconds=5") as answer:
+        assert answer.status_code == 503
+    assert time.monotonic() < began + 4
