@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -20,12 +21,13 @@ from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.pool import SlotPool
 from flashmoe.cache.residency import make_residency
 from flashmoe.engines.llamacpp.context import CACHE_TYPES
+from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.serving.options import ServerOptions, projector_bytes
-from flashmoe.errors import UsageError
+from flashmoe.errors import FlashMoEWarning, UsageError
 from flashmoe.hub import default_policy
 from flashmoe.layout import AUTO, check_layout
 from flashmoe.model import Model, Progress
-from flashmoe.opening import Wish
+from flashmoe.opening import Opened, Wish
 from flashmoe.prefetch import Predictor
 from flashmoe.prefetch import create_all as create_predictors
 from flashmoe.prefetch.scheduler import Prefetcher
@@ -36,9 +38,11 @@ from flashmoe.units import parse_bytes
 
 if TYPE_CHECKING:
     from flashmoe.engines.llamacpp.library import Library
+    from flashmoe.engines.llamacpp.serving.saved import SavedConversations
 
 ENGINES = (LLAMACPP, TRANSFORMERS) = ("llama.cpp", "transformers")
 DEFAULT_UBATCH = 512  # llama.cpp's own
+DEFAULT_SAVED = "4GiB"  # of conversations on the drive
 MOST_FOR_PREDICTING = 0.02  # of the budget: slots are worth more
 
 
@@ -65,6 +69,7 @@ def load(
     server: ServerOptions | None = None,
     pooling: str = "none",
     save_cache: bool | str | Path = False,
+    save_cache_size: str | int = DEFAULT_SAVED,
     verify: bool = False,
     progress: Progress | None = None,
     library: Library | None = None,
@@ -89,8 +94,8 @@ def load(
     threads: compute threads (default: physical cores). all_logits: keep the logits of every token, not the last only.
     trace: record which experts every token is routed to, see `Model.recorder`.
     sequences: prompts that can be continued in turns (see `Model.start`); each has a context of `n_ctx` tokens.
-    parallel: conversations that llama.cpp's server (`Model.server`) evaluates together. They share a KV cache, of at
-        least one whole context, and of one for each where that takes no more than its share.
+    parallel: conversations that llama.cpp's server (`Model.server`) holds at once and evaluates together, each with
+        `n_ctx` tokens of context; 0: up to four, as far as they take no more than a third of what the weights leave.
     cache_type_k, cache_type_v: types of the KV cache: f16, q8_0, ... (llama.cpp's names).
     cache_ram: memory for conversations that no slot of the server holds (default: a share with `parallel`, else none).
     server: what else the server is told (chat template, reasoning, projector, defaults of samplers).
@@ -98,7 +103,9 @@ def load(
         It costs memory: every token of a micro-batch then has logits. "none": no embeddings.
     save_cache: keep which experts are resident, and what the policy and the predictors have learned, when the model is
         closed, and go on from there at the next start: in the user's cache folder, or in a file. Off by default: with
-        `table` the file holds the ids of tokens that were used.
+        `table` the file holds the ids of tokens that were used. The conversations that the server's slots hold then
+        are kept too, as tokens and states, in a folder beside it.
+    save_cache_size: what conversations may take of the drive; 0 keeps none.
     verify: compare every slice of an expert with its checksum (`flashmoe.verify`) when it is first read; one that
         differs is a ReadError.
     library: a llama.cpp library to use unproven (default: the one that is found, proven once by `flashmoe.probe`).
@@ -115,13 +122,11 @@ def load(
         raise UsageError(f"unknown engine {engine!r}: choose from {', '.join(ENGINES)}")
     if vram is not None and engine != TRANSFORMERS:
         raise UsageError("--vram is for --engine transformers: llama.cpp computes on the CPU here")
-    if (parallel is not None and parallel < 1) or (
-        unknown := {cache_type_k, cache_type_v} - CACHE_TYPES.keys()
-    ):
+    if parallel is not None and parallel < 0:
+        raise UsageError("parallel must be at least 1, or 0 for as many as fit")
+    if unknown := {cache_type_k, cache_type_v} - CACHE_TYPES.keys():
         raise UsageError(
-            "parallel must be at least 1"
-            if parallel is not None and parallel < 1
-            else f"unknown type of a KV cache {unknown.pop()!r}: choose from {', '.join(CACHE_TYPES)}"
+            f"unknown type of a KV cache {unknown.pop()!r}: choose from {', '.join(CACHE_TYPES)}"
         )
     check_layout(layout)
     server = server or ServerOptions()
@@ -183,10 +188,13 @@ def load(
             runner.prefetch(prefetcher)
         resources = ExitStack()
         ranked = None
+        saved = None
         if save_cache:
             session = Session(save_cache, catalog, evict, predictors)
             resources.callback(session.save)  # when all else has been freed
             ranked = session.restore()
+            if engine == LLAMACPP:
+                saved = _saved_conversations(session, opened, parse_bytes(save_cache_size))
         pool.prefault()
         if ranked is not None:
             stack.callback(experts.close)
@@ -206,15 +214,40 @@ def load(
                 server,
                 cache_ram_mib=opened.conversations.cache_ram >> 20,
                 ctx_checkpoints=opened.conversations.checkpoints,
+                slot_save_path=saved.folder if saved else None,
             )
             if engine == LLAMACPP
             else None,
             public=parallel is not None,
+            saved=saved,
         )
         if trace:
             loaded_model.record()
         loaded_model.telemetry.load_seconds = time.perf_counter() - started
         return loaded_model
+
+
+def _saved_conversations(session: Session, opened: Opened, most: int) -> SavedConversations | None:
+    """Where conversations are kept, beside what else a session leaves; None where none are to be, or can be."""
+    from flashmoe.engines.llamacpp.serving.saved import SavedConversations
+
+    engine = opened.engine
+    assert isinstance(engine, LlamaEngine)
+    if not most or not engine.has_server:
+        return None
+    saved = SavedConversations(
+        session.path.with_suffix(".conversations"), opened.catalog.identity | engine.state_identity, most
+    )
+    try:
+        saved.prepare()
+    except OSError as error:
+        warnings.warn(
+            f"{saved.folder}: conversations will not be kept ({error.strerror})",
+            FlashMoEWarning,
+            stacklevel=3,
+        )
+        return None
+    return saved
 
 
 def _bind(predictors: Sequence[Predictor], catalog: ExpertCatalog, limit: int) -> list[Predictor]:

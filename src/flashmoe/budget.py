@@ -27,6 +27,7 @@ _CONTEXT_STEP = 256  # llama.cpp's own
 # Of what the weights leave: slots are worth more than a context that few prompts fill
 _MOST_FOR_CONTEXT = 1 / 6
 _MOST_FOR_AGENTS = 1 / 3
+MOST_PARALLEL = 4  # conversations, where their number is not given
 _MOST_FOR_CONVERSATIONS = 1 / 16  # that wait in RAM for their next turn, and as much for checkpoints
 _MOST_CACHE_RAM, _MOST_CHECKPOINTS = 8192 << 20, 32  # llama.cpp's defaults
 _MADV_PAGEOUT = 21  # Linux 5.4; not in Python's mmap module
@@ -53,6 +54,15 @@ def default_context(wished: int, small_bytes: int, left: int) -> int:
     if agent * small_bytes <= SMALL_CONTEXT * _MOST_FOR_AGENTS * left:
         fitting = max(fitting, agent)
     return min(wished, max(SMALL_CONTEXT, fitting // _CONTEXT_STEP * _CONTEXT_STEP))
+
+
+def default_parallel(context: int, small_bytes: int, left: int) -> int:
+    """Conversations that the server holds at once where nothing was said: as many as have room for a `context` each.
+
+    left, small_bytes: see default_context. A third of `left` at most, if there is more than one.
+    """
+    each = max(1, context * max(small_bytes, 1) // SMALL_CONTEXT)
+    return max(1, min(MOST_PARALLEL, int(_MOST_FOR_AGENTS * left) // each))
 
 
 @dataclass(frozen=True)

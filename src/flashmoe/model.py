@@ -28,7 +28,9 @@ from flashmoe.storage.disk import read_ceiling
 
 if TYPE_CHECKING:
     from flashmoe.engines.llamacpp.hook import Evaluated
-    from flashmoe.engines.llamacpp.serving.server import InnerServer, ServerOptions
+    from flashmoe.engines.llamacpp.serving.options import ServerOptions
+    from flashmoe.engines.llamacpp.serving.saved import SavedConversations
+    from flashmoe.engines.llamacpp.serving.server import InnerServer
 
 #: Called with what is going on ("load" or "prefill"), how much is done, and of how much.
 Progress = Callable[[str, int, int], None]
@@ -50,8 +52,12 @@ class Model:
         alternatives: Sequence[str] = (),
         server_options: ServerOptions | None = None,
         public: bool = False,
+        saved: SavedConversations | None = None,
     ) -> None:
-        """public: prompts come to the server from other processes too: nothing else tells where one begins."""
+        """public: prompts come to the server from other processes too: nothing else tells where one begins.
+
+        saved: where the server's conversations are kept when the model is closed.
+        """
         self.engine, self.cache, self.catalog, self.prefetcher = engine, cache, catalog, prefetcher
         self.budget_bytes, self.layout = budget_bytes, layout
         self.alternatives = alternatives  # eviction policies that reports try
@@ -63,7 +69,7 @@ class Model:
         self._prompts = -1
         self._server_options = server_options
         self._server: InnerServer | None = None
-        self._public = public
+        self._public, self._saved = public, saved
 
     @property
     def model(self) -> Any:
@@ -104,6 +110,8 @@ class Model:
             self._server = InnerServer(self.engine, self._server_options, self._served, on_prompt)
             for held in self.held:
                 held.cut(0)
+            if self._saved:
+                self._saved.restore(self._server)
         return self._server
 
     def _served(self, graph: Evaluated) -> None:
@@ -358,6 +366,8 @@ class Model:
 
     def close(self) -> None:
         """Free everything, and keep what `save_cache` asked for. The model cannot be used afterwards."""
+        if self._server is not None and self._saved:
+            self._saved.save(self._server)
         self._own_context()
         self._resources.close()
 

@@ -47,6 +47,10 @@ SaveCache = Annotated[
         "--save-cache", help="Keep what the cache holds at the end; the next start goes on from it."
     ),
 ]
+SaveCacheSize = Annotated[
+    str,
+    typer.Option("--save-cache-size", help="Conversations kept on the drive by --save-cache; 0 keeps none."),
+]
 Verify = Annotated[
     bool,
     typer.Option("--verify", help="Compare experts with their checksums (flashmoe verify) when first read."),

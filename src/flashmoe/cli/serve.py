@@ -31,8 +31,14 @@ def serve(
     ] = None,
     parallel: Annotated[
         int,
-        typer.Option("-np", "--parallel", help="Conversations that are evaluated together.", min=1, max=64),
-    ] = 4,
+        typer.Option(
+            "-np",
+            "--parallel",
+            help="Conversations evaluated together, each with a context of its own; 0: up to 4.",
+            min=0,
+            max=64,
+        ),
+    ] = 0,
     cors: Annotated[
         list[str] | None,
         typer.Option("--cors", help="Origin whose pages may ask, e.g. http://localhost:3000."),
@@ -63,6 +69,7 @@ def serve(
     sampling: SamplingOptions = _SAMPLING,
     chat_options: ChatOptions = _CHAT,
     save_cache: options.SaveCache = False,
+    save_cache_size: options.SaveCacheSize = "4GiB",
     verify: options.Verify = False,
 ) -> None:
     """Serve a model to OpenAI's clients."""
@@ -103,6 +110,7 @@ def serve(
                 pooling=pooling,
                 progress=progress.update,
                 save_cache=save_cache,
+                save_cache_size=save_cache_size,
                 verify=verify,
             )
         with loaded:

@@ -27,9 +27,8 @@ class Wish:
     threads: int
     all_logits: bool
     sequences: int
-    parallel: (
-        int | None
-    )  # conversations that the server holds at once, in one KV cache; None: one of its own each
+    #: Conversations that the server holds at once, 0: as many as fit; None: `sequences`.
+    parallel: int | None
     cache_types: tuple[str, str]  # of K and V
     cache_ram: int | None  # bytes for conversations that wait; None: a share
     projector_bytes: int  # that the server will load

@@ -68,7 +68,6 @@ def open_gguf(wish: Wish, stack: ExitStack, library: Library | None) -> Opened:
         loaded,
         threads=wish.threads,
         all_logits=wish.all_logits,
-        sequences=wish.parallel or wish.sequences,
         pooling=pooling,
         cache_types=wish.cache_types,
     )
@@ -77,8 +76,8 @@ def open_gguf(wish: Wish, stack: ExitStack, library: Library | None) -> Opened:
     # a pool of a given size has the rest of the memory beside it
     limit = wish.limit or budget.default_ram() + budget.status_bytes("VmRSS")
     left = limit - budget.status_bytes("VmRSS") - promised - for_pool - budget.RESERVE
-    context, shared = _context(make, wish, trained, left)
-    make = partial(make, n_ctx=context, shared=shared)
+    context, sequences = _context(make, wish, trained, left)
+    make = partial(make, n_ctx=context, sequences=sequences)
     step = min(wish.n_ubatch, context)
     if wanted is None:
         engine, slots, kept = _fit(make, catalog, step, wish, align, promised)
@@ -93,22 +92,19 @@ def open_gguf(wish: Wish, stack: ExitStack, library: Library | None) -> Opened:
 
 
 def _context(make: Callable[..., LlamaEngine], wish: Wish, trained: int, left: int) -> tuple[int, int]:
-    """Tokens of context of one conversation, and of all of them together where they share a KV cache, else 0.
+    """Tokens of context of each sequence, and how many sequences.
 
     Where `left` bytes are to decide, that is told from a small context: a large one would be touched at once.
     """
     small = min(trained, budget.SMALL_CONTEXT)
-    parallel = wish.parallel or 1
-    if (wish.n_ctx or trained) * parallel <= small:
-        context = wish.n_ctx or trained
-        return context, context * wish.parallel if wish.parallel else 0
+    given = wish.sequences if wish.parallel is None else wish.parallel
+    if given and (wish.n_ctx or trained * given <= small):
+        return wish.n_ctx or trained, given
     engine, taken, _ = _measured(partial(make, n_ctx=small, n_ubatch=1))
     engine.close()
-    if not wish.parallel:
-        taken = taken // wish.sequences if wish.n_ctx is None else taken
-    fitting = partial(budget.default_context, small_bytes=taken * budget.SMALL_CONTEXT // small, left=left)
-    context = wish.n_ctx or fitting(trained)
-    return context, max(context, fitting(context * parallel)) if wish.parallel else 0
+    taken = taken * budget.SMALL_CONTEXT // small
+    context = wish.n_ctx or budget.default_context(trained, taken * max(1, given), left)
+    return context, given or budget.default_parallel(context, taken, left)
 
 
 def _step(catalog: ExpertCatalog, slots: list[int], wished: int) -> int:

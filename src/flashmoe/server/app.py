@@ -53,7 +53,7 @@ class Front:
         self.started: Callable[[], Any] = lambda: None
         self.traffic = Traffic(inner.parallel)
         self._upstream = Upstream(inner)
-        limits = Limits(inner.n_ctx, inner.longest_token, inner.multimodal)
+        limits = Limits(inner.n_ctx, inner.longest_text, inner.multimodal)
         self._proxy = Proxy(inner, self._upstream, self.traffic, limits)
         self._own = self._make_own(model, inner, name)
         guard = Guard(

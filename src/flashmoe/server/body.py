@@ -23,6 +23,9 @@ BODY_SECONDS = 60.0  # for a client to send its body
 DEEPEST = 256  # JSON in JSON; the backend walks it by recursion, and some 100,000 levels end the process
 
 _TEXTS = frozenset(("prompt", "content", "messages", "input", "system"))
+_NO_TEXTS = frozenset(
+    ("data", "file_data", "multimodal_data", "url")
+)  # pictures and sounds, in the midst of texts
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
@@ -31,16 +34,17 @@ class Gone(Exception):
 
 
 class Limits:
-    """What a body may be, from the context of one slot and the longest token's bytes."""
+    """What a body may be.
+
+    n_ctx: tokens of the context of one slot; longest_text: bytes of a text that may be worth tokenizing; multimodal: a
+    body may hold pictures, in base64.
+    """
 
     def __init__(
-        self, n_ctx: int, longest_token: int, multimodal: bool, seconds: float = BODY_SECONDS
+        self, n_ctx: int, longest_text: int, multimodal: bool, seconds: float = BODY_SECONDS
     ) -> None:
-        self._n_ctx, self._seconds = n_ctx, seconds
-        #: Bytes of text that certainly do not fit in the context begin behind this. Pictures are text, too: in base64.
-        self._text = n_ctx * longest_token
-        self._look = not multimodal
-        self.most = max(LEAST_BODY, self._text + AROUND_TEXT, PICTURES if multimodal else 0)
+        self._n_ctx, self._text, self._seconds = n_ctx, longest_text, seconds
+        self.most = max(LEAST_BODY, longest_text + AROUND_TEXT, PICTURES if multimodal else 0)
 
     async def read(self, scope: Scope, receive: Receive) -> bytes:
         """The body. Raises Refusal, and Gone."""
@@ -53,7 +57,7 @@ class Limits:
             message = f"the request's body did not arrive within {self._seconds:g} seconds"
             raise Refusal(408, message, headers={"Connection": "close"}) from None
         deep = body.count(b"[") + body.count(b"{") > DEEPEST
-        long = self._look and len(body) > self._text
+        long = len(body) > self._text
         if (deep or long) and _kind(scope) != b"multipart/form-data":
             await asyncio.to_thread(self._look_into, body)
         return body
@@ -79,7 +83,7 @@ class Limits:
         """Raises Refusal for JSON that is nested too deeply, or that holds a text that cannot fit in the context."""
         if _depth(body) > DEEPEST:
             raise Refusal(400, f"the JSON is nested more than {DEEPEST} levels deep")
-        if not self._look or len(body) <= self._text:
+        if len(body) <= self._text:
             return
         try:
             longest = _longest_text(json.loads(body))
@@ -88,8 +92,8 @@ class Limits:
         if longest > self._text:
             raise Refusal(
                 400,
-                f"the request has a text of {longest} bytes, which has more tokens than the context "
-                f"({self._n_ctx}), however it is tokenized",
+                f"the request has a text of {longest} bytes; the longest that may fit in the context of "
+                f"{self._n_ctx} tokens has {self._text}",
                 kind="exceed_context_size_error",
                 code="context_length_exceeded",
                 more={"n_ctx": self._n_ctx},
@@ -112,12 +116,14 @@ def _depth(body: bytes) -> int:
 
 
 def _longest_text(value: Any) -> int:
-    """Bytes of the longest string that a prompt is made of; pictures and sounds (data: URLs) are none."""
+    """Bytes of the longest string that a prompt is made of."""
     longest, rest = 0, [(value, False)]
     while rest:
         item, is_text = rest.pop()
         if isinstance(item, dict):
-            rest += [(inner, is_text or name in _TEXTS) for name, inner in item.items()]
+            rest += [
+                (inner, is_text or name in _TEXTS) for name, inner in item.items() if name not in _NO_TEXTS
+            ]
         elif isinstance(item, list):
             rest += [(inner, is_text) for inner in item]
         elif is_text and isinstance(item, str) and not item.startswith("data:"):

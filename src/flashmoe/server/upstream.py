@@ -43,9 +43,11 @@ class InnerServer(Protocol):
     key: str
     n_ctx: int
     parallel: int
-    longest_token: int
     multimodal: bool
     last_error: str
+
+    @property
+    def longest_text(self) -> int: ...
 
 
 class Upstream:

@@ -27,8 +27,7 @@ class Context:
     """Sequences of tokens over a loaded model, each with a KV cache of its own of `n_ctx` tokens.
 
     One sequence is evaluated at a time, so that its logits are those it would have alone. With `all_logits`, the
-    logits of every token are kept. With `shared`, all sequences have one KV cache of so many tokens in common, for
-    the library's server.
+    logits of every token are kept.
     """
 
     def __init__(
@@ -42,7 +41,6 @@ class Context:
         callback: tuple[int, int] | None = None,
         all_logits: bool = False,
         sequences: int = 1,
-        shared: int = 0,
         pooling: str = "none",
         cache_types: tuple[str, str] = ("f16", "f16"),
     ) -> None:
@@ -54,8 +52,6 @@ class Context:
         if sequences > 1:
             params.n_seq_max = sequences
             params.n_ctx = sequences * -(-n_ctx // _PADDING) * _PADDING
-        if shared:
-            params.kv_unified, params.n_ctx = True, max(shared, n_ctx)
         params.type_k, params.type_v = (CACHE_TYPES[name] for name in cache_types)
         params.n_threads = params.n_threads_batch = threads
         # sizes the output buffer, vocabulary x outputs; the library wants one for each sequence
@@ -72,9 +68,7 @@ class Context:
             raise ModelError(
                 f"llama.cpp cannot make a context of {n_ctx} tokens ({reason}); try a smaller one (-c)"
             )
-        #: Tokens in all, and in one sequence at most.
-        self.n_cells = int(lib.llama_n_ctx(self._pointer))
-        self.n_ctx = min(n_ctx, self.n_cells) if shared else self.n_cells // sequences
+        self.n_ctx = int(lib.llama_n_ctx(self._pointer)) // sequences
         self._memory = lib.llama_get_memory(self._pointer)
         self._vocab = lib.llama_model_get_vocab(model)
         self.n_vocab = int(lib.llama_vocab_n_tokens(self._vocab))

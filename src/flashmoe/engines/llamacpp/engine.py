@@ -6,8 +6,9 @@ import ctypes as C
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +21,12 @@ from flashmoe.engines.llamacpp.hook import Evaluated, RouterHook
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.loader import LoadedModel
 from flashmoe.engines.llamacpp.sampler import Sampler
+from flashmoe.engines.llamacpp.stack import on_large_stack
 from flashmoe.errors import FlashMoEError, ModelError, UsageError
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import RoutingObserver
+
+_LONG_TEXT = 4096  # bytes from which on a thread's usual stack may be too small for the tokenizer
 
 
 class LlamaEngine:
@@ -40,11 +44,10 @@ class LlamaEngine:
         threads: int,
         all_logits: bool = False,
         sequences: int = 1,
-        shared: int = 0,
         pooling: str = "none",
         cache_types: tuple[str, str] = ("f16", "f16"),
     ) -> None:
-        """shared: the sequences have a KV cache of so many tokens in common, not one each. cache_types: of K, V."""
+        """cache_types: of the KV cache's K and V, see context.CACHE_TYPES."""
         assert model.pointer
         self._lib, self._model = lib, model
         self._hook = RouterHook(model, n_ubatch)
@@ -59,11 +62,10 @@ class LlamaEngine:
             callback=(self._hook.function, self._hook.data),
             all_logits=all_logits,
             sequences=sequences,
-            shared=shared,
             pooling=pooling,
             cache_types=cache_types,
         )
-        self.shared, self.threads = bool(shared), threads
+        self.threads, self._cache_types = threads, cache_types
         self._serving = False
         #: How `embedding` is made: one of context.POOLING.
         self.pooling = pooling
@@ -97,15 +99,23 @@ class LlamaEngine:
     def has_server(self) -> bool:
         """Whether the library is the wheel's, which carries llama.cpp's server."""
         spec = importlib.util.find_spec("xllamacpp")
-        return (
-            bool(spec and spec.origin)
-            and self._lib.path.resolve().parent == Path(spec.origin).resolve().parent
-        )
+        if spec is None or spec.origin is None:
+            return False
+        return self._lib.path.resolve().parent == Path(spec.origin).resolve().parent
 
     @property
     def path(self) -> Path:
         """The model's first file."""
         return self._model.catalog.gguf.files[0]
+
+    @property
+    def state_identity(self) -> dict[str, Any]:
+        """What a saved state depends on beside the model, JSON."""
+        return {
+            "library": self._lib.build.name,
+            "cache_types": list(self._cache_types),
+            "n_ctx": self.n_ctx,
+        }
 
     @property
     def model_pointer(self) -> int:
@@ -118,11 +128,6 @@ class LlamaEngine:
         """The llama_context."""
         assert self._context.pointer
         return self._context.pointer
-
-    @property
-    def n_cells(self) -> int:
-        """Tokens that all sequences can hold together."""
-        return self._context.n_cells
 
     @property
     def n_batch(self) -> int:
@@ -217,6 +222,11 @@ class LlamaEngine:
 
     def tokenize(self, text: str, special: bool = False, begin: bool = True) -> list[int]:
         data = text.encode(errors="replace")  # JSON can hold half a character
+        if len(data) > _LONG_TEXT:
+            return on_large_stack(partial(self._tokenize, data, special, begin))
+        return self._tokenize(data, special, begin)
+
+    def _tokenize(self, data: bytes, special: bool, begin: bool) -> list[int]:
         room = len(data) + 8
         tokens = (C.c_int32 * room)()
         n = self._lib.llama_tokenize(self._vocab, data, len(data), tokens, room, begin, special)

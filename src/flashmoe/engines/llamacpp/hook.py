@@ -246,6 +246,9 @@ class RouterHook:
                 control.outcome = RETURNED
         except BaseException as error:  # nothing may leave a C callback
             self.error = self.error or error
+            if why == END:  # nobody is left to ask
+                self._on_error(error)
+                self.error = None
         return int(self.error is None)
 
     def _begin_graph(self, control: Control, node: int) -> None:

@@ -23,6 +23,7 @@ class ServerOptions:
     reasoning_budget: int = -1  # tokens of thinking: -1 any, 0 none
     cache_ram_mib: int = 0  # of conversations that no slot holds
     ctx_checkpoints: int = 0  # of each slot, for memories that cannot be cut
+    slot_save_path: Path | None = None  # where slots may be saved to and restored from
     mmproj: Path | None = None  # the projector of a model that sees or hears
     sampling: Mapping[str, Any] = field(
         default_factory=dict

@@ -23,7 +23,7 @@ from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.hook import Evaluated
 from flashmoe.engines.llamacpp.serving.borrow import lend
 from flashmoe.engines.llamacpp.serving.options import ServerOptions
-from flashmoe.engines.llamacpp.serving.stack import BYTES_PER_CHARACTER, raise_thread_stacks
+from flashmoe.engines.llamacpp.stack import BYTES_PER_CHARACTER, raise_thread_stacks
 from flashmoe.errors import LibraryError, ModelError, UsageError
 
 Request = dict[str, Any]
@@ -132,8 +132,8 @@ class InnerServer:
                 events.put(error)
 
         worker = threading.Thread(target=run, name="flashmoe-request", daemon=True)
-        worker.start()
         self._error = None
+        worker.start()
         try:
             while (event := events.get()) is not None:
                 if isinstance(event, BaseException):
@@ -206,9 +206,7 @@ def _params(engine: LlamaEngine, options: ServerOptions, socket: str, key: str) 
 
     params = xllamacpp.CommonParams()
     params.model.path = str(engine.path)
-    params.n_ctx, params.n_parallel, params.kv_unified = engine.n_cells, engine.sequences, engine.shared
-    if engine.shared:
-        params.kv_unified_per_slot = engine.n_ctx
+    params.n_ctx, params.n_parallel = engine.n_ctx * engine.sequences, engine.sequences
     params.n_batch, params.n_ubatch = engine.n_batch, engine.n_ubatch
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = engine.threads
     params.warmup = params.fit_params = False
@@ -224,6 +222,9 @@ def _params(engine: LlamaEngine, options: ServerOptions, socket: str, key: str) 
     params.reasoning_format = _reasoning_format(xllamacpp, options.reasoning_format)
     params.sampling.reasoning_budget_tokens = options.reasoning_budget
     params.cache_ram_mib, params.n_ctx_checkpoints = options.cache_ram_mib, options.ctx_checkpoints
+    params.cache_idle_slots = False  # each slot has room of its own: a copy of what it holds is no use
+    if options.slot_save_path is not None:
+        params.slot_save_path = f"{options.slot_save_path}/"
     if engine.pooling != "none":
         params.embedding = True
         params.pooling_type = getattr(
