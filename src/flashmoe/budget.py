@@ -93,10 +93,19 @@ def conversations(left: int, cache_ram: int | None, checkpoint: int, parallel: i
     return Conversations(kept, count, count * checkpoint * parallel)
 
 
-def micro_batch(catalog: ExpertCatalog, slots: Sequence[int], wished: int) -> int:
-    """Tokens that may be evaluated at once: what they pick, any expert of a layer, must fit into the pool."""
+def micro_batch(catalog: ExpertCatalog, slots: Sequence[int], wished: int, sequences: int = 1) -> int:
+    """Tokens that may be evaluated at once: what they pick, any expert of a layer, must fit into the pool.
+
+    Where several sequences are evaluated together, llama.cpp takes one token of one sequence more than a micro-batch
+    has; 0 where not even two tokens fit then.
+    """
     least = min(slots)
-    return wished if least >= catalog.n_experts else max(1, min(wished, least // catalog.top_k))
+    if least >= catalog.n_experts:
+        return wished
+    fitting = max(1, least // catalog.top_k)
+    if fitting < sequences:
+        fitting -= 1
+    return min(wished, fitting)
 
 
 def release_code() -> None:

@@ -13,20 +13,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe.api import load
-from flashmoe.engines.base import Engine
+from flashmoe.engines.base import Engine, Sampling
 from flashmoe.engines.llamacpp.context import Context
 from flashmoe.engines.llamacpp.library import open_library
 from flashmoe.engines.llamacpp.repack import repacks_slice_by_slice
 from flashmoe.engines.llamacpp.stock import StockModel
 from flashmoe.hub import demo_model
 from flashmoe.layout import PLAIN
+from flashmoe.model import Model
 
 _PROMPT = list(range(300, 324))
 _CONTEXT = 64
+_TOKENS = 12  # made by the server
 
 
 def compare(library: Path) -> bool:
-    """Whether prompt and decode logits are equal, byte for byte, with a pool of 12 % of the experts.
+    """Whether prompt and decode logits are equal, byte for byte, with a pool of 12 % of the experts, and the server's
+    text is the engine's.
 
     The bundled model may have nothing that this processor repacks: of repacked layouts only the slices are compared.
     """
@@ -35,12 +38,23 @@ def compare(library: Path) -> bool:
         return False
     with load("demo", cache="12%", n_ctx=_CONTEXT, threads=1, n_ubatch=4, layout=PLAIN, library=lib) as model:
         pooled = [_decode(model.engine, tokens) for tokens in _steps(model.engine.n_ubatch)]
+        if not _serves(model):
+            return False
     stock = StockModel(lib, demo_model())
     context = stock.context(n_ctx=_CONTEXT, n_ubatch=4, threads=1)
     return all(
         np.array_equal(theirs, _decode(context, tokens))
         for theirs, tokens in zip(pooled, _steps(4), strict=True)
     )
+
+
+def _serves(model: Model) -> bool:
+    """Whether llama.cpp's server over the pool makes the tokens that the engine alone makes, where there is one."""
+    if not model.engine.has_server:
+        return True
+    greedy = Sampling(temperature=0)
+    alone = "".join(model.start(_PROMPT, max_tokens=_TOKENS, sampling=greedy).pieces())
+    return "".join(model.generate(_PROMPT, max_tokens=_TOKENS, sampling=greedy)) == alone
 
 
 def _steps(size: int) -> list[list[int]]:

@@ -77,16 +77,15 @@ def open_gguf(wish: Wish, stack: ExitStack, library: Library | None) -> Opened:
     limit = wish.limit or budget.default_ram() + budget.status_bytes("VmRSS")
     left = limit - budget.status_bytes("VmRSS") - promised - for_pool - budget.RESERVE
     context, sequences = _context(make, wish, trained, left)
-    make = partial(make, n_ctx=context, sequences=sequences)
+    make = partial(make, n_ctx=context)
     step = min(wish.n_ubatch, context)
     if wanted is None:
-        engine, slots, kept = _fit(make, catalog, step, wish, align, promised)
+        engine, slots, kept = _fit(make, catalog, step, sequences, wish, align, promised)
     else:
-        engine = make(n_ubatch=_step(catalog, wanted, step))
-        slots, kept = (
-            wanted,
-            budget.conversations(left, wish.cache_ram, engine.checkpoint_bytes(), engine.sequences),
-        )
+        if not _step(catalog, wanted, step, sequences):
+            sequences = 1
+        engine = make(n_ubatch=_step(catalog, wanted, step, sequences), sequences=sequences)
+        slots, kept = wanted, budget.conversations(left, wish.cache_ram, engine.checkpoint_bytes(), sequences)
     stack.callback(engine.close)
     return Opened(engine, catalog, reader, slots, PACKED if pack else layout, kept)
 
@@ -107,10 +106,11 @@ def _context(make: Callable[..., LlamaEngine], wish: Wish, trained: int, left: i
     return context, given or budget.default_parallel(context, taken, left)
 
 
-def _step(catalog: ExpertCatalog, slots: list[int], wished: int) -> int:
-    """Tokens that can be evaluated at once with a pool of so many slots, some of them kept for prefetching."""
+def _step(catalog: ExpertCatalog, slots: list[int], wished: int, sequences: int) -> int:
+    """`budget.micro_batch` with a pool of so many slots, some of them kept for prefetching."""
     spare = budget.spare_slots(catalog, slots)
-    return budget.micro_batch(catalog, [n - away for n, away in zip(slots, spare, strict=True)], wished)
+    left = [n - away for n, away in zip(slots, spare, strict=True)]
+    return budget.micro_batch(catalog, left, wished, sequences)
 
 
 def _measured(make: Callable[[], LlamaEngine]) -> tuple[LlamaEngine, int, int]:
@@ -123,31 +123,42 @@ def _measured(make: Callable[[], LlamaEngine]) -> tuple[LlamaEngine, int, int]:
 
 
 def _fit(
-    make: Callable[..., LlamaEngine], catalog: ExpertCatalog, step: int, wish: Wish, align: int, promised: int
+    make: Callable[..., LlamaEngine],
+    catalog: ExpertCatalog,
+    step: int,
+    sequences: int,
+    wish: Wish,
+    align: int,
+    promised: int,
 ) -> tuple[LlamaEngine, list[int], budget.Conversations]:
     """The engine with the largest micro-batch up to `step` that leaves room for a pool, that pool's slots, and what
     the server may keep of conversations.
 
     Compute buffers grow with the micro-batch: in a tight budget slots are worth more, and a small pool does not allow
-    a large micro-batch anyway. `promised`: bytes that others have reserved and not touched. Raises BudgetError.
+    a large micro-batch anyway. A pool that is too small for several sequences gets one. `promised`: bytes that others
+    have reserved and not touched. Raises BudgetError.
     """
     limit = wish.limit
     hoped = max(limit - budget.status_bytes("VmRSS") - budget.RESERVE, budget.least_pool(catalog, align))
-    step = _step(catalog, budget.slots_for(catalog, hoped, align), step)
+    step = _step(catalog, budget.slots_for(catalog, hoped, align), step, 1)
     while True:
-        engine, _, to_come = _measured(partial(make, n_ubatch=step))
+        engine, _, to_come = _measured(partial(make, n_ubatch=step, sequences=sequences))
         used = budget.status_bytes("VmRSS") + to_come + promised + budget.RESERVE
-        kept = budget.conversations(limit - used, wish.cache_ram, engine.checkpoint_bytes(), engine.sequences)
+        kept = budget.conversations(limit - used, wish.cache_ram, engine.checkpoint_bytes(), sequences)
         used += kept.nbytes
         # nor can less be kept than starting has taken already
         least = max(used + budget.least_pool(catalog, align), budget.status_bytes("VmHWM"))
         greedy = step > SMALL_UBATCH and to_come > MOST_FOR_BUFFERS * (limit - used)
+        allowed = 0
         if least <= limit and not greedy:
             slots = budget.slots_for(catalog, limit - used, align)
-            if (allowed := _step(catalog, slots, step)) == step:
+            allowed = _step(catalog, slots, step, sequences)
+            if allowed == step:
                 return engine, slots, kept
-            step = 2 * allowed
         engine.close()
-        if step == 1:
+        if step > 1:
+            step = allowed or step // 2
+        elif sequences > 1:
+            sequences = 1
+        else:
             raise budget.too_small(limit, least)
-        step //= 2

@@ -98,6 +98,12 @@ class Context:
         self._lib.llama_attach_threadpool(self._pointer, pool, pool)
         return pool
 
+    def use_own_threads(self) -> None:
+        """Whoever has attached other threads, the library's server, has ended them."""
+        self._lib.llama_detach_threadpool(self._pointer)
+        if self._pool:
+            self._lib.llama_attach_threadpool(self._pointer, self._pool, self._pool)
+
     @property
     def pointer(self) -> int | None:
         """The llama_context, for samplers."""

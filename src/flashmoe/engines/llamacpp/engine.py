@@ -160,6 +160,7 @@ class LlamaEngine:
         """The server has gone."""
         self._serving = False
         self._lib.keep_log()
+        self._context.use_own_threads()
         self.clear()
 
     @contextmanager

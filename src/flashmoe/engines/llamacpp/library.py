@@ -43,6 +43,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_free": (None, (ptr,)),
     "llama_n_ctx": (u32, (ptr,)),
     "llama_attach_threadpool": (None, (ptr, ptr, ptr)),
+    "llama_detach_threadpool": (None, (ptr,)),
     "llama_decode": (i32, (ptr, abi.Batch)),
     "llama_get_logits_ith": (C.POINTER(f32), (ptr, i32)),
     "llama_set_embeddings": (None, (ptr, flag)),

@@ -70,6 +70,7 @@ class InnerServer:
                 lambda: _start(engine, params),
             )
         except BaseException:
+            engine.unserve()
             self._remove()
             raise
         engine.clear()
