@@ -82,9 +82,10 @@ def open_gguf(wish: Wish, stack: ExitStack, library: Library | None) -> Opened:
     if wanted is None:
         engine, slots, kept = _fit(make, catalog, step, sequences, wish, align, promised)
     else:
-        if not _step(catalog, wanted, step, sequences):
+        if not _step(catalog, wanted, step, _together(wish, sequences)):
             sequences = 1
-        engine = make(n_ubatch=_step(catalog, wanted, step, sequences), sequences=sequences)
+        step = _step(catalog, wanted, step, _together(wish, sequences))
+        engine = make(n_ubatch=step, sequences=sequences)
         slots, kept = wanted, budget.conversations(left, wish.cache_ram, engine.checkpoint_bytes(), sequences)
     stack.callback(engine.close)
     return Opened(engine, catalog, reader, slots, PACKED if pack else layout, kept)
@@ -104,6 +105,11 @@ def _context(make: Callable[..., LlamaEngine], wish: Wish, trained: int, left: i
     taken = taken * budget.SMALL_CONTEXT // small
     context = wish.n_ctx or budget.default_context(trained, taken * max(1, given), left)
     return context, given or budget.default_parallel(context, taken, left)
+
+
+def _together(wish: Wish, sequences: int) -> int:
+    """How many of the sequences are evaluated at once: only the server's."""
+    return 1 if wish.parallel is None else sequences
 
 
 def _step(catalog: ExpertCatalog, slots: list[int], wished: int, sequences: int) -> int:
@@ -152,7 +158,7 @@ def _fit(
         allowed = 0
         if least <= limit and not greedy:
             slots = budget.slots_for(catalog, limit - used, align)
-            allowed = _step(catalog, slots, step, sequences)
+            allowed = _step(catalog, slots, step, _together(wish, sequences))
             if allowed == step:
                 return engine, slots, kept
         engine.close()

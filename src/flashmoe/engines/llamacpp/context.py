@@ -98,8 +98,10 @@ class Context:
         self._lib.llama_attach_threadpool(self._pointer, pool, pool)
         return pool
 
-    def use_own_threads(self) -> None:
-        """Whoever has attached other threads, the library's server, has ended them."""
+    def take_back(self) -> None:
+        """The library's server has used it: end what it has set. It has freed the threads that it had attached."""
+        self._lib.llama_set_embeddings(self._pointer, False)
+        self._embedding = False
         self._lib.llama_detach_threadpool(self._pointer)
         if self._pool:
             self._lib.llama_attach_threadpool(self._pointer, self._pool, self._pool)

@@ -111,11 +111,7 @@ class LlamaEngine:
     @property
     def state_identity(self) -> dict[str, Any]:
         """What a saved state depends on beside the model, JSON."""
-        return {
-            "library": self._lib.build.name,
-            "cache_types": list(self._cache_types),
-            "n_ctx": self.n_ctx,
-        }
+        return {"library": self._lib.build.name, "cache_types": list(self._cache_types)}
 
     @property
     def model_pointer(self) -> int:
@@ -160,7 +156,7 @@ class LlamaEngine:
         """The server has gone."""
         self._serving = False
         self._lib.keep_log()
-        self._context.use_own_threads()
+        self._context.take_back()
         self.clear()
 
     @contextmanager

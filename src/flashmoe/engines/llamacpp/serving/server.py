@@ -53,6 +53,7 @@ class InnerServer:
         #: Why the last evaluation that failed did, "" where none has.
         self.last_error = ""
         self._error: BaseException | None = None
+        self._requests: dict[threading.Thread, threading.Event] = {}  # under way, and what cancels them
         #: What clients of the socket must send as their key.
         self.key = secrets.token_urlsafe(32)
         self._folder = Path(tempfile.mkdtemp(prefix="flashmoe-"))
@@ -74,6 +75,8 @@ class InnerServer:
             self._remove()
             raise
         engine.clear()
+        # its loop forgets an end that comes before it has begun: have it answer something first
+        self.ask("GET", "/slots")
 
     @cached_property
     def longest_text(self) -> int:
@@ -133,7 +136,7 @@ class InnerServer:
                 events.put(error)
 
         worker = threading.Thread(target=run, name="flashmoe-request", daemon=True)
-        self._error = None
+        self._requests[worker] = cancelled
         worker.start()
         try:
             while (event := events.get()) is not None:
@@ -145,6 +148,7 @@ class InnerServer:
         finally:
             cancelled.set()
             worker.join()
+            self._requests.pop(worker, None)
 
     def _as_error(self, error: Any) -> BaseException:
         message = str(error.get("message", error)) if isinstance(error, dict) else str(error)
@@ -161,9 +165,14 @@ class InnerServer:
         self._error, self.last_error = error, str(error)
 
     def close(self) -> None:
-        """End it. The engine has its context back, empty."""
+        """End it, and the requests of this process that are under way. The engine has its context back, empty."""
         if self._server is None:
             return
+        requests = list(self._requests.items())
+        for _, cancelled in requests:
+            cancelled.set()
+        for worker, _ in requests:
+            worker.join()
         self._server = None  # its destructor ends its threads
         self._give_back()
         self._engine.unserve()
