@@ -27,7 +27,7 @@ class Backend:
     key: str = KEY
     n_ctx: int = 512
     parallel: int = 2
-    longest_token: int = 16
+    longest_text: int = 512 * 16
     multimodal: bool = False
     last_error: str = ""
 
@@ -95,7 +95,7 @@ def fronted(model: Model, backend: Backend, *, grace: float = 5.0, **options: An
     front.started = started.set
     server = FrontServer(front, grace)
     with listen("127.0.0.1", 0) as sock:
-        url = "http://127.0.0.1:%d" % sock.getsockname()[1]
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
         thread.start()
         assert started.wait(30)

@@ -32,7 +32,12 @@ def hang_up_at_random(server: ServerProcess, requests: int, at_once: int) -> Non
 
     def one(number: int) -> None:
         connection = connect(server)
-        body = {"prompt": f"Number {number}", "max_tokens": 200, "stream": number % 3 != 0}
+        body = {
+            "prompt": f"Number {number}",
+            "max_tokens": 200,
+            "ignore_eos": True,
+            "stream": number % 3 != 0,
+        }
         try:
             connection.request(
                 "POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"}

@@ -39,7 +39,7 @@ def ask(server: ServerProcess, clients: int, requests: int, max_tokens: int = 32
                         model="any",
                         prompt=f"Request {i} of client {number}",
                         max_tokens=max_tokens,
-                        logit_bias={"0": -100},
+                        extra_body={"ignore_eos": True},
                         stream=True,
                         stream_options={"include_usage": True},
                     )
@@ -49,7 +49,7 @@ def ask(server: ServerProcess, clients: int, requests: int, max_tokens: int = 32
                         model="any",
                         messages=[{"role": "user", "content": f"Request {i} of client {number}"}],
                         max_tokens=max_tokens,
-                        logit_bias={"0": -100},
+                        extra_body={"ignore_eos": True},
                     )
                     usage = answer.usage
                 assert usage

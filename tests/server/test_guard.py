@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
@@ -110,7 +109,9 @@ def test_pages_of_other_origins(front: Running, guarded: Running) -> None:
     assert friend.headers["access-control-allow-origin"] == FRIEND
     allowed = "access-control-allow-origin"
     assert allowed not in httpx.options(url, headers={"Origin": "http://foe.example", **ask}).headers
-    assert allowed not in httpx.options(front.url + "/v1/completions", headers={"Origin": FRIEND, **ask}).headers
+    assert (
+        allowed not in httpx.options(front.url + "/v1/completions", headers={"Origin": FRIEND, **ask}).headers
+    )
     answer = httpx.get(f"{guarded.url}/v1/models", headers={"Origin": FRIEND})
     assert answer.headers[allowed] == FRIEND
     refused = httpx.post(url, json={}, headers={"Origin": FRIEND})  # the page may read why
@@ -144,10 +145,12 @@ def test_too_large(front: Running) -> None:
         assert answer.json()["error"]["type"] == "invalid_request_error"
     answer = httpx.post(f"{front.url}/v1/messages", content=b"x" * 2_000_000)
     assert answer.json()["error"]["type"] == "request_too_large"
-    assert httpx.post(f"{front.url}/v1/completions", content=b"x" * bodies.LEAST_BODY).json()["size"] == 1 << 20
+    assert (
+        httpx.post(f"{front.url}/v1/completions", content=b"x" * bodies.LEAST_BODY).json()["size"] == 1 << 20
+    )
 
 
-LIMIT = 512 * 16  # bytes of text that may fit in the context of the made-up backend
+LIMIT = 512 * 16  # bytes of the longest text, see Backend
 
 
 @pytest.mark.parametrize(
@@ -158,7 +161,11 @@ LIMIT = 512 * 16  # bytes of text that may fit in the context of the made-up bac
         ({"prompt": ["ß" * (LIMIT // 2 + 1)]}, True),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x" * 2 * LIMIT}]}]}, True),
         ({"messages": [{"role": "user", "content": "x" * LIMIT}] * 3}, False),  # the backend counts tokens
-        ({"messages": [{"content": [{"image_url": {"url": "data:image/png;base64," + "x" * LIMIT}}]}]}, False),
+        (
+            {"messages": [{"content": [{"image_url": {"url": "data:image/png;base64," + "x" * LIMIT}}]}]},
+            False,
+        ),
+        ({"messages": [{"content": [{"source": {"data": "x" * 2 * LIMIT}}]}]}, False),
         ({"input": "x" * 2 * LIMIT}, True),
         ({"system": "x" * 2 * LIMIT, "messages": []}, True),
         ({"tools": [{"function": {"description": "x" * 2 * LIMIT}}]}, False),
@@ -177,7 +184,7 @@ def test_text_that_cannot_fit(front: Running, field: dict[str, Any], refused: bo
 def test_pictures_are_larger_than_text(pool: Model, backend: Backend) -> None:
     sees = Backend(backend.socket, multimodal=True)
     with fronted(pool, sees) as front:
-        content = json.dumps({"messages": [{"content": "x" * (8 << 20)}]})
+        content = json.dumps({"messages": [{"content": "data:image/png;base64," + "x" * (8 << 20)}]})
         answer = httpx.post(f"{front.url}/v1/chat/completions", content=content, timeout=60)
         assert answer.json()["size"] == len(content)
 

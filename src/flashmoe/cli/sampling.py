@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,9 +54,21 @@ class SamplingOptions:
     dry_penalty_last_n: Annotated[int | None, _option("--dry-penalty-last-n", "DRY: tokens considered.")] = (
         None
     )
+    dry_sequence_breaker: Annotated[
+        list[str] | None,
+        _option("--dry-sequence-breaker", "DRY: a sequence breaker; may be given several times."),
+    ] = None
     mirostat: Annotated[int | None, _option("--mirostat", "Mirostat: 0 off, 1, or 2.")] = None
     mirostat_ent: Annotated[float | None, _option("--mirostat-ent", "Mirostat: target entropy.")] = None
     mirostat_lr: Annotated[float | None, _option("--mirostat-lr", "Mirostat: learning rate.")] = None
+    adaptive_target: Annotated[
+        float | None, _option("--adaptive-target", "Adaptive-p: target probability.")
+    ] = None
+    adaptive_decay: Annotated[float | None, _option("--adaptive-decay", "Adaptive-p: decay.")] = None
+    logit_bias: Annotated[
+        list[str] | None,
+        _option("-l --logit-bias", "TOKEN_ID+BIAS or TOKEN_ID-BIAS; may be given several times."),
+    ] = None
     samplers: Annotated[
         str | None, _option("--samplers", "Samplers and their order, separated by semicolons.")
     ] = None
@@ -71,7 +84,12 @@ class SamplingOptions:
 
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         renamed = {_NAMES.get(name, name): value for name, value in given.items()}
-        return Sampling(**renamed | {"ignore_eos": self.ignore_eos or None})
+        lists = {
+            "dry_sequence_breakers": tuple(self.dry_sequence_breaker or ()) or None,
+            "logit_bias": tuple(_bias(text) for text in self.logit_bias or ()) or None,
+            "ignore_eos": self.ignore_eos or None,
+        }
+        return Sampling(**renamed | lists)
 
     def defaults(self) -> dict[str, Any]:
         """For requests that say nothing else: attributes of llama.cpp's common_params_sampling. Raises UsageError."""
@@ -88,6 +106,7 @@ class SamplingOptions:
 
 # option -> field of flashmoe.Sampling
 _NAMES = {
+    "dry_sequence_breaker": "dry_sequence_breakers",
     "temp": "temperature",
     "typical": "typical_p",
     "dynatemp_exp": "dynatemp_exponent",
@@ -146,6 +165,16 @@ class ChatOptions:
             mmproj=self.mmproj,
             **more,
         )
+
+
+def _bias(text: str) -> tuple[int, float]:
+    """A token and what is added to its logit. Raises UsageError."""
+    match = re.fullmatch(r"(\d+)([+-]\d+(?:\.\d+)?)", text.strip())
+    if not match:
+        raise UsageError(
+            f"cannot read --logit-bias {text!r}: write TOKEN_ID+BIAS or TOKEN_ID-BIAS, as in 15043-1"
+        )
+    return int(match[1]), float(match[2])
 
 
 def _kwargs(text: str | None) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def serve(
                         style="bold yellow",
                     )
                 url = f"http://{shown}:{real_port}"
-                console.print(f"serving {name} on {url}/v1, dashboard at {url}/", highlight=False)
+                console.print(f"serving {name} on {url}/v1, dashboard at {url}/flashmoe/", highlight=False)
 
             run_server(
                 loaded, inner, sock, name=name, host=host, api_key=key, cors=cors or [], started=started

@@ -44,9 +44,13 @@ class Sampling:
     dry_base: float | None = None
     dry_allowed_length: int | None = None
     dry_penalty_last_n: int | None = None
+    dry_sequence_breakers: tuple[str, ...] | None = None
     mirostat: int | None = None
     mirostat_tau: float | None = None
     mirostat_eta: float | None = None
+    adaptive_target: float | None = None
+    adaptive_decay: float | None = None
+    logit_bias: tuple[tuple[int, float], ...] | None = None  # (token, what is added to its logit)
     ignore_eos: bool | None = None
     samplers: str | None = None  # their order, by llama.cpp's names, separated by semicolons
     grammar: str | None = None

@@ -45,7 +45,7 @@ class Exchange:
             headers = _as_json(headers)
         response = await self._upstream.request(self._method, target, headers, body, trusted=trusted)
         try:
-            if response.status == 415 and self._method == "GET":
+            if response.status == 415 and self._method in ("GET", "HEAD"):
                 await self._unpack(target, headers, trusted)
             elif response.status == 404 and self._path == "/" and self._method == "GET":
                 await self._answer(307, [(b"location", PAGE)], b"")
@@ -97,7 +97,7 @@ class Exchange:
         """The backend has its page compressed only, and refuses clients that do not offer to unpack it: curl, say."""
         headers = [(name, value) for name, value in headers if name != "accept-encoding"]
         headers.append(("accept-encoding", "gzip"))
-        async with await self._upstream.request(self._method, target, headers, trusted=trusted) as response:
+        async with await self._upstream.request("GET", target, headers, trusted=trusted) as response:
             kept, body = response_headers(response.raw_headers), await response.read()
             if response.headers.get("Content-Encoding") == "gzip":
                 kept, body = repair.unpacked(kept, body)

@@ -40,6 +40,7 @@ class Proxy:
         try:
             if scope["method"] not in _SAFE:
                 self._traffic.check_open()
+                _check_route(scope["path"])
             with self._traffic.counted() if counted else nullcontext():
                 await self._run(exchange, await self._limits.read(scope, receive), receive)
             outcome = exchange.outcome
@@ -86,6 +87,12 @@ class Proxy:
 async def _until_gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def _check_route(path: str) -> None:
+    """Slots are saved by --save-cache, in a folder that is not its clients' to fill."""
+    if path.startswith("/slots/"):
+        raise Refusal(501, "saving and restoring slots over HTTP is off; see --save-cache")
 
 
 def _note(scope: Scope) -> None:

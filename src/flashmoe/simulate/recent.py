@@ -68,7 +68,14 @@ class RecentSteps:
         return list(self._kept)
 
     def add(self, layer: int, ids: NDArray[Any], _weights: NDArray[Any] | None = None) -> None:
-        """The engine's hook calls this before experts are made resident."""
+        """The engine's hook calls this before experts are made resident.
+
+        What several sequences decode together is one request of each layer, which no replay makes: it begins anew.
+        """
+        if len(ids) > 1 and self._cache.phase == "decode":
+            self._kept.clear()
+            self._recorder, self._layer = None, self._cache.policy.residency.n_layers
+            return
         if layer <= self._layer:
             self._begin_step()
         self._layer = layer
