@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import hypothesis
 import numpy as np
@@ -108,10 +110,43 @@ def test_too_small_names_a_budget_that_works() -> None:
 def test_default_context(wished: int, taken: int, left: int) -> None:
     context = budget.default_context(wished, taken, left)
     assert min(wished, budget.SMALL_CONTEXT) <= context <= wished
+
+    def share(tokens: int) -> float:
+        """Of `left`."""
+        return tokens / budget.SMALL_CONTEXT * taken / left
+
+    agents = min(wished, budget.AGENT_CONTEXT)
     if context > budget.SMALL_CONTEXT:
-        assert context / budget.SMALL_CONTEXT * taken <= left / 6 * 1.0001
-    if context < wished:
-        assert (context + 256) / budget.SMALL_CONTEXT * taken >= left / 6 * 0.9999
+        assert share(context) <= 1 / 6 * 1.0001 or (
+            agents - 256 < context <= agents and share(context) <= 1 / 3 * 1.0001
+        )
+    if context < wished and left > 0:
+        assert share(context + 256) >= 1 / 6 * 0.9999
+    if left > 0 and share(agents) <= 1 / 3 * 0.9999:
+        assert context > agents - 256
+
+
+@hypothesis.given(
+    context=st.integers(1, 1 << 20), taken=st.integers(1, 1 << 40), left=st.integers(-(1 << 40), 1 << 44)
+)
+def test_default_parallel(context: int, taken: int, left: int) -> None:
+    parallel = budget.default_parallel(context, taken, left)
+    assert 1 <= parallel <= budget.MOST_PARALLEL
+    each = context / budget.SMALL_CONTEXT * taken
+    if parallel > 1:
+        assert parallel * each <= (left / 3 + parallel) * 1.0001
+    if parallel < budget.MOST_PARALLEL:
+        assert (parallel + 1) * each >= left / 3 * 0.9999 - parallel
+
+
+@pytest.mark.parametrize(
+    ("slots", "sequences", "allowed"), [(63, 1, 7), (63, 4, 7), (63, 8, 6), (16, 4, 1), (8, 4, 0), (8, 1, 1)]
+)
+def test_micro_batch_of_several_sequences(slots: int, sequences: int, allowed: int) -> None:
+    """llama.cpp adds a token where a micro-batch has fewer than there are sequences."""
+    catalog: Any = SimpleNamespace(n_experts=64, top_k=8)
+    assert budget.micro_batch(catalog, [slots], 512, sequences) == allowed
+    assert budget.micro_batch(catalog, [64], 512, sequences) == 512
 
 
 def test_a_tight_budget_gets_a_smaller_context() -> None:
@@ -128,11 +163,27 @@ def test_a_tight_budget_gets_a_smaller_context() -> None:
         def close(self) -> None:
             del self._cells
 
-    now = budget.status_bytes("VmRSS")
-    for left, least, most in ((64 << 20, 1024, 1024), (2 << 30, 2048, 2816), (8 << 30, 4096, 4096)):
-        assert least <= gguf._default_context(Context, 4096, now + budget.RESERVE + left) <= most  # type: ignore[arg-type]
+    def chosen(
+        trained: int, left: int, parallel: int | None = None, n_ctx: int | None = None
+    ) -> tuple[int, int]:
+        wish = SimpleNamespace(n_ctx=n_ctx, sequences=1, parallel=parallel)
+        return gguf._context(Context, wish, trained, left)  # type: ignore[arg-type]
+
+    for left, least, most in ((64 << 20, 1024, 1024), (1 << 30, 1024, 1536), (2 << 30, 4096, 4096)):
+        context, sequences = chosen(4096, left)
+        assert least <= context <= most
+        assert sequences == 1
+    assert chosen(1 << 17, 32 << 30)[0] >= budget.AGENT_CONTEXT > chosen(1 << 17, 4 << 30)[0]
+    # several conversations: with room for as many, each of them
+    assert chosen(4096, 2 << 30, parallel=0) == (4096, 1)
+    assert chosen(4096, 64 << 30, parallel=0) == (4096, budget.MOST_PARALLEL)
+    assert chosen(4096, 64 << 30, parallel=2) == (4096, 2)
+    assert 1024 <= chosen(4096, 2 << 30, parallel=4)[0] < 4096
     assert set(made) == {budget.SMALL_CONTEXT}
-    assert gguf._default_context(Context, 300, now) == 300  # type: ignore[arg-type]
+    made.clear()
+    assert chosen(300, 0) == (300, 1)
+    assert chosen(4096, 0, n_ctx=3000) == (3000, 1)
+    assert not made
 
 
 def test_check_before_loading(olmoe: ExpertCatalog, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,125 +1,82 @@
-"""Conversations: every turn is what stock llama.cpp makes of the same tokens in the same steps."""
+"""Conversations: every turn is what the stock server of the same library answers to the same messages."""
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import flashmoe
-from flashmoe.conversation import Conversation
+from flashmoe.conversation import Conversation, Piece
 from flashmoe.engines.base import Sampling
-from flashmoe.engines.llamacpp.context import Context
 from flashmoe.engines.llamacpp.library import Library
-from flashmoe.engines.llamacpp.stock import StockModel
-from flashmoe.engines.llamacpp.template import render_chat
-from flashmoe.errors import ModelError, ReadError, UsageError
+from flashmoe.engines.llamacpp.serving.options import ServerOptions
+from flashmoe.errors import FlashMoEError, ReadError, UsageError
 from flashmoe.storage.direct import DirectFile
 from tests.conftest import Tiny
+from tests.engines.reference import StockServer
 from tests.models.writer import CHAT_TEMPLATE
 
 GREEDY = Sampling(temperature=0)
 STEP = 8
 CONTEXT = 256
 ANSWER = 12
+MESSAGES = ("the sky is blue", "and why?", "say it again, please")
 
 
 @contextmanager
 def opened(
-    path: Path, lib: Library, patch: pytest.MonkeyPatch, cache: str = "40%", layout: str = "plain"
+    path: Path, lib: Library, cache: str = "40%", layout: str = "plain", template: str = CHAT_TEMPLATE
 ) -> Iterator[flashmoe.Model]:
     """All tiny models speak ChatML here."""
     with flashmoe.load(
-        path, cache=cache, layout=layout, library=lib, n_ctx=CONTEXT, n_ubatch=STEP, threads=1
+        path,
+        cache=cache,
+        layout=layout,
+        library=lib,
+        n_ctx=CONTEXT,
+        n_ubatch=STEP,
+        threads=1,
+        server=ServerOptions(chat_template=template),
     ) as model:
-
-        def chat_prompt(messages: list, **_: object) -> str:
-            return render_chat(CHAT_TEMPLATE, messages, bos="", eos="")
-
-        patch.setattr(model.engine, "chat_prompt", chat_prompt)
         yield model
 
 
+@contextmanager
+def stock_of(
+    path: Path, model: flashmoe.Model, template: str = CHAT_TEMPLATE, **more: Any
+) -> Iterator[StockServer]:
+    options = model._server_options
+    assert options
+    with StockServer(
+        path, model, chat_template=template, n_ctx_checkpoints=options.ctx_checkpoints, **more
+    ) as stock:
+        yield stock
+
+
 @pytest.fixture
-def model(lib: Library, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Iterator[flashmoe.Model]:
-    with opened(tiny("llama"), lib, monkeypatch) as loaded:
+def model(lib: Library, tiny: Tiny) -> Iterator[flashmoe.Model]:
+    with opened(tiny("llama"), lib) as loaded:
         yield loaded
 
 
-def talk_with(model: flashmoe.Model, system: str = "", n: int = ANSWER) -> Conversation:
-    return Conversation(model, system=system, max_tokens=n, sampling=GREEDY)
+def talk_with(model: flashmoe.Model, system: str = "", n: int = ANSWER, **request: Any) -> Conversation:
+    return Conversation(model, system=system, max_tokens=n, sampling=GREEDY, request=request)
 
 
 def say(talk: Conversation, message: str) -> str:
     return "".join(talk.say(message))
 
 
-class Stock:
-    """The same library without the pool, told step by step what to evaluate."""
-
-    def __init__(self, lib: Library, path: Path, layout: str) -> None:
-        self._model = StockModel(lib, path, repack=layout == "repacked")
-        self._context: Context | None = None
-        self.held: list[int] = []
-
-    def begin(self) -> None:
-        """An empty context."""
-        if self._context:
-            self._context.close()
-        self._context = self._model.context(n_ctx=CONTEXT, n_ubatch=STEP, threads=1)
-        self.held = []
-
-    def turn(self, model: flashmoe.Model, new: list[int], kept: int | None = None) -> list[int]:
-        """Go on with `new` tokens, after the first `kept` that are there; returns the likeliest that follow."""
-        context, step = self._context, model.engine.n_ubatch
-        assert context
-        if kept is not None:
-            context.rewind(kept)
-            assert context.past == [kept]
-            del self.held[kept:]
-        for start in range(0, len(new), step):
-            context.decode(new[start : start + step])
-        self.held += new
-        made: list[int] = []
-        while True:
-            token = int(context.logits().argmax())
-            if model.engine.is_end(token):
-                return made
-            made.append(token)
-            if len(made) == ANSWER:
-                return made
-            context.decode([token])
-            self.held.append(token)
-
-    def logits(self) -> np.ndarray:
-        assert self._context
-        return self._context.logits()
-
-    def close(self) -> None:
-        if self._context:
-            self._context.close()
-        self._model.close()
-
-
-@contextmanager
-def stock_of(lib: Library, path: Path, layout: str = "plain") -> Iterator[Stock]:
-    stock = Stock(lib, path, layout)
-    try:
-        stock.begin()
-        yield stock
-    finally:
-        stock.close()
-
-
-def text_of(model: flashmoe.Model, tokens: list[int]) -> str:
-    return b"".join(model.engine.piece(token) for token in tokens).decode("utf-8", errors="replace")
-
-
-def turn_text(message: str) -> str:
-    return f"<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n"
+def asked(messages: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    """A request as the conversations here make them."""
+    return {"messages": messages, "max_tokens": ANSWER, "temperature": 0, **more}
 
 
 # attention; a sliding window; memories that cannot be cut
@@ -128,95 +85,85 @@ def turn_text(message: str) -> str:
     ("cache", "layout"),
     [("40%", "plain"), ("100%", "plain"), ("100%", "repacked")],  # a small pool means small micro-batches
 )
-def test_turns_are_stock_turns(
-    name: str, cache: str, layout: str, lib: Library, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with (
-        opened(tiny(name), lib, monkeypatch, cache, layout) as model,
-        stock_of(lib, tiny(name), layout) as stock,
-    ):
-        talk, tokenize = talk_with(model), model.engine.tokenize
-        made: list[int] = []
-        for number, message in enumerate(("the sky is blue", "and why?", "say it again, please")):
-            text = turn_text(message) if number == 0 else f"<|im_end|>\n{turn_text(message)}"
-            new = tokenize(text, special=True, begin=number == 0)
-            if len(made) == ANSWER:
-                new = made[-1:] + new  # made, and not evaluated yet
-            before = len(stock.held)
-            made = stock.turn(model, new)
-            assert say(talk, message) == text_of(model, made)
-            assert (talk.turn.reused, talk.turn.read) == (before, len(new))
-            assert talk.turn.made == len(made)
-            assert np.array_equal(model.engine.logits(), stock.logits())
-
-
-@pytest.mark.parametrize(("name", "can_be_cut"), [("llama", True), ("gpt-oss", True), ("jamba", False)])
-def test_what_was_said_before_can_change(
-    name: str, can_be_cut: bool, lib: Library, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another system prompt: the engine keeps what comes before the first other token, if it can."""
-    with opened(tiny(name), lib, monkeypatch, "100%") as model, stock_of(lib, tiny(name)) as stock:
-
-        def prompt() -> list[int]:
-            messages = [{"role": "system", "content": talk.system}, *talk.messages]
-            return model.engine.tokenize(model.engine.chat_prompt(messages), special=True)
-
+def test_turns_are_stock_turns(name: str, cache: str, layout: str, lib: Library, tiny: Tiny) -> None:
+    with opened(tiny(name), lib, cache, layout) as model, stock_of(tiny(name), model) as stock:
         talk = talk_with(model, "You are brief.")
-        answer = say(talk, "the sky is blue")
-        question = talk.messages.pop(0)
-        talk.messages[:] = [question]
-        assert text_of(model, stock.turn(model, prompt())) == answer
-        talk.messages.append({"role": "assistant", "content": answer})
-        talk.system = "You are long."
-        talk.messages.append({"role": "user", "content": "why?"})
-        new = prompt()
-        talk.messages.pop()
-        common = next(i for i, (a, b) in enumerate(zip(stock.held, new, strict=False)) if a != b)
-        assert common > 10
-        if can_be_cut:
-            made = stock.turn(model, new[common:], kept=common)
-        else:
-            stock.begin()
-            made = stock.turn(model, new)
-        assert say(talk, "why?") == text_of(model, made)
-        assert talk.turn.reused == (common if can_be_cut else 0)
-        assert np.array_equal(model.engine.logits(), stock.logits())
+        said: list[dict[str, str]] = [{"role": "system", "content": "You are brief."}]
+        for message in MESSAGES:
+            said.append({"role": "user", "content": message})
+            text, timings = stock.chat_end(asked(said))
+            assert say(talk, message) == text
+            turn = talk.turn
+            assert (turn.read, turn.reused, turn.made) == (
+                timings["prompt_n"],
+                timings["cache_n"],
+                timings["predicted_n"],
+            )
+            assert turn.tokens_per_s > 0
+            said.append({"role": "assistant", "content": text})
+        assert talk.messages == said[1:]
 
 
-def test_answers_keep_their_own_tokens(model: flashmoe.Model) -> None:
-    """Their text would often give others: the next turn would read them anew."""
+def test_a_turn_reads_only_its_new_tokens(model: flashmoe.Model) -> None:
+    """As many tokens of the prompt are read as follow the beginning that it shares with what is there."""
     talk = talk_with(model)
-    say(talk, "the sky is blue")
-    held = [token for chunk in model.held[0].chunks for token in chunk]
-    answer = talk.messages[-1]["content"]
-    assert model.engine.tokenize(turn_text("the sky is blue") + answer, special=True)[: len(held)] != held
-    say(talk, "why?")
-    assert talk.turn.reused == len(held)
+    say(talk, MESSAGES[0])
+    assert talk.turn.reused == 0
+    before, evaluated = talk.used, model.telemetry.prefill.tokens + model.telemetry.decode.tokens
+    say(talk, MESSAGES[1])
+    assert talk.turn.reused > 0
+    prompt = model.server().count_tokens({"messages": talk.messages[:-1]})
+    assert talk.turn.read + talk.turn.reused == prompt
+    assert before - ANSWER <= talk.turn.reused < before
+    now = model.telemetry.prefill.tokens + model.telemetry.decode.tokens
+    assert now - evaluated == talk.turn.read + talk.turn.made - 1
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt-oss", "jamba"])
+def test_what_was_said_before_can_change(name: str, lib: Library, tiny: Tiny) -> None:
+    """Another system prompt: the server keeps what comes before the first other token, if it can."""
+    with opened(tiny(name), lib, "100%") as model, stock_of(tiny(name), model) as stock:
+        talk = talk_with(model, "You are brief.")
+        answer = say(talk, MESSAGES[0])
+        question = {"role": "user", "content": MESSAGES[0]}
+        assert stock.chat_text(asked([{"role": "system", "content": "You are brief."}, question])) == answer
+        talk.system = "You are long."
+        text, timings = stock.chat_end(
+            asked(
+                [
+                    {"role": "system", "content": "You are long."},
+                    question,
+                    {"role": "assistant", "content": answer},
+                    {"role": "user", "content": "why?"},
+                ]
+            )
+        )
+        assert say(talk, "why?") == text
+        assert talk.turn.reused == timings["cache_n"]
+        if name == "llama":
+            assert talk.turn.reused > 10
 
 
 def test_reset_begins_anew(model: flashmoe.Model) -> None:
     talk = talk_with(model)
-    first = say(talk, "the sky is blue")
-    assert say(talk, "the sky is blue") != first
+    first = say(talk, MESSAGES[0])
+    assert say(talk, MESSAGES[0]) != first
     talk.reset()
     assert (talk.messages, talk.used) == ([], 0)
-    assert say(talk, "the sky is blue") == first
-    assert talk.turn.reused == 0
-    assert talk.used == model.engine.past() > 0
+    assert say(talk, MESSAGES[0]) == first
+    assert talk.used == talk.turn.read + talk.turn.reused + talk.turn.made > 0
 
 
 def test_going_on_from_other_messages(model: flashmoe.Model) -> None:
     talk = talk_with(model)
-    say(talk, "the sky is blue")
+    say(talk, MESSAGES[0])
     saved = list(talk.messages)
+    expected = say(talk, "why?")
     talk.reset(saved)
     assert talk.messages == saved
-    prompt = model.engine.tokenize(
-        model.engine.chat_prompt([*saved, {"role": "user", "content": "why?"}]), special=True
-    )
-    again = say(talk, "why?")
-    assert (talk.turn.read, talk.turn.reused) == (len(prompt), 0)
-    assert again == "".join(model.generate(prompt, max_tokens=ANSWER, sampling=GREEDY))
+    assert say(talk, "why?") == expected
+    messages = [*saved, {"role": "user", "content": "why?"}]
+    assert "".join(model.chat(messages, max_tokens=ANSWER, sampling=GREEDY)) == expected
 
 
 def test_only_a_new_conversation_is_a_new_sequence(
@@ -238,25 +185,33 @@ def test_only_a_new_conversation_is_a_new_sequence(
         assert model.recorder.trace().n_sequences == 2
 
 
-def test_full_context_forgets_the_oldest_turns(model: flashmoe.Model) -> None:
-    talk = talk_with(model, "You know it all.")
-    seen = []
-    chat_prompt = model.engine.chat_prompt
+def watch(model: flashmoe.Model, monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, str]]]:
+    """The messages of every request that is made from here on."""
+    seen: list[list[dict[str, str]]] = []
+    chat = type(model.server()).chat
 
-    def watched(messages: list, **options: object) -> str:
-        seen[:] = messages
-        return chat_prompt(messages, **options)
+    def watched(server: Any, request: dict[str, Any]) -> Any:
+        seen.append(request["messages"])
+        return chat(server, request)
 
-    model.engine.chat_prompt = watched  # type: ignore[method-assign]
+    monkeypatch.setattr(type(model.server()), "chat", watched)
+    return seen
+
+
+def test_full_context_forgets_the_oldest_turns(
+    model: flashmoe.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talk, seen = talk_with(model, "You know it all."), watch(model, monkeypatch)
     forgotten = 0
     for number in range(12):
         say(talk, f"message number {number}")
         forgotten += talk.turn.forgotten
         assert talk.used <= CONTEXT
         assert talk.turn.read + talk.turn.reused + ANSWER <= CONTEXT
-        assert seen[0] == {"role": "system", "content": "You know it all."}
-        assert seen[1]["content"] == f"message number {forgotten}"
-        assert seen[-1]["content"] == f"message number {number}"
+        shown = seen[-1]
+        assert shown[0] == {"role": "system", "content": "You know it all."}
+        assert shown[1]["content"] == f"message number {forgotten}"
+        assert shown[-1]["content"] == f"message number {number}"
     assert forgotten > 1
     assert len(talk.messages) == 24  # all that was said
 
@@ -285,54 +240,52 @@ def test_message_that_does_not_fit(model: flashmoe.Model) -> None:
     assert talk.turn.forgotten == 0
 
 
-def test_answer_that_fills_the_context(model: flashmoe.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model.engine, "is_end", lambda _: False)
-    talk = talk_with(model, n=-1)
+def test_answer_that_fills_the_context(model: flashmoe.Model) -> None:
+    talk = talk_with(model, n=-1, ignore_eos=True)
     say(talk, "hello")
     assert talk.turn.finished == "length"
-    assert talk.used == CONTEXT
+    assert CONTEXT - 1 <= talk.used <= CONTEXT
     say(talk, "and on?")
     assert talk.turn.forgotten == 1
 
 
 def test_stopping_in_the_middle_keeps_the_answer_so_far(model: flashmoe.Model) -> None:
+    whole = say(talk_with(model), MESSAGES[0])
     talk = talk_with(model)
-    answer = talk.say("the sky is blue")
+    answer = talk.say(MESSAGES[0])
     pieces = [next(answer), next(answer), next(answer)]
     answer.close()
     assert talk.messages[-1] == {"role": "assistant", "content": "".join(pieces)}
+    assert whole.startswith("".join(pieces))
     assert talk.turn.finished == ""
     assert talk.turn.made >= 3
-    held = talk.used
     say(talk, "go on")
-    assert talk.turn.reused == held
+    assert talk.turn.reused > 0
 
 
-def test_interrupt_in_the_middle(model: flashmoe.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("milliseconds", [0, 1, 3, 10, 30, 80])
+def test_interrupt_in_the_middle(milliseconds: int, model: flashmoe.Model) -> None:
     """Ctrl-C while a prompt is read, and while an answer is made; a whole conversation is right afterwards."""
-    expected, step = say(talk_with(model), "the sky is blue"), model.engine.n_ubatch
-    ensure = type(model.cache).ensure
-    prompt_calls = 3 * -(-len(model.engine.tokenize(turn_text("the sky is blue"), special=True)) // step)
-    for after in (0, 4, prompt_calls + 5):
-        calls = iter(range(1000))
+    expected = say(talk_with(model), MESSAGES[0])
+    main = threading.main_thread().ident or 0
+    talk = talk_with(model, n=-1, ignore_eos=True)
+    timer = threading.Timer(milliseconds / 1000, signal.pthread_kill, (main, signal.SIGINT))
 
-        def interrupted(self, layer, ids, *, after=after, calls=calls, **options):  # type: ignore[no-untyped-def]
-            if next(calls) == after:
-                raise KeyboardInterrupt
-            return ensure(self, layer, ids, **options)
+    def go_on() -> None:
+        timer.start()
+        while True:
+            talk.reset()
+            say(talk, "the sea is green and the sky is blue, and so on")
 
-        talk, pieces = talk_with(model), []
-        with monkeypatch.context() as patch:
-            patch.setattr(type(model.cache), "ensure", interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                pieces += talk.say("the sky is blue")  # type: ignore[arg-type]
-        if after < prompt_calls:
-            assert talk.messages == []
-            assert say(talk, "the sky is blue") == expected
-        else:
-            assert expected.startswith(talk.messages[-1]["content"])
-            assert talk.messages[-1]["content"]
-            say(talk, "go on")
+    with pytest.raises(KeyboardInterrupt):
+        go_on()
+    timer.join()
+    assert [message["role"] for message in talk.messages] in ([], ["user", "assistant"])
+    talk.reset()
+    again = talk_with(model)
+    assert say(again, MESSAGES[0]) == expected
+    say(again, "go on")
+    assert again.turn.reused > 0
 
 
 def test_read_error(model: flashmoe.Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,40 +300,87 @@ def test_read_error(model: flashmoe.Model, monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(ReadError, match="the drive is gone"):
             "".join(say(talk, f"{number} unlike all else") for number in range(20))
     assert talk.messages[-1]["role"] == "assistant"
-    say(talk, "better now?")
+    saved = list(talk.messages)
+    answer = say(talk, "better now?")
+    other = talk_with(model)
+    other.reset(saved)
+    assert say(other, "better now?") == answer
 
 
-def test_message_that_the_template_refuses(model: flashmoe.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    talk = talk_with(model)
-    say(talk, "hello")
-    before = list(talk.messages)
-
-    def refuse(*_: object, **__: object) -> str:
-        raise ModelError("no system role")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(model.engine, "chat_prompt", refuse)
-        with pytest.raises(ModelError, match="no system role"):
-            say(talk, "why?")
-    assert talk.messages == before
+REFUSES = (
+    "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('not this one') }}{% endif %}"
+    "{{ m.role ~ ': ' ~ m.content ~ '\n' }}{% endfor %}assistant: "
+)
 
 
-def test_thinking_that_the_template_opens(model: flashmoe.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    chat_prompt = model.engine.chat_prompt
-    monkeypatch.setattr(model.engine, "chat_prompt", lambda m, **_: chat_prompt(m) + "<think>\n")
-    talk = talk_with(model)
-    pieces = list(talk.say("hello"))
-    assert pieces[0].startswith("<think>\n")
-    assert "".join(pieces).count("<think>") == 1
-    assert talk.messages[-1]["content"] == "".join(pieces)
+def test_message_that_the_template_refuses(lib: Library, tiny: Tiny) -> None:
+    with opened(tiny("llama"), lib, template=REFUSES) as model:
+        talk = talk_with(model)
+        say(talk, "hello")
+        before = list(talk.messages)
+        with pytest.raises(FlashMoEError, match="not this one"):
+            say(talk, "no")
+        assert talk.messages == before
+        assert say(talk, "why?")
 
 
-def test_model_without_template(lib: Library, tiny: Tiny) -> None:
-    with (
-        flashmoe.load(tiny("olmoe"), cache="50%", threads=1, library=lib) as model,
-        pytest.raises(ModelError, match="no chat template"),
-    ):
+THINKS = (
+    "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' }}"
+    "{% if m.reasoning_content %}{{ '<think>\n' ~ m.reasoning_content ~ '\n</think>\n\n' }}{% endif %}"
+    "{{ m.content ~ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_thoughts_come_separately(lib: Library, demo: Path) -> None:
+    """They are no part of the answer's text; a grammar has the model think here."""
+    grammar = r'root ::= "<think>\nHm.\n</think>\n\nYes.\n"'
+    with opened(demo, lib, template=THINKS) as model:
+        talk = talk_with(model, n=40, grammar=grammar)
+        pieces = list(talk.stream("hello"))
+        thought = "".join(piece.text for piece in pieces if piece.thought)
+        text = "".join(piece.text for piece in pieces if not piece.thought)
+        assert all(isinstance(piece, Piece) for piece in pieces)
+        assert (thought.strip(), text.strip()) == ("Hm.", "Yes.")
+        assert talk.messages[-1] == {"role": "assistant", "content": text, "reasoning_content": thought}
+        with stock_of(demo, model, THINKS) as stock:
+            deltas = [
+                choice["delta"]
+                for event in stock.chat(
+                    asked([{"role": "user", "content": "hello"}], grammar=grammar) | {"max_tokens": 40}
+                )
+                for choice in event.get("choices", ())
+            ]
+        assert "".join(delta.get("content") or "" for delta in deltas) == text
+        assert "".join(delta.get("reasoning_content") or "" for delta in deltas) == thought
+        assert say(talk, "hello again").strip() == "Yes."  # say gives the text alone
+
+
+def test_model_without_template_speaks_chatml(lib: Library, tiny: Tiny) -> None:
+    with opened(tiny("olmoe"), lib, "100%", template="") as model:
+        text = say(talk_with(model), "hello")
+        with stock_of(tiny("olmoe"), model, "chatml") as stock:
+            assert stock.chat_text(asked([{"role": "user", "content": "hello"}])) == text
+
+
+def test_library_without_a_server(model: flashmoe.Model) -> None:
+    model.engine.__dict__["has_server"] = False
+    with pytest.raises(FlashMoEError, match="only xllamacpp's library has"):
         Conversation(model)
+    tokens = model.engine.tokenize(MESSAGES[0])
+    assert "".join(model.generate(tokens, max_tokens=4, sampling=GREEDY)) == "".join(
+        model.start(tokens, max_tokens=4, sampling=GREEDY).pieces()
+    )
+
+
+def test_conversation_after_the_own_loop(model: flashmoe.Model) -> None:
+    """`start` takes the context from the server that the conversation was begun with."""
+    talk = talk_with(model)
+    first = say(talk, MESSAGES[0])
+    list(model.start([65, 66], max_tokens=2, sampling=GREEDY).pieces())
+    other = talk_with(model)
+    assert say(other, MESSAGES[0]) == first
+    assert say(talk, "why?")
 
 
 def test_what_is_not_text_is_replaced(model: flashmoe.Model) -> None:

@@ -118,8 +118,12 @@ def test_each_model_and_policy_has_a_file_of_its_own(
     for name, policy in (("llama", "lru"), ("llama", "lfu"), ("phimoe", "lru"), ("llama", "lru")):
         with opened(tiny(name), lib, True, policy=policy) as model:
             step(model)
-    files = sorted(path.name for path in (tmp_path / "flashmoe" / "sessions").iterdir())
+    found = sorted((tmp_path / "flashmoe" / "sessions").iterdir())
+    files = [path.name for path in found if path.is_file()]
     assert len(files) == 3
+    assert [path.with_suffix(".conversations") for path in found if path.is_file()] == [
+        path for path in found if path.is_dir()
+    ]
     assert [name.rpartition("-")[2] for name in files].count("lru.safetensors") == 2
 
 
@@ -226,7 +230,7 @@ def test_a_full_disk_is_a_warning(
     with pytest.warns(FlashMoEWarning, match="No space left"):
         model.close()
     assert file.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [file]
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
 
 
 def test_on_the_command_line(demo: Path, cache_home: Path) -> None:
@@ -235,7 +239,7 @@ def test_on_the_command_line(demo: Path, cache_home: Path) -> None:
     first, second = command(*run), command(*run)
     assert first.out == second.out
     assert not first.status
-    (file,) = folder.iterdir()
+    (file,) = folder.glob("*.safetensors")
     file.write_bytes(b"damaged")
     with pytest.warns(FlashMoEWarning, match="starting cold") as caught:
         third = command(*run)

@@ -66,7 +66,7 @@ class Conversation:
         """
         self._model, self._max_tokens, self._sampling = model, max_tokens, sampling
         self._request = dict(request or {})
-        self._server = model.server()
+        model.server()  # says why there is none
         #: Takes effect with the next message.
         self.system = system
         self.reset()
@@ -169,4 +169,4 @@ class Conversation:
 
     def _count(self, first: int) -> int:
         """Tokens of the prompt from message `first` on."""
-        return self._server.count_tokens({"messages": self._shown(first), **self._request})
+        return self._model.server().count_tokens({"messages": self._shown(first), **self._request})

@@ -107,7 +107,9 @@ class Model:
 
             assert isinstance(self.engine, LlamaEngine)
             on_prompt = self._begin_prompt if self._public else lambda: None
-            self._server = InnerServer(self.engine, self._server_options, self._served, on_prompt)
+            self._server = InnerServer(
+                self.engine, self._server_options, self._served, on_prompt, self._not_served
+            )
             for held in self.held:
                 held.cut(0)
             if self._saved:
@@ -119,6 +121,11 @@ class Model:
         self._count(graph.seconds, len(graph.tokens), graph.faults, decode=graph.decode)
         if self.recorder is not None:
             self.recorder.end_step(graph.tokens, DECODE if graph.decode else PREFILL, self._prompts)
+
+    def _not_served(self) -> None:
+        """The server could not evaluate a graph."""
+        if self.recorder is not None:
+            self.recorder.drop_step()
 
     def _own_context(self) -> None:
         """Take the context back from the server."""
@@ -367,6 +374,7 @@ class Model:
     def close(self) -> None:
         """Free everything, and keep what `save_cache` asked for. The model cannot be used afterwards."""
         if self._server is not None and self._saved:
+            self._server.cancel()
             self._saved.save(self._server)
         self._own_context()
         self._resources.close()

@@ -141,10 +141,11 @@ def test_input_that_is_not_text(demo: Path) -> None:
     assert b"Traceback" not in done.stderr
 
 
-def test_model_without_template(tiny: Tiny) -> None:
-    result = flashmoe("chat", tiny("olmoe"), "-t", 1, "--cache", "50%", stdin="hello")
-    assert result.status == 1
-    assert "no chat template" in result.message
+def test_model_without_template_speaks_chatml(tiny: Tiny) -> None:
+    expected = chat("-n", 12, "--chat-template", "chatml", stdin="hello\nwhy?", model=tiny("olmoe"))
+    result = chat("-n", 12, stdin="hello\nwhy?", model=tiny("olmoe"))
+    assert (result.status, expected.status) == (0, 0)
+    assert result.out == expected.out
 
 
 def test_routing_can_be_recorded(demo: Path, tmp_path: Path) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import xllamacpp
 from numpy.typing import NDArray
 
+from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.stock import StockModel
 from flashmoe.layout import PLAIN, REPACKED
+from flashmoe.model import Model
 
 Floats = NDArray[np.float32]
 
@@ -90,6 +95,75 @@ class Reference:
 
     def close(self) -> None:
         self._model.close()
+
+
+class StockServer:
+    """The library's own server on the same file, loaded by itself, told what `like`'s server is told."""
+
+    def __init__(self, path: Path, like: Model, **more: Any) -> None:
+        """more: attributes of common_params."""
+        engine = like.engine
+        assert isinstance(engine, LlamaEngine)
+        params = xllamacpp.CommonParams()
+        params.model.path = str(path)
+        params.n_ctx, params.n_parallel = engine.n_ctx * engine.sequences, engine.sequences
+        params.n_batch, params.n_ubatch = engine.n_batch, engine.n_ubatch
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = engine.threads
+        params.no_extra_bufts = like.layout == PLAIN
+        params.warmup = params.fit_params = False
+        params.use_jinja, params.verbosity = True, 0
+        params.cache_ram_mib = 0
+        params.hostnames, params.port = ["127.0.0.1"], 0
+        for name, value in more.items():
+            setattr(params, name, value)
+        self._server = xllamacpp.Server(params)
+
+    def complete(self, request: dict[str, Any]) -> list[Any]:
+        """The events of a streamed completion."""
+        events: list[Any] = []
+        self._server.handle_completions({**request, "stream": True}, lambda event: events.append(event))
+        return events
+
+    def chat(self, request: dict[str, Any]) -> list[Any]:
+        """The events of a streamed chat completion."""
+        events: list[Any] = []
+        self._server.handle_chat_completions({**request, "stream": True}, lambda event: events.append(event))
+        return events
+
+    def text(self, request: dict[str, Any]) -> Iterator[str]:
+        """The text of a completion, while it is made."""
+        events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        def run() -> None:
+            self._server.handle_completions({**request, "stream": True}, events.put)
+            events.put(None)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        while (event := events.get()) is not None:
+            yield "".join(choice["text"] for choice in event.get("choices", ()))
+        thread.join()
+
+    def chat_text(self, request: dict[str, Any]) -> str:
+        """The answer's text."""
+        deltas = (choice["delta"] for event in self.chat(request) for choice in event.get("choices", ()))
+        return "".join(delta.get("content") or "" for delta in deltas)
+
+    def chat_end(self, request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """The answer's text, and the timings."""
+        events = self.chat(request)
+        deltas = (choice["delta"] for event in events for choice in event.get("choices", ()))
+        text = "".join(delta.get("content") or "" for delta in deltas)
+        return text, next(event["timings"] for event in reversed(events) if "timings" in event)
+
+    def close(self) -> None:
+        self._server = None
+
+    def __enter__(self) -> StockServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def closing(reference: Reference) -> Iterator[Reference]:

@@ -9,7 +9,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,17 +19,18 @@ import pytest
 import flashmoe
 from flashmoe.engines.base import Sampling
 from flashmoe.engines.llamacpp.library import Library
-from flashmoe.errors import FlashMoEError, ModelError, ReadError, UsageError
+from flashmoe.engines.llamacpp.serving.options import ServerOptions
+from flashmoe.errors import FlashMoEError, ReadError, UsageError
 from flashmoe.storage.direct import DirectFile
 from tests.conftest import Tiny
-from tests.engines.reference import Reference, closing
+from tests.engines.reference import Reference, StockServer, closing
 
 GREEDY = Sampling(temperature=0)
 PROMPT = "the sky is hello world and so on"
 
 
-def opened(path: Path | str, lib: Library, cache: str = "30%", **options: int) -> flashmoe.Model:
-    return flashmoe.load(path, cache=cache, threads=1, library=lib, n_ctx=256, **options)  # type: ignore[arg-type]
+def opened(path: Path | str, lib: Library, cache: str = "30%", **options: Any) -> flashmoe.Model:
+    return flashmoe.load(path, cache=cache, threads=1, library=lib, n_ctx=256, **options)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +47,10 @@ def llama(lib: Library, tiny: Tiny) -> Iterator[Reference]:
 
 def text_of(model: flashmoe.Model, prompt: str = PROMPT, n: int = 24, sampling: Sampling = GREEDY) -> str:
     return "".join(model.generate(prompt, max_tokens=n, sampling=sampling))
+
+
+def text_of_tokens(model: flashmoe.Model, prompt: list[int], n: int) -> str:
+    return "".join(model.generate(prompt, max_tokens=n, sampling=GREEDY))
 
 
 def stock_text(model: flashmoe.Model, reference: Reference, prompt: str = PROMPT, n: int = 24) -> str:
@@ -98,21 +105,42 @@ def test_prompt_may_be_token_ids(model: flashmoe.Model) -> None:
     assert "".join(model.generate(tokens, max_tokens=8, sampling=GREEDY)) == text_of(model, n=8)
 
 
-def test_max_tokens_and_full_context(model: flashmoe.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    model.telemetry.decode.tokens = 0
+def test_no_tokens_are_wished(model: flashmoe.Model) -> None:
+    before = model.telemetry.prefill.tokens, model.telemetry.decode.tokens
     assert list(model.generate(PROMPT, max_tokens=0)) == []
-    assert model.telemetry.decode.tokens == 0
-    monkeypatch.setattr(model.engine, "is_end", lambda _: False)
-    list(model.generate([65] * 246, sampling=GREEDY))
-    assert model.engine.past() == model.engine.n_ctx == 256
-    assert model.telemetry.decode.tokens == 10
+    assert (model.telemetry.prefill.tokens, model.telemetry.decode.tokens) == before
+
+
+def test_answer_that_fills_the_context(lib: Library, tiny: Tiny) -> None:
+    """As with the stock server; the own loop goes on to the last cell."""
+    greedy = Sampling(temperature=0, ignore_eos=True)
+    prompt = [65] * 246
+    with opened(tiny("llama"), lib, "100%", n_ubatch=8) as model, StockServer(tiny("llama"), model) as stock:
+        event = stock.complete({"prompt": prompt, "temperature": 0, "ignore_eos": True})[-1]
+        model.telemetry.decode.tokens = 0
+        request = {"prompt": prompt, "cache_prompt": False, **greedy.request()}
+        last = list(model.server().complete(request))[-1]
+        assert last["choices"][0]["finish_reason"] == event["choices"][0]["finish_reason"] == "length"
+        assert last["usage"] == event["usage"]
+        assert last["usage"]["total_tokens"] in (255, 256)
+        assert model.telemetry.decode.tokens == last["usage"]["completion_tokens"] - 1
+        generation = model.start(prompt, sampling=GREEDY)
+        while not generation.finished:
+            generation.step()
+        generation.close()
+        assert generation.finished == "stop" or model.engine.past() == model.engine.n_ctx == 256
 
 
 def test_prompt_that_fills_the_context_exactly(model: flashmoe.Model) -> None:
-    list(model.generate([66] * 256, sampling=GREEDY))
-    assert model.engine.past() == 256
+    """The server wants room for a token after it; the own loop does not."""
+    list(model.generate([66] * 255, sampling=GREEDY))
+    with pytest.raises(UsageError, match=r"256 tokens\).* context .*256 tokens.*\(-c\)"):
+        list(model.generate([66] * 256, sampling=GREEDY))
     with pytest.raises(UsageError, match="257 tokens, the context 256"):
         list(model.generate([66] * 257))
+    list(model.start([66] * 256, sampling=GREEDY).pieces())
+    assert model.engine.past() == 256
+    list(model.generate([66] * 255, sampling=GREEDY))
 
 
 def test_empty_prompt(model: flashmoe.Model) -> None:
@@ -130,9 +158,14 @@ def test_generation_that_is_abandoned_does_not_disturb_the_next(model: flashmoe.
     assert text_of(model) == expected
 
 
+def chat_prompt(model: flashmoe.Model, messages: list[dict[str, str]]) -> str:
+    """What the server makes of `messages`."""
+    return str(model.server().ask("POST", "/apply-template", {"messages": messages})["prompt"])
+
+
 def test_chat_renders_the_models_template(model: flashmoe.Model) -> None:
     messages = [{"role": "user", "content": "hello"}]
-    prompt = model.engine.chat_prompt(messages)
+    prompt = chat_prompt(model, messages)
     assert prompt == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     tokens = model.engine.tokenize(prompt, special=True)
     assert tokens[0] == 257  # a control token, not its letters
@@ -144,21 +177,34 @@ def test_control_tokens_in_a_plain_prompt_are_text(model: flashmoe.Model) -> Non
     assert 257 not in model.engine.tokenize("<|im_start|>user")
 
 
-def test_model_without_template(lib: Library, tiny: Tiny) -> None:
-    with opened(tiny("olmoe"), lib) as model, pytest.raises(ModelError, match="no chat template"):
-        model.chat([{"role": "user", "content": "hello"}])
+def test_model_without_template_speaks_chatml(lib: Library, tiny: Tiny) -> None:
+    """As with the stock server."""
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
+    with opened(tiny("olmoe"), lib, "100%", n_ubatch=8) as model:
+        prompt = chat_prompt(model, messages)
+        assert prompt == (
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+        )
+        text = "".join(model.chat(messages, max_tokens=10, sampling=GREEDY))
+        assert text == text_of_tokens(model, model.engine.tokenize(prompt, special=True), 10)
+        with StockServer(tiny("olmoe"), model) as stock:
+            assert stock.chat_text({"messages": messages, "max_tokens": 10, "temperature": 0}) == text
 
 
-def test_stats_have_the_layout_of_the_report(model: flashmoe.Model) -> None:
-    text_of(model)
-    stats = model.stats
-    assert stats["prefill"]["tokens"] > 0
-    assert stats["decode"]["tokens"] > 0
-    assert stats["cache"]["slots"] == model.cache.policy.residency.n_slots
-    assert stats["cache"]["misses"] > 0
-    layer_bytes = {layer.expert_bytes for layer in model.catalog.layers}
-    misses = stats["cache"]["misses"] + stats["cache"]["prefill_misses"]
-    assert min(layer_bytes) * misses <= stats["io"]["bytes"] <= max(layer_bytes) * misses
+def test_stats_have_the_layout_of_the_report(lib: Library, tiny: Tiny) -> None:
+    with opened(tiny("llama"), lib, "60%") as model:
+        assert model.engine.n_ubatch > 1
+        prompt = model.engine.tokenize(PROMPT)
+        text_of(model)
+        stats = model.stats
+        # its last micro-batch may have one token: those are counted as decoding
+        assert len(prompt) - 1 <= stats["prefill"]["tokens"] <= len(prompt)
+        assert stats["decode"]["tokens"] > 0
+        assert stats["cache"]["slots"] == model.cache.policy.residency.n_slots
+        assert stats["cache"]["misses"] > 0
+        layer_bytes = {layer.expert_bytes for layer in model.catalog.layers}
+        misses = stats["cache"]["misses"] + stats["cache"]["prefill_misses"]
+        assert min(layer_bytes) * misses <= stats["io"]["bytes"] <= max(layer_bytes) * misses
 
 
 def test_file_truncated_underneath(lib: Library, tiny: Tiny, tmp_path: Path) -> None:
@@ -267,13 +313,35 @@ def interrupt_inside(function: str, times: int) -> threading.Thread:
 def test_real_interrupt_while_the_graph_runs(model: flashmoe.Model, llama: Reference) -> None:
     """Python sees the signal at the first line of the hook, where its own `try` does not reach yet."""
     expected = stock_text(model, llama)
+    tokens = model.engine.tokenize(PROMPT)
     for times in range(1, 21):
         thread = interrupt_inside("decode", times)
         with pytest.raises(KeyboardInterrupt):
-            text_of(model, n=240)
+            list(model.start(tokens, max_tokens=240, sampling=GREEDY).pieces())
         thread.join()
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert "".join(model.start(tokens, max_tokens=24, sampling=GREEDY).pieces()) == expected
     assert text_of(model) == expected
+
+
+def test_real_interrupt_while_the_server_works(model: flashmoe.Model, llama: Reference) -> None:
+    """While a prompt is read, and while tokens are made: the caller hears of it, and the next request is right."""
+    expected = stock_text(model, llama)
+    text_of(model, n=1)  # the server has started
+    main = threading.main_thread().ident or 0
+    endless = Sampling(temperature=0, ignore_eos=True)
+
+    def go_on(timer: threading.Timer) -> None:
+        timer.start()
+        while True:
+            list(model.generate([65] * 60, max_tokens=180, sampling=endless))
+
+    for milliseconds in (0, 1, 3, 10, 30, 60):
+        timer = threading.Timer(milliseconds / 1000, signal.pthread_kill, (main, signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            go_on(timer)
+        timer.join()
+        assert text_of(model) == expected
 
 
 def test_closing_twice_is_harmless(lib: Library, tiny: Tiny) -> None:
@@ -287,6 +355,37 @@ def test_models_side_by_side(lib: Library, tiny: Tiny) -> None:
     with opened(tiny("llama"), lib) as one, opened(tiny("gpt-oss"), lib) as two:
         first, second = text_of(one), text_of(two)
         assert (text_of(one), text_of(two)) == (first, second)
+
+
+def test_models_served_at_once(lib: Library, tiny: Tiny) -> None:
+    """Two servers and a stock one in one process, their tokens made in turns."""
+    with opened(tiny("llama"), lib) as one, opened(tiny("gpt-oss"), lib) as two:
+        alone = text_of(one), text_of(two)
+        assert one.server() is not two.server()
+        with StockServer(tiny("llama"), one) as stock:
+            streams = [model.generate(PROMPT, max_tokens=24, sampling=GREEDY) for model in (one, two)]
+            request = {"prompt": one.engine.tokenize(PROMPT), "max_tokens": 24, "temperature": 0}
+            streams.append(stock.text(request))
+            made = ["", "", ""]
+            for pieces in zip_longest(*streams, fillvalue=""):
+                made = [text + piece for text, piece in zip(made, pieces, strict=True)]
+            assert made == [*alone, alone[0]]
+        assert (text_of(one), text_of(two)) == alone
+        one.close()
+        assert text_of(two) == alone[1]
+
+
+@pytest.mark.parametrize("cache", ["1", "60%", "100%"])
+def test_own_loop_and_server_in_turns(cache: str, lib: Library, tiny: Tiny, llama: Reference) -> None:
+    """They hand the one context to each other, and make the same tokens each time."""
+    with opened(tiny("llama"), lib, cache, n_ubatch=4) as model:
+        expected, tokens = stock_text(model, llama), model.engine.tokenize(PROMPT)
+        for _ in range(3):
+            assert "".join(model.start(tokens, max_tokens=24, sampling=GREEDY).pieces()) == expected
+            assert model.engine.past() > len(tokens)
+            assert text_of(model) == expected
+            assert model.engine.past() == 0
+            assert text_of(model) == expected
 
 
 @pytest.mark.parametrize(
@@ -329,3 +428,86 @@ def test_progress_of_loading_and_prefill(lib: Library, tiny: Tiny) -> None:
         (8, 10),
         (10, 10),
     ]
+
+
+def test_server_that_ends_at_once(lib: Library, tiny: Tiny) -> None:
+    """The library's loop would miss an end that comes before its beginning, and wait for ever."""
+    with opened(tiny("llama"), lib) as model:
+        for _ in range(30):
+            model.server()
+            model._own_context()
+
+
+def test_context_taken_back_in_the_middle(lib: Library, tiny: Tiny, llama: Reference) -> None:
+    """While a request is under way, whether its reader has begun, gone on, or left: nothing hangs or breaks."""
+    endless = Sampling(temperature=0, ignore_eos=True)
+    with opened(tiny("llama"), lib, "30%") as model:
+        expected, tokens = stock_text(model, llama), model.engine.tokenize(PROMPT)
+        for taken in range(40):
+            pieces = model.generate([65] * 20, max_tokens=150, sampling=endless)
+            for _ in range(taken % 5):
+                next(pieces)
+            if taken % 2:
+                pieces.close()  # type: ignore[attr-defined]
+            if taken % 3:
+                assert "".join(model.start(tokens, max_tokens=24, sampling=GREEDY).pieces()) == expected
+            else:
+                model._own_context()
+        assert text_of(model) == expected
+    with opened(tiny("llama"), lib, "30%") as model:
+        pieces = model.generate([65] * 20, max_tokens=150, sampling=endless)
+        next(pieces)
+    list(pieces)  # what was made until the model was closed
+
+
+def test_trace_after_a_failed_evaluation(lib: Library, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a failed one has noted is forgotten."""
+
+    def recorded(after: int) -> np.ndarray:
+        with opened(tiny("llama"), lib, "60%", trace=True, n_ubatch=4) as model:
+            assert model.recorder is not None
+            if after:
+                read, left = DirectFile.read_enclosing, [after]
+
+                def failing(self: DirectFile, address: int, offset: int, nbytes: int) -> None:
+                    left[0] -= 1
+                    if left[0] == 0:
+                        raise ReadError("the drive is gone")
+                    read(self, address, offset, nbytes)
+
+                with monkeypatch.context() as patch:
+                    patch.setattr(DirectFile, "read_enclosing", failing)
+                    with pytest.raises(ReadError):
+                        text_of(model, "The rain fell on the roof")
+            before = len(model.recorder)
+            text_of(model)
+            trace = model.recorder.trace().rows(np.arange(before, len(model.recorder)))
+            assert not (trace.token_id < 0).any()
+            return np.column_stack(
+                [trace.expert_ids.reshape(trace.n_tokens, -1), trace.token_id, trace.phase]
+            )
+
+    clean = recorded(0)
+    for after in (3, 20, 30):
+        assert np.array_equal(recorded(after), clean)
+
+
+def test_library_without_a_server(lib: Library, tiny: Tiny) -> None:
+    """generate and the own loop work all the same."""
+    with opened(tiny("llama"), lib) as model:
+        expected = text_of(model)
+    with opened(tiny("llama"), lib) as model:
+        model.engine.__dict__["has_server"] = False
+        assert text_of(model) == expected
+        with pytest.raises(FlashMoEError, match="only xllamacpp's library has"):
+            list(model.chat([{"role": "user", "content": "hello"}]))
+        assert text_of(model) == expected
+
+
+def test_server_that_does_not_start(lib: Library, tiny: Tiny) -> None:
+    """The model goes on without it."""
+    options = ServerOptions(reasoning_format="none-such")
+    with opened(tiny("llama"), lib, server=options) as model:
+        with pytest.raises(UsageError, match="unknown reasoning format"):
+            text_of(model)
+        assert list(model.start([65, 66], max_tokens=3, sampling=GREEDY).pieces())

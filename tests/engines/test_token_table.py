@@ -74,7 +74,7 @@ def test_another_use_of_the_table_is_refused(
     monkeypatch.setattr(hook, "INDICES", -1)  # as if a product read it
     with (
         streaming_tables_from(0),
-        flashmoe.load(tiny("olmoe"), cache="50%", n_ctx=64, threads=1, library=lib) as model,
+        flashmoe.load(tiny("olmoe"), cache="100%", n_ctx=64, threads=1, library=lib) as model,
         pytest.raises(ModelError, match="token embedding"),
     ):
         model.engine.decode([1, 2, 3])

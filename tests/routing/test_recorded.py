@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from flashmoe.cache.residency import make_residency
 from flashmoe.cli.trace import app
 from flashmoe.engines.base import Sampling
 from flashmoe.engines.llamacpp.library import Library
-from flashmoe.generation import Generation, Token
 from flashmoe.hub import DEMO, default_policy
+from flashmoe.model import Model
 from flashmoe.opening import gguf
 from flashmoe.routing.trace import PREFILL, RoutingTrace
 from flashmoe.storage.catalog import ExpertCatalog
@@ -106,18 +107,18 @@ def test_recording_goes_on_where_it_was_interrupted(
     assert record(tmp_path / "whole.safetensors").exit_code == 0
     whole = RoutingTrace.load(tmp_path / "whole.safetensors")
     output = tmp_path / "parts.safetensors"
-    step = Generation.step
-    begun: list[Generation] = []
+    generate = Model.generate
+    begun: list[str] = []
 
-    def interrupted(generation: Generation) -> Token | None:
-        if generation not in begun:
-            begun.append(generation)
-        if len(begun) == 2 and len(generation.made) == 3:
-            raise KeyboardInterrupt
-        return step(generation)
+    def interrupted(model: Model, prompt: str, **options: Any) -> Iterator[str]:
+        begun.append(prompt)
+        for number, piece in enumerate(generate(model, prompt, **options)):
+            if len(begun) == 2 and number == 3:
+                raise KeyboardInterrupt
+            yield piece
 
     with monkeypatch.context() as patch:
-        patch.setattr(Generation, "step", interrupted)  # in the middle of the second prompt
+        patch.setattr(Model, "generate", interrupted)  # in the middle of the second prompt
         assert record(output).exit_code != 0
     assert RoutingTrace.load(output).n_sequences == 1  # an unfinished prompt is not kept
     result = record(output)

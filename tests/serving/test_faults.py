@@ -89,7 +89,9 @@ def test_a_batch_with_a_failing_read_ends_all_its_requests(model: flashmoe.Model
             assert alone[number].startswith("".join(client.pieces)) or not client.error
         assert "Input/output error" in model.server().last_error or not failed
         # and the next requests are answered as before
-        again = ["".join(e["choices"][0]["text"] for e in model.server().complete(request(n))) for n in range(4)]
+        again = [
+            "".join(e["choices"][0]["text"] for e in model.server().complete(request(n))) for n in range(4)
+        ]
         assert again == alone
 
 

@@ -117,7 +117,9 @@ def test_size_bounds_what_is_kept(lib: Library, tiny: Tiny, tmp_path: Path) -> N
     session(tiny("llama"), lib, file, save_cache_size=large + small - 1)
     assert [path.stat().st_size for path in state_files(file)] == [large]
     session(tiny("llama"), lib, file, save_cache_size=0)
-    assert [path.stat().st_size for path in state_files(file)] == [large]  # as it was: nothing is kept or dropped
+    assert [path.stat().st_size for path in state_files(file)] == [
+        large
+    ]  # as it was: nothing is kept or dropped
 
 
 def test_a_folder_that_cannot_be_made_is_a_warning(lib: Library, tiny: Tiny, tmp_path: Path) -> None:

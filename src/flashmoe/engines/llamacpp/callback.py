@@ -189,9 +189,9 @@ def end_graph(address: Any, thread: Any) -> Any:  # pragma: no cover - compiled
     if control[_THREAD] != thread:
         return 0
     failed = control[_OUTCOME] == NOT_RETURNED
-    control[_THREAD] = 0
     succeeded = ask_python(control, types.int64(failed), END)
     control[_BEGUN], control[_OUTCOME] = 0, RETURNED
+    control[_THREAD] = 0  # last: Python is not needed any more
     return 1 if succeeded and not failed else -1
 
 

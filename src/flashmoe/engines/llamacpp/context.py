@@ -151,7 +151,11 @@ class Context:
         """
         if not (self._window or self._recurrent):
             return 0
+        # Not causal: the library would use this graph again for the first token that is decoded, and the shapes of
+        # expert tensors in it are not yet those of the pool
+        self._lib.llama_set_causal_attn(self._pointer, False)
         self.decode([0])
+        self._lib.llama_set_causal_attn(self._pointer, True)
         size = int(self._lib.llama_state_seq_get_size_ext(self._pointer, 0, _PARTIAL_ONLY))
         self.rewind(0)
         return size * max(1, min(self._window, self.n_ctx))

@@ -169,6 +169,10 @@ class LlamaEngine:
             self._hook.ignore(False)
             self._lib.keep_log()
 
+    def wait_until_idle(self) -> None:
+        """Until the server evaluates no graph; call it while they are ignored."""
+        self._hook.wait_until_idle()
+
     def past(self, sequence: int = 0) -> int:
         """Tokens in a sequence."""
         return self._context.past[sequence]

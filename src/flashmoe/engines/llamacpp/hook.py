@@ -43,6 +43,7 @@ from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import RoutingObserver
 
 INDICES = 26  # GGML_TYPE_I32
+_QUIET = 3  # milliseconds
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,13 @@ class RouterHook:
     def ignore(self, wanted: bool) -> None:
         """Let graphs end at their first node, and count nothing: what a server tries while it starts."""
         self._control.ignore = int(wanted)
+
+    def wait_until_idle(self) -> None:
+        """Until no thread of a server's evaluates a graph. While graphs are ignored, none begins after that."""
+        quiet = 0
+        while quiet < _QUIET:
+            time.sleep(0.001)  # a graph may be just about to be noticed
+            quiet = 0 if self._control.thread else quiet + 1
 
     def serve(
         self,
@@ -231,7 +239,8 @@ class RouterHook:
         control = self._control
         try:
             if why == END:
-                self._end_graph(failed=bool(address))
+                if not self._end_graph(failed=bool(address)):
+                    return 0
             elif self.error is None:
                 if why == BEGIN:
                     self._begin_graph(control, address)
@@ -275,17 +284,19 @@ class RouterHook:
         self._graph_faults = major_faults()
         self.begin(tokens)
 
-    def _end_graph(self, failed: bool) -> None:
+    def _end_graph(self, failed: bool) -> bool:
+        """Whether it has been evaluated to its end."""
         self._settle()
         error, self.error = self.error, None
-        if failed or error:
+        if failed or error or self._control.ignore:
             self._on_error(error or FlashMoEError("the evaluation was interrupted"))
-            return
+            return False
         if self._inspected:
             self._uninspected.discard(self._kind)
         if self._control.begun:
             seconds, faults = time.perf_counter() - self._graph_began, major_faults() - self._graph_faults
             self._on_graph(Evaluated(self._graph_tokens, not self._prompting, seconds, faults))
+        return True
 
     def _rename(self, control: Control, node: int) -> None:
         began = time.perf_counter()

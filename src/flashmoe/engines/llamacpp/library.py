@@ -47,6 +47,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_decode": (i32, (ptr, abi.Batch)),
     "llama_get_logits_ith": (C.POINTER(f32), (ptr, i32)),
     "llama_set_embeddings": (None, (ptr, flag)),
+    "llama_set_causal_attn": (None, (ptr, flag)),
     "llama_get_embeddings_seq": (C.POINTER(f32), (ptr, i32)),
     "llama_get_memory": (ptr, (ptr,)),
     "llama_memory_clear": (None, (ptr, flag)),

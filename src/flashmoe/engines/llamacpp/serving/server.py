@@ -45,9 +45,12 @@ class InnerServer:
         options: ServerOptions,
         on_graph: Callable[[Evaluated], None] = lambda _: None,
         on_prompt: Callable[[], Any] = lambda: None,
+        on_failure: Callable[[], Any] = lambda: None,
     ) -> None:
-        """on_graph: told of every evaluation; on_prompt: called when a prompt begins. Both in the server's thread."""
-        self._engine = engine
+        """on_graph: told of every evaluation; on_prompt: called when a prompt begins, on_failure when an evaluation has
+        failed. All in the server's thread.
+        """
+        self._engine, self._on_failure = engine, on_failure
         self.n_ctx, self.parallel = engine.n_ctx, engine.sequences
         self.multimodal = options.mmproj is not None
         #: Why the last evaluation that failed did, "" where none has.
@@ -163,17 +166,25 @@ class InnerServer:
     def _failed(self, error: BaseException) -> None:
         """An evaluation has failed, in the server's thread."""
         self._error, self.last_error = error, str(error)
+        self._on_failure()
 
-    def close(self) -> None:
-        """End it, and the requests of this process that are under way. The engine has its context back, empty."""
-        if self._server is None:
-            return
+    def cancel(self) -> None:
+        """End the requests of this process that are under way."""
         requests = list(self._requests.items())
         for _, cancelled in requests:
             cancelled.set()
         for worker, _ in requests:
             worker.join()
-        self._server = None  # its destructor ends its threads
+
+    def close(self) -> None:
+        """End it, and all requests that are under way. The engine has its context back, empty."""
+        if self._server is None:
+            return
+        self.cancel()
+        with self._engine.ignoring():
+            # its destructor waits for its thread with Python's lock held: that one must not need Python any more
+            self._engine.wait_until_idle()
+            self._server = None
         self._give_back()
         self._engine.unserve()
         self._remove()
@@ -198,12 +209,16 @@ def _start(engine: LlamaEngine, params: Any) -> Any:
     """The library's Server; what it evaluates while it starts is no graph of a request."""
     import xllamacpp
 
+    engine.library.messages.clear()
     with engine.ignoring():
         try:
             return xllamacpp.Server(params)
-        except (RuntimeError, ValueError) as error:
-            reason = (engine.library.messages or [str(error)])[-1]
-            raise ModelError(f"llama.cpp's server does not start ({reason})") from None
+        except (RuntimeError, ValueError):
+            # its own log is silent, and what it raises is the same for all reasons
+            reason = (engine.library.messages or ["most likely it cannot use the chat template"])[-1]
+            raise ModelError(
+                f"llama.cpp's server does not start: {reason}; another template: --chat-template"
+            ) from None
 
 
 def _params(engine: LlamaEngine, options: ServerOptions, socket: str, key: str) -> Any:

@@ -1,0 +1,74 @@
+"""Every chat template of the collection beside the checkout: our server makes the same prompts and answers of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import flashmoe
+from flashmoe.engines.llamacpp.library import Library
+from flashmoe.errors import ModelError
+from tests.conftest import Tiny
+from tests.serving.copies import copy
+from tests.serving.reference import StockServer, pair, shared
+
+TEMPLATES = sorted(shared("chat-templates").glob("*.jinja"))
+USER = {"role": "user", "content": "What is the weather in Graz?"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+CALL = {
+    "id": "abcdefghi",
+    "type": "function",
+    "function": {"name": "weather", "arguments": '{"city": "Graz"}'},
+}
+CALLED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "tool_call_id": "abcdefghi", "name": "weather", "content": "7 degrees"}
+REQUESTS: dict[str, dict[str, Any]] = {
+    "plain": {"messages": [USER]},
+    "two turns": {"messages": [SYSTEM, USER, {"role": "assistant", "content": "Rain."}, USER]},
+    "thinks": {"messages": [USER], "chat_template_kwargs": {"enable_thinking": True}},
+    "does not think": {"messages": [USER], "chat_template_kwargs": {"enable_thinking": False}},
+    "thought": {
+        "messages": [USER, {"role": "assistant", "content": "Rain.", "reasoning_content": "Hm."}, USER]
+    },
+    "tools": {"messages": [SYSTEM, USER], "tools": [TOOL]},
+    "call and result": {"messages": [USER, CALLED, RESULT], "tools": [TOOL]},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory, lib: Library) -> Iterator[flashmoe.Model]:
+    """With room for long prompts, and an end that is no beginning."""
+    path = tmp_path_factory.mktemp("templates") / "copy.gguf"
+    copy(tiny("llama"), path, ARCH__context_length=16384, tokenizer__ggml__bos_token_id=257)
+    with flashmoe.load(
+        path, cache="100%", parallel=1, threads=1, layout="plain", n_ctx=16384, n_ubatch=512, library=lib
+    ) as loaded:
+        yield loaded
+
+
+@pytest.mark.skipif(not TEMPLATES, reason="the collection of templates beside the checkout is not there")
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_template(model: flashmoe.Model, path: Path) -> None:
+    try:
+        with pair(model, chat_template=path.read_text(encoding="utf-8")) as both:
+            for name, request in REQUESTS.items():
+                made = both.ask("POST", "/apply-template", request)
+                more = {"max_tokens": 4, "temperature": 0, "seed": 1}
+                answer = both.ask("POST", "/v1/chat/completions", {**request, **more})
+                assert name != "plain" or made.status == 200, answer
+    except ModelError as error:  # refused at the start: by both, and in one line that says what is wrong
+        assert "template" in str(error)
+        assert "\n" not in str(error)
+        with pytest.raises(RuntimeError):
+            StockServer(model)
