@@ -2,10 +2,11 @@
 
     python scripts/soak.py [--requests 20000] [--minutes 120] [--cache 25%] [--json FILE]
 
-Requests of random prompts (a few tokens to most of the context), greedy and sampled, on several sequences at once that
-take turns; some go on from what is there, some are left off in the middle, some are refused. It ends after so many
+Clients of llama.cpp's server in this process: random prompts (a few tokens to most of the context), greedy and sampled,
+several at once; some go on from what is there, some hang up in the middle, some are refused. It ends after so many
 requests or minutes, whichever comes first. In between and at the end the logits of a fixed text are compared with the
-stock library's. Exit status 1 where a bit differs or memory has grown by more than 2 % since the first tenth.
+stock library's, by the engine's own loop. Exit status 1 where a bit differs or memory has grown by more than 2 % since
+the first tenth.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import hashlib
 import json
 import random
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,65 +24,67 @@ import typer
 
 import flashmoe
 from flashmoe.budget import status_bytes
-from flashmoe.engines.base import Sampling
 from flashmoe.engines.llamacpp.proof import proven_library
 from flashmoe.engines.llamacpp.stock import StockModel
 from flashmoe.errors import UsageError
-from flashmoe.generation import Generation, Reuse
 from flashmoe.hub import resolve
 from flashmoe.units import format_bytes
 
-SEQUENCES, CONTEXT, UBATCH = 4, 256, 64
+SLOTS, CLIENTS, CONTEXT, UBATCH = 4, 6, 256, 64
 TEXT = list(range(40, 140))  # tokens whose logits are compared
 CHECK_EVERY = 200
 GROWTH = 0.02
 
 
 class Load:
-    """Sequences with a random request each, advanced one step at a time."""
+    """Clients, each with one request after the other."""
 
     def __init__(self, model: flashmoe.Model, seed: int) -> None:
-        self._model, self._rng = model, random.Random(seed)
-        self._running: dict[int, Generation] = {}
+        self._model, self._seed = model, seed
+        self._lock = threading.Lock()
         self.requests = self.tokens = self.left_off = self.refused = 0
 
-    def step(self) -> None:
-        """One step of a sequence; a new request where it has none."""
-        sequence = self._rng.randrange(SEQUENCES)
-        if sequence not in self._running:
-            self._begin(sequence)
-        generation = self._running.get(sequence)
-        if generation is None:
-            return
-        self.tokens += generation.step() is not None
-        if self._rng.random() < 0.005:
-            self.left_off += 1
-            self._end(sequence)
-        elif generation.finished:
-            self._end(sequence)
+    def run(self, requests: int, until: float) -> None:
+        """So many requests in all, or until then (time.monotonic)."""
+        clients = [threading.Thread(target=self._client, args=(requests, until)) for _ in range(CLIENTS)]
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join()
 
-    def _begin(self, sequence: int) -> None:
-        rng = self._rng
-        self.requests += 1
-        length = rng.choice((3, 10, 30, 100, 200, CONTEXT + 10))
+    def _client(self, requests: int, until: float) -> None:
+        while time.monotonic() < until:
+            with self._lock:
+                if self.requests >= requests:
+                    return
+                self.requests += 1
+                rng = random.Random(self._seed * 1_000_003 + self.requests)
+            self._ask(rng)
+
+    def _ask(self, rng: random.Random) -> None:
+        length, answer = rng.choice((3, 10, 30, 100, 200, CONTEXT + 10)), rng.choice((1, 4, 16, 40))
+        shared = [7] * min(20, length)  # a beginning that others have as well
+        request = {
+            "prompt": [*shared, *(rng.randrange(1000) for _ in range(length - len(shared)))],
+            "n_predict": answer,
+            "temperature": rng.choice((0.0, 0.8)),
+            "seed": rng.randrange(1 << 30),
+            "cache_prompt": rng.random() < 0.5,
+        }
+        events = self._model.server().complete(request)
+        made = 0
         try:
-            self._running[sequence] = self._model.start(
-                [rng.randrange(1000) for _ in range(length)],
-                sequence=sequence,
-                max_tokens=rng.choice((1, 4, 16, 40)),
-                sampling=Sampling(temperature=rng.choice((0.0, 0.8)), seed=rng.randrange(1 << 30)),
-                reuse=rng.choice((Reuse.NONE, Reuse.EXACT)),
-            )
+            for event in events:
+                made += bool(event.get("choices"))
+                if rng.random() < 0.01:
+                    self.left_off += 1
+                    break
         except UsageError:  # longer than the context
             self.refused += 1
-
-    def _end(self, sequence: int) -> None:
-        self._running.pop(sequence).close()
-
-    def drain(self) -> None:
-        """Leave everything off."""
-        for sequence in list(self._running):
-            self._end(sequence)
+        finally:
+            events.close()  # type: ignore[attr-defined]
+        with self._lock:
+            self.tokens += made
 
 
 def digest(logits: list[bytes]) -> str:
@@ -89,7 +93,7 @@ def digest(logits: list[bytes]) -> str:
 
 def pooled(model: flashmoe.Model) -> str:
     """Logits of TEXT: a prompt of one micro-batch, then token by token."""
-    model.keep(0, 0, goes_on=False)
+    model.begin_prompt()
     model.evaluate(TEXT[:UBATCH], decode=False)
     found = [model.engine.logits().tobytes()]
     for token in TEXT[UBATCH:]:
@@ -122,15 +126,14 @@ def main(
         n_ctx=CONTEXT,
         n_ubatch=UBATCH,
         layout="plain",
-        sequences=SEQUENCES,
+        parallel=SLOTS,
+        cache_ram=0,  # conversations that wait would be growth
         library=lib,
     ) as model:
         load = Load(model, seed)
-        while load.requests < requests and time.monotonic() - began < 60 * minutes:
-            target = min(requests, load.requests + CHECK_EVERY)
-            while load.requests < target and time.monotonic() - began < 60 * minutes:
-                load.step()
-            load.drain()
+        end = began + 60 * minutes
+        while load.requests < requests and time.monotonic() < end:
+            load.run(min(requests, load.requests + CHECK_EVERY), end)
             same = pooled(model) == digest(expected)
             wrong += not same
             samples.append((load.requests, status_bytes("VmRSS")))

@@ -166,7 +166,7 @@ def test_a_tight_budget_gets_a_smaller_context() -> None:
     def chosen(
         trained: int, left: int, parallel: int | None = None, n_ctx: int | None = None
     ) -> tuple[int, int]:
-        wish = SimpleNamespace(n_ctx=n_ctx, sequences=1, parallel=parallel)
+        wish = SimpleNamespace(n_ctx=n_ctx, parallel=parallel)
         return gguf._context(Context, wish, trained, left)  # type: ignore[arg-type]
 
     for left, least, most in ((64 << 20, 1024, 1024), (1 << 30, 1024, 1536), (2 << 30, 4096, 4096)):

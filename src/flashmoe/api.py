@@ -61,7 +61,6 @@ def load(
     threads: int | None = None,
     all_logits: bool = False,
     trace: bool = False,
-    sequences: int = 1,
     parallel: int | None = None,
     cache_type_k: str = "f16",
     cache_type_v: str = "f16",
@@ -93,7 +92,6 @@ def load(
     n_ubatch: tokens evaluated at once while a prompt is read; the results are the engine's at the same value.
     threads: compute threads (default: physical cores). all_logits: keep the logits of every token, not the last only.
     trace: record which experts every token is routed to, see `Model.recorder`.
-    sequences: prompts that can be continued in turns (see `Model.start`); each has a context of `n_ctx` tokens.
     parallel: conversations that llama.cpp's server (`Model.server`) holds at once and evaluates together, each with
         `n_ctx` tokens of context; 0: up to four, as far as they take no more than a third of what the weights leave.
     cache_type_k, cache_type_v: types of the KV cache: f16, q8_0, ... (llama.cpp's names).
@@ -151,7 +149,6 @@ def load(
         n_ubatch=n_ubatch,
         threads=threads or psutil.cpu_count(logical=False) or 1,
         all_logits=all_logits,
-        sequences=sequences,
         parallel=parallel,
         cache_types=(cache_type_k, cache_type_v),
         cache_ram=parse_bytes(cache_ram) if cache_ram is not None else 0 if parallel is None else None,

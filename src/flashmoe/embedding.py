@@ -1,10 +1,8 @@
-"""Embeddings: a text evaluated as a prompt, a micro-batch at a time, and the one vector that llama.cpp pools of it."""
+"""Embeddings: which texts can be embedded, and what llama.cpp's server makes of the pooled vector."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,11 +10,8 @@ from numpy.typing import NDArray
 from flashmoe.engines.base import Engine
 from flashmoe.engines.llamacpp.context import POOLING
 from flashmoe.errors import UsageError
-from flashmoe.generation import check_prompt, split
+from flashmoe.generation import check_prompt
 from flashmoe.storage.gguf import GGUF
-
-if TYPE_CHECKING:
-    from flashmoe.model import Model
 
 
 def choose_pooling(wished: str, gguf: GGUF) -> str:
@@ -48,46 +43,6 @@ def embedding_tokens(engine: Engine, text: str | Sequence[int]) -> list[int]:
             "shorten it, or raise -ub"
         )
     return tokens
-
-
-class Embedding:
-    """One text being embedded, in one sequence of a model's engine. Call `step` until `finished`, then `close`."""
-
-    made: Sequence[int] = ()
-    reused = 0
-
-    def __init__(self, model: Model, tokens: Sequence[int], *, sequence: int = 0) -> None:
-        """Nothing is evaluated yet. tokens: of `embedding_tokens`."""
-        self.sequence = sequence
-        self._model, self._tokens = model, tokens
-        self._todo = deque(split(tokens, model.engine.n_ubatch))
-        self._begun = False
-        #: "stop" when there is a `vector`.
-        self.finished: str | None = None
-        self.vector: NDArray[np.float32] = np.zeros(0, np.float32)
-
-    def step(self) -> None:
-        """Evaluate the next micro-batch. Raises what the engine's `decode` raises; it is over then."""
-        if not self._begun:
-            self._model.keep(self.sequence, 0, goes_on=False)
-            self._begun = True
-        self._model.evaluate(self._todo.popleft(), self.sequence, decode=False, embed=True)
-        if not self._todo:
-            self.vector = normalized(self._model.engine.embedding(self.sequence))
-            self.finished = "stop"
-
-    def run(self) -> NDArray[np.float32]:
-        """To the end; the vector. Raises what `step` raises."""
-        try:
-            while not self.finished:
-                self.step()
-        finally:
-            self.close()
-        return self.vector
-
-    def close(self) -> None:
-        """No later prompt goes on from here."""
-        self._model.held[self.sequence].cut(0)
 
 
 def normalized(vector: NDArray[np.float32]) -> NDArray[np.float32]:

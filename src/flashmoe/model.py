@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,10 @@ from numpy.typing import NDArray
 from flashmoe import telemetry
 from flashmoe.budget import major_faults
 from flashmoe.cache.expert_cache import ExpertCache
-from flashmoe.embedding import Embedding, embedding_tokens
+from flashmoe.embedding import embedding_tokens, normalized
 from flashmoe.engines.base import Engine, Sampling, TemplateEngine
 from flashmoe.errors import UsageError
-from flashmoe.generation import Generation, Held, Reuse, Rule, check_prompt
+from flashmoe.generation import Generation, check_prompt, split
 from flashmoe.layout import PLAIN
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import Recorder
@@ -63,12 +64,11 @@ class Model:
         self.alternatives = alternatives  # eviction policies that reports try
         self.telemetry = telemetry.Telemetry()
         self.progress, self._resources = progress, resources
-        #: What each sequence of the engine holds.
-        self.held = [Held() for _ in range(engine.sequences)]
         self.recorder: Recorder | None = None
         self._prompts = -1
         self._server_options = server_options
         self._server: InnerServer | None = None
+        self._starting = threading.RLock()
         self._public, self._saved = public, saved
 
     @property
@@ -97,24 +97,23 @@ class Model:
         It has the model's context until `close`, or until `start`, `evaluate` or `embed` want it back. Raises
         UsageError for the transformers engine, and LibraryError where the library has no server.
         """
-        if self._server is None:
-            if self._server_options is None:
-                raise UsageError(
-                    "this model is run by Transformers, which has no server: use engine='llama.cpp'"
-                )
-            from flashmoe.engines.llamacpp.engine import LlamaEngine
-            from flashmoe.engines.llamacpp.serving.server import InnerServer
+        with self._starting:
+            if self._server is None:
+                if self._server_options is None:
+                    raise UsageError(
+                        "this model is run by Transformers, which has no server: use engine='llama.cpp'"
+                    )
+                from flashmoe.engines.llamacpp.engine import LlamaEngine
+                from flashmoe.engines.llamacpp.serving.server import InnerServer
 
-            assert isinstance(self.engine, LlamaEngine)
-            on_prompt = self._begin_prompt if self._public else lambda: None
-            self._server = InnerServer(
-                self.engine, self._server_options, self._served, on_prompt, self._not_served
-            )
-            for held in self.held:
-                held.cut(0)
-            if self._saved:
-                self._saved.restore(self._server)
-        return self._server
+                assert isinstance(self.engine, LlamaEngine)
+                on_prompt = self._begin_prompt if self._public else lambda: None
+                self._server = InnerServer(
+                    self.engine, self._server_options, self._served, on_prompt, self._not_served
+                )
+                if self._saved:
+                    self._saved.restore(self._server)
+            return self._server
 
     def _served(self, graph: Evaluated) -> None:
         """The server has evaluated a graph."""
@@ -129,9 +128,10 @@ class Model:
 
     def _own_context(self) -> None:
         """Take the context back from the server."""
-        if self._server is not None:
-            self._server.close()
-            self._server = None
+        with self._starting:
+            if self._server is not None:
+                self._server.close()
+                self._server = None
 
     def generate(
         self,
@@ -250,44 +250,19 @@ class Model:
             events.close()  # type: ignore[attr-defined]
 
     def start(
-        self,
-        prompt: Sequence[int],
-        *,
-        sequence: int = 0,
-        max_tokens: int = -1,
-        sampling: Sampling | None = None,
-        reuse: Reuse = Reuse.NONE,
-        rules: Iterable[Rule] = (),
-        logprobs: int | None = None,
+        self, prompt: Sequence[int], *, max_tokens: int = -1, sampling: Sampling | None = None
     ) -> Generation:
-        """A generation that is run step by step (see `Generation`), for whoever runs several in turns.
+        """A generation by the engine's own loop, run step by step (see `Generation`): one at a time.
 
-        Each of the engine's sequences can have one at a time. Raises UsageError for an empty or too long prompt.
+        Raises UsageError for an empty or too long prompt.
         """
-        return Generation(
-            self,
-            prompt,
-            sequence=sequence,
-            max_tokens=max_tokens,
-            sampling=sampling,
-            reuse=reuse,
-            rules=rules,
-            logprobs=logprobs,
-        )
+        return Generation(self, prompt, max_tokens=max_tokens, sampling=sampling)
 
-    def keep(self, sequence: int, n: int, *, goes_on: bool) -> int:
-        """Another prompt comes to `sequence`, which keeps its first `n` tokens, or fewer; returns how many.
-
-        goes_on: the prompt continues what was there, a conversation; else a new one begins, for policies and traces.
-        """
+    def begin_prompt(self) -> None:
+        """Another prompt comes to the engine's own loop, which forgets what it holds."""
         self._own_context()
-        held = self.held[sequence]
-        held.cut(n)
-        if self.engine.past(sequence) != n:
-            held.cut(self.engine.rewind(n, sequence))
-        if not goes_on:
-            held.number = self._begin_prompt()
-        return self.engine.past(sequence)
+        self.engine.rewind(0)
+        self._begin_prompt()
 
     def _begin_prompt(self) -> int:
         """Tell policies and predictors of a new prompt; its number among all of this model's."""
@@ -304,11 +279,12 @@ class Model:
 
         Raises UsageError where the model was loaded without pooling, and for an empty or too long text.
         """
-        return Embedding(self, embedding_tokens(self.engine, text)).run()
+        self.begin_prompt()
+        for chunk in split(embedding_tokens(self.engine, text), self.engine.n_ubatch):
+            self.evaluate(chunk, decode=False, embed=True)
+        return normalized(self.engine.embedding())
 
-    def evaluate(
-        self, tokens: Sequence[int], sequence: int = 0, *, decode: bool, embed: bool = False
-    ) -> None:
+    def evaluate(self, tokens: Sequence[int], *, decode: bool, embed: bool = False) -> None:
         """Evaluate tokens of a prompt or a text (at most a micro-batch), or with `decode` one that was made.
 
         Raises what the engine's `decode` raises.
@@ -318,16 +294,14 @@ class Model:
         faults = major_faults()
         began = time.perf_counter()
         try:
-            self.engine.decode(tokens, sequence, embed=embed)
+            self.engine.decode(tokens, embed=embed)
         except BaseException:
-            self.held[sequence].cut(self.engine.past(sequence))
             if self.recorder is not None:
                 self.recorder.drop_step()
             raise
-        self.held[sequence].chunks.append(tuple(tokens))
         self._count(time.perf_counter() - began, len(tokens), major_faults() - faults, decode=decode)
         if self.recorder is not None:
-            self.recorder.end_step(tokens, DECODE if decode else PREFILL, self.held[sequence].number)
+            self.recorder.end_step(tokens, DECODE if decode else PREFILL, self._prompts)
 
     def _count(self, seconds: float, tokens: int, faults: int, *, decode: bool) -> None:
         """Tokens were evaluated."""

@@ -129,7 +129,7 @@ def test_comparison_notices_one_wrong_byte(lib: Library, tiny: Tiny, llama: Refe
             read = model.cache.pool.reads(layer, int(expert), int(residency.slot_of[layer, expert]))[0]
             block = (ctypes.c_uint8 * read.nbytes).from_address(read.address)
             np.frombuffer(block, np.uint8)[2] ^= 0x7F
-        model.engine.clear()
+        model.engine.rewind(0)
         model.engine.decode(tokens)
         assert not np.array_equal(model.engine.logits(), expected.logits[PROMPT_TOKENS - 1])
 

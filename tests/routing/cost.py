@@ -10,25 +10,10 @@ import argparse
 import time
 
 import numpy as np
-from numpy.typing import NDArray
 
 import flashmoe
-from flashmoe.engines.base import Engine, Sampling
 
 CONTEXT = 512
-
-
-class NoEnd:
-    """Lets no end token come."""
-
-    def __init__(self, engine: Engine, vocabulary: int) -> None:
-        self._ends = [token for token in range(vocabulary) if engine.is_end(token)]
-
-    def apply(self, logits: NDArray[np.float32]) -> None:
-        logits[self._ends] = -np.inf
-
-    def accept(self, token: int) -> bool:
-        return True
 
 
 def main() -> None:
@@ -48,24 +33,20 @@ def main() -> None:
         threads=options.threads,
     ) as model:
         recorder = model.record()
-        no_end = NoEnd(model.engine, len(model.catalog.gguf.metadata["tokenizer.ggml.tokens"]))
         rows: list[tuple[float, float]] = []
+        tokens = np.random.default_rng(0)
         left = 0
         for block in range(-2, 2 * options.blocks):
             if left < options.tokens:
-                generation = model.start(
-                    model.engine.tokenize("Once upon a time there was"),
-                    sampling=Sampling(temperature=1.0, seed=block),
-                    rules=[no_end],
-                )
-                generation.step()
+                model.begin_prompt()
+                model.evaluate(model.engine.tokenize("Once upon a time there was"), decode=False)
                 left = CONTEXT - model.engine.past() - 1
             on = block % 4 in (1, 2)  # off on on off: drift cancels
             model.recorder = recorder if on else None
             model.engine.record(model.recorder)  # type: ignore[arg-type]
             wall, cpu = time.perf_counter(), time.process_time()
-            for _ in range(options.tokens):
-                generation.step()
+            for token in tokens.integers(300, 900, options.tokens).tolist():
+                model.evaluate([token], decode=True)
             rows.append((time.perf_counter() - wall, time.process_time() - cpu))
             left -= options.tokens
     times = np.array(rows[2:]).reshape(-1, 4, 2) / options.tokens * 1e6

@@ -83,7 +83,8 @@ GEMMA = """{%- for tool in tools or [] %}<|tool>declaration:{{ tool.function | t
 {%- if m.role == 'tool' %}<|tool_response>response:{{ m.content }}<tool_response|>
 {%- else %}<|turn>{{ m.role }}
 {{ m.content or '' }}
-{%- for call in m.tool_calls or [] %}<|tool_call>call:{{ call.function.name }}{{ call.function.arguments | tojson }}<tool_call|>
+{%- for call in m.tool_calls or [] %}<|tool_call>call:{{ call.function.name }}
+{{- call.function.arguments | tojson }}<tool_call|>
 {%- endfor %}<turn|>
 {% endif %}
 {%- endfor %}
@@ -277,7 +278,8 @@ def test_checkpoints(tiny: Tiny, lib: Library, name: str) -> None:
     """Memories that cannot be cut go back to the same checkpoints, at several sizes of micro-batches."""
     for n_ubatch in (512, 32):
         with load(tiny(name), lib, cache="60%", parallel=2, n_ubatch=n_ubatch) as model:
-            assert model._server_options and model._server_options.ctx_checkpoints > 0
+            assert model._server_options
+            assert model._server_options.ctx_checkpoints > 0
             with pair(model) as both:
                 long = [{"role": "user", "content": "one two three " * 12}]
                 for tail in ("a", "b", "a"):

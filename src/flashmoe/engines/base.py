@@ -119,12 +119,11 @@ class Tiers(Protocol):
 
 
 class Engine(Protocol):
-    """A loaded model that runs its experts through an ExpertCache. Several sequences of tokens, one at a time."""
+    """A loaded model that runs its experts through an ExpertCache."""
 
     n_ctx: int  # tokens that a sequence can hold
     n_ubatch: int
     n_vocab: int
-    sequences: int
     pooling: str  # how embeddings are made; "none" where they are not
     n_embd: int  # numbers of an embedding
 
@@ -169,14 +168,14 @@ class Engine(Protocol):
         """Let `override` overwrite the ids, (layer, int32 [tokens, top_k]), before they are made resident."""
         ...
 
-    def past(self, sequence: int = 0) -> int:
-        """Tokens in a sequence."""
+    def past(self) -> int:
+        """Tokens evaluated so far."""
         ...
 
-    def decode(self, tokens: Sequence[int], sequence: int = 0, *, embed: bool = False) -> None:
-        """Evaluate at most `n_ubatch` tokens after those of a sequence; with `embed`, for `embedding`.
+    def decode(self, tokens: Sequence[int], *, embed: bool = False) -> None:
+        """Evaluate at most `n_ubatch` tokens after those before; with `embed`, for `embedding`.
 
-        Raises ReadError, or what `interrupt` was given, and leaves the sequence as it was.
+        Raises ReadError, or what `interrupt` was given, and leaves everything as it was.
         """
         ...
 
@@ -188,24 +187,16 @@ class Engine(Protocol):
         """Logits of the last evaluation, float32 [vocabulary]: of its last token, or of any where all are kept."""
         ...
 
-    def embedding(self, sequence: int = 0) -> NDArray[np.float32]:
+    def embedding(self) -> NDArray[np.float32]:
         """Of the tokens last evaluated with `embed`, pooled, float32 [n_embd]."""
-        ...
-
-    def live_logits(self) -> NDArray[np.float32]:
-        """Logits of the last evaluation, float32 [vocabulary], in the engine's memory: samplers see changes."""
         ...
 
     def sampler(self, sampling: Sampling) -> Sampler:
         """A sampler; close it."""
         ...
 
-    def rewind(self, n_past: int, sequence: int = 0) -> int:
-        """Forget a sequence's tokens from position `n_past` on, or more; returns how many it still has."""
-        ...
-
-    def clear(self) -> None:
-        """Forget all tokens of all sequences."""
+    def rewind(self, n_past: int) -> int:
+        """Forget tokens from position `n_past` on, or more; returns how many are left."""
         ...
 
     def close(self) -> None:

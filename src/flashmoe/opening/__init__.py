@@ -26,8 +26,7 @@ class Wish:
     n_ubatch: int
     threads: int
     all_logits: bool
-    sequences: int
-    #: Conversations that the server holds at once, 0: as many as fit; None: `sequences`.
+    #: Conversations that the server holds at once, 0: as many as fit; None: one, and it is not served to others.
     parallel: int | None
     cache_types: tuple[str, str]  # of K and V
     cache_ram: int | None  # bytes for conversations that wait; None: a share

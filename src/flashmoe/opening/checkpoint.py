@@ -50,7 +50,7 @@ def open_checkpoint(wish: Wish, stack: ExitStack) -> Opened:
     wish.check_context(trained)
     context = wish.n_ctx or min(trained, budget.DEFAULT_CONTEXT)
     outputs = text.vocab_size if wish.all_logits else 0
-    each = wish.sequences * token_bytes(text, layout.dtype.itemsize)
+    each = token_bytes(text, layout.dtype.itemsize)
 
     def scratch(step: int) -> int:
         """Bytes that a micro-batch takes."""
@@ -100,7 +100,6 @@ def open_checkpoint(wish: Wish, stack: ExitStack) -> Opened:
         n_ctx=context,
         n_ubatch=step,
         all_logits=wish.all_logits,
-        sequences=wish.sequences,
         front=front,
     )
     stack.callback(engine.close)

@@ -82,9 +82,9 @@ def open_gguf(wish: Wish, stack: ExitStack, library: Library | None) -> Opened:
     if wanted is None:
         engine, slots, kept = _fit(make, catalog, step, sequences, wish, align, promised)
     else:
-        if not _step(catalog, wanted, step, _together(wish, sequences)):
+        if not _step(catalog, wanted, step, sequences):
             sequences = 1
-        step = _step(catalog, wanted, step, _together(wish, sequences))
+        step = _step(catalog, wanted, step, sequences)
         engine = make(n_ubatch=step, sequences=sequences)
         slots, kept = wanted, budget.conversations(left, wish.cache_ram, engine.checkpoint_bytes(), sequences)
     stack.callback(engine.close)
@@ -97,7 +97,7 @@ def _context(make: Callable[..., LlamaEngine], wish: Wish, trained: int, left: i
     Where `left` bytes are to decide, that is told from a small context: a large one would be touched at once.
     """
     small = min(trained, budget.SMALL_CONTEXT)
-    given = wish.sequences if wish.parallel is None else wish.parallel
+    given = 1 if wish.parallel is None else wish.parallel
     if given and (wish.n_ctx or trained * given <= small):
         return wish.n_ctx or trained, given
     engine, taken, _ = _measured(partial(make, n_ctx=small, n_ubatch=1))
@@ -105,11 +105,6 @@ def _context(make: Callable[..., LlamaEngine], wish: Wish, trained: int, left: i
     taken = taken * budget.SMALL_CONTEXT // small
     context = wish.n_ctx or budget.default_context(trained, taken * max(1, given), left)
     return context, given or budget.default_parallel(context, taken, left)
-
-
-def _together(wish: Wish, sequences: int) -> int:
-    """How many of the sequences are evaluated at once: only the server's."""
-    return 1 if wish.parallel is None else sequences
 
 
 def _step(catalog: ExpertCatalog, slots: list[int], wished: int, sequences: int) -> int:
@@ -158,7 +153,7 @@ def _fit(
         allowed = 0
         if least <= limit and not greedy:
             slots = budget.slots_for(catalog, limit - used, align)
-            allowed = _step(catalog, slots, step, _together(wish, sequences))
+            allowed = _step(catalog, slots, step, sequences)
             if allowed == step:
                 return engine, slots, kept
         engine.close()

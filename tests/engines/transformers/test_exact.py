@@ -114,18 +114,6 @@ def test_prompt_in_micro_batches(checkpoint: Checkpoints) -> None:
         assert model.engine.rewind(0) == 0
 
 
-def test_sequences_are_apart(checkpoint: Checkpoints) -> None:
-    folder = checkpoint("mixtral")
-    with flashmoe.load(folder, engine="transformers", cache="50%", threads=1, sequences=2) as model:
-        model.evaluate(PROMPT, 0, decode=False)
-        alone = model.engine.logits()
-        model.engine.clear()
-        model.evaluate(PROMPT[:5], 0, decode=False)
-        model.evaluate(PROMPT, 1, decode=False)
-        assert np.array_equal(model.engine.logits(), alone)
-        assert (model.engine.past(0), model.engine.past(1)) == (5, len(PROMPT))
-
-
 def test_experts_get_no_memory_of_their_own(checkpoint: Checkpoints) -> None:
     folder = checkpoint("olmoe")
     with flashmoe.load(folder, engine="transformers", cache="25%", threads=1) as model:

@@ -69,7 +69,7 @@ def replayed(model: Model, trace: RoutingTrace) -> int:
     starts = set(np.flatnonzero(trace.starts()).tolist())
     for a, b in zip(first, first[1:], strict=False):
         if a in starts:
-            model.engine.clear()
+            model.engine.rewind(0)
             model.cache.begin_sequence()
         rows[0] = slice(a, b)
         model.evaluate([1] * (b - a), decode=bool(trace.phase[a] == DECODE))

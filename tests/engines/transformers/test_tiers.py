@@ -99,7 +99,7 @@ def test_a_prompt_is_copied_ahead(checkpoint: Checkpoints, host: HostDevice) -> 
     """While a layer computes, the next one's experts come from RAM."""
     with load(checkpoint("olmoe"), "100%", "50%", prefetch="none") as model:
         for _ in range(3):
-            model.engine.clear()
+            model.engine.rewind(0)
             model.evaluate(PROMPT, decode=False)
         tiers: Any = model.engine.tiers
         assert tiers._cache.stats["prefill"].prefetch_hits > 0
@@ -195,7 +195,7 @@ def test_what_a_gpu_computes(name: str, checkpoint: Checkpoints) -> None:
         ]
         for experts in pooled:
             experts._exact, experts._apart = False, True
-        model.engine.clear()
+        model.engine.rewind(0)
         model.evaluate(PROMPT, decode=False)
         for i, row in enumerate(exact):
             tolerance = 1e-4 if name != "nemotron_h" else 0.05

@@ -1,10 +1,9 @@
-"""A llama_context: evaluates tokens of one or several sequences and gives logits."""
+"""A llama_context: evaluates tokens and gives logits."""
 
 from __future__ import annotations
 
 import ctypes as C
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,10 +23,9 @@ _PADDING = 256  # llama.cpp rounds the cells of a KV cache up to a multiple of t
 
 
 class Context:
-    """Sequences of tokens over a loaded model, each with a KV cache of its own of `n_ctx` tokens.
+    """Tokens over a loaded model, with a KV cache of `n_ctx` tokens. With `all_logits`, all their logits are kept.
 
-    One sequence is evaluated at a time, so that its logits are those it would have alone. With `all_logits`, the
-    logits of every token are kept.
+    sequences: that the library's server evaluates in it together, each with such a KV cache; `decode` uses the first.
     """
 
     def __init__(
@@ -77,9 +75,9 @@ class Context:
         self._pool = None if lib.openmp else self._attach_threads(threads)
         self._window = lib.llama_model_n_swa(model)  # tokens that attention looks back; 0 for all
         self._recurrent = lib.llama_model_is_recurrent(model) or lib.llama_model_is_hybrid(model)
-        #: Tokens in each sequence.
-        self.past = [0] * sequences
-        self._sequence = (C.c_int32 * 1)(0)  # of the batch
+        #: Tokens evaluated so far by `decode`.
+        self.past = 0
+        self._sequence = (C.c_int32 * 1)(0)  # of every token
         self._batch = abi.Batch(
             n_tokens=0,
             token=(C.c_int32 * n_ubatch)(),
@@ -111,38 +109,33 @@ class Context:
         """The llama_context, for samplers."""
         return self._pointer
 
-    def decode(self, tokens: Sequence[int], sequence: int = 0, *, embed: bool = False) -> int:
-        """Evaluate up to n_ubatch tokens after those already in a sequence; the library's status, 0 is success.
+    def decode(self, tokens: Sequence[int], *, embed: bool = False) -> int:
+        """Evaluate up to n_ubatch tokens after those before; the library's status, 0 is success.
 
         `past` moves on in any case: after a failure call `rewind`. embed: for `embedding`.
         """
         if embed != self._embedding:
             self._lib.llama_set_embeddings(self._pointer, embed)
             self._embedding = embed
-        n, batch, past = len(tokens), self._batch, self.past[sequence]
+        n, batch, past = len(tokens), self._batch, self.past
         batch.n_tokens = n
-        self._sequence[0] = sequence
         for i, token in enumerate(tokens):
             batch.token[i], batch.pos[i] = token, past + i
             batch.logits[i] = int(self._all_logits or embed or i == n - 1)
-        self.past[sequence] += n
+        self.past += n
         return int(self._lib.llama_decode(self._pointer, batch))
 
-    def rewind(self, n_past: int, sequence: int = 0) -> None:
-        """Forget a sequence's tokens from position `n_past` on; all where its memory cannot be cut (Mamba)."""
-        n_past = min(n_past, self.past[sequence])
-        remove = partial(self._lib.llama_memory_seq_rm, self._memory, sequence)
-        if n_past and remove(n_past, -1):
+    def rewind(self, n_past: int) -> None:
+        """Forget tokens from position `n_past` on; all where the memory cannot be cut (Mamba)."""
+        n_past = min(n_past, self.past)
+        if n_past and self._lib.llama_memory_seq_rm(self._memory, 0, n_past, -1):
             # a cache of the window's size forgets what attention needs after a cut
-            oldest = self._lib.llama_memory_seq_pos_min(self._memory, sequence)
+            oldest = self._lib.llama_memory_seq_pos_min(self._memory, 0)
             if oldest <= max(0, n_past - self._window):
-                self.past[sequence] = n_past
+                self.past = n_past
                 return
-        if len(self.past) == 1:
-            self._lib.llama_memory_clear(self._memory, True)
-        else:
-            remove(-1, -1)
-        self.past[sequence] = 0
+        self._lib.llama_memory_clear(self._memory, True)  # of all sequences
+        self.past = 0
 
     def partial_state_bytes(self) -> int:
         """What the library keeps to come back to a place in a sequence, with the window's cells; 0 where it need not.
@@ -162,16 +155,12 @@ class Context:
 
     def logits(self, index: int = -1) -> NDArray[np.float32]:
         """Logits of the last evaluation, float32 [vocabulary]: of its last token, or with all_logits of any."""
-        return self.live_logits(index).copy()
-
-    def live_logits(self, index: int = -1) -> NDArray[np.float32]:
-        """The same in the engine's own memory: until the next evaluation; samplers see what is written into it."""
         address = self._lib.llama_get_logits_ith(self._pointer, index)
-        return np.ctypeslib.as_array(address, (self.n_vocab,))
+        return np.ctypeslib.as_array(address, (self.n_vocab,)).copy()
 
-    def embedding(self, sequence: int = 0) -> NDArray[np.float32]:
+    def embedding(self) -> NDArray[np.float32]:
         """What the pooling made of the tokens last evaluated with `embed`, float32 [n_embd]."""
-        address = self._lib.llama_get_embeddings_seq(self._pointer, sequence)
+        address = self._lib.llama_get_embeddings_seq(self._pointer, 0)
         return np.ctypeslib.as_array(address, (self.n_embd,)).copy()
 
     def close(self) -> None:

@@ -157,7 +157,7 @@ class LlamaEngine:
         self._serving = False
         self._lib.keep_log()
         self._context.take_back()
-        self.clear()
+        self.rewind(0)
 
     @contextmanager
     def ignoring(self) -> Iterator[None]:
@@ -173,23 +173,23 @@ class LlamaEngine:
         """Until the server evaluates no graph; call it while they are ignored."""
         self._hook.wait_until_idle()
 
-    def past(self, sequence: int = 0) -> int:
-        """Tokens in a sequence."""
-        return self._context.past[sequence]
+    def past(self) -> int:
+        """Tokens evaluated so far by `decode`."""
+        return self._context.past
 
-    def decode(self, tokens: Sequence[int], sequence: int = 0, *, embed: bool = False) -> None:
+    def decode(self, tokens: Sequence[int], *, embed: bool = False) -> None:
         if self._serving:
             raise UsageError("the model's context is its server's: close that first")
-        before = self._context.past[sequence]
+        before = self._context.past
         if before + len(tokens) > self.n_ctx:
             raise FlashMoEError(
                 f"the context is full: {before + len(tokens)} tokens of {self.n_ctx}; use a larger one (-c)"
             )
         self._hook.begin(tokens, embed=embed)
         with self._hook.watch():
-            status = self._context.decode(tokens, sequence, embed=embed)
+            status = self._context.decode(tokens, embed=embed)
         if self._hook.error or status:
-            self._context.rewind(before, sequence)
+            self._context.rewind(before)
             raise self._hook.error or ModelError(
                 f"llama.cpp failed to evaluate {len(tokens)} tokens (status {status})"
             )
@@ -202,24 +202,16 @@ class LlamaEngine:
         """Logits of the last evaluation, float32 [vocabulary]."""
         return self._context.logits(index)
 
-    def live_logits(self) -> NDArray[np.float32]:
-        return self._context.live_logits()
-
-    def embedding(self, sequence: int = 0) -> NDArray[np.float32]:
+    def embedding(self) -> NDArray[np.float32]:
         """Of the tokens last evaluated with `embed`, pooled, float32 [n_embd]."""
-        return self._context.embedding(sequence)
+        return self._context.embedding()
 
     def sampler(self, sampling: Sampling) -> Sampler:
         return Sampler(self._lib, self._context, sampling)
 
-    def rewind(self, n_past: int, sequence: int = 0) -> int:
-        self._context.rewind(n_past, sequence)
-        return self._context.past[sequence]
-
-    def clear(self) -> None:
-        """Forget everything."""
-        for sequence in range(self.sequences):
-            self._context.rewind(0, sequence)
+    def rewind(self, n_past: int) -> int:
+        self._context.rewind(n_past)
+        return self._context.past
 
     def tokenize(self, text: str, special: bool = False, begin: bool = True) -> list[int]:
         data = text.encode(errors="replace")  # JSON can hold half a character

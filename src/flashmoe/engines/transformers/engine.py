@@ -1,4 +1,4 @@
-"""The Transformers engine: the library's own model, a KV cache per sequence, and the pool under its experts."""
+"""The Transformers engine: the library's own model, its KV cache, and the pool under its experts."""
 
 from __future__ import annotations
 
@@ -49,22 +49,21 @@ class TransformersEngine:
         n_ctx: int,
         n_ubatch: int,
         all_logits: bool = False,
-        sequences: int = 1,
         front: Front | None = None,
     ) -> None:
-        """model: with its dense weights. experts: names of its experts modules. n_ctx: tokens per sequence.
+        """model: with its dense weights. experts: names of its experts modules. n_ctx: tokens of context.
 
         all_logits: compute them for every token. front: the device that the model is on, and its tier of experts.
         """
         self.model = model
         self._catalog, self._experts, self._folder, self._all_logits = catalog, experts, folder, all_logits
-        self.n_ctx, self.n_ubatch, self.sequences = n_ctx, n_ubatch, sequences
+        self.n_ctx, self.n_ubatch = n_ctx, n_ubatch
         self.n_vocab = int(model.get_output_embeddings().weight.shape[0])
         self._routing = Routing(catalog.top_k)
         self._tokenizer = open_tokenizer(folder)
         self._ends = _end_tokens(model, self._tokenizer)
-        self._past = [0] * sequences
-        self._caches: list[Any] = [None] * sequences
+        self._past = 0
+        self._cache: Any = None
         self._kept = np.zeros((1, self.n_vocab), np.float32)
         self._last = np.zeros(self.n_vocab, np.float32)
         self._recorder: Recorder | None = None
@@ -104,11 +103,11 @@ class TransformersEngine:
     def override_routing(self, override: Callable[[int, NDArray[np.int32]], None]) -> None:
         self._routing.override = override
 
-    def past(self, sequence: int = 0) -> int:
-        return self._past[sequence]
+    def past(self) -> int:
+        return self._past
 
-    def decode(self, tokens: Sequence[int], sequence: int = 0, *, embed: bool = False) -> None:
-        before = self._past[sequence]
+    def decode(self, tokens: Sequence[int], *, embed: bool = False) -> None:
+        before = self._past
         if before + len(tokens) > self.n_ctx:
             raise FlashMoEError(
                 f"the context is full: {before + len(tokens)} tokens of {self.n_ctx}; use a larger one (-c)"
@@ -119,18 +118,18 @@ class TransformersEngine:
             with torch.inference_mode():
                 found = self.model(
                     torch.tensor([list(tokens)], device=self._device),
-                    past_key_values=self._caches[sequence],
+                    past_key_values=self._cache,
                     use_cache=True,
                     **wanted,
                 )
         except BaseException:
-            self._past[sequence] = before + len(tokens)  # some layers have gone so far
-            self.rewind(before, sequence)
+            self._past = before + len(tokens)  # some layers have gone so far
+            self.rewind(before)
             raise
         finally:
             self._driven = False
-        self._caches[sequence] = found.past_key_values
-        self._past[sequence] = before + len(tokens)
+        self._cache = found.past_key_values
+        self._past = before + len(tokens)
         self._kept = found.logits[0].to("cpu", torch.float32).numpy()
         self._last[:] = self._kept[-1]
 
@@ -141,28 +140,21 @@ class TransformersEngine:
         """Logits of the last evaluation, float32 [vocabulary]: of its last token, or with all_logits of any."""
         return self._kept[index].copy()
 
-    def embedding(self, sequence: int = 0) -> NDArray[np.float32]:
+    def embedding(self) -> NDArray[np.float32]:
         raise UsageError("the transformers engine makes no embeddings: use a GGUF")
-
-    def live_logits(self) -> NDArray[np.float32]:
-        return self._last
 
     def sampler(self, sampling: Sampling) -> Sampler:
         return Sampler(self._last, sampling)
 
-    def rewind(self, n_past: int, sequence: int = 0) -> int:
+    def rewind(self, n_past: int) -> int:
         """Forget tokens from `n_past` on; all where a layer's memory cannot be cut (a sliding window, Mamba)."""
-        if n_past < self._past[sequence]:
-            cache = self._caches[sequence]
+        if n_past < self._past:
+            cache = self._cache
             if n_past and cache is not None and _cut(cache, n_past):
-                self._past[sequence] = n_past
+                self._past = n_past
             else:
-                self._caches[sequence], self._past[sequence] = None, 0
-        return self._past[sequence]
-
-    def clear(self) -> None:
-        for sequence in range(self.sequences):
-            self.rewind(0, sequence)
+                self._cache, self._past = None, 0
+        return self._past
 
     def tokenize(self, text: str, special: bool = False, begin: bool = True) -> list[int]:
         # the library reads control tokens that are written out unless it is told to split them
@@ -192,7 +184,7 @@ class TransformersEngine:
     def close(self) -> None:
         """End the use of the pool; the model cannot be run any more."""
         self._routing.close()
-        self._caches = [None] * self.sequences
+        self._cache = None
 
     def _tokens(self) -> Any:
         if self._tokenizer is None:

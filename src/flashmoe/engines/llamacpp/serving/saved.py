@@ -1,4 +1,4 @@
-"""Conversations that outlive the process: what the server's slots hold, kept on the drive and given back at the next start.
+"""Conversations that outlive the process: what the server's slots hold, kept on the drive for the next start.
 
 A folder has one file for each conversation, in llama.cpp's own format (tokens, state, checkpoints), and a list of them
 that is written last: what the list does not name does not count. A file is handed to the library only if its size and

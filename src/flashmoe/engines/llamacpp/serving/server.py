@@ -77,7 +77,7 @@ class InnerServer:
             engine.unserve()
             self._remove()
             raise
-        engine.clear()
+        engine.rewind(0)
         # its loop forgets an end that comes before it has begun: have it answer something first
         self.ask("GET", "/slots")
 
