@@ -58,11 +58,13 @@ def test_the_time_of_a_token(tiny: Tiny) -> None:
 
 def test_a_context_takes_slots(tiny: Tiny) -> None:
     catalog = ExpertCatalog.from_gguf(read_gguf(tiny("llama")))
-    few, many = (make_plan(catalog, MACHINE, CURVE, n_ctx=n).rows[0] for n in (64, 4096))
-    assert (few.context, many.context) == (64, 4096)
+    few, many = (make_plan(catalog, MACHINE, CURVE, n_ctx=n).rows[0] for n in (64, 512))
+    assert (few.context, many.context) == (64, 512)
     assert few.slots == many.slots  # the smallest pool in both
-    more = context_bytes(catalog.gguf, 4096) - context_bytes(catalog.gguf, 64)
+    more = context_bytes(catalog.gguf, 512) - context_bytes(catalog.gguf, 64)
     assert many.ram_bytes - few.ram_bytes == more > 0
+    with pytest.raises(UsageError, match="more than this model was trained for"):
+        make_plan(catalog, MACHINE, CURVE, n_ctx=513)
 
 
 def test_what_is_recommended(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

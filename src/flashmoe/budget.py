@@ -42,6 +42,14 @@ _MOST_SPARE = 0.03  # of the slots
 _BEFORE_LOADING = 160 << 20
 
 
+def check_context(n_ctx: int | None, trained: int) -> None:
+    """Raise UsageError where a context is larger than the one that the model was `trained` with."""
+    if n_ctx is not None and n_ctx > trained:
+        raise UsageError(
+            f"a context of {n_ctx} tokens is more than this model was trained for ({trained}); lower -c"
+        )
+
+
 def default_context(wished: int, small_bytes: int, left: int) -> int:
     """Tokens of context where none were asked for: up to `wished`, fewer where they would take too much of `left`.
 

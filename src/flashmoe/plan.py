@@ -139,7 +139,9 @@ def make_plan(
     n_ctx: tokens of context; without, what a run that is not told takes.
     """
     gguf = catalog.gguf
-    wished = n_ctx or gguf.arch_int("context_length", budget.DEFAULT_CONTEXT)
+    trained = gguf.arch_int("context_length", budget.DEFAULT_CONTEXT)
+    budget.check_context(n_ctx, trained)
+    wished = n_ctx or trained
     small = n_ctx or min(wished, budget.SMALL_CONTEXT)
     fixed = catalog.dense_bytes + OVERHEAD_BYTES
     least = fixed + context_bytes(gguf, small) + budget.least_pool(catalog, ALIGN)

@@ -94,7 +94,8 @@ def fronted(model: Model, backend: Backend, *, grace: float = 5.0, **options: An
     started = threading.Event()
     front.started = started.set
     server = FrontServer(front, grace)
-    with listen("127.0.0.1", 0) as sock:
+    (sock,) = listen("127.0.0.1", 0)
+    with sock:
         url = f"http://127.0.0.1:{sock.getsockname()[1]}"
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
         thread.start()

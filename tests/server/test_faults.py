@@ -88,7 +88,8 @@ def test_compute_error(front: Running, backend: Backend) -> None:
         backend.last_error = reason
         answer = httpx.post(f"{front.url}/v1/completions")
         assert answer.status_code == 500
-        assert answer.json() == {"error": {**ERROR["error"], "message": reason or "Compute error."}}
+        expected = {**ERROR["error"], "message": reason or "Compute error.", "param": None}
+        assert answer.json() == {"error": expected}
         lines = httpx.post(f"{front.url}/completion").text.split("\n\n")
         assert json.loads(lines[0][6:])["error"]["message"] == reason or "Compute error."
         assert lines[1] == "data: [DONE]"

@@ -42,7 +42,10 @@ def direct(backend: Backend) -> Iterator[httpx.Client]:
 
 
 def lasting(text: str) -> str:
-    """A response without what differs from one to the next: ids, times, and what the KV cache held already."""
+    """A response without what differs from one to the next: ids, times, and what the KV cache held already.
+
+    And without the `param` that the front adds to errors, for OpenAI's clients.
+    """
     if text.startswith(("data:", "event:")):
         return "\n".join(
             lasting(line[6:]) if line.startswith("data: {") else line for line in text.split("\n")
@@ -50,7 +53,7 @@ def lasting(text: str) -> str:
 
     def strip(value: Any) -> Any:
         if isinstance(value, dict):
-            drop = ("id", "item_id", "created", "created_at", "completed_at", "timings", "call_id")
+            drop = ("id", "item_id", "created", "created_at", "completed_at", "timings", "call_id", "param")
             return {
                 k: strip(v)
                 for k, v in value.items()
@@ -231,3 +234,22 @@ def test_page(front: Running) -> None:
     for path in ("static/", "static/../page.py", "static/..%2fpage.py", "static/index.html"):
         assert httpx.get(f"{front.url}/flashmoe/{path}").status_code == 404
     assert httpx.get(f"{front.url}/flashmoe", follow_redirects=True).text.startswith("<!doctype html>")
+
+
+def test_errors_have_the_fields_that_clients_read(front: Running) -> None:
+    """OpenAI's word for a prompt that is too long, and `param`, which its clients expect."""
+    answer = httpx.post(f"{front.url}/v1/completions", json={"prompt": "word " * 3000})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["code"], error["type"], error["param"]) == (
+        "context_length_exceeded",
+        "exceed_context_size_error",
+        None,
+    )
+    assert error["n_prompt_tokens"] > error["n_ctx"]
+
+
+def test_slots_are_not_saved_over_http(front: Running) -> None:
+    answer = httpx.post(f"{front.url}/slots/0?action=save", json={"filename": "x"})
+    assert answer.status_code == 501
+    assert "--save-cache" in answer.json()["error"]["message"]

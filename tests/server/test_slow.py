@@ -46,7 +46,8 @@ def address() -> Iterator[tuple[str, int]]:
         app, http=Hasty, ws="none", lifespan="off", log_level="error", timeout_keep_alive=KEEP_ALIVE_SECONDS
     )
     server = uvicorn.Server(config)
-    with listen("127.0.0.1", 0) as sock:
+    (sock,) = listen("127.0.0.1", 0)
+    with sock:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
         thread.start()
         yield sock.getsockname()

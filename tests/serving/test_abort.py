@@ -39,7 +39,6 @@ THOUGHT = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="llama.cpp aborts (llama-grammar.cpp, llama_grammar_accept_impl)")
 @pytest.mark.parametrize("request_", [BEGUN, THOUGHT], ids=["begun answer", "begun thoughts"])
 def test_end_token_before_a_grammar(demo: Path, request_: dict[str, Any]) -> None:
     body = {**request_, "tool_choice": "required", **GREEDY}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from io import TextIOWrapper
 
@@ -32,14 +32,11 @@ class Pipe:
             raise UsageError("standard input is not UTF-8 text") from None
 
     def hear(self, answer: Generator[Piece, None, None]) -> None:
-        """Show an answer as it is made; thoughts are none of it."""
+        """Show an answer as it is made."""
         with closing(answer), self.progress:
-            for piece in answer:
+            for text in with_thoughts(answer):
                 self.progress.stop()
-                if piece.thought:
-                    self._notes.print(piece.text, end="", style="dim", highlight=False, markup=False)
-                    continue
-                sys.stdout.write(piece.text)
+                sys.stdout.write(text)
                 sys.stdout.flush()
         sys.stdout.write("\n")
 
@@ -58,3 +55,13 @@ class Pipe:
     def stop(self) -> None:
         """Ctrl-C has stopped an answer: nobody is there to ask for another, so it stops everything."""
         raise KeyboardInterrupt
+
+
+def with_thoughts(answer: Iterable[Piece]) -> Iterator[str]:
+    """An answer as one text, thoughts in <think>."""
+    thinking = False
+    for piece in answer:
+        if piece.thought != thinking:
+            thinking = piece.thought
+            yield "<think>" if thinking else "</think>\n\n"
+        yield piece.text

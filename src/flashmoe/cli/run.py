@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from flashmoe.cli import options
 from flashmoe.cli.groups import with_options
+from flashmoe.cli.pipe import with_thoughts
 from flashmoe.cli.progress import LoadProgress, stderr_console
 from flashmoe.cli.report import show, write_json
 from flashmoe.cli.sampling import ChatOptions, SamplingOptions
@@ -81,7 +81,7 @@ def run(
         with loaded:
             chosen = sampling.sampling()
             pieces = (
-                _answer(loaded, text, n_predict, chosen, console)
+                _answer(loaded, text, n_predict, chosen)
                 if chat
                 else loaded.generate(text, max_tokens=n_predict, sampling=chosen)
             )
@@ -104,20 +104,18 @@ def run(
         write_json(json_file, report.as_dict())
 
 
-def _answer(model: Model, text: str, n_predict: int, sampling: Sampling, console: Console) -> Iterator[str]:
-    """The answer's text; thoughts go to the console, dim."""
-    thinking = False
-    for delta in model.stream_chat(
-        [{"role": "user", "content": text}], max_tokens=n_predict, sampling=sampling
-    ):
-        if thought := delta.get("reasoning_content"):
-            console.print(thought, end="", style="dim", highlight=False, markup=False)
-            thinking = True
-        if piece := delta.get("content"):
-            if thinking:
-                console.print("\n")
-                thinking = False
-            yield piece
+def _answer(model: Model, text: str, n_predict: int, sampling: Sampling) -> Iterator[str]:
+    """The answer as one text, thoughts in <think>."""
+    from flashmoe.conversation import Piece
+
+    messages = [{"role": "user", "content": text}]
+    deltas = model.stream_chat(messages, max_tokens=n_predict, sampling=sampling)
+    return with_thoughts(
+        Piece(delta[name], thought=name != "content")
+        for delta in deltas
+        for name in ("reasoning_content", "content")
+        if delta.get(name)
+    )
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from typing import Annotated
 
 import typer
@@ -42,6 +43,12 @@ def serve(
     cors: Annotated[
         list[str] | None,
         typer.Option("--cors", help="Origin whose pages may ask, e.g. http://localhost:3000."),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-host", help="A further name that a loopback server answers to: its TLS proxy's, say."
+        ),
     ] = None,
     pooling: Annotated[
         str,
@@ -89,7 +96,10 @@ def serve(
 
     console = stderr_console(False)
     key = api_key or os.environ.get(KEY_VARIABLE) or None
-    with listen(host, port) as sock:
+    sockets = listen(host, port)
+    with ExitStack() as listening:
+        for sock in sockets:
+            listening.enter_context(sock)
         with LoadProgress(console) as progress:
             compile_replays()
             loaded = load(
@@ -116,7 +126,7 @@ def serve(
         with loaded:
             name = alias or loaded.catalog.gguf.files[0].stem
             inner = loaded.server()
-            address, real_port = sock.getsockname()[:2]
+            address, real_port = sockets[0].getsockname()[:2]
             shown = f"[{address}]" if ":" in address else address
 
             def started() -> None:
@@ -129,6 +139,14 @@ def serve(
                 console.print(f"serving {name} on {url}/v1, dashboard at {url}/flashmoe/", highlight=False)
 
             run_server(
-                loaded, inner, sock, name=name, host=host, api_key=key, cors=cors or [], started=started
+                loaded,
+                inner,
+                sockets,
+                name=name,
+                host=host,
+                api_key=key,
+                cors=cors or [],
+                names=allow_host or [],
+                started=started,
             )
             show(console, loaded.report())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import termios
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 
 from prompt_toolkit import PromptSession
@@ -14,7 +14,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from rich.console import Console
 
 from flashmoe.cli.markdown import StreamedMarkdown
-from flashmoe.cli.pipe import Pipe
+from flashmoe.cli.pipe import Pipe, with_thoughts
 from flashmoe.cli.progress import print_error
 from flashmoe.conversation import Piece
 from flashmoe.errors import FlashMoEError
@@ -47,7 +47,7 @@ class Terminal(Pipe):
 
     def hear(self, answer: Generator[Piece, None, None]) -> None:
         with closing(answer), _silent_keys(), self.progress:
-            text = _with_thoughts(answer)
+            text = with_thoughts(answer)
             first = next(text, "")
             self.progress.stop()
             with StreamedMarkdown(self._replies) as markdown:
@@ -62,16 +62,6 @@ class Terminal(Pipe):
     def stop(self) -> None:
         """Ctrl-C has stopped an answer; the user may go on."""
         self.note("(stopped)")
-
-
-def _with_thoughts(answer: Iterable[Piece]) -> Iterator[str]:
-    """An answer as one text, thoughts in <think>."""
-    thinking = False
-    for piece in answer:
-        if piece.thought != thinking:
-            thinking = piece.thought
-            yield "<think>" if thinking else "</think>\n\n"
-        yield piece.text
 
 
 @contextmanager

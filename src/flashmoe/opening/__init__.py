@@ -9,7 +9,6 @@ from pathlib import Path
 from flashmoe.budget import Conversations
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.engines.base import Engine
-from flashmoe.errors import UsageError
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.reader import ExpertReader
 
@@ -40,13 +39,6 @@ class Wish:
     #: To be called before memory is counted; the bytes that are promised to others.
     prepare: Callable[[ExpertCatalog], int]
     progress: Callable[[int, int], None]  # bytes loaded, of how many
-
-    def check_context(self, trained: int) -> None:
-        """Raise UsageError where the context is larger than the one that the model was `trained` with."""
-        if self.n_ctx is not None and self.n_ctx > trained:
-            raise UsageError(
-                f"a context of {self.n_ctx} tokens is more than this model was trained for ({trained}); lower -c"
-            )
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def open_checkpoint(wish: Wish, stack: ExitStack) -> Opened:
     wish.check(catalog)
     text = skeleton.config.get_text_config()
     trained = getattr(text, "max_position_embeddings", None) or budget.DEFAULT_CONTEXT
-    wish.check_context(trained)
+    budget.check_context(wish.n_ctx, trained)
     context = wish.n_ctx or min(trained, budget.DEFAULT_CONTEXT)
     outputs = text.vocab_size if wish.all_logits else 0
     each = token_bytes(text, layout.dtype.itemsize)

@@ -33,7 +33,7 @@ def open_gguf(wish: Wish, stack: ExitStack, library: Library | None) -> Opened:
     wish.check(catalog)
     pooling = choose_pooling(wish.pooling, catalog.gguf)
     trained = catalog.gguf.arch_int("context_length", budget.DEFAULT_CONTEXT)
-    wish.check_context(trained)
+    budget.check_context(wish.n_ctx, trained)
     pack = find_pack(catalog) if wish.layout != PLAIN else None
     sums = needed_sums(catalog, pack.sums(catalog) if pack else {}) if wish.verify else None
     reader = ExpertReader([*catalog.gguf.files, pack.path] if pack else catalog.gguf.files)
@@ -77,14 +77,16 @@ def open_gguf(wish: Wish, stack: ExitStack, library: Library | None) -> Opened:
     limit = wish.limit or budget.default_ram() + budget.status_bytes("VmRSS")
     left = limit - budget.status_bytes("VmRSS") - promised - for_pool - budget.RESERVE
     context, sequences = _context(make, wish, trained, left)
+    # some recurrent memories want as many tokens of each sequence in a micro-batch (an assertion of the library's)
+    fit_step = partial(_step, catalog, whole=bool(loaded.recurrent))
     make = partial(make, n_ctx=context)
     step = min(wish.n_ubatch, context)
     if wanted is None:
-        engine, slots, kept = _fit(make, catalog, step, sequences, wish, align, promised)
+        engine, slots, kept = _fit(make, catalog, fit_step, step, sequences, wish, align, promised)
     else:
-        if not _step(catalog, wanted, step, sequences):
+        if not fit_step(wanted, step, sequences):
             sequences = 1
-        step = _step(catalog, wanted, step, sequences)
+        step = fit_step(wanted, step, sequences)
         engine = make(n_ubatch=step, sequences=sequences)
         slots, kept = wanted, budget.conversations(left, wish.cache_ram, engine.checkpoint_bytes(), sequences)
     stack.callback(engine.close)
@@ -107,11 +109,17 @@ def _context(make: Callable[..., LlamaEngine], wish: Wish, trained: int, left: i
     return context, given or budget.default_parallel(context, taken, left)
 
 
-def _step(catalog: ExpertCatalog, slots: list[int], wished: int, sequences: int) -> int:
-    """`budget.micro_batch` with a pool of so many slots, some of them kept for prefetching."""
+def _step(
+    catalog: ExpertCatalog, slots: list[int], wished: int, sequences: int, *, whole: bool = False
+) -> int:
+    """`budget.micro_batch` with a pool of so many slots, some of them kept for prefetching.
+
+    whole: a multiple of `sequences`.
+    """
     spare = budget.spare_slots(catalog, slots)
     left = [n - away for n, away in zip(slots, spare, strict=True)]
-    return budget.micro_batch(catalog, left, wished, sequences)
+    step = budget.micro_batch(catalog, left, wished, sequences)
+    return step // sequences * sequences if whole else step
 
 
 def _measured(make: Callable[[], LlamaEngine]) -> tuple[LlamaEngine, int, int]:
@@ -126,6 +134,7 @@ def _measured(make: Callable[[], LlamaEngine]) -> tuple[LlamaEngine, int, int]:
 def _fit(
     make: Callable[..., LlamaEngine],
     catalog: ExpertCatalog,
+    fit_step: Callable[[list[int], int, int], int],
     step: int,
     sequences: int,
     wish: Wish,
@@ -141,7 +150,10 @@ def _fit(
     """
     limit = wish.limit
     hoped = max(limit - budget.status_bytes("VmRSS") - budget.RESERVE, budget.least_pool(catalog, align))
-    step = _step(catalog, budget.slots_for(catalog, hoped, align), step, 1)
+    slots, whole_pool = budget.slots_for(catalog, hoped, align), budget.group_experts(catalog).tolist()
+    if not fit_step(slots, step, sequences):
+        sequences = 1
+    step = fit_step(slots, step, sequences)
     while True:
         engine, _, to_come = _measured(partial(make, n_ubatch=step, sequences=sequences))
         used = budget.status_bytes("VmRSS") + to_come + promised + budget.RESERVE
@@ -153,12 +165,12 @@ def _fit(
         allowed = 0
         if least <= limit and not greedy:
             slots = budget.slots_for(catalog, limit - used, align)
-            allowed = _step(catalog, slots, step, sequences)
+            allowed = fit_step(slots, step, sequences)
             if allowed == step:
                 return engine, slots, kept
         engine.close()
-        if step > 1:
-            step = allowed or step // 2
+        if smaller := allowed or fit_step(whole_pool, step // 2, sequences):
+            step = smaller
         elif sequences > 1:
             sequences = 1
         else:

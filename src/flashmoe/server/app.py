@@ -49,6 +49,7 @@ class Front:
         host: str,
         api_key: str | None,
         cors: Sequence[str],
+        names: Sequence[str],
     ) -> None:
         self.started: Callable[[], Any] = lambda: None
         self.traffic = Traffic(inner.parallel)
@@ -61,6 +62,7 @@ class Front:
             host=host,
             api_key=api_key,
             cors=cors,
+            names=names,
             own=is_own,
             public=PUBLIC.__contains__,
         )
@@ -118,9 +120,12 @@ def make_app(
     host: str = "127.0.0.1",
     api_key: str | None = None,
     cors: Sequence[str] = (),
+    names: Sequence[str] = (),
 ) -> Front:
-    """The application before a running backend. name: the model's; host: where it listens; cors: allowed origins."""
-    return Front(model, inner, name=name, host=host, api_key=api_key, cors=cors)
+    """The application before a running backend. name: the model's; host: where it listens; cors: allowed origins;
+    names: see Guard.
+    """
+    return Front(model, inner, name=name, host=host, api_key=api_key, cors=cors, names=names)
 
 
 async def _refused(request: Request, error: Exception) -> Response:

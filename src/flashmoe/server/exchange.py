@@ -8,7 +8,7 @@ import aiohttp
 from starlette.types import Scope, Send
 
 from flashmoe.server import repair
-from flashmoe.server.errors import Refusal
+from flashmoe.server.errors import Refusal, anthropic
 from flashmoe.server.upstream import InnerServer, Upstream, request_headers, response_headers
 
 PAGE = b"flashmoe/"  # where a browser goes if the backend has no page of its own
@@ -49,7 +49,7 @@ class Exchange:
                 await self._unpack(target, headers, trusted)
             elif response.status == 404 and self._path == "/" and self._method == "GET":
                 await self._answer(307, [(b"location", PAGE)], b"")
-            elif response.status in (404, 500) and self._method != "HEAD":
+            elif response.status >= 400 and self._method != "HEAD":
                 await self._explain(response)
             else:
                 await self._relay(response)
@@ -91,6 +91,8 @@ class Exchange:
             body = repair.no_such_route(self._method, self._path, body)
         else:
             body = repair.explained(body, self._inner.last_error)
+        if self._path.startswith("/v1/") and not anthropic(self._path):
+            body = repair.as_openai(body)
         await self._answer(response.status, headers, body)
 
     async def _unpack(self, target: bytes, headers: list[tuple[str, str]], trusted: bool) -> None:

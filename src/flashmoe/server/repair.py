@@ -9,12 +9,25 @@ from flashmoe.server.errors import Refusal
 
 COMPUTE_ERROR = b"Compute error."  # the library's words for any evaluation that failed
 _NOT_FOUND = b'"File Not Found"'  # the backend's words for a route that it does not have
+_CODES = {"exceed_context_size_error": "context_length_exceeded"}  # OpenAI's word for it
 RawHeaders = list[tuple[bytes, bytes]]
 
 
 def explained(data: bytes, reason: str) -> bytes:
     """JSON, or events of it, that say why an evaluation failed, where that is known."""
     return data.replace(COMPUTE_ERROR, json.dumps(reason)[1:-1].encode()) if reason else data
+
+
+def as_openai(body: bytes) -> bytes:
+    """An error of the backend with the fields that OpenAI's clients read: `param`, and `code` where it has a word."""
+    try:
+        found = json.loads(body)
+        error = found["error"]
+        error.setdefault("param", None)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return body
+    error["code"] = _CODES.get(error.get("type"), error.get("code"))
+    return json.dumps(found).encode()
 
 
 def no_such_route(method: str, path: str, body: bytes) -> bytes:

@@ -44,13 +44,18 @@ class Guard:
         host: str,
         api_key: str | None,
         cors: Collection[str] = (),
+        names: Collection[str] = (),
         own: Callable[[str], bool] = lambda _: False,
         public: Callable[[str], bool] = lambda _: False,
     ) -> None:
-        """own: paths that the front answers itself; public: those of them that need no key."""
+        """names: further host names that a loopback server answers to, a proxy's before it.
+
+        own: paths that the front answers itself; public: those of them that need no key.
+        """
         self._app, self._key, self._cors = app, api_key.encode() if api_key else None, frozenset(cors)
         self._own, self._public = own, public
-        self._names = {"localhost", host.lower()} if is_loopback(host) else None
+        known = {"localhost", host.lower(), *(name.lower() for name in names)}
+        self._names = known if is_loopback(host) else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -84,8 +89,8 @@ class Guard:
         if name not in self._names and not is_loopback(name.strip("[]")):
             raise Refusal(
                 421,
-                f"this server listens on this machine only and does not answer to the name {name!r}: have a proxy "
-                "in front of it send 'Host: localhost', or listen elsewhere (--host) with a key (--api-key)",
+                f"this server listens on this machine only and does not answer to the name {name!r}: allow it "
+                "(--allow-host NAME), or listen elsewhere (--host) with a key (--api-key)",
             )
 
     def _check_origin(self, method: str, host: str | None, headers: Headers) -> None:

@@ -60,34 +60,48 @@ class FrontServer(uvicorn.Server):
         late.cancel()
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one. Raises UsageError."""
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Listening sockets, one for each address that a name has; port 0 takes a free one. Raises UsageError."""
+    found: list[socket.socket] = []
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        sock = socket.socket(family, socket.SOCK_STREAM)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        sock.listen(2048)
+        addresses = dict.fromkeys(
+            (family, address[0])
+            for family, *_, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        )
+        for family, address in sorted(addresses):  # IPv4 first
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            found.append(sock)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind((address, port or found[0].getsockname()[1]))
+            sock.listen(2048)
     except (OSError, OverflowError) as error:
+        for sock in found:
+            sock.close()
         raise UsageError(
             f"cannot listen on {host} port {port} ({error}); choose others (--host, --port)"
         ) from None
-    return sock
+    return found
 
 
 def serve(
     model: Model,
     inner: InnerServer,
-    sock: socket.socket,
+    sockets: list[socket.socket],
     *,
     name: str,
     host: str,
     api_key: str | None = None,
     cors: Sequence[str] = (),
+    names: Sequence[str] = (),
     grace: float = GRACE_SECONDS,
     started: Callable[[], Any] = lambda: None,
 ) -> None:
-    """Serve `model` through the backend `inner` on `sock` until SIGINT or SIGTERM. `started`: requests are answered."""
-    front = make_app(model, inner, name=name, host=host, api_key=api_key, cors=cors)
+    """Serve `model` through the backend `inner` on `sockets` until SIGINT or SIGTERM.
+
+    names: see Guard. started: called when requests are answered.
+    """
+    front = make_app(model, inner, name=name, host=host, api_key=api_key, cors=cors, names=names)
     front.started = started
-    FrontServer(front, grace).run(sockets=[sock])
+    FrontServer(front, grace).run(sockets=sockets)

@@ -21,7 +21,7 @@ from flashmoe.engines.llamacpp.hook import Evaluated, RouterHook
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.loader import LoadedModel
 from flashmoe.engines.llamacpp.sampler import Sampler
-from flashmoe.engines.llamacpp.stack import on_large_stack
+from flashmoe.engines.llamacpp.stack import BYTES_PER_CHARACTER, on_large_stack, raise_thread_stacks
 from flashmoe.errors import FlashMoEError, ModelError, UsageError
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import RoutingObserver
@@ -136,6 +136,12 @@ class LlamaEngine:
         text = self._lib.llama_vocab_get_text
         return max(len(text(self._vocab, token) or b"") for token in range(self.n_vocab))
 
+    @cached_property
+    def longest_text(self) -> int:
+        """Bytes of the longest text that is worth tokenizing: longer ones fit neither the context nor the stack."""
+        fitting, stack = self.n_ctx * self.longest_token, raise_thread_stacks()
+        return min(fitting, stack // BYTES_PER_CHARACTER) if stack else fitting
+
     def checkpoint_bytes(self) -> int:
         """What a checkpoint of one sequence takes, of a memory that cannot be cut anywhere; 0 where it can be."""
         with self.ignoring():
@@ -215,6 +221,11 @@ class LlamaEngine:
 
     def tokenize(self, text: str, special: bool = False, begin: bool = True) -> list[int]:
         data = text.encode(errors="replace")  # JSON can hold half a character
+        if len(data) > self.longest_text:
+            raise UsageError(
+                f"a text of {len(data)} bytes does not fit in the context of {self.n_ctx} tokens: "
+                "shorten it, or raise -c"
+            )
         if len(data) > _LONG_TEXT:
             return on_large_stack(partial(self._tokenize, data, special, begin))
         return self._tokenize(data, special, begin)

@@ -58,6 +58,10 @@ class LoadedModel:
         if not self.pointer:
             raise load_error(lib, catalog)
         self._buffer.seal()
+        #: Whether some of its memory is a state, not a cache of tokens.
+        self.recurrent = bool(
+            lib.llama_model_is_recurrent(self.pointer) or lib.llama_model_is_hybrid(self.pointer)
+        )
         self.catalog = catalog.only(self._buffer.tensors)
         for layer in self.catalog.layers:
             for plane in (*layer.planes, *layer.tables):

@@ -5,6 +5,9 @@ thread calls must not be Python.
 
 - llama_model_load_from_file and llama_init_from_model return what is offered, for as long as a server starts.
 - llama_model_free and llama_free leave what is lent alone, and free everything else.
+- llama_sampler_accept keeps end tokens from a grammar, which ends the process at one that it does not expect. A text
+  that an answer goes on from may hold one, some templates write them, and the library feeds the grammar all of it.
+  Where a grammar expects the end, the answer is over anyway.
 - ggml_backend_sched_graph_compute_async evaluates; where the graph's hook has failed, so does the step. llama.cpp's
   scheduler itself reports success when a callback ends an evaluation, and a server would sample from what was never
   computed.
@@ -29,19 +32,22 @@ from flashmoe.errors import LibraryError
 
 _GIVE_MODEL, _GIVE_CONTEXT = "llama_model_load_from_file", "llama_init_from_model"
 _FREE_MODEL, _FREE_CONTEXT = "llama_model_free", "llama_free"
-_COMPUTE = "ggml_backend_sched_graph_compute_async"
-_NAMES = {_GIVE_MODEL, _GIVE_CONTEXT, _FREE_MODEL, _FREE_CONTEXT, _COMPUTE}
+_COMPUTE, _ACCEPT = "ggml_backend_sched_graph_compute_async", "llama_sampler_accept"
+_NAMES = {_GIVE_MODEL, _GIVE_CONTEXT, _FREE_MODEL, _FREE_CONTEXT, _COMPUTE, _ACCEPT}
+_SAMPLER_NAME, _IS_END = "llama_sampler_name", "llama_vocab_is_eog"  # called, not replaced
 
 _FAILED = -1  # GGML_STATUS_FAILED
 _MOST = 32  # models lent at once, in one process
 # What the compiled functions share: what is offered, the library's own functions, and by row what is lent
-_OFFERED_MODEL, _OFFERED_CONTEXT, _OWN_FREE_MODEL, _OWN_FREE_CONTEXT, _OWN_COMPUTE, _LENT = range(6)
+_OFFERED_MODEL, _OFFERED_CONTEXT, _OWN_FREE_MODEL, _OWN_FREE_CONTEXT, _OWN_COMPUTE = range(5)
+_OWN_ACCEPT, _OWN_NAME, _OWN_IS_END, _LENT = range(5, 9)
 _ROW = 3  # model, context, the Control of its hook
 _cells = np.zeros(_LENT + _ROW * _MOST, np.int64)
 _SYMBOL = "flashmoe_lent"
 binding.add_symbol(
     _SYMBOL, _cells.ctypes.data
 )  # by name, so that compiled code can be kept for other processes
+_GRAMMAR = int.from_bytes(b"grammar\0", "little")  # the name of the library's sampler, as eight bytes
 _pthread_self = types.ExternalFunction("pthread_self", types.int64())
 
 
@@ -108,6 +114,54 @@ def _free_context(context: Any) -> None:  # pragma: no cover - compiled
     _free(cells[_OWN_FREE_CONTEXT], context)
 
 
+@intrinsic
+def _accept_at(_typing: Any, _function: Any, _sampler: Any, _token: Any) -> Any:
+    """Call the library's own llama_sampler_accept at an address."""
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64), ir.IntType(32)])
+        builder.call(builder.inttoptr(args[0], kind.as_pointer()), list(args[1:]))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int32), generate
+
+
+@intrinsic
+def _name_at(_typing: Any, _function: Any, _sampler: Any) -> Any:
+    """Call llama_sampler_name at an address."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(64), [ir.IntType(64)])
+        return builder.call(builder.inttoptr(args[0], kind.as_pointer()), [args[1]])
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def _is_end_at(_typing: Any, _function: Any, _vocabulary: Any, _token: Any) -> Any:
+    """Call llama_vocab_is_eog at an address."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(8), [ir.IntType(64), ir.IntType(32)])
+        return builder.call(builder.inttoptr(args[0], kind.as_pointer()), list(args[1:]))
+
+    return types.uint8(types.int64, types.int64, types.int32), generate
+
+
+@cfunc(types.void(types.int64, types.int32), cache=True)
+def _accept(sampler: Any, token: Any) -> None:  # pragma: no cover - compiled
+    cells = carray(int64_at(_lent()), _LENT)  # type: ignore[call-arg]
+    name: Any = _name_at(cells[_OWN_NAME], sampler)  # type: ignore[call-arg]
+    if carray(int64_at(name), 1)[0] == _GRAMMAR:
+        state = carray(int64_at(sampler), 2)[
+            1
+        ]  # llama_sampler: interface, state; a grammar's begins with the vocabulary
+        vocabulary = carray(int64_at(state), 1)[0]
+        if _is_end_at(cells[_OWN_IS_END], vocabulary, token) & 1:  # type: ignore[call-arg, operator]
+            return
+    _accept_at(cells[_OWN_ACCEPT], sampler, token)  # type: ignore[call-arg]
+
+
 @cfunc(types.int32(types.int64, types.int64), cache=True)
 def _compute(scheduler: Any, graph: Any) -> Any:  # pragma: no cover - compiled
     cells = carray(int64_at(_lent()), _LENT + _ROW * _MOST)  # type: ignore[call-arg]
@@ -127,10 +181,12 @@ class _Slots:
         self.path = lib.path
         self._slots = import_slots(lib.handle, _NAMES)
         self.lock = threading.Lock()
+        _cells[_OWN_NAME], _cells[_OWN_IS_END] = lib.address(_SAMPLER_NAME), lib.address(_IS_END)
         for name, function, cell in (
             (_FREE_MODEL, _free_model, _OWN_FREE_MODEL),
             (_FREE_CONTEXT, _free_context, _OWN_FREE_CONTEXT),
             (_COMPUTE, _compute, _OWN_COMPUTE),
+            (_ACCEPT, _accept, _OWN_ACCEPT),
         ):
             _cells[cell] = lib.address(name)
             self._slots[name].address = function.address or 0

@@ -15,7 +15,6 @@ import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,14 @@ from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.hook import Evaluated
 from flashmoe.engines.llamacpp.serving.borrow import lend
 from flashmoe.engines.llamacpp.serving.options import ServerOptions
-from flashmoe.engines.llamacpp.stack import BYTES_PER_CHARACTER, raise_thread_stacks
+from flashmoe.engines.llamacpp.stack import raise_thread_stacks
 from flashmoe.errors import LibraryError, ModelError, UsageError
 
 Request = dict[str, Any]
 Event = dict[str, Any]
 
 _COMPUTE_ERROR = "Compute error."  # all that the server says of an evaluation that has failed
+_SHORT_TEXT = 1 << 16  # characters that are no danger anywhere
 _THREADS = 4  # of its HTTP side, beside one for each slot; more are made as they are needed
 
 
@@ -61,7 +61,7 @@ class InnerServer:
         self.key = secrets.token_urlsafe(32)
         self._folder = Path(tempfile.mkdtemp(prefix="flashmoe-"))
         self.socket = str(self._folder / "http.sock")
-        self._stack = raise_thread_stacks()
+        raise_thread_stacks()
         try:
             params = _params(engine, options, self.socket, self.key)
             control = engine.serve(on_prompt, on_graph, self._failed)
@@ -81,29 +81,35 @@ class InnerServer:
         # its loop forgets an end that comes before it has begun: have it answer something first
         self.ask("GET", "/slots")
 
-    @cached_property
-    def longest_text(self) -> int:
-        """Bytes of the longest text that is worth tokenizing: longer ones fit neither the context nor the stack."""
-        fitting = self.n_ctx * self._engine.longest_token
-        return min(fitting, self._stack // BYTES_PER_CHARACTER) if self._stack else fitting
-
     @property
-    def longest_token(self) -> int:
-        """Bytes of the longest token's text."""
-        return self._engine.longest_token
+    def longest_text(self) -> int:
+        """Bytes of the longest text that is worth tokenizing."""
+        return self._engine.longest_text
 
     def chat(self, request: Request) -> Iterator[Event]:
         """Events of a streamed /v1/chat/completions. Raises UsageError, ModelError, or why an evaluation failed."""
+        self._check(request)
         return self._stream("handle_chat_completions", request)
 
     def complete(self, request: Request) -> Iterator[Event]:
         """Events of a streamed /v1/completions. Raises as `chat` does."""
+        self._check(request)
         return self._stream("handle_completions", request)
 
     def count_tokens(self, request: Request) -> int:
         """Tokens of the prompt that a chat request makes. Raises as `chat` does."""
+        self._check(request)
         answer = self.ask("POST", "/v1/chat/completions/input_tokens", request)
         return int(answer["input_tokens"])
+
+    def _check(self, request: Request) -> None:
+        """Refuse, as the front does, texts that end a tokenizer's thread. Raises UsageError."""
+        texts = [request.get("prompt"), *(message.get("content") for message in request.get("messages", ()))]
+        longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
+        if longest > _SHORT_TEXT and longest > self.longest_text:
+            raise UsageError(
+                f"a text of {longest} characters does not fit in the context: shorten it, or raise -c"
+            )
 
     def ask(self, method: str, path: str, body: Request | None = None) -> Any:
         """A request to its HTTP side, as a client of this process; the answer's JSON. Raises as `chat` does."""
