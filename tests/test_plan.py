@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flashmoe import plan as planning
-from flashmoe.errors import BudgetError, ModelError
+from flashmoe.errors import BudgetError, ModelError, UsageError
 from flashmoe.plan import Machine, active_bytes, context_bytes, make_plan
 from flashmoe.routing.trace import RoutingTrace
 from flashmoe.simulate.curve import HitCurve, hit_curve, nearest, shipped
