@@ -175,12 +175,8 @@ class Engine(Protocol):
     def decode(self, tokens: Sequence[int], *, embed: bool = False) -> None:
         """Evaluate at most `n_ubatch` tokens after those before; with `embed`, for `embedding`.
 
-        Raises ReadError, or what `interrupt` was given, and leaves everything as it was.
+        Raises ReadError, and leaves everything as it was.
         """
-        ...
-
-    def interrupt(self, error: BaseException) -> None:
-        """From another thread: end the evaluation under way, which takes its tokens back and raises `error`."""
         ...
 
     def logits(self, index: int = -1) -> NDArray[np.float32]:

@@ -67,7 +67,6 @@ class Control(C.Structure):
         ("first_slots", C.c_int64),
         ("done", C.c_int64),  # what the request returned
         ("hits", C.c_int64),  # counted since Python took them away
-        ("served", C.c_int64),  # layers likewise
         (
             "recent",
             C.c_int64,
@@ -77,11 +76,11 @@ class Control(C.Structure):
     ]
 
 
-_FIELDS = 31
+_FIELDS = 30
 _PYTHON, _INSPECT, _OUTCOME, _BUFFER, _CAPACITY, _BLOCK, _TOKENS, _TOP_K, _IDS, _WEIGHTS = range(10)
 _PENDING, _LATE, _LATE_LENGTH, _LOGITS, _HIDDEN, _BEGUN, _THREAD, _IGNORE, _INPUTS = range(10, 19)
-_REQUEST, _POOL, _ARRAYS, _SLOTS, _LAYERS, _FIRST_SLOTS, _DONE, _HITS, _SERVED = range(19, 28)
-_RECENT, _RECENT_AT, _RECENT_SIZE = range(28, _FIELDS)
+_REQUEST, _POOL, _ARRAYS, _SLOTS, _LAYERS, _FIRST_SLOTS, _DONE, _HITS = range(19, 27)
+_RECENT, _RECENT_AT, _RECENT_SIZE = range(27, _FIELDS)
 _WEIGHTS_NAME, _IDS_NAME = np.frombuffer(ROUTER_WEIGHTS, np.uint8), np.frombuffer(ROUTER_IDS, np.uint8)
 _LOGITS_NAME, _TOKENS_NAME = np.frombuffer(ROUTER_LOGITS, np.uint8), np.frombuffer(INPUT_TOKENS, np.uint8)
 _STEPS_TO_LOGITS = 12  # at most, from the gathered weights back: reshape, softmax, bias, groups
@@ -229,7 +228,6 @@ def _hit(control: Any, ids: Any, n: Any) -> Any:  # pragma: no cover - compiled
     if done & 0xFFFFFFFF != 0:  # misses, or -1
         return False
     control[_HITS] += done >> 32
-    control[_SERVED] += 1
     buffer, slots = carray(_int32_at(control[_BUFFER]), n), carray(_int32_at(control[_SLOTS]), n)
     if control[_RECENT] != 0:
         size = control[_RECENT_SIZE]

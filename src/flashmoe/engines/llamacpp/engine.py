@@ -200,10 +200,6 @@ class LlamaEngine:
                 f"llama.cpp failed to evaluate {len(tokens)} tokens (status {status})"
             )
 
-    def interrupt(self, error: BaseException) -> None:
-        """From another thread: end the evaluation under way, which takes its tokens back and raises `error`."""
-        self._hook.error = self._hook.error or error
-
     def logits(self, index: int = -1) -> NDArray[np.float32]:
         """Logits of the last evaluation, float32 [vocabulary]."""
         return self._context.logits(index)

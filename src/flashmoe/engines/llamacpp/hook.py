@@ -224,7 +224,7 @@ class RouterHook:
             return
         self._cache.stats[self._cache.phase].hits += self._control.hits
         self._control.hits = 0
-        if self._control.done > 0:  # a compiled request whose misses nobody has read, or only misses
+        if self._control.done > 0:  # misses of a compiled request that nobody came to read
             self._cache.withdraw(self._layer_of_block[self._control.block], self._control.done)
             self._control.done = -1
         if self._cache.pending:

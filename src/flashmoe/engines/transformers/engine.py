@@ -133,9 +133,6 @@ class TransformersEngine:
         self._kept = found.logits[0].to("cpu", torch.float32).numpy()
         self._last[:] = self._kept[-1]
 
-    def interrupt(self, error: BaseException) -> None:
-        self._routing.error = error
-
     def logits(self, index: int = -1) -> NDArray[np.float32]:
         """Logits of the last evaluation, float32 [vocabulary]: of its last token, or with all_logits of any."""
         return self._kept[index].copy()
