@@ -27,14 +27,14 @@ import torch
 from make_checkpoint import make_checkpoint
 
 import flashmoe
-from flashmoe.budget import default_ram
+from flashmoe.common.memory import default_ram
+from flashmoe.common.plotting import new_figure, save_figure
+from flashmoe.common.units import format_bytes
 from flashmoe.engines.base import Sampling
 from flashmoe.engines.transformers import device as devices
 from flashmoe.engines.transformers.experts import PooledExperts
-from flashmoe.figures import new_figure, save_figure
-from flashmoe.model import Model
+from flashmoe.runtime.model import Model
 from flashmoe.storage.disk import read_ceiling
-from flashmoe.units import format_bytes
 
 PROMPT = list(range(100, 164))
 VRAM = ("25%", "50%")

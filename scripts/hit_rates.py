@@ -9,10 +9,10 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from flashmoe.hub import default_policy
+from flashmoe.common.files import write_atomically
 from flashmoe.routing.files import read
 from flashmoe.simulate.curve import dump, hit_curve
-from flashmoe.storage.files import write_atomically
+from flashmoe.storage.hub import default_policy
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from flashmoe.bench.cgroup import memory_group
 from flashmoe.bench.opponent import drop_from_page_cache
-from flashmoe.units import parse_bytes
+from flashmoe.common.units import parse_bytes
 
 PROMPT = list(range(100, 116))
 TOKENS = {"flashmoe": 24, "accelerate": 3}

@@ -27,7 +27,6 @@ from torch.nn import functional
 
 import flashmoe
 from flashmoe.engines.transformers.routers import find_routers
-from flashmoe.hub import demo_model
 from flashmoe.learn import prefetch as learning
 from flashmoe.learn.train import Plan
 from flashmoe.prefetch.base import Float32, Int32, Predictor
@@ -37,6 +36,7 @@ from flashmoe.routing.files import split
 from flashmoe.routing.trace import RoutingTrace
 from flashmoe.simulate.prefetch import AHEAD, judge
 from flashmoe.storage.gguf import read_gguf
+from flashmoe.storage.hub import demo_model
 
 WIDTH, BATCH, RATE = 256, 512, 2e-3
 CAPACITY = 0.25

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from flashmoe import budget
+from flashmoe.cache import sizing
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.cache.policies import create
 from flashmoe.cache.pool import SlotPool
@@ -73,7 +73,7 @@ def main(
     pool = SlotPool(catalog, slots, reader)
     pool.prefault()
     policy = create("lru")
-    policy.bind(budget.residency_for(catalog, slots))
+    policy.bind(sizing.residency_for(catalog, slots))
     cache = ExpertCache(pool, reader, policy)
     draw = np.random.default_rng(0)
 

@@ -23,12 +23,12 @@ from typing import Annotated, Any
 import typer
 
 import flashmoe
-from flashmoe.budget import status_bytes
+from flashmoe.common.memory import status_bytes
+from flashmoe.common.units import format_bytes
 from flashmoe.engines.llamacpp.proof import proven_library
 from flashmoe.engines.llamacpp.stock import StockModel
 from flashmoe.errors import UsageError
-from flashmoe.hub import resolve
-from flashmoe.units import format_bytes
+from flashmoe.storage.hub import resolve
 
 SLOTS, CLIENTS, CONTEXT, UBATCH = 4, 6, 256, 64
 TEXT = list(range(40, 140))  # tokens whose logits are compared

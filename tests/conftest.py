@@ -9,8 +9,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from flashmoe import hub
 from flashmoe.engines.llamacpp.library import Library, find_library, open_library
+from flashmoe.storage import hub
 from tests.models import make
 
 os.environ["GGML_NO_BACKTRACE"] = "1"  # an abort in the library must not start a debugger

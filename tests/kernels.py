@@ -12,11 +12,11 @@ from multiprocessing import get_context
 
 import numpy as np
 
-from flashmoe.api import compile_policy
 from flashmoe.cache import policies
 from flashmoe.cache.residency import make_residency
-from flashmoe.hub import DEMO, default_policy
 from flashmoe.prefetch import create_all
+from flashmoe.runtime.load import compile_policy
+from flashmoe.storage.hub import DEMO, default_policy
 
 LAYERS, EXPERTS, K = 8, 32, 4  # the bundled model's, for its trained policy
 PREDICTORS = ("table", "moe-infinity")  # those that need no file

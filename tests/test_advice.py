@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashmoe.advice import LEAST_TOKENS, advise, more_ram
+from flashmoe.runtime.advice import LEAST_TOKENS, advise, more_ram
 
 RUN: dict[str, Any] = {
     "bound": "ssd", "tokens": 100, "seconds": 10.0, "stall_seconds": 6.0, "read_bytes": 12e9, "ceiling": 2.5,

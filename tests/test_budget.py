@@ -19,12 +19,14 @@ import psutil
 import pytest
 from hypothesis import strategies as st
 
-from flashmoe import budget
+from flashmoe.cache import sizing
 from flashmoe.cache.policies import create
 from flashmoe.cache.pool import slot_bytes
 from flashmoe.cache.residency import PER_LAYER, check_residency
+from flashmoe.common import memory
 from flashmoe.errors import BudgetError, UsageError
-from flashmoe.opening import gguf
+from flashmoe.runtime import budget
+from flashmoe.runtime import open_gguf as gguf
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.gguf import read_gguf
 from tests.conftest import Tiny
@@ -59,13 +61,13 @@ def gpt_oss(tiny: Tiny) -> ExpertCatalog:
     ],
 )
 def test_cache_sizes(text: str, slots: list[int], olmoe: ExpertCatalog) -> None:
-    assert budget.parse_cache(text, olmoe, ALIGN) == slots
+    assert sizing.parse_cache(text, olmoe, ALIGN) == slots
 
 
 @pytest.mark.parametrize("text", ["", "%", "-1", "half", "12 slots", "5%%"])
 def test_cache_sizes_that_cannot_be_read(text: str, olmoe: ExpertCatalog) -> None:
     with pytest.raises(UsageError, match=re.escape(f"cannot read --cache {text!r}")):
-        budget.parse_cache(text, olmoe, ALIGN)
+        sizing.parse_cache(text, olmoe, ALIGN)
 
 
 @pytest.mark.parametrize("name", ["olmoe", "gpt-oss", "llama", "llama4", "nemotron_h_moe"])
@@ -74,10 +76,10 @@ def test_slots_fit_into_what_is_given(name: str, tiny: Tiny) -> None:
     catalog = ExpertCatalog.from_gguf(read_gguf(tiny(name)))
     sizes = slot_bytes(catalog, ALIGN)
     members = (np.bincount(catalog.groups) * catalog.n_experts).tolist()
-    least, most = budget.least_pool(catalog, ALIGN), sum(s * n for s, n in zip(sizes, members, strict=True))
+    least, most = sizing.least_pool(catalog, ALIGN), sum(s * n for s, n in zip(sizes, members, strict=True))
     before = [0] * len(sizes)
     for given in np.linspace(least, most, 97).astype(int).tolist():
-        slots = budget.slots_for(catalog, given, ALIGN)
+        slots = sizing.slots_for(catalog, given, ALIGN)
         used = sum(s * n for s, n in zip(sizes, slots, strict=True))
         assert used <= given
         assert all(catalog.top_k <= n <= m for n, m in zip(slots, members, strict=True))
@@ -86,15 +88,15 @@ def test_slots_fit_into_what_is_given(name: str, tiny: Tiny) -> None:
         )
         before = slots
     assert before == members
-    assert budget.slots_for(catalog, 100 * most, ALIGN) == members
+    assert sizing.slots_for(catalog, 100 * most, ALIGN) == members
 
 
 def test_least_pool_is_the_least(olmoe: ExpertCatalog) -> None:
-    least = budget.least_pool(olmoe, ALIGN)
-    assert budget.slots_for(olmoe, least, ALIGN) == [4, 4, 4, 4]
+    least = sizing.least_pool(olmoe, ALIGN)
+    assert sizing.slots_for(olmoe, least, ALIGN) == [4, 4, 4, 4]
     for given in (least - 1, 0, -5):
         with pytest.raises(BudgetError, match="one token's 4 experts"):
-            budget.slots_for(olmoe, given, ALIGN)
+            sizing.slots_for(olmoe, given, ALIGN)
 
 
 def test_too_small_names_a_budget_that_works() -> None:
@@ -145,8 +147,8 @@ def test_default_parallel(context: int, taken: int, left: int) -> None:
 def test_micro_batch_of_several_sequences(slots: int, sequences: int, allowed: int) -> None:
     """llama.cpp adds a token where a micro-batch has fewer than there are sequences."""
     catalog: Any = SimpleNamespace(n_experts=64, top_k=8)
-    assert budget.micro_batch(catalog, [slots], 512, sequences) == allowed
-    assert budget.micro_batch(catalog, [64], 512, sequences) == 512
+    assert sizing.micro_batch(catalog, [slots], 512, sequences) == allowed
+    assert sizing.micro_batch(catalog, [64], 512, sequences) == 512
 
 
 def test_a_tight_budget_gets_a_smaller_context() -> None:
@@ -190,7 +192,7 @@ def test_check_before_loading(olmoe: ExpertCatalog, monkeypatch: pytest.MonkeyPa
     """Dense weights that are large for this machine are not loaded in vain; small ones are, to tell exactly."""
     budget.check_before_loading(olmoe, 1 << 30, ALIGN)
     budget.check_before_loading(olmoe, 1 << 20, ALIGN)
-    monkeypatch.setattr(budget, "default_ram", lambda: olmoe.dense_bytes)
+    monkeypatch.setattr(memory, "default_ram", lambda: olmoe.dense_bytes)
     budget.check_before_loading(olmoe, 1 << 30, ALIGN)
     with pytest.raises(BudgetError, match="smallest that works"):
         budget.check_before_loading(olmoe, 1 << 20, ALIGN)
@@ -198,11 +200,11 @@ def test_check_before_loading(olmoe: ExpertCatalog, monkeypatch: pytest.MonkeyPa
 
 def test_layers_of_a_group_share_its_slots(gpt_oss: ExpertCatalog) -> None:
     assert gpt_oss.groups == (0, 0, 1, 0)
-    roomy = budget.residency_for(gpt_oss, [14, 6])
+    roomy = sizing.residency_for(gpt_oss, [14, 6])
     assert roomy.quota.tolist() == [5, 5, 6, 4]
     assert roomy.partition[0] == PER_LAYER
     assert (roomy.n_slots, roomy.group_start.tolist()) == (20, [0, 14, 20])
-    tight = budget.residency_for(gpt_oss, [4, 4])  # an equal share would not hold one token's experts
+    tight = sizing.residency_for(gpt_oss, [4, 4])  # an equal share would not hold one token's experts
     assert (tight.n_slots, tight.group_start.tolist()) == (8, [0, 4, 8])
     policy = create("lru")
     policy.bind(tight)
@@ -214,8 +216,8 @@ def test_layers_of_a_group_share_its_slots(gpt_oss: ExpertCatalog) -> None:
 
 
 def test_memory_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 0 < budget.memory_limit() <= psutil.virtual_memory().total
-    assert 0 < budget.default_ram() < psutil.virtual_memory().available
+    assert 0 < memory.memory_limit() <= psutil.virtual_memory().total
+    assert 0 < memory.default_ram() < psutil.virtual_memory().available
 
 
 @pytest.mark.parametrize(
@@ -244,12 +246,12 @@ def test_limits_of_control_groups(
 
     monkeypatch.setattr(Path, "read_text", read_text)
     total = psutil.virtual_memory().total
-    assert budget.memory_limit() == (expected or total)
+    assert memory.memory_limit() == (expected or total)
 
 
 def test_status_bytes() -> None:
-    assert 1 << 20 < budget.status_bytes("VmRSS") <= budget.status_bytes("VmHWM")
-    assert budget.status_bytes("Nothing") == 0
+    assert 1 << 20 < memory.status_bytes("VmRSS") <= memory.status_bytes("VmHWM")
+    assert memory.status_bytes("Nothing") == 0
 
 
 class ControlGroup:

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 import flashmoe
-from flashmoe.conversation import Conversation, Piece
 from flashmoe.engines.base import Sampling
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.serving.options import ServerOptions
 from flashmoe.errors import FlashMoEError, ReadError, UsageError
+from flashmoe.runtime.conversation import Conversation, Piece
 from flashmoe.storage.direct import DirectFile
 from tests.conftest import Tiny
 from tests.engines.reference import StockServer

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from flashmoe import doctor
 from flashmoe.storage import disk
 from flashmoe.storage.aio import ThreadQueue
 from flashmoe.storage.direct import DirectFile
+from flashmoe.tools import doctor
 from tests.cli.runner import flashmoe
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from flashmoe.common.plotting import new_figure, save_figure
 from flashmoe.errors import UsageError
-from flashmoe.figures import new_figure, save_figure
 
 
 @pytest.mark.parametrize("name", ["a file/f.png", "f.nothing"])

@@ -9,8 +9,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from flashmoe import hub
 from flashmoe.errors import ModelError, UsageError
+from flashmoe.storage import hub
 
 
 def test_parts_of_a_split_model() -> None:

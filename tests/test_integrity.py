@@ -15,8 +15,7 @@ import flashmoe
 from flashmoe.engines.base import Sampling
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.errors import FlashMoEError, ModelError, ReadError, UsageError
-from flashmoe.layout import PLAIN, REPACKED
-from flashmoe.packing import make_pack
+from flashmoe.runtime.layout import PLAIN, REPACKED
 from flashmoe.storage import reader as reader_module
 from flashmoe.storage import sums as sums_module
 from flashmoe.storage.aio import KernelQueue, ThreadQueue
@@ -24,6 +23,7 @@ from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.gguf import read_gguf
 from flashmoe.storage.pack import find_pack
 from flashmoe.storage.sums import Slice, find_sums, slices_of, sums_path
+from flashmoe.tools.packing import make_pack
 from tests.cli.runner import flashmoe as command
 from tests.conftest import Tiny
 from tests.models import split
@@ -194,7 +194,7 @@ def test_reads_in_pieces_are_whole_again_where_they_are_checked(model: Path) -> 
 
 @pytest.fixture
 def packed(model: Path, lib: Library, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("flashmoe.packing.proven_library", lambda: lib)
+    monkeypatch.setattr("flashmoe.tools.packing.proven_library", lambda: lib)
     try:
         make_pack(model)
     except ModelError:

@@ -9,7 +9,7 @@ import pytest
 from numba import njit
 from numpy.typing import NDArray
 
-from flashmoe.native import Pinned, pinned
+from flashmoe.common.compiled import Pinned, pinned
 
 KIND = "tests of native"
 

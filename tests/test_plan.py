@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from flashmoe import plan as planning
 from flashmoe.errors import BudgetError, ModelError, UsageError
-from flashmoe.plan import Machine, active_bytes, context_bytes, make_plan
 from flashmoe.routing.trace import RoutingTrace
 from flashmoe.simulate.curve import HitCurve, hit_curve, nearest, shipped
 from flashmoe.storage import disk
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.gguf import parse_part, parse_remote, read_gguf
 from flashmoe.storage.remote import RemoteFile
+from flashmoe.tools import plan as planning
+from flashmoe.tools.plan import Machine, active_bytes, context_bytes, make_plan
 from tests.cli.runner import flashmoe, own_process
 from tests.conftest import Tiny
 from tests.models import split

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from flashmoe.common.units import format_bytes, parse_bytes
 from flashmoe.errors import UsageError
-from flashmoe.units import format_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(

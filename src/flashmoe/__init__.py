@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from flashmoe.errors import FlashMoEError
 
 if TYPE_CHECKING:
-    from flashmoe.api import load
-    from flashmoe.conversation import Conversation
     from flashmoe.engines.base import Sampling
-    from flashmoe.integrity import Verdict, verify
-    from flashmoe.model import Model
+    from flashmoe.runtime.conversation import Conversation
+    from flashmoe.runtime.load import load
+    from flashmoe.runtime.model import Model
+    from flashmoe.tools.integrity import Verdict, verify
 
 __all__ = ["Conversation", "FlashMoEError", "Model", "Sampling", "Verdict", "load", "verify"]
 
@@ -25,15 +25,15 @@ except PackageNotFoundError:  # run from a source tree that is not installed
 def __getattr__(name: str) -> Any:
     """Import the engine only when it is used: errors and file formats load without numba."""
     if name == "load":
-        from flashmoe.api import load
+        from flashmoe.runtime.load import load
 
         return load
     if name == "Model":
-        from flashmoe.model import Model
+        from flashmoe.runtime.model import Model
 
         return Model
     if name == "Conversation":
-        from flashmoe.conversation import Conversation
+        from flashmoe.runtime.conversation import Conversation
 
         return Conversation
     if name == "Sampling":
@@ -41,7 +41,7 @@ def __getattr__(name: str) -> Any:
 
         return Sampling
     if name in ("Verdict", "verify"):
-        from flashmoe import integrity
+        from flashmoe.tools import integrity
 
         return getattr(integrity, name)
     raise AttributeError(f"module 'flashmoe' has no attribute {name!r}")

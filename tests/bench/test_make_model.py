@@ -6,13 +6,13 @@ import gguf
 import numpy as np
 import pytest
 
-from flashmoe.api import load
 from flashmoe.bench.blocks import FORMATS
 from flashmoe.bench.make_model import make_model
 from flashmoe.bench.shapes import SHAPES, find_shape
 from flashmoe.engines.llamacpp.library import find_library, open_library
 from flashmoe.engines.llamacpp.stock import StockModel
 from flashmoe.errors import UsageError
+from flashmoe.runtime.load import load
 
 TOKENS = [1, 2, 3, 4]
 

@@ -12,7 +12,6 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
-from flashmoe.api import load
 from flashmoe.bench import quiet, runner
 from flashmoe.bench.cgroup import _parents
 from flashmoe.bench.forced import ForcedRouting
@@ -21,6 +20,7 @@ from flashmoe.cli.bench import app
 from flashmoe.engines.llamacpp.library import find_library, open_library
 from flashmoe.errors import UsageError
 from flashmoe.routing import Recorder
+from flashmoe.runtime.load import load
 
 from ..models import make
 from .test_parts import BUSY, trace

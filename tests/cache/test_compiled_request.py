@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from flashmoe.cache.policies import BUILTIN, EvictionPolicy, create
 from flashmoe.cache.policies.base import MISSES, CompiledRequest
 from flashmoe.cache.residency import check_residency, equal_quota, make_residency
-from flashmoe.hub import DEMO, default_policy
+from flashmoe.storage.hub import DEMO, default_policy
 from tests.cache.test_expert_cache import Checked
 from tests.conftest import Tiny
 from tests.kernels import EXPERTS, LAYERS, K

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashmoe import budget
+from flashmoe.cache import sizing
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.cache.policies import create
 from flashmoe.cache.pool import SlotPool
@@ -50,7 +50,7 @@ class Checked:
         counts = [slots] * groups if isinstance(slots, int) else slots
         self.pool = SlotPool(self.catalog, counts, self.reader)
         self.policy = create(policy)
-        self.policy.bind(budget.residency_for(self.catalog, counts))
+        self.policy.bind(sizing.residency_for(self.catalog, counts))
         self.cache = ExpertCache(self.pool, self.reader, self.policy)
 
     def ensure(self, layer: int, experts: list[int]) -> list[int]:

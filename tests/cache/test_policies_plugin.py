@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flashmoe import plugins
 from flashmoe.cache import policies
 from flashmoe.cache.residency import check_residency, make_residency
+from flashmoe.common import plugins
 from flashmoe.errors import PolicyError
 
 DOCS = Path(__file__).parents[2] / "docs" / "policies.md"

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flashmoe import budget
+from flashmoe.cache import sizing
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.cache.policies import create
 from flashmoe.cache.residency import check_residency
@@ -31,7 +31,7 @@ class Staged(Checked):
         super().__init__(path, slots, policy)
         groups = max(self.catalog.groups) + 1
         self.policy = create(policy)
-        self.policy.bind(budget.residency_for(self.catalog, [slots] * groups, [spare] * groups))
+        self.policy.bind(sizing.residency_for(self.catalog, [slots] * groups, [spare] * groups))
         self.cache = ExpertCache(self.pool, self.reader, self.policy, [spare] * groups)
         self.spare = spare * groups
 
@@ -156,12 +156,12 @@ def test_spare_slots_are_a_small_share(tiny: Tiny) -> None:
     catalog = ExpertCatalog.from_gguf(read_gguf(tiny("olmoe")))
     groups = max(catalog.groups) + 1
     assert (
-        budget.spare_slots(catalog, [catalog.total_experts] * groups) == [0] * groups
+        sizing.spare_slots(catalog, [catalog.total_experts] * groups) == [0] * groups
     )  # nothing to prefetch
-    assert budget.spare_slots(catalog, [catalog.top_k] * groups) == [0] * groups
+    assert sizing.spare_slots(catalog, [catalog.top_k] * groups) == [0] * groups
     large = replace(catalog, layers=catalog.layers * 40)
-    for spare in budget.spare_slots(large, [large.total_experts // groups // 2] * groups):
-        assert 0 < spare <= budget.SPARE
+    for spare in sizing.spare_slots(large, [large.total_experts // groups // 2] * groups):
+        assert 0 < spare <= sizing.SPARE
 
 
 def test_cache_without_spare_slots_ignores_prefetches(tiny: Tiny) -> None:

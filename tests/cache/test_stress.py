@@ -17,7 +17,7 @@ import gguf
 import numpy as np
 import pytest
 
-from flashmoe import budget
+from flashmoe.cache import sizing
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.cache.policies import create
 from flashmoe.cache.pool import SlotPool
@@ -76,7 +76,7 @@ class Stage:
             patch.setattr(reader_module, "open_queue", lambda files: Failing(files, kind, rng, share))
             reader = ExpertReader(self.catalog.gguf.files)
         policy = create(rng.choice(("lru", "lfu", "lfu-aged", "arc")))
-        policy.bind(budget.residency_for(self.catalog, slots, spare))
+        policy.bind(sizing.residency_for(self.catalog, slots, spare))
         pool = SlotPool(self.catalog, slots, reader)
         cache = ExpertCache(pool, reader, policy, spare)
         wrong: list[BaseException] = []

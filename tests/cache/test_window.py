@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flashmoe.cache.kernels.loops import window_size
 from flashmoe.cache.policies import create
-from flashmoe.cache.policies.loops import window_size
 from flashmoe.cache.residency import make_residency
 from flashmoe.errors import ReadError
 from flashmoe.storage import reader as reader_module

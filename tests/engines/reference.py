@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.stock import StockModel
-from flashmoe.layout import PLAIN, REPACKED
-from flashmoe.model import Model
+from flashmoe.runtime.layout import PLAIN, REPACKED
+from flashmoe.runtime.model import Model
 
 Floats = NDArray[np.float32]
 

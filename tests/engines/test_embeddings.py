@@ -12,10 +12,10 @@ import pytest
 from numpy.typing import NDArray
 
 import flashmoe
-from flashmoe.embedding import choose_pooling, normalized
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.stock import StockModel
 from flashmoe.errors import UsageError
+from flashmoe.runtime.embedding import choose_pooling, normalized
 from flashmoe.storage.gguf import read_gguf
 from tests.conftest import Tiny
 from tests.engines.reference import prompt

@@ -14,7 +14,7 @@ import pytest
 
 import flashmoe
 from flashmoe.engines.llamacpp.library import Library
-from flashmoe.layout import PLAIN, REPACKED
+from flashmoe.runtime.layout import PLAIN, REPACKED
 from flashmoe.storage import catalog
 from tests.conftest import Tiny
 from tests.engines.reference import CONTEXT, PROMPT_TOKENS, Reference, closing, evaluate, prompt

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 import flashmoe
-from flashmoe.budget import status_bytes
+from flashmoe.common.memory import status_bytes
 from flashmoe.engines.base import Sampling
 from tests.models.architectures import EXPERTS, FULL_NORMS
 from tests.models.spec import Spec

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from flashmoe import probe
 from flashmoe.engines.llamacpp import abi, library
 from flashmoe.engines.llamacpp.library import ENVIRONMENT, Library, find_library
 from flashmoe.engines.llamacpp.proof import prove
 from flashmoe.errors import LibraryError
+from flashmoe.tools import self_test as probe
 
 
 def other_build(lib: Library) -> abi.Build:

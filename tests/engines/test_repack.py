@@ -16,12 +16,12 @@ import flashmoe
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.repack import placed, repacks_slice_by_slice
 from flashmoe.errors import FlashMoEError, ModelError, UsageError
-from flashmoe.layout import AUTO, PACKED, PLAIN, REPACKED, choose_layout
-from flashmoe.packing import make_pack
+from flashmoe.runtime.layout import AUTO, PACKED, PLAIN, REPACKED, choose_layout
 from flashmoe.storage import pack as pack_module
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.gguf import read_gguf
 from flashmoe.storage.pack import find_pack, pack_path
+from flashmoe.tools.packing import make_pack
 from tests.conftest import Tiny
 from tests.engines.reference import CONTEXT, Reference, evaluate, prompt
 from tests.models import split
@@ -46,7 +46,7 @@ def model(tiny: Tiny, tmp_path: Path, lib: Library) -> Path:
 @pytest.fixture
 def library(lib: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packing takes the installed library without proving it."""
-    monkeypatch.setattr("flashmoe.packing.proven_library", lambda: lib)
+    monkeypatch.setattr("flashmoe.tools.packing.proven_library", lambda: lib)
 
 
 def run(path: Path, lib: Library, cache: str, layout: str) -> tuple[np.ndarray, str]:

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from flashmoe import hub
 from flashmoe.bench.cgroup import memory_group
+from flashmoe.common.files import write_atomically
+from flashmoe.common.plotting import new_figure, save_figure
 from flashmoe.errors import FlashMoEError
-from flashmoe.figures import new_figure, save_figure
 from flashmoe.routing.trace import RoutingTrace
-from flashmoe.storage.files import write_atomically
+from flashmoe.storage import hub
 from flashmoe.storage.gguf import read_gguf
 from tests.cli.runner import COMMAND, flashmoe, own_process
 from tests.conftest import Tiny
@@ -119,7 +119,7 @@ def test_notes_that_are_damaged_are_made_again(content: str, tiny: Tiny, tmp_pat
 WRITER = """
 import sys
 from pathlib import Path
-from flashmoe.storage.files import write_atomically
+from flashmoe.common.files import write_atomically
 print("ready", flush=True)
 while True:
     for letter in b"ab":

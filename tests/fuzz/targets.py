@@ -22,7 +22,7 @@ from flashmoe.prefetch import create as create_predictor
 from flashmoe.prefetch.files import PredictorFile
 from flashmoe.prefetch.table import Table
 from flashmoe.routing.files import read as read_trace
-from flashmoe.session import Session
+from flashmoe.runtime.session import Session
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.direct import DirectFile
 from flashmoe.storage.gguf import parse_part, read_gguf

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from flashmoe.api import load
 from flashmoe.cache.policies import create
 from flashmoe.cache.policies import flashmoe as paper
 from flashmoe.cache.policies import flashmoe_plus as plus
@@ -26,6 +25,7 @@ from flashmoe.cache.residency import equal_quota, make_residency
 from flashmoe.errors import FlashMoEError, PolicyError, TraceError, UsageError
 from flashmoe.learn.samples import SEGMENT, Samples
 from flashmoe.routing.trace import RoutingTrace
+from flashmoe.runtime.load import load
 from flashmoe.simulate.replay import replay, simulate
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.gguf import read_gguf

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from flashmoe import plugins
 from flashmoe.cache.policies import create as create_policy
 from flashmoe.cache.residency import equal_quota, make_residency
+from flashmoe.common import plugins
 from flashmoe.errors import FlashMoEError
 from flashmoe.learn.prefetch import train
 from flashmoe.prefetch import BUILTIN, ENTRY_POINTS, available, create

@@ -16,12 +16,12 @@ from flashmoe.cache.residency import make_residency
 from flashmoe.cli.trace import app
 from flashmoe.engines.base import Sampling
 from flashmoe.engines.llamacpp.library import Library
-from flashmoe.hub import DEMO, default_policy
-from flashmoe.model import Model
-from flashmoe.opening import gguf
 from flashmoe.routing.trace import PREFILL, RoutingTrace
+from flashmoe.runtime import open_gguf as gguf
+from flashmoe.runtime.model import Model
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.gguf import read_gguf
+from flashmoe.storage.hub import DEMO, default_policy
 from tests.learn.test_learned import untrained
 
 PROMPTS = ("Tell me a story about a king and his three sons.", "The bread was cold, and nobody came.")

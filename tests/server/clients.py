@@ -21,7 +21,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from flashmoe.hub import resolve
+from flashmoe.storage.hub import resolve
 from tests.server.process import serving
 
 CLIENTS, TOKENS = (1, 2, 4, 8), 128

@@ -9,7 +9,7 @@ import pytest
 from openai import OpenAI
 
 import flashmoe
-from flashmoe.model import Model
+from flashmoe.runtime.model import Model
 from tests.server.process import ServerProcess, serving
 
 

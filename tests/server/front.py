@@ -12,7 +12,7 @@ from typing import Any
 
 from aiohttp import web
 
-from flashmoe.model import Model
+from flashmoe.runtime.model import Model
 from flashmoe.server.app import Front, make_app
 from flashmoe.server.serve import FrontServer, listen
 

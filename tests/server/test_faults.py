@@ -14,7 +14,7 @@ import httpx2 as httpx
 import pytest
 from aiohttp import web
 
-from flashmoe.model import Model
+from flashmoe.runtime.model import Model
 from tests.server.front import Backend, Running, fronted, made_up_server
 
 REASON = 'cannot read 4096 bytes of "model.gguf" at 123: Input/output error\n(drive)'

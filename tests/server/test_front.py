@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import httpx2 as httpx
 import pytest
 
-from flashmoe.model import Model
+from flashmoe.runtime.model import Model
 from tests.server.front import KEY, Backend, Running, fronted, stock_server
 
 CHAT = {"messages": [{"role": "user", "content": "The sea"}], "max_tokens": 12, "temperature": 0, "seed": 1}

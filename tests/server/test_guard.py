@@ -10,7 +10,7 @@ import httpx2 as httpx
 import pytest
 from aiohttp import web
 
-from flashmoe.model import Model
+from flashmoe.runtime.model import Model
 from flashmoe.server import body as bodies
 from tests.server.front import KEY, Backend, Running, fronted, made_up_server
 

@@ -21,8 +21,8 @@ import xllamacpp
 from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.serving.options import ServerOptions
 from flashmoe.engines.llamacpp.serving.server import InnerServer, _params
-from flashmoe.layout import PLAIN
-from flashmoe.model import Model
+from flashmoe.runtime.layout import PLAIN
+from flashmoe.runtime.model import Model
 
 KEY = "the stock server's key"
 

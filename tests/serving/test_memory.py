@@ -16,7 +16,7 @@ __all__ = ["control_group"]  # a fixture
 CLIENTS = """
 import sys, threading
 import flashmoe
-from flashmoe import budget
+from flashmoe.common import memory
 
 with flashmoe.load("demo", ram=sys.argv[1], parallel=4, threads=1, prefetch="none", cache_type_v=sys.argv[2]) as model:
     server, n_ctx, made = model.server(), model.engine.n_ctx, []
@@ -33,7 +33,7 @@ with flashmoe.load("demo", ram=sys.argv[1], parallel=4, threads=1, prefetch="non
     for thread in threads:
         thread.join()
     print("answers", len(made), "slots", model.engine.sequences, "misses", model.cache.stats["prefill"].misses)
-    print("peak", budget.status_bytes("VmHWM"), "of", model.budget_bytes)
+    print("peak", memory.status_bytes("VmHWM"), "of", model.budget_bytes)
 """
 
 

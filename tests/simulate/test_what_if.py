@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flashmoe
-from flashmoe.budget import shares
 from flashmoe.cache.policies import create
 from flashmoe.cache.policies.lru import Lru
 from flashmoe.cache.recent import IDS, RecentRouting
 from flashmoe.cache.residency import equal_quota, make_residency
+from flashmoe.cache.sizing import shares
 from flashmoe.simulate import what_if
 from flashmoe.simulate.what_if import MOST_REQUESTS, UNTRAINED, WhatIf
 from tests.simulate.traces import made_up

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from flashmoe.common.files import cache_folder, write_atomically
 from flashmoe.storage import disk
 from flashmoe.storage.disk import read_ceiling
-from flashmoe.storage.files import cache_folder, write_atomically
 from flashmoe.storage.reader import ExpertReader
 
 

@@ -91,10 +91,10 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 def _measure_pool(job: Job) -> dict[str, Any]:
-    from flashmoe.api import load
     from flashmoe.bench.timeline import Timeline
     from flashmoe.cache.expert_cache import CacheStats
     from flashmoe.engines.llamacpp.library import open_library
+    from flashmoe.runtime.load import load
 
     started = time.perf_counter()
     options: dict[str, Any] = {} if job.policy == DEFAULT_POLICY else {"policy": job.policy}
@@ -174,7 +174,7 @@ def _measure_stock(job: Job) -> dict[str, Any]:
 
 
 def _peak() -> int:
-    from flashmoe.budget import status_bytes
+    from flashmoe.common.memory import status_bytes
 
     return status_bytes("VmHWM")
 

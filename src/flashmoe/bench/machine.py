@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import psutil
 
 from flashmoe import __version__
 from flashmoe.bench.opponent import read_ahead
+from flashmoe.common.machine import file_system, processor
 
 
 def describe(model: Path, library: str, threads: int) -> dict[str, Any]:
@@ -31,19 +31,3 @@ def describe(model: Path, library: str, threads: int) -> dict[str, Any]:
         "file_system": file_system(model),
         "read_ahead_bytes": ahead,
     }
-
-
-def processor() -> str:
-    """The processor's name."""
-    try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        match = None
-    return match[1] if match else platform.processor() or platform.machine()
-
-
-def file_system(path: Path) -> str:
-    """Type of the file system that a file is on, for example "ext4"."""
-    resolved = path.resolve()
-    mounts = [p for p in psutil.disk_partitions(all=True) if resolved.is_relative_to(p.mountpoint)]
-    return max(mounts, key=lambda p: len(p.mountpoint)).fstype if mounts else ""

@@ -16,8 +16,8 @@ import numpy as np
 
 from flashmoe.bench.blocks import FORMATS
 from flashmoe.bench.shapes import Shape, Tensor
+from flashmoe.common.units import format_bytes
 from flashmoe.errors import FlashMoEError, UsageError
-from flashmoe.units import format_bytes
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

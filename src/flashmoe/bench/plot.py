@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flashmoe.bench.timeline import draw as draw_timeline
-from flashmoe.figures import new_figure, save_figure
+from flashmoe.common.plotting import new_figure, save_figure
 
 _GIB = 1 << 30
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from flashmoe.bench.quiet import Load
 from flashmoe.bench.spec import Setting, Size
-from flashmoe.layout import PACKED, PLAIN, REPACKED
+from flashmoe.runtime.layout import PACKED, PLAIN, REPACKED
 
 #: Layouts of the weights -> opponents that must then agree with the pool to the last bit.
 _SAME_KERNELS = {PLAIN: ("mmap", "plain"), REPACKED: ("stock",), PACKED: ("stock",)}

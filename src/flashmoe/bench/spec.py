@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from flashmoe.common.units import parse_bytes
 from flashmoe.errors import FlashMoEError, UsageError
-from flashmoe.layout import AUTO, check_layout
 from flashmoe.prefetch import create_all
-from flashmoe.units import parse_bytes
+from flashmoe.runtime.layout import AUTO, check_layout
 
 #: What can be measured against. The pool itself is the engine "pool".
 OPPONENTS = {

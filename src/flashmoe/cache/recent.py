@@ -5,40 +5,9 @@ from __future__ import annotations
 from collections import deque
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 IDS = 4096  # kept of each layer: 512 tokens of 8 experts
-
-
-@njit(cache=True)
-def reuse_histogram(
-    ids: NDArray[np.int16], n_experts: int
-) -> NDArray[np.int64]:  # pragma: no cover - compiled
-    """Histogram int64 [E] of the LRU stack distances in ids [n] (-1: none); first uses are left out.
-
-    An LRU cache of c slots hits what is below c.
-    """
-    stack = np.empty(n_experts, np.int64)
-    height = 0
-    histogram = np.zeros(n_experts, np.int64)
-    for e in ids:
-        if e < 0:
-            continue
-        position = -1
-        for i in range(height):
-            if stack[i] == e:
-                position = i
-                break
-        if position >= 0:
-            histogram[position] += 1
-        else:
-            position = height
-            height += 1
-        for i in range(position, 0, -1):
-            stack[i] = stack[i - 1]
-        stack[0] = e
-    return histogram
 
 
 class RecentRouting:

@@ -26,8 +26,8 @@ from flashmoe.bench.spec import NO_OPPONENT, Plan, cache_sizes, ram_sizes, split
 from flashmoe.cli import options
 from flashmoe.cli.progress import stderr_console
 from flashmoe.cli.report import write_json
+from flashmoe.common.units import format_bytes
 from flashmoe.errors import UsageError
-from flashmoe.units import format_bytes
 
 _RUN = "run"
 
@@ -111,8 +111,8 @@ def run(
     if page_cache not in ("cold", "warm"):
         raise UsageError(f"--page-cache {page_cache!r}: choose cold or warm")
     from flashmoe.bench import runner
-    from flashmoe.hub import resolve
     from flashmoe.storage.gguf import read_gguf
+    from flashmoe.storage.hub import resolve
 
     path = resolve(model)
     file_bytes = sum(file.stat().st_size for file in read_gguf(path).files)
@@ -137,7 +137,7 @@ def run(
     )
     if plot_file:
         from flashmoe.bench.plot import draw
-        from flashmoe.figures import require_matplotlib
+        from flashmoe.common.plotting import require_matplotlib
 
         require_matplotlib()
     with _Bar(stderr_console(quiet)) as bar:

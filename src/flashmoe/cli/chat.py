@@ -15,9 +15,9 @@ from flashmoe.cli.pipe import Pipe
 from flashmoe.cli.progress import stderr_console
 from flashmoe.cli.report import show, write_json
 from flashmoe.cli.sampling import ChatOptions, SamplingOptions
-from flashmoe.conversation import Conversation
 from flashmoe.errors import FlashMoEError
-from flashmoe.layout import AUTO
+from flashmoe.runtime.conversation import Conversation
+from flashmoe.runtime.layout import AUTO
 
 _SAMPLING, _CHAT = SamplingOptions(), ChatOptions()
 
@@ -53,7 +53,9 @@ def chat(
         from flashmoe.cli.terminal import Terminal  # before memory is counted: it takes some
 
         user = Terminal(console)
-    from flashmoe.api import load  # after the arguments are known to be good: it takes a moment to import
+    from flashmoe.runtime.load import (
+        load,  # after the arguments are known to be good: it takes a moment to import
+    )
 
     with user.progress:
         loaded = load(

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashmoe.conversation import Conversation
+from flashmoe.common.files import write_atomically
 from flashmoe.errors import FlashMoEError, UsageError
-from flashmoe.storage.files import write_atomically
+from flashmoe.runtime.conversation import Conversation
 
 if TYPE_CHECKING:
-    from flashmoe.model import Model
+    from flashmoe.runtime.model import Model
 
 
 class Commands:

@@ -20,7 +20,7 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check library, processor, memory and drive, and say what to change. Exit status 1: something does not work."""
-    from flashmoe.doctor import PROBLEM, examine
+    from flashmoe.tools.doctor import PROBLEM, examine
 
     console = Console(soft_wrap=True, highlight=False)
     checks = []

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 from flashmoe.cli import options
 from flashmoe.cli.progress import LoadProgress, stderr_console
-from flashmoe.units import format_bytes
+from flashmoe.common.units import format_bytes
 
 
 def pack(
@@ -18,7 +18,7 @@ def pack(
     Other commands use it by themselves. A pack that is there already is checked, and made again if it does not fit.
     The model itself is not changed.
     """
-    from flashmoe.packing import make_pack
+    from flashmoe.tools.packing import make_pack
 
     console = stderr_console(quiet)
     with LoadProgress(console) if console.is_terminal else nullcontext() as progress:

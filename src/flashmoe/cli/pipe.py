@@ -10,8 +10,8 @@ from io import TextIOWrapper
 from rich.console import Console
 
 from flashmoe.cli.progress import LoadProgress, stderr_console
-from flashmoe.conversation import Piece
 from flashmoe.errors import FlashMoEError, UsageError
+from flashmoe.runtime.conversation import Piece
 
 
 class Pipe:

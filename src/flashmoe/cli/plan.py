@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flashmoe.cli import options
-from flashmoe.units import format_bytes, parse_bytes
+from flashmoe.common.units import format_bytes, parse_bytes
 
 
 def plan(
@@ -33,12 +33,12 @@ def plan(
 ) -> None:
     """Expected tokens/s of a model at several budgets. Of one on the hub only the header is read."""
     from flashmoe.engines.llamacpp.library import find_library, open_library
-    from flashmoe.hub import default_policy, remote, resolve
-    from flashmoe.plan import make_plan, measure
     from flashmoe.routing.files import read
     from flashmoe.simulate.curve import hit_curve, nearest, shipped
     from flashmoe.storage.catalog import ExpertCatalog
     from flashmoe.storage.gguf import read_gguf
+    from flashmoe.storage.hub import default_policy, remote, resolve
+    from flashmoe.tools.plan import make_plan, measure
 
     budgets = [parse_bytes(size) for size in ram.split(",")] if ram else []
     gguf = remote(model)

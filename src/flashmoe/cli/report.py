@@ -7,9 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from flashmoe.common.files import write_atomically
 from flashmoe.errors import FlashMoEError
-from flashmoe.storage.files import write_atomically
-from flashmoe.telemetry import Report
+from flashmoe.runtime.telemetry import Report
 
 
 def show(console: Console, report: Report) -> None:

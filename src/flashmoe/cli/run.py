@@ -16,11 +16,11 @@ from flashmoe.cli.progress import LoadProgress, stderr_console
 from flashmoe.cli.report import show, write_json
 from flashmoe.cli.sampling import ChatOptions, SamplingOptions
 from flashmoe.errors import UsageError
-from flashmoe.layout import AUTO
+from flashmoe.runtime.layout import AUTO
 
 if TYPE_CHECKING:
     from flashmoe.engines.base import Sampling
-    from flashmoe.model import Model
+    from flashmoe.runtime.model import Model
 
 _SAMPLING, _CHAT = SamplingOptions(), ChatOptions()
 
@@ -54,7 +54,9 @@ def run(
 ) -> None:
     """Generate text with a model that need not fit in memory."""
     text = _prompt(prompt, file)
-    from flashmoe.api import load  # after the arguments are known to be good: it takes a moment to import
+    from flashmoe.runtime.load import (
+        load,  # after the arguments are known to be good: it takes a moment to import
+    )
 
     console = stderr_console(quiet)
     with LoadProgress(console) as progress:
@@ -106,7 +108,7 @@ def run(
 
 def _answer(model: Model, text: str, n_predict: int, sampling: Sampling) -> Iterator[str]:
     """The answer as one text, thoughts in <think>."""
-    from flashmoe.conversation import Piece
+    from flashmoe.runtime.conversation import Piece
 
     messages = [{"role": "user", "content": text}]
     deltas = model.stream_chat(messages, max_tokens=n_predict, sampling=sampling)

@@ -14,7 +14,7 @@ from flashmoe.cli.progress import LoadProgress, stderr_console
 from flashmoe.cli.report import show
 from flashmoe.cli.sampling import ChatOptions, SamplingOptions
 from flashmoe.errors import UsageError
-from flashmoe.layout import AUTO
+from flashmoe.runtime.layout import AUTO
 
 KEY_VARIABLE = "FLASHMOE_API_KEY"
 _SAMPLING, _CHAT = SamplingOptions(), ChatOptions()
@@ -88,7 +88,7 @@ def serve(
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UsageError(f"the server needs {error.name}: pip install 'flashmoe-ssd[serve]'") from None
-    from flashmoe.api import load
+    from flashmoe.runtime.load import load
     from flashmoe.server.security import is_loopback
     from flashmoe.server.serve import listen
     from flashmoe.server.serve import serve as run_server

@@ -11,9 +11,9 @@ from rich.console import Console
 
 from flashmoe.cli.progress import stderr_console
 from flashmoe.cli.report import write_json
+from flashmoe.common.units import parse_bytes
 from flashmoe.errors import UsageError
 from flashmoe.routing.trace import RoutingTrace
-from flashmoe.units import parse_bytes
 
 
 def simulate(
@@ -140,9 +140,9 @@ def _machine(model: str | None, expert: str | None, disk: str | None, compute_ms
 def _expert_bytes(model: str, total: int) -> float:
     """Mean bytes of an expert of a GGUF model. Raises UsageError where the trace is of a model of other
     shape."""
-    from flashmoe.hub import resolve
     from flashmoe.storage.catalog import ExpertCatalog
     from flashmoe.storage.gguf import read_gguf
+    from flashmoe.storage.hub import resolve
 
     catalog = ExpertCatalog.from_gguf(read_gguf(resolve(model)))
     if catalog.total_experts != total:

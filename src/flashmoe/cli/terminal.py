@@ -16,9 +16,9 @@ from rich.console import Console
 from flashmoe.cli.markdown import StreamedMarkdown
 from flashmoe.cli.pipe import Pipe, with_thoughts
 from flashmoe.cli.progress import print_error
-from flashmoe.conversation import Piece
+from flashmoe.common.files import state_folder
 from flashmoe.errors import FlashMoEError
-from flashmoe.storage.files import state_folder
+from flashmoe.runtime.conversation import Piece
 
 
 class Terminal(Pipe):

@@ -67,7 +67,7 @@ def record(
     if done == len(todo):
         return
 
-    from flashmoe.api import load
+    from flashmoe.runtime.load import load
 
     chosen = sampling.sampling()
     with load(model, ram=ram, cache=cache, n_ctx=ctx_size, threads=threads, trace=True) as loaded:

@@ -11,8 +11,8 @@ import typer
 
 from flashmoe.cli import options
 from flashmoe.cli.progress import LoadProgress, stderr_console
+from flashmoe.common.units import format_bytes
 from flashmoe.errors import ModelError
-from flashmoe.units import format_bytes
 
 
 def verify(
@@ -25,7 +25,7 @@ def verify(
     The checksums are kept in MODEL.flashsums beside the model; `--verify` of other commands compares with them, too.
     A pack (`flashmoe pack`) is compared with its own. Exit status 1 where something differs.
     """
-    from flashmoe.integrity import verify as verify_model
+    from flashmoe.tools.integrity import verify as verify_model
 
     console = stderr_console(quiet)
     with LoadProgress(console) if console.is_terminal else nullcontext() as progress:

@@ -16,8 +16,8 @@ from flashmoe.cache.policies import flashmoe, flashmoe_plus
 from flashmoe.cache.policies.flashmoe import Flashmoe
 from flashmoe.cache.policies.flashmoe_plus import FlashmoePlus
 from flashmoe.cache.policies.learned import PolicyFile
+from flashmoe.common.plotting import new_figure, save_figure
 from flashmoe.errors import FlashMoEError, TraceError, UsageError
-from flashmoe.figures import new_figure, save_figure
 from flashmoe.learn.samples import SEGMENT, Batch, Samples
 from flashmoe.routing.files import split
 from flashmoe.routing.trace import RoutingTrace

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flashmoe.plugins import Registry
+from flashmoe.common.plugins import Registry
 from flashmoe.prefetch.base import Predictor, PredictorError
 
 __all__ = ["BUILTIN", "Predictor", "PredictorError", "available", "create", "create_all"]

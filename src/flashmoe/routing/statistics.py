@@ -6,13 +6,43 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
-from flashmoe.cache.recent import reuse_histogram
-from flashmoe.figures import new_figure, save_figure
+from flashmoe.common.plotting import new_figure, save_figure
 from flashmoe.routing.trace import PREFILL, RoutingTrace
 
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
+
+
+@njit(cache=True)
+def reuse_histogram(
+    ids: NDArray[np.int16], n_experts: int
+) -> NDArray[np.int64]:  # pragma: no cover - compiled
+    """Histogram int64 [E] of the LRU stack distances in ids [n] (-1: none); first uses are left out.
+
+    An LRU cache of c slots hits what is below c.
+    """
+    stack = np.empty(n_experts, np.int64)
+    height = 0
+    histogram = np.zeros(n_experts, np.int64)
+    for e in ids:
+        if e < 0:
+            continue
+        position = -1
+        for i in range(height):
+            if stack[i] == e:
+                position = i
+                break
+        if position >= 0:
+            histogram[position] += 1
+        else:
+            position = height
+            height += 1
+        for i in range(position, 0, -1):
+            stack[i] = stack[i - 1]
+        stack[0] = e
+    return histogram
 
 
 @dataclass(frozen=True)

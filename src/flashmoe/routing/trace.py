@@ -27,9 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from flashmoe.common.files import write_atomically
 from flashmoe.errors import TraceError
 from flashmoe.storage.arrays import read_safetensors
-from flashmoe.storage.files import write_atomically
 
 DECODE, PREFILL = 0, 1
 MAX_EXPERTS = 1 << 15  # of a layer: ids have 16 bits

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from flashmoe.model import Model
+from flashmoe.runtime.model import Model
 from flashmoe.server.audience import Audience
 from flashmoe.server.body import Limits
 from flashmoe.server.comparing import Comparing

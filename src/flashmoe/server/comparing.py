@@ -6,7 +6,7 @@ import threading
 import time
 from typing import Any
 
-from flashmoe.model import Model
+from flashmoe.runtime.model import Model
 from flashmoe.server.audience import Audience
 from flashmoe.simulate.recent import Comparison, RecentSteps, compare
 

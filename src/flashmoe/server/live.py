@@ -21,9 +21,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from flashmoe.budget import status_bytes
 from flashmoe.cache.expert_cache import CacheStats
-from flashmoe.model import Model
+from flashmoe.common.memory import status_bytes
+from flashmoe.runtime.model import Model
 from flashmoe.server.audience import Audience
 from flashmoe.server.comparing import Comparing
 from flashmoe.server.errors import Refusal

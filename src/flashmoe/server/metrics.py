@@ -8,8 +8,8 @@ from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, Count
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from flashmoe.budget import status_bytes
-from flashmoe.model import Model
+from flashmoe.common.memory import status_bytes
+from flashmoe.runtime.model import Model
 from flashmoe.server.comparing import Comparing
 from flashmoe.server.traffic import Traffic
 

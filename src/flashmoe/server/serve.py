@@ -13,7 +13,7 @@ from typing import Any
 import uvicorn
 
 from flashmoe.errors import UsageError
-from flashmoe.model import Model
+from flashmoe.runtime.model import Model
 from flashmoe.server.app import Front, make_app
 from flashmoe.server.patience import PatientProtocol
 from flashmoe.server.upstream import InnerServer

@@ -16,8 +16,8 @@ from rich.table import Table
 
 from flashmoe.cache.policies import create as create_policy
 from flashmoe.cache.residency import make_residency
+from flashmoe.common.plotting import new_figure, save_figure
 from flashmoe.errors import UsageError
-from flashmoe.figures import new_figure, save_figure
 from flashmoe.prefetch import BUILTIN, create
 from flashmoe.prefetch.base import Predictor, PredictorError
 from flashmoe.routing.trace import RoutingTrace

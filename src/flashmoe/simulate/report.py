@@ -8,10 +8,10 @@ from pathlib import Path
 
 from rich.table import Table
 
-from flashmoe.figures import new_figure, save_figure
+from flashmoe.common.plotting import new_figure, save_figure
+from flashmoe.common.units import format_bytes
 from flashmoe.routing.trace import RoutingTrace
 from flashmoe.simulate.replay import Row
-from flashmoe.units import format_bytes
 
 
 @dataclass(frozen=True)

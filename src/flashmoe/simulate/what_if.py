@@ -14,11 +14,11 @@ from copy import copy
 import numpy as np
 from numba.core import event
 
-from flashmoe.budget import shares
 from flashmoe.cache.policies import create
 from flashmoe.cache.policies.base import MISSES, EvictionPolicy
 from flashmoe.cache.recent import RecentRouting
 from flashmoe.cache.residency import make_residency
+from flashmoe.cache.sizing import shares
 
 #: Worth trying: they need no training, and lead on some real trace (docs/policies.md).
 UNTRAINED = ("lfu-aged", "lfru", "lecar", "adaptive", "lru")

@@ -15,11 +15,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from flashmoe.common.files import cache_folder, write_atomically
+from flashmoe.common.units import format_bytes
 from flashmoe.errors import ReadError
-from flashmoe.storage.files import cache_folder, write_atomically
 from flashmoe.storage.memory import reserve_huge
 from flashmoe.storage.reader import ExpertReader, Read
-from flashmoe.units import format_bytes
 
 _SAMPLE_BYTES = 32 << 20
 _ROUNDS = 3

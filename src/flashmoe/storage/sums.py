@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 from xxhash import xxh3_64_intdigest
 
+from flashmoe.common.files import write_atomically
 from flashmoe.errors import FlashMoEError, ModelError, ReadError, UsageError
 from flashmoe.storage.aio import Read
 from flashmoe.storage.arrays import read_safetensors
 from flashmoe.storage.catalog import MAX_EXPERTS, ExpertCatalog, Plane
-from flashmoe.storage.files import write_atomically
 from flashmoe.storage.gguf import GGUF, header_digest
 from flashmoe.storage.reader import ExpertReader
 

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from flashmoe.common.files import write_atomically
 from flashmoe.errors import FlashMoEError
 from flashmoe.storage.arrays import read_safetensors
 from flashmoe.storage.catalog import same_model
-from flashmoe.storage.files import write_atomically
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -16,8 +16,8 @@ import flashmoe
 from flashmoe.cli import main
 from flashmoe.engines.transformers.library import quiet
 from flashmoe.errors import FlashMoEError, LibraryError, ModelError, UsageError
-from flashmoe.hub import resolve, resolve_checkpoint
 from flashmoe.storage.checkpoint import INDEX, SINGLE, read_checkpoint
+from flashmoe.storage.hub import resolve, resolve_checkpoint
 from tests.engines.transformers.conftest import Checkpoints
 from tests.engines.transformers.models import make_checkpoint
 

@@ -17,8 +17,8 @@ from flashmoe.engines.base import Sampling
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.learn import prefetch as learning
 from flashmoe.learn.train import Plan
-from flashmoe.model import Model
 from flashmoe.routing.trace import DECODE, RoutingTrace
+from flashmoe.runtime.model import Model
 from tests.engines.transformers.conftest import Checkpoints
 from tests.engines.transformers.models import VOCABULARY, make_checkpoint
 

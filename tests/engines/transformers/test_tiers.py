@@ -20,7 +20,7 @@ from flashmoe.engines.transformers.experts import PooledExperts
 from flashmoe.engines.transformers.front import device_slots, measure_latency
 from flashmoe.engines.transformers.latency import TOKENS, Latency, Where
 from flashmoe.errors import BudgetError, ReadError, UsageError
-from flashmoe.model import Model
+from flashmoe.runtime.model import Model
 from tests.engines.transformers.conftest import Checkpoints
 from tests.engines.transformers.models import VOCABULARY, plain
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 from typing import Any
 
 from flashmoe.cache.policies.base import EvictionPolicy, Kernels, Replay
+from flashmoe.common.plugins import Registry
 from flashmoe.errors import PolicyError
-from flashmoe.plugins import Registry
 
 __all__ = ["BUILTIN", "EvictionPolicy", "Kernels", "Replay", "available", "create"]
 

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from flashmoe.cache.kernels import entries as loops
+from flashmoe.cache.kernels.slots import allocating, lean
 from flashmoe.cache.policies import flashmoe_plus as plus
-from flashmoe.cache.policies import kernels as loops
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.policies.flashmoe_plus import FlashmoePlus, FlashmoePlusState
 from flashmoe.cache.policies.learned import PolicyFile
-from flashmoe.cache.policies.slots import allocating, lean
 from flashmoe.cache.saved import Limits
 from flashmoe.errors import PolicyError
 

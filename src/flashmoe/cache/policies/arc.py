@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe.cache.policies import kernels as loops
+from flashmoe.cache.kernels import entries as loops
+from flashmoe.cache.kernels.slots import lean
 from flashmoe.cache.policies.base import EvictionPolicy
-from flashmoe.cache.policies.slots import lean
 from flashmoe.cache.residency import GLOBAL
 
 NOWHERE, T1, T2, B1, B2 = 0, 1, 2, 3, 4

@@ -11,12 +11,12 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
-from flashmoe.cache.policies.kernels import REQUEST, Kernels
-from flashmoe.cache.policies.loops import window_size
+from flashmoe.cache.kernels.entries import REQUEST, Kernels
+from flashmoe.cache.kernels.loops import window_size
 from flashmoe.cache.residency import Residency
 from flashmoe.cache.saved import Limits, take_back
+from flashmoe.common.compiled import Pinned
 from flashmoe.errors import PolicyError
-from flashmoe.native import Pinned
 
 Int32 = NDArray[np.int32]
 

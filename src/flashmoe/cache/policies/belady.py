@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from flashmoe.cache.policies import kernels as loops
+from flashmoe.cache.kernels import entries as loops
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.errors import PolicyError
 

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe.cache.policies import kernels as loops
+from flashmoe.cache.kernels import entries as loops
+from flashmoe.cache.kernels.slots import allocating, lean, loose
 from flashmoe.cache.policies.learned import LearnedPolicy, PolicyFile
-from flashmoe.cache.policies.slots import allocating, lean, loose
 from flashmoe.cache.residency import GLOBAL
 from flashmoe.cache.saved import Limits
 from flashmoe.errors import PolicyError

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe.cache.policies import kernels as loops
+from flashmoe.cache.kernels import entries as loops
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.residency import GLOBAL
 

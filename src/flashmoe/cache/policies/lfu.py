@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe.cache.policies import kernels as loops
+from flashmoe.cache.kernels import entries as loops
 from flashmoe.cache.policies.base import EvictionPolicy
 
 # One key orders by count first and, among equal counts, by recency: count * 2^36 + step of the last request.

@@ -203,7 +203,7 @@ _EIGHT = _buffer_type(
 )
 
 # (llama_version(), ggml_version()) -> build. A build joins this table when its headers were compared with the
-# structures above and `python -m flashmoe.probe LIBRARY` succeeds.
+# structures above and `python -m flashmoe.tools.self_test LIBRARY` succeeds.
 KNOWN_BUILDS = {
     ("0.6.0-dev", "0.26.0"): Build("xllamacpp 2026.10.11549", _context_params([("new", ptr)]), _EIGHT),
     ("0.5.0-dev", "0.25.3"): Build("llama-cpp-python 0.3.36", _context_params([]), _SIX),

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe.budget import major_faults
 from flashmoe.cache.expert_cache import ExpertCache
+from flashmoe.common.memory import major_faults
 from flashmoe.engines.llamacpp.abi import Tensor
 from flashmoe.engines.llamacpp.callback import (
     BEGIN,

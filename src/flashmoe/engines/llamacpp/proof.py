@@ -1,6 +1,6 @@
 """Asks for the proof that the slot pool works with a library, once per library file.
 
-The proof itself, `flashmoe.probe`, loads a model: it runs in a child process, because a wrong layout crashes.
+The proof itself, `flashmoe.tools.self_test`, loads a model: it runs in a child process, because a wrong layout crashes.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from flashmoe.common.files import cache_folder, write_atomically
 from flashmoe.engines.llamacpp import abi
 from flashmoe.engines.llamacpp.library import Library, find_library, open_library
 from flashmoe.errors import LibraryError
-from flashmoe.storage.files import cache_folder, write_atomically
 
 _TIMEOUT = 120
 _PROOF = 3  # counts what is proven: a library that has shown less is proven again
@@ -31,7 +31,7 @@ def prove(library: Path) -> None:
         proven = []
     if fact in proven:
         return
-    command = [sys.executable, "-m", "flashmoe.probe", str(library)]
+    command = [sys.executable, "-m", "flashmoe.tools.self_test", str(library)]
     try:
         child = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
         lines = child.stderr.strip().splitlines() or [f"ended by signal {-child.returncode}"]

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from flashmoe import budget
+from flashmoe.cache import sizing
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.pool import SlotPool
+from flashmoe.common.units import format_bytes, parse_bytes
 from flashmoe.engines.transformers.device import Device
 from flashmoe.engines.transformers.experts import PooledExperts
 from flashmoe.engines.transformers.latency import TOKENS, Latency, measure
@@ -18,7 +19,6 @@ from flashmoe.engines.transformers.slots import DeviceSlots, HostSlots, Weights
 from flashmoe.engines.transformers.tiers import Tiers
 from flashmoe.errors import BudgetError
 from flashmoe.storage.catalog import ExpertCatalog
-from flashmoe.units import format_bytes, parse_bytes
 
 _ALIGN = 64
 _STEP = 16 << 20
@@ -45,7 +45,7 @@ class Front:
         Raises LibraryError where it cannot be.
         """
         slots = DeviceSlots(self.device, pool, self.slots, catalog)
-        self.policy.bind(budget.residency_for(catalog, self.slots))
+        self.policy.bind(sizing.residency_for(catalog, self.slots))
         self.device.pin(pool.regions)
         latency = None if self.device.exact else measure_latency(self.device, slots, host, experts)
         self.device.copied_bytes, self.device.copy_seconds = 0, 0.0
@@ -77,17 +77,17 @@ def device_slots(vram: str | int, catalog: ExpertCatalog, free: int, fixed: int)
     and BudgetError.
     """
     text = str(vram).strip()
-    sizes = budget.slot_bytes(catalog, _ALIGN)
+    sizes = sizing.slot_bytes(catalog, _ALIGN)
     if text.endswith("%"):
-        slots = budget.parse_cache(text, catalog, _ALIGN)
+        slots = sizing.parse_cache(text, catalog, _ALIGN)
     else:
-        least, given = fixed + budget.least_pool(catalog, _ALIGN), parse_bytes(text)
+        least, given = fixed + sizing.least_pool(catalog, _ALIGN), parse_bytes(text)
         if given < least:
             raise BudgetError(
                 f"--vram {format_bytes(given)} is too small for this model: the smallest that works is "
                 f"{_mebibytes(least)}MiB (or lower -c)"
             )
-        slots = budget.slots_for(catalog, given - fixed, _ALIGN)
+        slots = sizing.slots_for(catalog, given - fixed, _ALIGN)
     need = fixed + sum(size * n for size, n in zip(sizes, slots, strict=True))
     if need > free:
         raise BudgetError(

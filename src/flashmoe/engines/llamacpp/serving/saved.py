@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from flashmoe.common.files import write_atomically
 from flashmoe.errors import FlashMoEError, FlashMoEWarning
-from flashmoe.storage.files import write_atomically
 
 if TYPE_CHECKING:
     from flashmoe.engines.llamacpp.serving.server import InnerServer

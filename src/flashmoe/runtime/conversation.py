@@ -10,7 +10,7 @@ from flashmoe.engines.base import Sampling
 from flashmoe.errors import UsageError
 
 if TYPE_CHECKING:
-    from flashmoe.model import Model
+    from flashmoe.runtime.model import Model
 
 Message = dict[str, Any]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from flashmoe.units import format_bytes
+from flashmoe.common.units import format_bytes
 
 LEAST_TOKENS = 32  # fewer decoded tokens say little
 _STEP = 0.25  # of the memory in use: what one would think of adding

@@ -14,27 +14,28 @@ from typing import TYPE_CHECKING
 import numpy as np
 import psutil
 
-from flashmoe import budget
+from flashmoe.cache import sizing
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.cache.policies import create
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.pool import SlotPool
 from flashmoe.cache.residency import make_residency
+from flashmoe.common import memory
+from flashmoe.common.units import parse_bytes
 from flashmoe.engines.llamacpp.context import CACHE_TYPES
 from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.serving.options import ServerOptions, projector_bytes
 from flashmoe.errors import FlashMoEWarning, UsageError
-from flashmoe.hub import default_policy
-from flashmoe.layout import AUTO, check_layout
-from flashmoe.model import Model, Progress
-from flashmoe.opening import Opened, Wish
 from flashmoe.prefetch import Predictor
 from flashmoe.prefetch import create_all as create_predictors
 from flashmoe.prefetch.scheduler import Prefetcher
-from flashmoe.session import Session
+from flashmoe.runtime.layout import AUTO, check_layout
+from flashmoe.runtime.model import Model, Progress
+from flashmoe.runtime.options import LoadOptions, Opened
+from flashmoe.runtime.session import Session
 from flashmoe.simulate.what_if import UNTRAINED
 from flashmoe.storage.catalog import ExpertCatalog
-from flashmoe.units import parse_bytes
+from flashmoe.storage.hub import default_policy
 
 if TYPE_CHECKING:
     from flashmoe.engines.llamacpp.library import Library
@@ -106,7 +107,8 @@ def load(
     save_cache_size: what conversations may take of the drive; 0 keeps none.
     verify: compare every slice of an expert with its checksum (`flashmoe.verify`) when it is first read; one that
         differs is a ReadError.
-    library: a llama.cpp library to use unproven (default: the one that is found, proven once by `flashmoe.probe`).
+    library: a llama.cpp library to use unproven (default: the one that is found, tested once by
+        `flashmoe.tools.self_test`).
 
     Raises ModelError, BudgetError, PolicyError, LibraryError and UsageError, each saying what to do.
     """
@@ -131,16 +133,16 @@ def load(
     make_policy = partial(create, policy or default_policy(model))
     evict = make_policy()
     predictors = create_predictors(prefetch)
-    limit = 0 if cache is not None else parse_bytes(ram) if ram is not None else budget.default_ram()
+    limit = 0 if cache is not None else parse_bytes(ram) if ram is not None else memory.default_ram()
 
     def prepare(catalog: ExpertCatalog) -> int:
         """Compile what is compiled; the bytes that the predictors take."""
         compile_policy(evict, len(catalog.layers), catalog.n_experts, ranking=bool(save_cache))
         predictors[:] = _bind(predictors, catalog, limit if prefetch == "auto" else 0)
-        budget.release_code()
+        memory.release_code()
         return sum(p.nbytes for p in predictors)
 
-    wish = Wish(
+    options = LoadOptions(
         model=model,
         limit=limit,
         cache=cache,
@@ -163,18 +165,18 @@ def load(
     )
     with ExitStack() as stack:
         if engine == TRANSFORMERS:
-            from flashmoe.opening.checkpoint import open_checkpoint
+            from flashmoe.runtime.open_checkpoint import open_checkpoint
 
-            opened = open_checkpoint(wish, stack)
+            opened = open_checkpoint(options, stack)
         else:
-            from flashmoe.opening.gguf import open_gguf
+            from flashmoe.runtime.open_gguf import open_gguf
 
-            opened = open_gguf(wish, stack, library)
+            opened = open_gguf(options, stack, library)
         catalog, slots, runner = opened.catalog, opened.slots, opened.engine
         pool = SlotPool(catalog, slots, opened.reader)
         stack.callback(pool.close)
-        spare = budget.spare_slots(catalog, slots) if predictors else [0] * len(slots)
-        evict.bind(budget.residency_for(catalog, slots, spare))
+        spare = sizing.spare_slots(catalog, slots) if predictors else [0] * len(slots)
+        evict.bind(sizing.residency_for(catalog, slots, spare))
         experts = ExpertCache(pool, opened.reader, evict, spare)
         runner.attach(pool, slots, experts)
         if runner.tiers:

@@ -6,19 +6,21 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 
-from flashmoe import budget
-from flashmoe.embedding import choose_pooling
+from flashmoe.cache import sizing
+from flashmoe.common import memory
 from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.loader import LoadedModel
 from flashmoe.engines.llamacpp.proof import proven_library
 from flashmoe.engines.llamacpp.token_table import MOST_BYTES
-from flashmoe.hub import resolve
-from flashmoe.layout import PACKED, PLAIN, REPACKED, choose_layout
-from flashmoe.opening import Opened, Wish
+from flashmoe.runtime import budget
+from flashmoe.runtime.embedding import choose_pooling
+from flashmoe.runtime.layout import PACKED, PLAIN, REPACKED, choose_layout
+from flashmoe.runtime.options import LoadOptions, Opened
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.disk import tune
 from flashmoe.storage.gguf import read_gguf
+from flashmoe.storage.hub import resolve
 from flashmoe.storage.pack import find_pack
 from flashmoe.storage.reader import ExpertReader
 from flashmoe.storage.sums import FirstReads, needed_sums
@@ -27,23 +29,26 @@ SMALL_UBATCH = 64  # prompts are still read fast
 MOST_FOR_BUFFERS = 0.05  # of the pool's memory, where the micro-batch is larger
 
 
-def open_gguf(wish: Wish, stack: ExitStack, library: Library | None) -> Opened:
+def open_gguf(options: LoadOptions, stack: ExitStack, library: Library | None) -> Opened:
     """What is opened is closed by `stack`. Raises ModelError, BudgetError, PolicyError, LibraryError, UsageError."""
-    catalog = ExpertCatalog.from_gguf(read_gguf(resolve(wish.model)))
-    wish.check(catalog)
-    pooling = choose_pooling(wish.pooling, catalog.gguf)
+    catalog = ExpertCatalog.from_gguf(read_gguf(resolve(options.model)))
+    options.check(catalog)
+    pooling = choose_pooling(options.pooling, catalog.gguf)
     trained = catalog.gguf.arch_int("context_length", budget.DEFAULT_CONTEXT)
-    budget.check_context(wish.n_ctx, trained)
-    pack = find_pack(catalog) if wish.layout != PLAIN else None
-    sums = needed_sums(catalog, pack.sums(catalog) if pack else {}) if wish.verify else None
+    budget.check_context(options.n_ctx, trained)
+    pack = find_pack(catalog) if options.layout != PLAIN else None
+    sums = needed_sums(catalog, pack.sums(catalog) if pack else {}) if options.verify else None
     reader = ExpertReader([*catalog.gguf.files, pack.path] if pack else catalog.gguf.files)
     stack.callback(reader.close)
     tune(reader, catalog.read_bytes)
     align = max(file.align for file in reader.files)
-    if wish.limit:
-        budget.check_before_loading(catalog, wish.limit, align)
+    if options.limit:
+        budget.check_before_loading(catalog, options.limit, align)
     layout = choose_layout(
-        wish.layout, catalog, budget.expected_share(catalog, wish.limit, wish.cache, align), pack is not None
+        options.layout,
+        catalog,
+        budget.expected_share(catalog, options.limit, options.cache, align),
+        pack is not None,
     )
     lib = library or proven_library()
     dense = catalog.dense_bytes
@@ -51,7 +56,7 @@ def open_gguf(wish: Wish, stack: ExitStack, library: Library | None) -> Opened:
         lib,
         catalog,
         reader.files[: len(catalog.gguf.files)],
-        lambda n: wish.progress(n, dense),
+        lambda n: options.progress(n, dense),
         repack=layout == REPACKED,
     )
     stack.callback(loaded.close)
@@ -60,74 +65,79 @@ def open_gguf(wish: Wish, stack: ExitStack, library: Library | None) -> Opened:
         reader.check(FirstReads(catalog, [file.path for file in reader.files], sums))
     aside = reader.set_aside(catalog.largest_placed) if catalog.largest_placed else 0
     promised = (
-        aside + wish.prepare(catalog) + (MOST_BYTES if loaded.token_table else 0) + wish.projector_bytes
+        aside + options.prepare(catalog) + (MOST_BYTES if loaded.token_table else 0) + options.projector_bytes
     )
     make = partial(
         LlamaEngine,
         lib,
         loaded,
-        threads=wish.threads,
-        all_logits=wish.all_logits,
+        threads=options.threads,
+        all_logits=options.all_logits,
         pooling=pooling,
-        cache_types=wish.cache_types,
+        cache_types=options.cache_types,
     )
-    wanted = None if wish.limit else budget.parse_cache(str(wish.cache), catalog, align)
-    for_pool = sum(n * size for n, size in zip(wanted or (), budget.slot_bytes(catalog, align), strict=False))
+    wanted = None if options.limit else sizing.parse_cache(str(options.cache), catalog, align)
+    for_pool = sum(n * size for n, size in zip(wanted or (), sizing.slot_bytes(catalog, align), strict=False))
     # a pool of a given size has the rest of the memory beside it
-    limit = wish.limit or budget.default_ram() + budget.status_bytes("VmRSS")
-    left = limit - budget.status_bytes("VmRSS") - promised - for_pool - budget.RESERVE
-    context, sequences = _context(make, wish, trained, left)
+    limit = options.limit or memory.default_ram() + memory.status_bytes("VmRSS")
+    left = limit - memory.status_bytes("VmRSS") - promised - for_pool - budget.RESERVE
+    context, sequences = _context(make, options, trained, left)
     # some recurrent memories want as many tokens of each sequence in a micro-batch (an assertion of the library's)
     fit_step = partial(_step, catalog, whole=bool(loaded.recurrent))
     make = partial(make, n_ctx=context)
-    step = min(wish.n_ubatch, context)
+    step = min(options.n_ubatch, context)
     if wanted is None:
-        engine, slots, kept = _fit(make, catalog, fit_step, step, sequences, wish, align, promised)
+        engine, slots, kept = _fit(make, catalog, fit_step, step, sequences, options, align, promised)
     else:
         if not fit_step(wanted, step, sequences):
             sequences = 1
         step = fit_step(wanted, step, sequences)
         engine = make(n_ubatch=step, sequences=sequences)
-        slots, kept = wanted, budget.conversations(left, wish.cache_ram, engine.checkpoint_bytes(), sequences)
+        slots, kept = (
+            wanted,
+            budget.conversations(left, options.cache_ram, engine.checkpoint_bytes(), sequences),
+        )
     stack.callback(engine.close)
     return Opened(engine, catalog, reader, slots, PACKED if pack else layout, kept)
 
 
-def _context(make: Callable[..., LlamaEngine], wish: Wish, trained: int, left: int) -> tuple[int, int]:
+def _context(
+    make: Callable[..., LlamaEngine], options: LoadOptions, trained: int, left: int
+) -> tuple[int, int]:
     """Tokens of context of each sequence, and how many sequences.
 
     Where `left` bytes are to decide, that is told from a small context: a large one would be touched at once.
     """
     small = min(trained, budget.SMALL_CONTEXT)
-    given = 1 if wish.parallel is None else wish.parallel
-    if given and (wish.n_ctx or trained * given <= small):
-        return wish.n_ctx or trained, given
+    given = 1 if options.parallel is None else options.parallel
+    if given and (options.n_ctx or trained * given <= small):
+        return options.n_ctx or trained, given
     engine, taken, _ = _measured(partial(make, n_ctx=small, n_ubatch=1))
     engine.close()
     taken = taken * budget.SMALL_CONTEXT // small
-    context = wish.n_ctx or budget.default_context(trained, taken * max(1, given), left)
+    context = options.n_ctx or budget.default_context(trained, taken * max(1, given), left)
     return context, given or budget.default_parallel(context, taken, left)
 
 
 def _step(
     catalog: ExpertCatalog, slots: list[int], wished: int, sequences: int, *, whole: bool = False
 ) -> int:
-    """`budget.micro_batch` with a pool of so many slots, some of them kept for prefetching.
+    """`sizing.micro_batch` with a pool of so many slots, some of them kept for prefetching.
 
     whole: a multiple of `sequences`.
     """
-    spare = budget.spare_slots(catalog, slots)
+    spare = sizing.spare_slots(catalog, slots)
     left = [n - away for n, away in zip(slots, spare, strict=True)]
-    step = budget.micro_batch(catalog, left, wished, sequences)
+    step = sizing.micro_batch(catalog, left, wished, sequences)
     return step // sequences * sequences if whole else step
 
 
 def _measured(make: Callable[[], LlamaEngine]) -> tuple[LlamaEngine, int, int]:
     """An engine, the bytes that its context (KV cache, compute buffers) takes, and how many of them not yet."""
-    data, anonymous = budget.status_bytes("VmData"), budget.status_bytes("RssAnon")
+    data, anonymous = memory.status_bytes("VmData"), memory.status_bytes("RssAnon")
     engine = make()
-    taken = budget.status_bytes("VmData") - data
-    touched = budget.status_bytes("RssAnon") - anonymous
+    taken = memory.status_bytes("VmData") - data
+    touched = memory.status_bytes("RssAnon") - anonymous
     return engine, taken, max(0, taken - touched) + engine.late_bytes
 
 
@@ -137,7 +147,7 @@ def _fit(
     fit_step: Callable[[list[int], int, int], int],
     step: int,
     sequences: int,
-    wish: Wish,
+    options: LoadOptions,
     align: int,
     promised: int,
 ) -> tuple[LlamaEngine, list[int], budget.Conversations]:
@@ -148,23 +158,23 @@ def _fit(
     a large micro-batch anyway. A pool that is too small for several sequences gets one. `promised`: bytes that others
     have reserved and not touched. Raises BudgetError.
     """
-    limit = wish.limit
-    hoped = max(limit - budget.status_bytes("VmRSS") - budget.RESERVE, budget.least_pool(catalog, align))
-    slots, whole_pool = budget.slots_for(catalog, hoped, align), budget.group_experts(catalog).tolist()
+    limit = options.limit
+    hoped = max(limit - memory.status_bytes("VmRSS") - budget.RESERVE, sizing.least_pool(catalog, align))
+    slots, whole_pool = sizing.slots_for(catalog, hoped, align), sizing.group_experts(catalog).tolist()
     if not fit_step(slots, step, sequences):
         sequences = 1
     step = fit_step(slots, step, sequences)
     while True:
         engine, _, to_come = _measured(partial(make, n_ubatch=step, sequences=sequences))
-        used = budget.status_bytes("VmRSS") + to_come + promised + budget.RESERVE
-        kept = budget.conversations(limit - used, wish.cache_ram, engine.checkpoint_bytes(), sequences)
+        used = memory.status_bytes("VmRSS") + to_come + promised + budget.RESERVE
+        kept = budget.conversations(limit - used, options.cache_ram, engine.checkpoint_bytes(), sequences)
         used += kept.nbytes
         # nor can less be kept than starting has taken already
-        least = max(used + budget.least_pool(catalog, align), budget.status_bytes("VmHWM"))
+        least = max(used + sizing.least_pool(catalog, align), memory.status_bytes("VmHWM"))
         greedy = step > SMALL_UBATCH and to_come > MOST_FOR_BUFFERS * (limit - used)
         allowed = 0
         if least <= limit and not greedy:
-            slots = budget.slots_for(catalog, limit - used, align)
+            slots = sizing.slots_for(catalog, limit - used, align)
             allowed = fit_step(slots, step, sequences)
             if allowed == step:
                 return engine, slots, kept

@@ -19,11 +19,11 @@ from safetensors.numpy import save
 
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.saved import take_back
+from flashmoe.common.files import cache_folder, write_atomically
 from flashmoe.errors import FlashMoEError, FlashMoEWarning, PolicyError
 from flashmoe.prefetch import Predictor, PredictorError
 from flashmoe.storage.arrays import read_safetensors
 from flashmoe.storage.catalog import ExpertCatalog
-from flashmoe.storage.files import cache_folder, write_atomically
 
 FORMAT = "flashmoe-cache"
 VERSION = "1"

@@ -6,15 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashmoe.budget import Conversations
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.engines.base import Engine
+from flashmoe.runtime.budget import Conversations
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.reader import ExpertReader
 
 
 @dataclass(frozen=True)
-class Wish:
+class LoadOptions:
     """What `flashmoe.load` was asked for, as far as opening a model goes."""
 
     model: str | Path

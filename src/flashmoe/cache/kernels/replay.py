@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from flashmoe.cache.policies.loops import access_loop, evict, window_loop
-from flashmoe.cache.policies.rules import begin_rule
-from flashmoe.cache.policies.slots import inlined, lean, push_free
+from flashmoe.cache.kernels.loops import access_loop, evict, window_loop
+from flashmoe.cache.kernels.rules import begin_rule
+from flashmoe.cache.kernels.slots import inlined, lean, push_free
 
 # What happened to a request, in the bits that replay writes.
 NOT_COUNTED, MISS, HIT = 0, 1, 2

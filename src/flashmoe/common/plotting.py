@@ -6,8 +6,8 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flashmoe.common.files import write_atomically
 from flashmoe.errors import UsageError
-from flashmoe.storage.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

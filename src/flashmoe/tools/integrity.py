@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashmoe.hub import resolve
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.gguf import read_gguf
+from flashmoe.storage.hub import resolve
 from flashmoe.storage.pack import find_pack
 from flashmoe.storage.sums import (
     differences,

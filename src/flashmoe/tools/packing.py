@@ -7,12 +7,12 @@ from pathlib import Path
 from flashmoe.engines.llamacpp.proof import proven_library
 from flashmoe.engines.llamacpp.repack import placed
 from flashmoe.errors import ModelError
-from flashmoe.hub import resolve
-from flashmoe.layout import REPACKED, choose_layout
-from flashmoe.model import Progress
+from flashmoe.runtime.layout import REPACKED, choose_layout
+from flashmoe.runtime.model import Progress
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.direct import DirectFile
 from flashmoe.storage.gguf import read_gguf
+from flashmoe.storage.hub import resolve
 from flashmoe.storage.pack import Pack, find_pack, write_pack
 
 

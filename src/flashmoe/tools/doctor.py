@@ -16,15 +16,15 @@ from typing import Any
 
 import psutil
 
-from flashmoe.bench.machine import file_system, processor
-from flashmoe.budget import default_ram, memory_limit
+from flashmoe.common.machine import file_system, processor
+from flashmoe.common.memory import default_ram, memory_limit
+from flashmoe.common.units import format_bytes
 from flashmoe.engines.llamacpp.library import find_library, open_library
 from flashmoe.engines.llamacpp.proof import prove
 from flashmoe.errors import FlashMoEError, UsageError
 from flashmoe.storage.aio import KernelQueue
 from flashmoe.storage.disk import rate, sample
 from flashmoe.storage.reader import ExpertReader
-from flashmoe.units import format_bytes
 
 OK, ADVICE, PROBLEM = "ok", "advice", "problem"
 SIZES = (64 << 10, 512 << 10, 2 << 20, 8 << 20)  # of expert slices, from small experts to large ones

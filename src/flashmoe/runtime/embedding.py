@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from flashmoe.engines.base import Engine
 from flashmoe.engines.llamacpp.context import POOLING
 from flashmoe.errors import UsageError
-from flashmoe.generation import check_prompt
+from flashmoe.runtime.generation import check_prompt
 from flashmoe.storage.gguf import GGUF
 
 

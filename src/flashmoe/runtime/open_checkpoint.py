@@ -5,14 +5,16 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any
 
-from flashmoe import budget
+from flashmoe.cache import sizing
+from flashmoe.common import memory
 from flashmoe.engines.transformers.library import open_transformers
 from flashmoe.errors import UsageError
-from flashmoe.hub import resolve_checkpoint
-from flashmoe.layout import PLAIN, REPACKED
-from flashmoe.opening import Opened, Wish
+from flashmoe.runtime import budget
+from flashmoe.runtime.layout import PLAIN, REPACKED
+from flashmoe.runtime.options import LoadOptions, Opened
 from flashmoe.storage.checkpoint import read_checkpoint
 from flashmoe.storage.disk import tune
+from flashmoe.storage.hub import resolve_checkpoint
 from flashmoe.storage.reader import ExpertReader
 
 # What evaluating takes beside weights and context, as seen: copies of the hidden states of a micro-batch, and scratch
@@ -21,13 +23,13 @@ _STATES = 24
 _SCRATCH = 96 << 20
 
 
-def open_checkpoint(wish: Wish, stack: ExitStack) -> Opened:
+def open_checkpoint(options: LoadOptions, stack: ExitStack) -> Opened:
     """What is opened is closed by `stack`. Raises ModelError, BudgetError, PolicyError, LibraryError, UsageError."""
-    if wish.layout == REPACKED:
+    if options.layout == REPACKED:
         raise UsageError("--layout repacked is llama.cpp's: transformers runs the file's weights as they are")
-    if wish.pooling != "none":
+    if options.pooling != "none":
         raise UsageError("the transformers engine makes no embeddings: use a GGUF")
-    if wish.verify:
+    if options.verify:
         raise UsageError("--verify is for GGUF models; checkpoints on the hub have checksums of their own")
     open_transformers()
     import torch
@@ -39,17 +41,17 @@ def open_checkpoint(wish: Wish, stack: ExitStack) -> Opened:
     from flashmoe.engines.transformers.loader import load_dense
     from flashmoe.engines.transformers.skeleton import read_skeleton
 
-    device = devices.open_device() if wish.vram is not None else None
-    checkpoint = read_checkpoint(resolve_checkpoint(wish.model))
+    device = devices.open_device() if options.vram is not None else None
+    checkpoint = read_checkpoint(resolve_checkpoint(options.model))
     skeleton = read_skeleton(checkpoint)
     layout = read_layout(checkpoint, skeleton)
     catalog = layout.catalog
-    wish.check(catalog)
+    options.check(catalog)
     text = skeleton.config.get_text_config()
     trained = getattr(text, "max_position_embeddings", None) or budget.DEFAULT_CONTEXT
-    budget.check_context(wish.n_ctx, trained)
-    context = wish.n_ctx or min(trained, budget.DEFAULT_CONTEXT)
-    outputs = text.vocab_size if wish.all_logits else 0
+    budget.check_context(options.n_ctx, trained)
+    context = options.n_ctx or min(trained, budget.DEFAULT_CONTEXT)
+    outputs = text.vocab_size if options.all_logits else 0
     each = token_bytes(text, layout.dtype.itemsize)
 
     def scratch(step: int) -> int:
@@ -58,40 +60,40 @@ def open_checkpoint(wish: Wish, stack: ExitStack) -> Opened:
 
     front = None
     if device is not None:
-        fixed = catalog.dense_bytes + context * each + scratch(min(wish.n_ubatch, context))
-        there = device_slots(str(wish.vram), catalog, device.free_bytes(), fixed)
-        front = Front(device, there, wish.policy())
+        fixed = catalog.dense_bytes + context * each + scratch(min(options.n_ubatch, context))
+        there = device_slots(str(options.vram), catalog, device.free_bytes(), fixed)
+        front = Front(device, there, options.policy())
     reader = ExpertReader(checkpoint.files)
     stack.callback(reader.close)
     tune(reader, catalog.read_bytes)
     align = max(file.align for file in reader.files)
-    if wish.limit:
-        budget.check_before_loading(catalog, wish.limit, align)
-    torch.set_num_threads(wish.threads)
+    if options.limit:
+        budget.check_before_loading(catalog, options.limit, align)
+    torch.set_num_threads(options.threads)
     dense = catalog.dense_bytes
-    model = load_dense(checkpoint, skeleton, layout, reader.files, lambda n: wish.progress(n, dense))
+    model = load_dense(checkpoint, skeleton, layout, reader.files, lambda n: options.progress(n, dense))
     if device is not None:
         model.to(device.place)
     aside = reader.set_aside(catalog.largest_placed) if catalog.largest_placed else 0
-    promised = aside + wish.prepare(catalog)
-    if wish.limit and device is None:
-        if wish.n_ctx is None:
-            left = wish.limit - budget.status_bytes("VmRSS") - promised - budget.RESERVE
+    promised = aside + options.prepare(catalog)
+    if options.limit and device is None:
+        if options.n_ctx is None:
+            left = options.limit - memory.status_bytes("VmRSS") - promised - budget.RESERVE
             context = budget.default_context(context, budget.SMALL_CONTEXT * each, left)
         promised += context * each
-    step = min(wish.n_ubatch, context)
-    if wish.limit:
+    step = min(options.n_ubatch, context)
+    if options.limit:
         while True:
-            used = budget.status_bytes("VmRSS") + promised + scratch(step) + budget.RESERVE
-            least = max(used + budget.least_pool(catalog, align), budget.status_bytes("VmHWM"))
-            if least <= wish.limit:
+            used = memory.status_bytes("VmRSS") + promised + scratch(step) + budget.RESERVE
+            least = max(used + sizing.least_pool(catalog, align), memory.status_bytes("VmHWM"))
+            if least <= options.limit:
                 break
             if step == 1:
-                raise budget.too_small(wish.limit, least)
+                raise budget.too_small(options.limit, least)
             step //= 2
-        slots = budget.slots_for(catalog, wish.limit - used, align)
+        slots = sizing.slots_for(catalog, options.limit - used, align)
     else:
-        slots = budget.parse_cache(str(wish.cache), catalog, align)
+        slots = sizing.parse_cache(str(options.cache), catalog, align)
     engine = TransformersEngine(
         model,
         catalog,
@@ -99,7 +101,7 @@ def open_checkpoint(wish: Wish, stack: ExitStack) -> Opened:
         checkpoint.folder,
         n_ctx=context,
         n_ubatch=step,
-        all_logits=wish.all_logits,
+        all_logits=options.all_logits,
         front=front,
     )
     stack.callback(engine.close)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from flashmoe.advice import advise
-from flashmoe.budget import status_bytes
 from flashmoe.cache.expert_cache import CacheStats
-from flashmoe.units import format_bytes
+from flashmoe.common.memory import status_bytes
+from flashmoe.common.units import format_bytes
+from flashmoe.runtime.advice import advise
 
 STALL_BOUND = 0.4  # a run that waits for reads more than this share of its time is bound by the drive
 FAULTS_PER_TOKEN = 4  # more major page faults per token: the system takes the weights' memory away
@@ -137,7 +137,7 @@ def make_report(
 ) -> Report:
     """Put the counters together. `cache` and `io` cover decoding; their prefill counterparts stand beside them.
 
-    expert_bytes, misses, others: see advice.advise. tiers: see engines.base.Tiers.
+    expert_bytes, misses, others: see runtime.advice.advise. tiers: see engines.base.Tiers.
     warm: experts that a warm start brought back, and bytes that it read in the background.
     """
     decode, prefill = stats["decode"], stats["prefill"]

@@ -14,17 +14,19 @@ from pathlib import Path
 
 import numpy as np
 
-from flashmoe import budget
+from flashmoe.cache import sizing
+from flashmoe.common import memory
+from flashmoe.common.units import format_bytes
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.speed import product_rate
 from flashmoe.errors import BudgetError
+from flashmoe.runtime import budget
+from flashmoe.runtime.telemetry import STALL_BOUND
 from flashmoe.simulate.curve import HitCurve
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.disk import rate, sample
 from flashmoe.storage.gguf import GGUF
 from flashmoe.storage.reader import ExpertReader
-from flashmoe.telemetry import STALL_BOUND
-from flashmoe.units import format_bytes
 
 OVERHEAD_BYTES = 190 << 20  # interpreter, libraries, compute buffers
 LAYER_SECONDS = 1e-4  # of a layer, beside its products with weights: attention, small nodes, the cache
@@ -144,13 +146,13 @@ def make_plan(
     wished = n_ctx or trained
     small = n_ctx or min(wished, budget.SMALL_CONTEXT)
     fixed = catalog.dense_bytes + OVERHEAD_BYTES
-    least = fixed + context_bytes(gguf, small) + budget.least_pool(catalog, ALIGN)
+    least = fixed + context_bytes(gguf, small) + sizing.least_pool(catalog, ALIGN)
     whole = (
         fixed
         + context_bytes(gguf, n_ctx or min(wished, budget.AGENT_CONTEXT))
         + sum(
             size * int(n)
-            for size, n in zip(budget.slot_bytes(catalog, ALIGN), budget.group_experts(catalog), strict=True)
+            for size, n in zip(sizing.slot_bytes(catalog, ALIGN), sizing.group_experts(catalog), strict=True)
         )
     )
     shares = [int(share * gguf.size) for share in (0.25, 0.5, 0.75)]
@@ -183,14 +185,14 @@ def make_plan(
         drive_gb_per_s={str(depth): value for depth, value in machine.drive.items()},
         rows=tuple(rows),
         least_ram_bytes=least,
-        recommendation=_recommend(rows, budget.default_ram()),
+        recommendation=_recommend(rows, memory.default_ram()),
     )
 
 
 def _row(
     catalog: ExpertCatalog, machine: Machine, curve: HitCurve, ram: int, fixed: int, context: int
 ) -> Row:
-    slots = sum(budget.slots_for(catalog, ram - fixed - context_bytes(catalog.gguf, context), ALIGN))
+    slots = sum(sizing.slots_for(catalog, ram - fixed - context_bytes(catalog.gguf, context), ALIGN))
     capacity = min(1.0, slots / catalog.total_experts)
     hit_rate = curve.at(capacity)
     slowest = min(machine.compute.values())

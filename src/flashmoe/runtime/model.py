@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe import telemetry
-from flashmoe.budget import major_faults
 from flashmoe.cache.expert_cache import ExpertCache
-from flashmoe.embedding import embedding_tokens, normalized
+from flashmoe.common.memory import major_faults
 from flashmoe.engines.base import Engine, Sampling, TemplateEngine
 from flashmoe.errors import UsageError
-from flashmoe.generation import Generation, check_prompt, split
-from flashmoe.layout import PLAIN
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import Recorder
 from flashmoe.routing.trace import DECODE, PREFILL
+from flashmoe.runtime import telemetry
+from flashmoe.runtime.embedding import embedding_tokens, normalized
+from flashmoe.runtime.generation import Generation, check_prompt, split
+from flashmoe.runtime.layout import PLAIN
 from flashmoe.simulate.what_if import WhatIf
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.disk import read_ceiling

@@ -1,7 +1,7 @@
 """Proof that the slot pool works with a library: the bundled model's logits, pooled, equal the stock engine's.
 
-python -m flashmoe.probe LIBRARY, which `engines.llamacpp.proof` runs once per library file, in a child process,
-because a wrong layout crashes.
+python -m flashmoe.tools.self_test LIBRARY, which `engines.llamacpp.proof` runs once per library file, in a child
+process, because a wrong layout crashes.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe.api import load
 from flashmoe.engines.base import Engine, Sampling
 from flashmoe.engines.llamacpp.context import Context
 from flashmoe.engines.llamacpp.library import open_library
 from flashmoe.engines.llamacpp.repack import repacks_slice_by_slice
 from flashmoe.engines.llamacpp.stock import StockModel
-from flashmoe.hub import demo_model
-from flashmoe.layout import PLAIN
-from flashmoe.model import Model
+from flashmoe.runtime.layout import PLAIN
+from flashmoe.runtime.load import load
+from flashmoe.runtime.model import Model
+from flashmoe.storage.hub import demo_model
 
 _PROMPT = list(range(300, 324))
 _CONTEXT = 64
@@ -69,5 +69,5 @@ def _decode(engine: Engine | Context, tokens: list[int]) -> NDArray[np.float32]:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m flashmoe.probe LIBRARY")
+        sys.exit("usage: python -m flashmoe.tools.self_test LIBRARY")
     sys.exit(0 if compare(Path(sys.argv[1])) else "logits differ from the stock engine's")

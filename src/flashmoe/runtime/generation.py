@@ -11,7 +11,7 @@ from flashmoe.engines.base import Sampling
 from flashmoe.errors import UsageError
 
 if TYPE_CHECKING:
-    from flashmoe.model import Model
+    from flashmoe.runtime.model import Model
 
 
 def split(tokens: Sequence[int], step: int) -> list[tuple[int, ...]]:

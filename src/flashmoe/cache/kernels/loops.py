@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from flashmoe.cache.policies.rules import evicted_rule, record_rule, victim_rule
-from flashmoe.cache.policies.slots import drop, enough_room, inlined, lean, pop_free, push_free, put
+from flashmoe.cache.kernels.rules import evicted_rule, record_rule, victim_rule
+from flashmoe.cache.kernels.slots import drop, enough_room, inlined, lean, pop_free, push_free, put
 from flashmoe.cache.residency import GLOBAL
 
 

@@ -25,13 +25,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from flashmoe import native
 from flashmoe.cache import residency
-from flashmoe.cache.policies.loops import access_each_loop, access_loop, rank_loop, release_loop, window_loop
-from flashmoe.cache.policies.replay import replay_loop
-from flashmoe.cache.policies.rules import RULES, begin_rule
-from flashmoe.cache.policies.slots import allocating, evictable, lean, lowest
-from flashmoe.native import pinned
+from flashmoe.cache.kernels.loops import access_each_loop, access_loop, rank_loop, release_loop, window_loop
+from flashmoe.cache.kernels.replay import replay_loop
+from flashmoe.cache.kernels.rules import RULES, begin_rule
+from flashmoe.cache.kernels.slots import allocating, evictable, lean, lowest
+from flashmoe.common import compiled as native
+from flashmoe.common.compiled import pinned
 
 __all__ = ["Kernels", "allocating", "compiled", "evictable", "lean", "lowest"]
 

@@ -1,0 +1,1 @@
+"""What every floor stands on: units, plug-ins, files, plots, facts about the machine."""

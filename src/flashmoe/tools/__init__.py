@@ -1,0 +1,1 @@
+"""What is done with a model beside running it: doctor, plan, pack, verify, self-test."""
