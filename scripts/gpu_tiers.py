@@ -5,7 +5,7 @@
 Makes checkpoints of OLMoE-1B-7B's and Qwen3-30B-A3B's shapes in FOLDER (13.8 and 61 GB, once), generates with 25 and
 50 % of the experts on the GPU, and prints tokens/s, requests by tier, and GB/s over PCIe and from the drive beside what
 each reaches alone. The figure shows one token: copies, what the GPU and the CPU computed, and waiting for the drive.
-The opponent is accelerate's device map with offloading, given as much of the GPU as the run beside it took.
+The baseline is accelerate's device map with offloading, given as much of the GPU as the run beside it took.
 
     python scripts/gpu_tiers.py FOLDER --device cpu --tiny
 
@@ -30,7 +30,7 @@ import flashmoe
 from flashmoe.common.memory import default_ram
 from flashmoe.common.plotting import new_figure, save_figure
 from flashmoe.common.units import format_bytes
-from flashmoe.engines.base import Sampling
+from flashmoe.engines.base import SamplingParams
 from flashmoe.engines.transformers import device as devices
 from flashmoe.engines.transformers.experts import PooledExperts
 from flashmoe.runtime.model import Model
@@ -45,7 +45,7 @@ def run(folder: Path, vram: str, ram: str | None, tokens: int) -> dict[str, Any]
     """Generate with tiers, and record one token more."""
     _reset_peak()
     with flashmoe.load(folder, engine="transformers", vram=vram, ram=ram, n_ctx=1024) as model:
-        made = model.start(PROMPT, max_tokens=tokens, sampling=Sampling(temperature=0))
+        made = model.start(PROMPT, max_tokens=tokens, sampling=SamplingParams(temperature=0))
         while not made.finished:
             made.step()
         stats = model.stats

@@ -16,8 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from flashmoe.bench.baseline import drop_from_page_cache
 from flashmoe.bench.cgroup import memory_group
-from flashmoe.bench.opponent import drop_from_page_cache
 from flashmoe.common.units import parse_bytes
 
 PROMPT = list(range(100, 116))
@@ -26,10 +26,10 @@ TOKENS = {"flashmoe": 24, "accelerate": 3}
 
 def flashmoe(folder: str, ram: str) -> dict[str, object]:
     import flashmoe
-    from flashmoe.engines.base import Sampling
+    from flashmoe.engines.base import SamplingParams
 
     with flashmoe.load(folder, engine="transformers", ram=ram, n_ctx=1024) as model:
-        made = model.start(PROMPT, max_tokens=TOKENS["flashmoe"], sampling=Sampling(temperature=0))
+        made = model.start(PROMPT, max_tokens=TOKENS["flashmoe"], sampling=SamplingParams(temperature=0))
         while not made.finished:
             made.step()
         stats, seconds = model.cache.stats["decode"], model.telemetry.decode.seconds

@@ -27,10 +27,10 @@ from flashmoe.cache import sizing
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.cache.policies import create
 from flashmoe.cache.pool import SlotPool
+from flashmoe.storage.addresses import reserve_huge
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.disk import read_ceiling
 from flashmoe.storage.gguf import read_gguf
-from flashmoe.storage.memory import reserve_huge
 from flashmoe.storage.reader import ExpertReader, Read
 
 MISSES = 8  # experts per layer

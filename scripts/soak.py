@@ -25,8 +25,8 @@ import typer
 import flashmoe
 from flashmoe.common.memory import status_bytes
 from flashmoe.common.units import format_bytes
-from flashmoe.engines.llamacpp.proof import proven_library
 from flashmoe.engines.llamacpp.stock import StockModel
+from flashmoe.engines.llamacpp.tested import tested_library
 from flashmoe.errors import UsageError
 from flashmoe.storage.hub import resolve
 
@@ -109,7 +109,7 @@ def main(
     seed: Annotated[int, typer.Option()] = 0,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
-    lib = proven_library()
+    lib = tested_library()
     stock = StockModel(lib, resolve("demo"))
     context = stock.context(n_ctx=CONTEXT, n_ubatch=UBATCH, threads=1)
     expected = []

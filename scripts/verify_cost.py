@@ -20,12 +20,12 @@ import numpy as np
 import typer
 
 import flashmoe
+from flashmoe.storage.addresses import reserve_huge
 from flashmoe.storage.catalog import ExpertCatalog
+from flashmoe.storage.checksums import FirstReads, needed_sums
 from flashmoe.storage.disk import tune
 from flashmoe.storage.gguf import read_gguf
-from flashmoe.storage.memory import reserve_huge
 from flashmoe.storage.reader import ExpertReader, Read
-from flashmoe.storage.sums import FirstReads, needed_sums
 
 MISSES = 8  # experts per layer
 UNIT = 4096

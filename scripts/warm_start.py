@@ -20,12 +20,12 @@ from typing import Annotated, Any
 
 import typer
 
+from flashmoe.bench.baseline import drop_from_page_cache
 from flashmoe.bench.forced import trace_tokens
-from flashmoe.bench.opponent import drop_from_page_cache
 from flashmoe.bench.runner import _run_child
 from flashmoe.bench.spec import POOL, BenchError, Job, ram_sizes, split_list
 from flashmoe.bench.tokens import vocabulary_size
-from flashmoe.engines.llamacpp.proof import proven_library
+from flashmoe.engines.llamacpp.tested import tested_library
 from flashmoe.routing.files import read as read_trace
 from flashmoe.storage.gguf import read_gguf
 
@@ -71,7 +71,7 @@ def main(
     def job(first: int, n_decode: int) -> Job:
         tokens = trace_tokens(known, first, N_PROMPT + n_decode)
         return Job(
-            engine=POOL, model=str(model), source=str(model), library=str(proven_library().path),
+            engine=POOL, model=str(model), source=str(model), library=str(tested_library().path),
             tokens=[int(t) % vocabulary if t >= 0 else i for i, t in enumerate(tokens)],
             n_prompt=N_PROMPT, n_warmup=0, n_ctx=256, n_ubatch=256, step=256, threads=threads,
             prefetch=prefetch, trace=str(trace), trace_start=first,

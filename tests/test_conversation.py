@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import flashmoe
-from flashmoe.engines.base import Sampling
+from flashmoe.engines.base import SamplingParams
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.serving.options import ServerOptions
 from flashmoe.errors import FlashMoEError, ReadError, UsageError
@@ -23,7 +23,7 @@ from tests.conftest import Tiny
 from tests.engines.reference import StockServer
 from tests.models.writer import CHAT_TEMPLATE
 
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 STEP = 8
 CONTEXT = 256
 ANSWER = 12
@@ -369,7 +369,7 @@ def test_library_without_a_server(model: flashmoe.Model) -> None:
         Conversation(model)
     tokens = model.engine.tokenize(MESSAGES[0])
     assert "".join(model.generate(tokens, max_tokens=4, sampling=GREEDY)) == "".join(
-        model.start(tokens, max_tokens=4, sampling=GREEDY).pieces()
+        model.start(tokens, max_tokens=4, sampling=GREEDY).stream()
     )
 
 
@@ -377,7 +377,7 @@ def test_conversation_after_the_own_loop(model: flashmoe.Model) -> None:
     """`start` takes the context from the server that the conversation was begun with."""
     talk = talk_with(model)
     first = say(talk, MESSAGES[0])
-    list(model.start([65, 66], max_tokens=2, sampling=GREEDY).pieces())
+    list(model.start([65, 66], max_tokens=2, sampling=GREEDY).stream())
     other = talk_with(model)
     assert say(other, MESSAGES[0]) == first
     assert say(talk, "why?")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flashmoe
-from flashmoe.engines.base import Sampling
+from flashmoe.engines.base import SamplingParams
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.errors import FlashMoEError, ModelError, ReadError, UsageError
 from flashmoe.runtime.layout import PLAIN, REPACKED
@@ -20,15 +20,15 @@ from flashmoe.storage import reader as reader_module
 from flashmoe.storage import sums as sums_module
 from flashmoe.storage.aio import KernelQueue, ThreadQueue
 from flashmoe.storage.catalog import ExpertCatalog
+from flashmoe.storage.checksums import Slice, find_sums, slices_of, sums_path
 from flashmoe.storage.gguf import read_gguf
 from flashmoe.storage.pack import find_pack
-from flashmoe.storage.sums import Slice, find_sums, slices_of, sums_path
 from flashmoe.tools.packing import make_pack
 from tests.cli.runner import flashmoe as command
 from tests.conftest import Tiny
 from tests.models import split
 
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
 
@@ -194,7 +194,7 @@ def test_reads_in_pieces_are_whole_again_where_they_are_checked(model: Path) -> 
 
 @pytest.fixture
 def packed(model: Path, lib: Library, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("flashmoe.tools.packing.proven_library", lambda: lib)
+    monkeypatch.setattr("flashmoe.tools.packing.tested_library", lambda: lib)
     try:
         make_pack(model)
     except ModelError:

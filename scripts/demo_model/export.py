@@ -126,7 +126,7 @@ def _metadata(writer: gguf.GGUFWriter, model: Model) -> None:
 
 
 def _vocabulary(writer: gguf.GGUFWriter, tokenizer: Tokenizer) -> None:
-    pieces = tokenizer.pieces()
+    pieces = tokenizer.stream()
     control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")

@@ -58,7 +58,7 @@ class Tokenizer:
     def size(self) -> int:
         return self.bpe.get_vocab_size()
 
-    def pieces(self) -> list[str]:
+    def stream(self) -> list[str]:
         """The vocabulary's strings in the order of their ids."""
         vocabulary = self.bpe.get_vocab()
         return sorted(vocabulary, key=vocabulary.__getitem__)

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from flashmoe.errors import FlashMoEError
 
 if TYPE_CHECKING:
-    from flashmoe.engines.base import Sampling
+    from flashmoe.engines.base import SamplingParams
     from flashmoe.runtime.conversation import Conversation
     from flashmoe.runtime.load import load
     from flashmoe.runtime.model import Model
     from flashmoe.tools.integrity import Verdict, verify
 
-__all__ = ["Conversation", "FlashMoEError", "Model", "Sampling", "Verdict", "load", "verify"]
+__all__ = ["Conversation", "FlashMoEError", "Model", "SamplingParams", "Verdict", "load", "verify"]
 
 try:
     __version__ = version("flashmoe-ssd")
@@ -36,10 +36,10 @@ def __getattr__(name: str) -> Any:
         from flashmoe.runtime.conversation import Conversation
 
         return Conversation
-    if name == "Sampling":
-        from flashmoe.engines.base import Sampling
+    if name == "SamplingParams":
+        from flashmoe.engines.base import SamplingParams
 
-        return Sampling
+        return SamplingParams
     if name in ("Verdict", "verify"):
         from flashmoe.tools import integrity
 

@@ -1,4 +1,4 @@
-"""The harness in parts: sizes, tokens, busy machines, memory groups, forced routing, the opponent's files."""
+"""The harness in parts: sizes, tokens, busy machines, memory groups, forced routing, the baseline's files."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flashmoe.bench import opponent, quiet
+from flashmoe.bench import baseline, quiet
 from flashmoe.bench.cgroup import memory_group
 from flashmoe.bench.forced import ForcedRouting, expert_table, trace_tokens
 from flashmoe.bench.results import Round, bounds, make_row, spread
@@ -35,7 +35,7 @@ def test_sizes() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"opponents": ["ollama"]}, "--against 'ollama': choose from mmap"),
+        ({"baselines": ["ollama"]}, "--against 'ollama': choose from mmap"),
         ({"prefetchers": ["gaet"]}, "unknown predictor 'gaet'"),
         ({"pairs": 0}, "at least 1"),
     ],
@@ -257,27 +257,27 @@ def test_bounds_and_spread_of_little() -> None:
     assert bounds(report)["ssd_tokens_per_s"] is None
 
 
-# The opponent's files ---------------------------------------------------------------------------------------
+# The baseline's files ---------------------------------------------------------------------------------------
 
 
 def test_a_small_read_ahead_is_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = make("olmoe", tmp_path / "m.gguf")
-    monkeypatch.setattr(opponent, "read_ahead", lambda path: 128 << 10)
-    with opponent.opponent_files([path]) as files:
+    monkeypatch.setattr(baseline, "read_ahead", lambda path: 128 << 10)
+    with baseline.opponent_files([path]) as files:
         assert (files.first, files.note) == (path, "")
 
 
 def test_a_large_read_ahead_is_avoided_or_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = make("olmoe", tmp_path / "m.gguf")
-    monkeypatch.setattr(opponent, "read_ahead", lambda path: 8 << 20)
+    monkeypatch.setattr(baseline, "read_ahead", lambda path: 8 << 20)
     data = path.read_bytes()
-    with opponent.opponent_files([path]) as files:
+    with baseline.opponent_files([path]) as files:
         assert "8192 KiB" in files.note
         seen = files.first.read_bytes()
         assert seen[: len(data)] == data
         assert len(seen) - len(data) < 4096
         device = files.first.resolve()
-        looped = files.read_ahead == opponent.BEST_READ_AHEAD
+        looped = files.read_ahead == baseline.BEST_READ_AHEAD
         if looped:
             ahead = subprocess.run(["blockdev", "--getra", str(device)], capture_output=True, text=True)
             assert int(ahead.stdout) == 256
@@ -292,8 +292,8 @@ def test_a_large_read_ahead_is_avoided_or_told(monkeypatch: pytest.MonkeyPatch, 
 
 def test_without_root_it_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     path = make("olmoe", tmp_path / "m.gguf")
-    monkeypatch.setattr(opponent, "read_ahead", lambda path: 8 << 20)
+    monkeypatch.setattr(baseline, "read_ahead", lambda path: 8 << 20)
     monkeypatch.setattr("os.geteuid", lambda: 1000)
-    with opponent.opponent_files([path]) as files:
+    with baseline.opponent_files([path]) as files:
         assert files.first == path
         assert "needs root" in files.note

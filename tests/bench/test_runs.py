@@ -26,7 +26,7 @@ from ..models import make
 from .test_parts import BUSY, trace
 
 REPORT = ("model", "prefill", "decode", "cache", "io", "memory", "start", "bound")
-ROW = ("ram", "policy", "prefetch", "opponent", "ratio", "spread", "runs", "bounds", "busy", "same_logits")
+ROW = ("ram", "policy", "prefetch", "baseline", "ratio", "spread", "runs", "bounds", "busy", "same_logits")
 
 
 def plan(model: Path, **changes: Any) -> Plan:
@@ -51,13 +51,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_benchmark_of_pairs(model: Path) -> None:
     seen: list[tuple[int, int]] = []
     report = runner.run(
-        plan(model, opponents=["mmap", "stock"], policies=["lru", "lfu"], pairs=2),
+        plan(model, baselines=["mmap", "stock"], policies=["lru", "lfu"], pairs=2),
         lambda what, done, total: seen.append((done, total)),
     )
     assert json.loads(json.dumps(report)) == report
     assert seen[-1] == (8, 8)
     rows = report["rows"]
-    assert [(r["policy"], r["opponent"]) for r in rows] == [
+    assert [(r["policy"], r["baseline"]) for r in rows] == [
         ("lru", "mmap"),
         ("lru", "stock"),
         ("lfu", "mmap"),
@@ -71,14 +71,14 @@ def test_a_benchmark_of_pairs(model: Path) -> None:
         assert row["cache"]["hits"] + row["cache"]["misses"] == 4 * 4 * 4  # tokens, layers, top-k: no warm-up
         assert len(row["runs"]["ratio"]) == 2
         assert row["decode"]["tokens_per_s"] > 0 < row["opponent_decode"]["tokens_per_s"]
-        assert row["same_logits"] is (True if row["opponent"] == "mmap" else None)
+        assert row["same_logits"] is (True if row["baseline"] == "mmap" else None)
     assert report["machine"]["threads"] == 1
     assert report["model"]["experts"] == 16
 
 
 def test_each_layout_computes_what_its_opponent_does(model: Path) -> None:
-    report = runner.run(plan(model, opponents=["plain", "stock"], layouts=["plain", "repacked"]))
-    same = {(row["layout"], row["opponent"]): row["same_logits"] for row in report["rows"]}
+    report = runner.run(plan(model, baselines=["plain", "stock"], layouts=["plain", "repacked"]))
+    same = {(row["layout"], row["baseline"]): row["same_logits"] for row in report["rows"]}
     assert same == {
         ("plain", "plain"): True,
         ("plain", "stock"): None,
@@ -94,13 +94,13 @@ def test_a_budget_holds_the_whole_process(model: Path) -> None:
     if row["limit_bytes"]["ours"] is None:
         assert any("nothing limited the memory" in note for note in report["notes"])
         pytest.skip("no right to make a memory control group here")
-    assert row["limit_bytes"] == {"ours": 600 << 20, "opponent": 600 << 20}
+    assert row["limit_bytes"] == {"ours": 600 << 20, "baseline": 600 << 20}
     assert max(row["peak_bytes"].values()) <= 600 << 20
 
 
 def test_a_budget_too_small_is_told(model: Path) -> None:
     with pytest.raises(BenchError, match="smallest that works"):
-        runner.run(plan(model, sizes=ram_sizes("100MiB", 0), opponents=[]))
+        runner.run(plan(model, sizes=ram_sizes("100MiB", 0), baselines=[]))
 
 
 def test_too_many_tokens_are_told(model: Path) -> None:
@@ -125,16 +125,16 @@ def test_a_pair_that_was_disturbed_is_measured_again(model: Path, monkeypatch: p
     loads = iter([BUSY, quiet.Load(1.0, 0.0, 0.0)])
     monkeypatch.setattr(quiet, "wait_until_quiet", lambda: None)
     monkeypatch.setattr(quiet, "load_between", lambda before, after: next(loads))
-    report = runner.run(plan(model, allow_busy=False, opponents=[]))
+    report = runner.run(plan(model, allow_busy=False, baselines=[]))
     assert report["rows"][0]["busy"] is False
-    assert report["rows"][0]["opponent"] == "none"
+    assert report["rows"][0]["baseline"] == "none"
     assert next(loads, None) is None
 
 
 def test_routing_by_a_trace_is_the_same_on_both_sides(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "t.safetensors"
     trace(layers=4).save(path)
-    report = runner.run(plan(model, routing=str(path), opponents=["mmap"]))
+    report = runner.run(plan(model, routing=str(path), baselines=["mmap"]))
     (row,) = report["rows"]
     assert row["same_logits"] is True
     assert row["trace"] == str(path)

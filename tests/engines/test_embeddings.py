@@ -53,7 +53,7 @@ def test_equal_to_stock(lib: Library, tiny: Tiny, name: str, cache: str, pooling
 def test_generation_is_not_disturbed(demo: Path) -> None:
     """Text before and after an embedding is what it is without one, and so is the embedding."""
     with flashmoe.load(demo, cache="50%", pooling="mean", prefetch="none", threads=1) as model:
-        sampling = flashmoe.Sampling(temperature=0)
+        sampling = flashmoe.SamplingParams(temperature=0)
         before = "".join(model.generate("The sea", max_tokens=12, sampling=sampling))
         first = model.embed("The sea")
         assert "".join(model.generate("The sea", max_tokens=12, sampling=sampling)) == before

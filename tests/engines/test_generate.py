@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import flashmoe
-from flashmoe.engines.base import Sampling
+from flashmoe.engines.base import SamplingParams
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.serving.options import ServerOptions
 from flashmoe.errors import FlashMoEError, ReadError, UsageError
@@ -25,7 +25,7 @@ from flashmoe.storage.direct import DirectFile
 from tests.conftest import Tiny
 from tests.engines.reference import Reference, StockServer, closing
 
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 PROMPT = "the sky is hello world and so on"
 
 
@@ -45,7 +45,9 @@ def llama(lib: Library, tiny: Tiny) -> Iterator[Reference]:
     yield from closing(Reference(lib, tiny("llama")))
 
 
-def text_of(model: flashmoe.Model, prompt: str = PROMPT, n: int = 24, sampling: Sampling = GREEDY) -> str:
+def text_of(
+    model: flashmoe.Model, prompt: str = PROMPT, n: int = 24, sampling: SamplingParams = GREEDY
+) -> str:
     return "".join(model.generate(prompt, max_tokens=n, sampling=sampling))
 
 
@@ -80,7 +82,9 @@ def test_demo_text_is_the_same_at_every_pool_size(lib: Library, demo: Path) -> N
 
 def test_same_seed_same_text(model: flashmoe.Model) -> None:
     def draw(seed: int) -> str:
-        return text_of(model, sampling=Sampling(temperature=1.5, top_k=0, top_p=1.0, min_p=0.0, seed=seed))
+        return text_of(
+            model, sampling=SamplingParams(temperature=1.5, top_k=0, top_p=1.0, min_p=0.0, seed=seed)
+        )
 
     first = draw(3)
     assert draw(3) == first
@@ -88,7 +92,7 @@ def test_same_seed_same_text(model: flashmoe.Model) -> None:
 
 
 def test_top_k_of_one_is_greedy(model: flashmoe.Model) -> None:
-    assert text_of(model, sampling=Sampling(temperature=2.0, top_k=1, seed=1)) == text_of(model)
+    assert text_of(model, sampling=SamplingParams(temperature=2.0, top_k=1, seed=1)) == text_of(model)
 
 
 def test_text_streams_token_by_token(model: flashmoe.Model) -> None:
@@ -113,7 +117,7 @@ def test_no_tokens_are_wished(model: flashmoe.Model) -> None:
 
 def test_answer_that_fills_the_context(lib: Library, tiny: Tiny) -> None:
     """As with the stock server; the own loop goes on to the last cell."""
-    greedy = Sampling(temperature=0, ignore_eos=True)
+    greedy = SamplingParams(temperature=0, ignore_eos=True)
     prompt = [65] * 246
     with opened(tiny("llama"), lib, "100%", n_ubatch=8) as model, StockServer(tiny("llama"), model) as stock:
         event = stock.complete({"prompt": prompt, "temperature": 0, "ignore_eos": True})[-1]
@@ -138,7 +142,7 @@ def test_prompt_that_fills_the_context_exactly(model: flashmoe.Model) -> None:
         list(model.generate([66] * 256, sampling=GREEDY))
     with pytest.raises(UsageError, match="257 tokens, the context 256"):
         list(model.generate([66] * 257))
-    list(model.start([66] * 256, sampling=GREEDY).pieces())
+    list(model.start([66] * 256, sampling=GREEDY).stream())
     assert model.engine.past() == 256
     list(model.generate([66] * 255, sampling=GREEDY))
 
@@ -317,10 +321,10 @@ def test_real_interrupt_while_the_graph_runs(model: flashmoe.Model, llama: Refer
     for times in range(1, 21):
         thread = interrupt_inside("decode", times)
         with pytest.raises(KeyboardInterrupt):
-            list(model.start(tokens, max_tokens=240, sampling=GREEDY).pieces())
+            list(model.start(tokens, max_tokens=240, sampling=GREEDY).stream())
         thread.join()
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert "".join(model.start(tokens, max_tokens=24, sampling=GREEDY).pieces()) == expected
+    assert "".join(model.start(tokens, max_tokens=24, sampling=GREEDY).stream()) == expected
     assert text_of(model) == expected
 
 
@@ -329,7 +333,7 @@ def test_real_interrupt_while_the_server_works(model: flashmoe.Model, llama: Ref
     expected = stock_text(model, llama)
     text_of(model, n=1)  # the server has started
     main = threading.main_thread().ident or 0
-    endless = Sampling(temperature=0, ignore_eos=True)
+    endless = SamplingParams(temperature=0, ignore_eos=True)
 
     def go_on(timer: threading.Timer) -> None:
         timer.start()
@@ -381,7 +385,7 @@ def test_own_loop_and_server_in_turns(cache: str, lib: Library, tiny: Tiny, llam
     with opened(tiny("llama"), lib, cache, n_ubatch=4) as model:
         expected, tokens = stock_text(model, llama), model.engine.tokenize(PROMPT)
         for _ in range(3):
-            assert "".join(model.start(tokens, max_tokens=24, sampling=GREEDY).pieces()) == expected
+            assert "".join(model.start(tokens, max_tokens=24, sampling=GREEDY).stream()) == expected
             assert model.engine.past() > len(tokens)
             assert text_of(model) == expected
             assert model.engine.past() == 0
@@ -440,7 +444,7 @@ def test_server_that_ends_at_once(lib: Library, tiny: Tiny) -> None:
 
 def test_context_taken_back_in_the_middle(lib: Library, tiny: Tiny, llama: Reference) -> None:
     """While a request is under way, whether its reader has begun, gone on, or left: nothing hangs or breaks."""
-    endless = Sampling(temperature=0, ignore_eos=True)
+    endless = SamplingParams(temperature=0, ignore_eos=True)
     with opened(tiny("llama"), lib, "30%") as model:
         expected, tokens = stock_text(model, llama), model.engine.tokenize(PROMPT)
         for taken in range(40):
@@ -450,7 +454,7 @@ def test_context_taken_back_in_the_middle(lib: Library, tiny: Tiny, llama: Refer
             if taken % 2:
                 pieces.close()  # type: ignore[attr-defined]
             if taken % 3:
-                assert "".join(model.start(tokens, max_tokens=24, sampling=GREEDY).pieces()) == expected
+                assert "".join(model.start(tokens, max_tokens=24, sampling=GREEDY).stream()) == expected
             else:
                 model._own_context()
         assert text_of(model) == expected
@@ -510,4 +514,4 @@ def test_server_that_does_not_start(lib: Library, tiny: Tiny) -> None:
     with opened(tiny("llama"), lib, server=options) as model:
         with pytest.raises(UsageError, match="unknown reasoning format"):
             text_of(model)
-        assert list(model.start([65, 66], max_tokens=3, sampling=GREEDY).pieces())
+        assert list(model.start([65, 66], max_tokens=3, sampling=GREEDY).stream())

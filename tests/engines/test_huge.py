@@ -12,7 +12,7 @@ import pytest
 
 import flashmoe
 from flashmoe.common.memory import status_bytes
-from flashmoe.engines.base import Sampling
+from flashmoe.engines.base import SamplingParams
 from tests.models.architectures import EXPERTS, FULL_NORMS
 from tests.models.spec import Spec
 from tests.models.writer import _add, _add_tokenizer
@@ -61,7 +61,7 @@ def test_a_model_above_the_machines_memory_loads_and_generates(tmp_path: Path) -
     before = status_bytes("RssAnon")
     with flashmoe.load(path, cache="8", n_ctx=64, threads=1) as model:
         loaded = status_bytes("RssAnon") - before
-        text = "".join(model.generate("ab", max_tokens=4, sampling=Sampling(temperature=0)))
+        text = "".join(model.generate("ab", max_tokens=4, sampling=SamplingParams(temperature=0)))
         assert model.telemetry.decode.tokens == 3
         assert model.cache.policy.residency.n_slots == 8
     assert text

@@ -14,7 +14,7 @@ import pytest
 
 from flashmoe.engines.llamacpp import abi, library
 from flashmoe.engines.llamacpp.library import ENVIRONMENT, Library, find_library
-from flashmoe.engines.llamacpp.proof import prove
+from flashmoe.engines.llamacpp.tested import prove
 from flashmoe.errors import LibraryError
 from flashmoe.tools import self_test as probe
 

@@ -46,7 +46,7 @@ def model(tiny: Tiny, tmp_path: Path, lib: Library) -> Path:
 @pytest.fixture
 def library(lib: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packing takes the installed library without proving it."""
-    monkeypatch.setattr("flashmoe.tools.packing.proven_library", lambda: lib)
+    monkeypatch.setattr("flashmoe.tools.packing.tested_library", lambda: lib)
 
 
 def run(path: Path, lib: Library, cache: str, layout: str) -> tuple[np.ndarray, str]:

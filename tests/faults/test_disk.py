@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import flashmoe
-from flashmoe.engines.base import Sampling
+from flashmoe.engines.base import SamplingParams
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.errors import ReadError
 from flashmoe.storage import direct
@@ -23,7 +23,7 @@ from tests.conftest import Tiny
 from tests.faults.disk import Disk, why_not
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 
 
 @pytest.fixture

@@ -24,10 +24,10 @@ from flashmoe.prefetch.table import Table
 from flashmoe.routing.files import read as read_trace
 from flashmoe.runtime.session import Session
 from flashmoe.storage.catalog import ExpertCatalog
+from flashmoe.storage.checksums import find_sums, no_sums, write_sums
 from flashmoe.storage.direct import DirectFile
 from flashmoe.storage.gguf import parse_part, read_gguf
 from flashmoe.storage.pack import find_pack, write_pack
-from flashmoe.storage.sums import find_sums, no_sums, write_sums
 from tests.fuzz import mutate
 from tests.learn.test_learned import untrained as untrained_policy
 from tests.models import make, split

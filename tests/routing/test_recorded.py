@@ -14,7 +14,7 @@ import flashmoe
 from flashmoe.cache.policies import BUILTIN, create
 from flashmoe.cache.residency import make_residency
 from flashmoe.cli.trace import app
-from flashmoe.engines.base import Sampling
+from flashmoe.engines.base import SamplingParams
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.routing.trace import PREFILL, RoutingTrace
 from flashmoe.runtime import open_gguf as gguf
@@ -63,7 +63,7 @@ def test_hits_of_the_runtime_are_the_simulator_s(name: str, lib: Library, demo: 
 
         model.cache.ensure = noted  # type: ignore[method-assign]
         for prompt in PROMPTS:
-            for _ in model.generate(prompt, max_tokens=12, sampling=Sampling(temperature=0)):
+            for _ in model.generate(prompt, max_tokens=12, sampling=SamplingParams(temperature=0)):
                 pass
         assert model.recorder is not None
         trace, pool = model.recorder.trace(), policy.residency
@@ -88,7 +88,7 @@ def test_hits_of_the_runtime_are_the_simulator_s(name: str, lib: Library, demo: 
 @pytest.fixture
 def record(lib: Library, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """record(output): `flashmoe trace record` of three prompts."""
-    monkeypatch.setattr(gguf, "proven_library", lambda: lib)
+    monkeypatch.setattr(gguf, "tested_library", lambda: lib)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("A cat sat.\nThe rain fell on the roof.\nWhy not?\n", encoding="utf-8")
     options = ["-n", "6", "-c", "64", "-t", "1", "--temp", "0", "--cache", "50%"]

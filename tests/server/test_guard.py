@@ -134,11 +134,11 @@ def test_what_pages_send_without_asking(front: Running, kind: str) -> None:
 
 
 def test_too_large(front: Running) -> None:
-    def pieces() -> Iterator[bytes]:
+    def stream() -> Iterator[bytes]:
         for _ in range(64):
             yield b"x" * 65536
 
-    contents: list[Any] = [b"x" * 2_000_000, pieces()]
+    contents: list[Any] = [b"x" * 2_000_000, stream()]
     for content in contents:
         answer = httpx.post(f"{front.url}/v1/completions", content=content)
         assert answer.status_code == 413

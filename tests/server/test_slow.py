@@ -15,13 +15,13 @@ import uvicorn
 
 from flashmoe.server.body import Limits
 from flashmoe.server.errors import Refusal
-from flashmoe.server.patience import LARGEST_HEAD, PatientProtocol
 from flashmoe.server.serve import KEEP_ALIVE_SECONDS, listen
+from flashmoe.server.timeouts import LARGEST_HEAD, TimeoutProtocol
 
 HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Type: text/plain\r\nContent-Length: 4\r\n"
 
 
-class Hasty(PatientProtocol):
+class Hasty(TimeoutProtocol):
     head_seconds = 0.3
 
 

@@ -12,7 +12,7 @@ import flashmoe
 from flashmoe import Model
 from flashmoe.cache.policies import create
 from flashmoe.cache.residency import check_residency, make_residency
-from flashmoe.engines.base import Sampling
+from flashmoe.engines.base import SamplingParams
 from flashmoe.simulate import recent
 from flashmoe.simulate.recent import BLOCK, Block, Comparison, RecentSteps, compare
 from flashmoe.simulate.replay import replay
@@ -22,7 +22,7 @@ PROMPT = "The history of the lighthouse begins with fires that were lit on the h
 
 
 def generate(model: Model, n: int, seed: int) -> None:
-    for _ in model.generate(PROMPT, max_tokens=n, sampling=Sampling(temperature=3, top_k=0, seed=seed)):
+    for _ in model.generate(PROMPT, max_tokens=n, sampling=SamplingParams(temperature=3, top_k=0, seed=seed)):
         pass
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 
 from flashmoe import __version__
-from flashmoe.bench.opponent import read_ahead
+from flashmoe.bench.baseline import read_ahead
 from flashmoe.common.machine import file_system, processor
 
 

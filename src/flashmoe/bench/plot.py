@@ -33,16 +33,16 @@ def _speeds(axes: Any, report: dict[str, Any]) -> None:
 
     rows = report["rows"]
     pools: dict[str, list[dict[str, Any]]] = {}
-    opponents: dict[str, list[dict[str, Any]]] = {}
+    baselines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         pools.setdefault(_pool_name(row), []).append(row)
         if row["opponent_decode"]:
-            opponents.setdefault(row["opponent"], []).append(row)
+            baselines.setdefault(row["baseline"], []).append(row)
     for name, members in pools.items():
         _line(
             axes, members, name, "o-", lambda r: r["decode"]["tokens_per_s"], lambda r: r["spread"]["decode"]
         )
-    for name, members in opponents.items():
+    for name, members in baselines.items():
         _line(
             axes,
             members,

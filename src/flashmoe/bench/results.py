@@ -11,13 +11,13 @@ from flashmoe.bench.quiet import Load
 from flashmoe.bench.spec import Setting, Size
 from flashmoe.runtime.layout import PACKED, PLAIN, REPACKED
 
-#: Layouts of the weights -> opponents that must then agree with the pool to the last bit.
+#: Layouts of the weights -> baselines that must then agree with the pool to the last bit.
 _SAME_KERNELS = {PLAIN: ("mmap", "plain"), REPACKED: ("stock",), PACKED: ("stock",)}
 
 
 @dataclass(frozen=True)
 class Round:
-    """One pass: every setting of the pool and every opponent once, and what else ran on the machine meanwhile."""
+    """One pass: every setting of the pool and every baseline once, and what else ran on the machine meanwhile."""
 
     ours: dict[Setting, dict[str, Any]]
     theirs: dict[str, dict[str, Any]]
@@ -27,16 +27,16 @@ class Round:
 def make_row(
     size: Size,
     setting: Setting,
-    opponent: str,
+    baseline: str,
     trace: str | None,
     rounds: Sequence[Round],
 ) -> dict[str, Any]:
-    """A row: a size, a setting of the pool, an opponent. The run's report is that of the median pair.
+    """A row: a size, a setting of the pool, an baseline. The run's report is that of the median pair.
 
     Speeds are decode tokens per second; `ratio` is the median of the pairs' ratios; spreads are interquartile ranges.
     """
     ours = [r.ours[setting] for r in rounds]
-    theirs = [r.theirs[opponent] for r in rounds if opponent in r.theirs]
+    theirs = [r.theirs[baseline] for r in rounds if baseline in r.theirs]
     failed = next((their["error"] for their in theirs if "error" in their), None)
     speeds = [our["decode"]["tokens_per_s"] for our in ours]
     opposing = [] if failed else [their["decode"]["tokens_per_s"] for their in theirs]
@@ -45,7 +45,7 @@ def make_row(
     chosen = ours[middle]
     report = {key: value for key, value in chosen["report"].items() if key != "text"}
     same = None
-    if opponent in _SAME_KERNELS[report["layout"]] and theirs and not failed:
+    if baseline in _SAME_KERNELS[report["layout"]] and theirs and not failed:
         same = all(
             our["logits_sha256"] == their["logits_sha256"] for our, their in zip(ours, theirs, strict=True)
         )
@@ -57,7 +57,7 @@ def make_row(
         "policy": setting.policy,
         "policy_used": report["policy"],
         "prefetch": setting.prefetch,
-        "opponent": opponent,
+        "baseline": baseline,
         "trace": trace,
         "decode": {**report["decode"], "tokens_per_s": statistics.median(speeds)},
         "opponent_decode": {"tokens_per_s": statistics.median(opposing)} if opposing else None,
@@ -84,7 +84,7 @@ def make_row(
         "peak_bytes": _sides(ours, theirs, lambda run: run["group_peak_bytes"] or run["peak_bytes"]),
         "limit_bytes": {
             "ours": chosen["limit_bytes"],
-            "opponent": theirs[middle]["limit_bytes"] if theirs else None,
+            "baseline": theirs[middle]["limit_bytes"] if theirs else None,
         },
         "bounds": bounds(report),
         "timeline": chosen.get("timeline"),
@@ -116,9 +116,9 @@ def spread(values: Sequence[float]) -> list[float] | None:
 
 
 def _sides(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], value: Any) -> dict[str, Any]:
-    """The median of a figure for both sides; None where the opponent has failed."""
+    """The median of a figure for both sides; None where the baseline has failed."""
     good = [run for run in theirs if "error" not in run]
-    return {"ours": _median(map(value, ours)), "opponent": _median(map(value, good)) if good else None}
+    return {"ours": _median(map(value, ours)), "baseline": _median(map(value, good)) if good else None}
 
 
 def _median(values: Any) -> float:

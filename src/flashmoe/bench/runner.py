@@ -16,10 +16,10 @@ from types import FrameType
 from typing import Any
 
 from flashmoe.bench import quiet
+from flashmoe.bench.baseline import OpponentFiles, drop_from_page_cache, opponent_files
 from flashmoe.bench.cgroup import memory_group
 from flashmoe.bench.forced import trace_tokens
 from flashmoe.bench.machine import describe
-from flashmoe.bench.opponent import OpponentFiles, drop_from_page_cache, opponent_files
 from flashmoe.bench.results import Round, make_row
 from flashmoe.bench.spec import DEFAULT_POLICY, POOL, BenchError, Job, Plan, Setting, Size
 from flashmoe.bench.tokens import ROUTINGS, make_tokens, vocabulary_size
@@ -47,10 +47,10 @@ def run(plan: Plan, progress: Progress = lambda what, done, total: None) -> dict
 class _Runner:
     def __init__(self, plan: Plan, progress: Progress) -> None:
         from flashmoe.engines.llamacpp.library import open_library
-        from flashmoe.engines.llamacpp.proof import proven_library
+        from flashmoe.engines.llamacpp.tested import tested_library
 
         self._plan, self._progress = plan, progress
-        self._lib = open_library(plan.library) if plan.library else proven_library()
+        self._lib = open_library(plan.library) if plan.library else tested_library()
         self._catalog = ExpertCatalog.from_gguf(read_gguf(plan.model))
         self._trace = None if _is_tokens(plan.routing) else plan.routing
         if self._trace:
@@ -60,7 +60,7 @@ class _Runner:
         self._settings = [
             Setting(*values) for values in product(plan.policies, plan.prefetchers, plan.layouts)
         ]
-        self._total = len(plan.sizes) * plan.pairs * (len(self._settings) + len(plan.opponents))
+        self._total = len(plan.sizes) * plan.pairs * (len(self._settings) + len(plan.baselines))
         self._done = 0
         self._job = self._template()
         self._unlimited = False
@@ -71,7 +71,7 @@ class _Runner:
         with ExitStack() as stack:
             stack.enter_context(_ended_by_signals())
             files = OpponentFiles(gguf.files[0], gguf.files, None, "")
-            if "mmap" in plan.opponents:
+            if "mmap" in plan.baselines:
                 files = stack.enter_context(opponent_files(gguf.files))
             rows = [row for size in plan.sizes for row in self._measure_size(size, files)]
         notes = [files.note] if files.note else []
@@ -162,9 +162,9 @@ class _Runner:
     def _measure_size(self, size: Size, files: OpponentFiles) -> list[dict[str, Any]]:
         rounds = [self._quiet_round(size, files) for _ in range(self._plan.pairs)]
         return [
-            make_row(size, setting, opponent, self._trace, rounds)
+            make_row(size, setting, baseline, self._trace, rounds)
             for setting in self._settings
-            for opponent in self._plan.opponents or ("none",)
+            for baseline in self._plan.baselines or ("none",)
         ]
 
     def _quiet_round(self, size: Size, files: OpponentFiles) -> Round:
@@ -201,9 +201,9 @@ class _Runner:
             ours[setting] = result
             loads.append(load)
         first = next(iter(ours.values()))
-        # a pool that was sized directly: the opponent gets the memory that its process took
+        # a pool that was sized directly: the baseline gets the memory that its process took
         limit = size.ram or first["group_peak_bytes"] or first["peak_bytes"]
-        for name in self._plan.opponents:
+        for name in self._plan.baselines:
             mapped = name == "mmap"
             job = replace(
                 self._job,

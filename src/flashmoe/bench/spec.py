@@ -11,16 +11,15 @@ from typing import NamedTuple
 
 from flashmoe.common.units import parse_bytes
 from flashmoe.errors import FlashMoEError, UsageError
-from flashmoe.prefetch import create_all
 from flashmoe.runtime.layout import AUTO, check_layout
 
 #: What can be measured against. The pool itself is the engine "pool".
-OPPONENTS = {
+BASELINES = {
     "mmap": "llama.cpp, memory-mapped, the file's own layouts, under the same memory limit",
     "plain": "llama.cpp, all in RAM, the file's own layouts, no limit",
     "stock": "llama.cpp, all in RAM, as it comes (repacked layouts), no limit",
 }
-NO_OPPONENT = "none"
+NO_BASELINE = "none"
 POOL = "pool"
 #: What a user gets who names nothing.
 DEFAULT_POLICY = "default"
@@ -86,11 +85,11 @@ class Size:
 
 @dataclass(frozen=True)
 class Plan:
-    """A benchmark: every size with every policy, prefetcher and layout, against every opponent, `pairs` times."""
+    """A benchmark: every size with every policy, prefetcher and layout, against every baseline, `pairs` times."""
 
     model: Path
     sizes: Sequence[Size]
-    opponents: Sequence[str] = ("mmap",)
+    baselines: Sequence[str] = ("mmap",)
     policies: Sequence[str] = (DEFAULT_POLICY,)
     prefetchers: Sequence[str] = ("auto",)
     layouts: Sequence[str] = (AUTO,)
@@ -109,9 +108,11 @@ class Plan:
     library: Path | None = field(default=None)  # to use unproven; default: the one that is found and proven
 
     def __post_init__(self) -> None:
-        for name in self.opponents:
-            if name not in OPPONENTS:
-                raise UsageError(f"--against {name!r}: choose from {', '.join(OPPONENTS)} or {NO_OPPONENT}")
+        for name in self.baselines:
+            if name not in BASELINES:
+                raise UsageError(f"--against {name!r}: choose from {', '.join(BASELINES)} or {NO_BASELINE}")
+        from flashmoe.prefetch import create_all  # it takes a moment to import
+
         for spec in self.prefetchers:
             create_all(spec)  # raises what is wrong with it
         for layout in self.layouts:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from flashmoe.storage.addresses import reserve_huge
 from flashmoe.storage.catalog import ExpertCatalog, Plane
-from flashmoe.storage.memory import reserve_huge
 from flashmoe.storage.reader import ExpertReader, Read
 
 _PREFAULT_STEP = 2 << 20  # small: page faults of other threads may have to wait for its end

@@ -22,7 +22,7 @@ from rich.progress import (
 from rich.table import Table
 from typer.core import TyperGroup
 
-from flashmoe.bench.spec import NO_OPPONENT, Plan, cache_sizes, ram_sizes, split_list
+from flashmoe.bench.spec import NO_BASELINE, Plan, cache_sizes, ram_sizes, split_list
 from flashmoe.cli import options
 from flashmoe.cli.progress import stderr_console
 from flashmoe.cli.report import write_json
@@ -119,7 +119,7 @@ def run(
     plan = Plan(
         model=path,
         sizes=cache_sizes(cache) if cache is not None else ram_sizes(str(ram), file_bytes),
-        opponents=[name for name in split_list(against) if name != NO_OPPONENT],
+        baselines=[name for name in split_list(against) if name != NO_BASELINE],
         policies=split_list(policy),
         prefetchers=split_list(prefetch),
         layouts=split_list(layout),
@@ -242,7 +242,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['decode']['tokens_per_s']:.2f}",
         f"{row['cache']['hit_rate']:.1%}",
         f"{row['io']['stall_share']:.0%}",
-        row["opponent"],
+        row["baseline"],
         f"{theirs['tokens_per_s']:.2f}" if theirs else row["opponent_error"] or "-",
         f"{row['ratio']:.2f} ({quartiles[0]:.2f}-{quartiles[1]:.2f})" if quartiles else "-",
     ]
@@ -250,8 +250,8 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 def _on_logits(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Whether both sides computed the same, where that is to be expected."""
-    compared = {row["opponent"]: True for row in rows if row["same_logits"] is not None}
-    different = [f"{row['size']} against {row['opponent']}" for row in rows if row["same_logits"] is False]
+    compared = {row["baseline"]: True for row in rows if row["same_logits"] is not None}
+    different = [f"{row['size']} against {row['baseline']}" for row in rows if row["same_logits"] is False]
     if different:
         return [f"LOGITS DIFFER: {', '.join(different)}"]
     return [f"last logits equal, byte for byte, to those of {' and '.join(compared)}"] if compared else []

@@ -30,7 +30,7 @@ Layout = Annotated[
     str,
     typer.Option("--layout", help="Of the weights: plain (the file's), repacked (fast kernels), or auto."),
 ]
-NPredict = Annotated[int, typer.Option("-n", "--n-predict", help="Tokens to make; -1: until the end.")]
+NPredict = Annotated[int, typer.Option("-n", "--n-predict", help="Maximum tokens to generate; -1: no limit.")]
 CtxSize = Annotated[
     int | None,
     typer.Option("-c", "--ctx-size", help="Context in tokens (the model's, as far as the budget allows)."),

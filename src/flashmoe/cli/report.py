@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from flashmoe.common.files import write_atomically
 from flashmoe.errors import FlashMoEError
-from flashmoe.runtime.telemetry import Report
+
+if TYPE_CHECKING:
+    from flashmoe.runtime.telemetry import Report
 
 
 def show(console: Console, report: Report) -> None:

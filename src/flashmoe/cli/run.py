@@ -19,7 +19,7 @@ from flashmoe.errors import UsageError
 from flashmoe.runtime.layout import AUTO
 
 if TYPE_CHECKING:
-    from flashmoe.engines.base import Sampling
+    from flashmoe.engines.base import SamplingParams
     from flashmoe.runtime.model import Model
 
 _SAMPLING, _CHAT = SamplingOptions(), ChatOptions()
@@ -106,7 +106,7 @@ def run(
         write_json(json_file, report.as_dict())
 
 
-def _answer(model: Model, text: str, n_predict: int, sampling: Sampling) -> Iterator[str]:
+def _answer(model: Model, text: str, n_predict: int, sampling: SamplingParams) -> Iterator[str]:
     """The answer as one text, thoughts in <think>."""
     from flashmoe.runtime.conversation import Piece
 

@@ -80,7 +80,7 @@ class SamplingOptions:
 
     def sampling(self) -> Any:
         """As the Python API has it."""
-        from flashmoe.engines.base import Sampling
+        from flashmoe.engines.base import SamplingParams
 
         given = {field.name: getattr(self, field.name) for field in fields(self)}
         renamed = {_NAMES.get(name, name): value for name, value in given.items()}
@@ -89,7 +89,7 @@ class SamplingOptions:
             "logit_bias": tuple(_bias(text) for text in self.logit_bias or ()) or None,
             "ignore_eos": self.ignore_eos or None,
         }
-        return Sampling(**renamed | lists)
+        return SamplingParams(**renamed | lists)
 
     def defaults(self) -> dict[str, Any]:
         """For requests that say nothing else: attributes of llama.cpp's common_params_sampling. Raises UsageError."""
@@ -104,7 +104,7 @@ class SamplingOptions:
         return {_ATTRIBUTES.get(name, name): value for name, value in given.items()}
 
 
-# option -> field of flashmoe.Sampling
+# option -> field of flashmoe.SamplingParams
 _NAMES = {
     "dry_sequence_breaker": "dry_sequence_breakers",
     "temp": "temperature",

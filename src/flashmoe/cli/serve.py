@@ -28,7 +28,8 @@ def serve(
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="Port; 0 takes a free one.", min=0, max=65535)] = 8080,
     api_key: Annotated[
-        str | None, typer.Option("--api-key", help=f"Key that clients must send (better: in {KEY_VARIABLE}).")
+        str | None,
+        typer.Option("--api-key", help=f"API key required from clients (better: in {KEY_VARIABLE})."),
     ] = None,
     parallel: Annotated[
         int,

@@ -39,7 +39,9 @@ def record(
         ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The trace to write, or to go on with.")],
-    n_predict: Annotated[int, typer.Option("-n", "--n-predict", help="Tokens to make per prompt.")] = 128,
+    n_predict: Annotated[
+        int, typer.Option("-n", "--n-predict", help="Maximum tokens to generate per prompt.")
+    ] = 128,
     ram: options.Ram = None,
     cache: options.Cache = None,
     ctx_size: options.CtxSize = None,

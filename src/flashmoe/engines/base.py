@@ -19,7 +19,7 @@ from flashmoe.routing.recorder import RoutingObserver
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How the next token is chosen. Names are those of llama.cpp's server; None is its default, or the model's own.
 
     `temperature` 0 is greedy. Those below `seed` are for llama.cpp's server only.
@@ -187,7 +187,7 @@ class Engine(Protocol):
         """Of the tokens last evaluated with `embed`, pooled, float32 [n_embd]."""
         ...
 
-    def sampler(self, sampling: Sampling) -> Sampler:
+    def sampler(self, sampling: SamplingParams) -> Sampler:
         """A sampler; close it."""
         ...
 

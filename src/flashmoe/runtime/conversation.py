@@ -6,10 +6,10 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from flashmoe.engines.base import Sampling
 from flashmoe.errors import UsageError
 
 if TYPE_CHECKING:
+    from flashmoe.engines.base import SamplingParams
     from flashmoe.runtime.model import Model
 
 Message = dict[str, Any]
@@ -56,7 +56,7 @@ class Conversation:
         *,
         system: str = "",
         max_tokens: int = -1,
-        sampling: Sampling | None = None,
+        sampling: SamplingParams | None = None,
         request: Mapping[str, Any] | None = None,
     ) -> None:
         """system: what the model is to follow throughout. max_tokens: of each answer (-1: no limit).

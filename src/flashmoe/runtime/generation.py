@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from flashmoe.engines.base import Sampling
+from flashmoe.engines.base import SamplingParams
 from flashmoe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +23,12 @@ class Generation:
     """A prompt and what is made after it. Call `step` until `finished`."""
 
     def __init__(
-        self, model: Model, prompt: Sequence[int], *, max_tokens: int = -1, sampling: Sampling | None = None
+        self,
+        model: Model,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int = -1,
+        sampling: SamplingParams | None = None,
     ) -> None:
         """Continue `prompt` (token ids), with at most `max_tokens` tokens (-1: as many as the context takes).
 
@@ -34,7 +39,7 @@ class Generation:
         room = model.engine.n_ctx - len(prompt) + 1
         self._limit = room if max_tokens < 0 else min(room, max_tokens)
         self._model = model
-        self._sampler = model.engine.sampler(sampling or Sampling())
+        self._sampler = model.engine.sampler(sampling or SamplingParams())
         self._todo: deque[tuple[int, ...]] | None = None
         self.made: list[int] = []
         #: Why it ended: "stop" (the model's end token) or "length" (`max_tokens`, or the context is full).
@@ -60,7 +65,7 @@ class Generation:
         self._model.progress("prefill", len(self.prompt), len(self.prompt))
         return self._choose(self._todo)
 
-    def pieces(self) -> Iterator[str]:
+    def stream(self) -> Iterator[str]:
         """Run to the end: yields text as it is made, and closes. Raises what `step` raises."""
         text = codecs.getincrementaldecoder("utf-8")(errors="replace")
         try:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.common.memory import major_faults
-from flashmoe.engines.base import Engine, Sampling, TemplateEngine
+from flashmoe.engines.base import Engine, SamplingParams, TemplateEngine
 from flashmoe.errors import UsageError
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import Recorder
@@ -138,7 +138,7 @@ class Model:
         prompt: str | Sequence[int],
         *,
         max_tokens: int = -1,
-        sampling: Sampling | None = None,
+        sampling: SamplingParams | None = None,
         special: bool = False,
     ) -> Iterator[str]:
         """Continue `prompt` (text, or token ids); yields text as it is made.
@@ -150,7 +150,7 @@ class Model:
         tokens = self.engine.tokenize(prompt, special) if isinstance(prompt, str) else list(prompt)
         check_prompt(tokens, self.engine.n_ctx)
         if not self.engine.has_server:
-            yield from self.start(tokens, max_tokens=max_tokens, sampling=sampling).pieces()
+            yield from self.start(tokens, max_tokens=max_tokens, sampling=sampling).stream()
             return
         if max_tokens == 0:
             return
@@ -165,7 +165,7 @@ class Model:
         messages: Sequence[Mapping[str, Any]],
         *,
         max_tokens: int = -1,
-        sampling: Sampling | None = None,
+        sampling: SamplingParams | None = None,
         **request: Any,
     ) -> Iterator[str]:
         """Answer a conversation, [{"role": "user", "content": "..."}, ...], in the model's own chat template.
@@ -183,7 +183,7 @@ class Model:
         messages: Sequence[Mapping[str, Any]],
         *,
         max_tokens: int = -1,
-        sampling: Sampling | None = None,
+        sampling: SamplingParams | None = None,
         goes_on: bool = False,
         **request: Any,
     ) -> Iterator[dict[str, Any]]:
@@ -208,7 +208,7 @@ class Model:
         self,
         messages: Sequence[Mapping[str, Any]],
         max_tokens: int,
-        sampling: Sampling | None,
+        sampling: SamplingParams | None,
         request: Mapping[str, Any],
     ) -> Iterator[dict[str, Any]]:
         """With the checkpoint's own template, which the transformers engine has."""
@@ -219,12 +219,12 @@ class Model:
             raise UsageError(f"the transformers engine does not know {', '.join(request)}")
         tokens = self.engine.tokenize(self.engine.chat_prompt(messages), True)
         generation = self.start(tokens, max_tokens=max_tokens, sampling=sampling)
-        for piece in generation.pieces():
+        for piece in generation.stream():
             yield {"content": piece}
         yield {"finish_reason": generation.finished, "timings": {}}
 
     def _request(
-        self, max_tokens: int, sampling: Sampling | None, *, goes_on: bool = False
+        self, max_tokens: int, sampling: SamplingParams | None, *, goes_on: bool = False
     ) -> dict[str, Any]:
         """What every request of this process says. A new prompt begins, for policies and traces."""
         if not goes_on:
@@ -233,7 +233,7 @@ class Model:
             "n_predict": max_tokens,
             "return_progress": True,
             "cache_prompt": self.recorder is None,  # a trace has every token of its prompts
-            **(sampling or Sampling()).request(),
+            **(sampling or SamplingParams()).request(),
         }
 
     def _stream(self, events: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -250,7 +250,7 @@ class Model:
             events.close()  # type: ignore[attr-defined]
 
     def start(
-        self, prompt: Sequence[int], *, max_tokens: int = -1, sampling: Sampling | None = None
+        self, prompt: Sequence[int], *, max_tokens: int = -1, sampling: SamplingParams | None = None
     ) -> Generation:
         """A generation by the engine's own loop, run step by step (see `Generation`): one at a time.
 

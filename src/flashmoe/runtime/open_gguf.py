@@ -11,19 +11,19 @@ from flashmoe.common import memory
 from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.loader import LoadedModel
-from flashmoe.engines.llamacpp.proof import proven_library
+from flashmoe.engines.llamacpp.tested import tested_library
 from flashmoe.engines.llamacpp.token_table import MOST_BYTES
 from flashmoe.runtime import budget
 from flashmoe.runtime.embedding import choose_pooling
 from flashmoe.runtime.layout import PACKED, PLAIN, REPACKED, choose_layout
 from flashmoe.runtime.options import LoadOptions, Opened
 from flashmoe.storage.catalog import ExpertCatalog
+from flashmoe.storage.checksums import FirstReads, needed_sums
 from flashmoe.storage.disk import tune
 from flashmoe.storage.gguf import read_gguf
 from flashmoe.storage.hub import resolve
 from flashmoe.storage.pack import find_pack
 from flashmoe.storage.reader import ExpertReader
-from flashmoe.storage.sums import FirstReads, needed_sums
 
 SMALL_UBATCH = 64  # prompts are still read fast
 MOST_FOR_BUFFERS = 0.05  # of the pool's memory, where the micro-batch is larger
@@ -50,7 +50,7 @@ def open_gguf(options: LoadOptions, stack: ExitStack, library: Library | None) -
         budget.expected_share(catalog, options.limit, options.cache, align),
         pack is not None,
     )
-    lib = library or proven_library()
+    lib = library or tested_library()
     dense = catalog.dense_bytes
     loaded = LoadedModel(
         lib,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from flashmoe.cache.expert_cache import CacheStats
 from flashmoe.common.memory import status_bytes
 from flashmoe.common.units import format_bytes
 from flashmoe.runtime.advice import advise
+
+if TYPE_CHECKING:
+    from flashmoe.cache.expert_cache import CacheStats
 
 STALL_BOUND = 0.4  # a run that waits for reads more than this share of its time is bound by the drive
 FAULTS_PER_TOKEN = 4  # more major page faults per token: the system takes the weights' memory away

@@ -16,8 +16,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from flashmoe.runtime.model import Model
-from flashmoe.server.audience import Audience
 from flashmoe.server.body import Limits
+from flashmoe.server.broadcast import Broadcast
 from flashmoe.server.comparing import Comparing
 from flashmoe.server.errors import Refusal
 from flashmoe.server.live import Live, live_routes
@@ -82,9 +82,9 @@ class Front:
             await self._own(scope, receive, send)
 
     def _make_own(self, model: Model, inner: InnerServer, name: str) -> Starlette:
-        audience = Audience(model.engine)
-        comparing = Comparing(model, audience)
-        live = Live(model, inner, self.traffic, audience, comparing, name)
+        broadcast = Broadcast(model.engine)
+        comparing = Comparing(model, broadcast)
+        live = Live(model, inner, self.traffic, broadcast, comparing, name)
         metrics = Metrics(model, self.traffic, comparing)
 
         async def ready(_: Request) -> Response:

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from flashmoe.runtime.model import Model
-from flashmoe.server.audience import Audience
+from flashmoe.server.broadcast import Broadcast
 from flashmoe.simulate.recent import Comparison, RecentSteps, compare
 
 EVERY_SECONDS = 10.0  # between two comparisons, at least
@@ -22,8 +22,8 @@ class Comparing:
     It works for a few milliseconds and then rests 200 times as long.
     """
 
-    def __init__(self, model: Model, audience: Audience) -> None:
-        self._model, self._audience = model, audience
+    def __init__(self, model: Model, broadcast: Broadcast) -> None:
+        self._model, self._broadcast = model, broadcast
         self._quota = model.cache.policy.residency.quota.copy()  # before a prompt borrows from it
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -42,7 +42,7 @@ class Comparing:
 
     def _run(self) -> None:
         steps = RecentSteps(self._model.cache, self._model.catalog.top_k)
-        self._audience.join(steps)
+        self._broadcast.join(steps)
         seen = None
         while self._wanted():
             blocks = steps.blocks()
@@ -56,7 +56,7 @@ class Comparing:
                 self._latest = found or self._latest
             self.advice = self._model.report(pause=self._rest).advice
             time.sleep(EVERY_SECONDS)
-        self._audience.leave(steps)
+        self._broadcast.leave(steps)
 
     def _rest(self) -> None:
         time.sleep((time.thread_time() - self._worked) / SHARE)

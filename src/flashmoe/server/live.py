@@ -24,7 +24,7 @@ from starlette.routing import Route
 from flashmoe.cache.expert_cache import CacheStats
 from flashmoe.common.memory import status_bytes
 from flashmoe.runtime.model import Model
-from flashmoe.server.audience import Audience
+from flashmoe.server.broadcast import Broadcast
 from flashmoe.server.comparing import Comparing
 from flashmoe.server.errors import Refusal
 from flashmoe.server.traffic import Traffic
@@ -59,12 +59,12 @@ class Live:
         model: Model,
         inner: InnerServer,
         traffic: Traffic,
-        audience: Audience,
+        broadcast: Broadcast,
         comparing: Comparing,
         name: str,
     ) -> None:
         self._model, self._inner, self._traffic, self._name = model, inner, traffic, name
-        self._audience, self._comparing = audience, comparing
+        self._broadcast, self._comparing = broadcast, comparing
         self._activity = Activity(self._model.cache.policy.residency.slot_of)
         self._watchers, self._lock = 0, threading.Lock()
 
@@ -130,9 +130,9 @@ class Live:
         with self._lock:
             before, self._watchers = self._watchers, self._watchers + change
             if not before:
-                self._audience.join(self._activity)
+                self._broadcast.join(self._activity)
             elif not self._watchers:
-                self._audience.leave(self._activity)
+                self._broadcast.leave(self._activity)
 
 
 def _phase(tokens: int, seconds: float, stats: CacheStats) -> dict[str, float]:

@@ -15,7 +15,7 @@ import uvicorn
 from flashmoe.errors import UsageError
 from flashmoe.runtime.model import Model
 from flashmoe.server.app import Front, make_app
-from flashmoe.server.patience import PatientProtocol
+from flashmoe.server.timeouts import TimeoutProtocol
 from flashmoe.server.upstream import InnerServer
 
 GRACE_SECONDS = 30.0  # for running requests, when the server is told to end
@@ -29,7 +29,7 @@ class FrontServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 front,
-                http=PatientProtocol,
+                http=TimeoutProtocol,
                 ws="none",
                 log_level="warning",
                 access_log=False,

@@ -11,7 +11,7 @@ from mmap import PAGESIZE
 from pathlib import Path
 
 from flashmoe.errors import ReadError
-from flashmoe.storage.memory import reserve
+from flashmoe.storage.addresses import reserve
 
 RETRIES = 3
 _TRANSIENT = (errno.EIO, errno.EAGAIN, errno.EINTR)

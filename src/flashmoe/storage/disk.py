@@ -18,7 +18,7 @@ from pathlib import Path
 from flashmoe.common.files import cache_folder, write_atomically
 from flashmoe.common.units import format_bytes
 from flashmoe.errors import ReadError
-from flashmoe.storage.memory import reserve_huge
+from flashmoe.storage.addresses import reserve_huge
 from flashmoe.storage.reader import ExpertReader, Read
 
 _SAMPLE_BYTES = 32 << 20

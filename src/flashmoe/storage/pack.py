@@ -25,9 +25,9 @@ from numpy.typing import NDArray
 from flashmoe.common.units import format_bytes
 from flashmoe.errors import FlashMoEError, ModelError
 from flashmoe.storage.catalog import ExpertCatalog, Plane
+from flashmoe.storage.checksums import Slice, Sums, checksum, differences, no_sums, take_sums
 from flashmoe.storage.direct import DirectFile
 from flashmoe.storage.gguf import GGUF, header_digest
-from flashmoe.storage.sums import Slice, Sums, checksum, differences, no_sums, take_sums
 
 _MAGIC = b"flashmoe pack 2\n"
 _PAGE = 4096

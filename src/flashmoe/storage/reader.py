@@ -12,9 +12,9 @@ from mmap import PAGESIZE
 from pathlib import Path
 
 from flashmoe.errors import ReadError
+from flashmoe.storage.addresses import reserve_huge
 from flashmoe.storage.aio import Read, open_queue
 from flashmoe.storage.direct import DirectFile
-from flashmoe.storage.memory import reserve_huge
 
 __all__ = ["ExpertReader", "Read", "Ticket"]
 

@@ -20,7 +20,7 @@ from flashmoe.common.machine import file_system, processor
 from flashmoe.common.memory import default_ram, memory_limit
 from flashmoe.common.units import format_bytes
 from flashmoe.engines.llamacpp.library import find_library, open_library
-from flashmoe.engines.llamacpp.proof import prove
+from flashmoe.engines.llamacpp.tested import prove
 from flashmoe.errors import FlashMoEError, UsageError
 from flashmoe.storage.aio import KernelQueue
 from flashmoe.storage.disk import rate, sample

@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flashmoe.storage.catalog import ExpertCatalog
-from flashmoe.storage.gguf import read_gguf
-from flashmoe.storage.hub import resolve
-from flashmoe.storage.pack import find_pack
-from flashmoe.storage.sums import (
+from flashmoe.storage.checksums import (
     differences,
     find_sums,
     no_sums,
@@ -21,6 +18,9 @@ from flashmoe.storage.sums import (
     take_sums,
     write_sums,
 )
+from flashmoe.storage.gguf import read_gguf
+from flashmoe.storage.hub import resolve
+from flashmoe.storage.pack import find_pack
 
 
 @dataclass(frozen=True)

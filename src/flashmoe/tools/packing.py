@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flashmoe.engines.llamacpp.proof import proven_library
 from flashmoe.engines.llamacpp.repack import placed
+from flashmoe.engines.llamacpp.tested import tested_library
 from flashmoe.errors import ModelError
 from flashmoe.runtime.layout import REPACKED, choose_layout
 from flashmoe.runtime.model import Progress
@@ -26,7 +26,7 @@ def make_pack(model: str | Path, progress: Progress = lambda *_: None) -> tuple[
     choose_layout(REPACKED, catalog, 1.0, packed=True)
     files = [DirectFile(path) for path in catalog.gguf.files]
     try:
-        with placed(proven_library(), catalog) as repacked:
+        with placed(tested_library(), catalog) as repacked:
             there = _usable(repacked, files, progress)
             return (
                 (there, False)

@@ -1,6 +1,6 @@
 """Proof that the slot pool works with a library: the bundled model's logits, pooled, equal the stock engine's.
 
-python -m flashmoe.tools.self_test LIBRARY, which `engines.llamacpp.proof` runs once per library file, in a child
+python -m flashmoe.tools.self_test LIBRARY, which `engines.llamacpp.tested` runs once per library file, in a child
 process, because a wrong layout crashes.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe.engines.base import Engine, Sampling
+from flashmoe.engines.base import Engine, SamplingParams
 from flashmoe.engines.llamacpp.context import Context
 from flashmoe.engines.llamacpp.library import open_library
 from flashmoe.engines.llamacpp.repack import repacks_slice_by_slice
@@ -52,8 +52,8 @@ def _serves(model: Model) -> bool:
     """Whether llama.cpp's server over the pool makes the tokens that the engine alone makes, where there is one."""
     if not model.engine.has_server:
         return True
-    greedy = Sampling(temperature=0)
-    alone = "".join(model.start(_PROMPT, max_tokens=_TOKENS, sampling=greedy).pieces())
+    greedy = SamplingParams(temperature=0)
+    alone = "".join(model.start(_PROMPT, max_tokens=_TOKENS, sampling=greedy).stream())
     return "".join(model.generate(_PROMPT, max_tokens=_TOKENS, sampling=greedy)) == alone
 
 

@@ -10,7 +10,7 @@ import safetensors
 import torch
 
 import flashmoe
-from flashmoe.engines.base import Sampling
+from flashmoe.engines.base import SamplingParams
 from flashmoe.errors import BudgetError
 from tests.engines.transformers.conftest import Checkpoints
 from tests.engines.transformers.models import ARCHITECTURES, VOCABULARY, make_checkpoint, plain
@@ -39,7 +39,7 @@ def check(folder: Path, caches: tuple[str, ...]) -> None:
                 made = model.model.generate(prompt, max_new_tokens=TOKENS, do_sample=False)
             assert made[0].tolist() == tokens, cache
             # and ours, the prompt's last token giving the first
-            made_here = model.start(PROMPT, max_tokens=TOKENS, sampling=Sampling(temperature=0))
+            made_here = model.start(PROMPT, max_tokens=TOKENS, sampling=SamplingParams(temperature=0))
             while not made_here.finished:
                 made_here.step()
             assert PROMPT + made_here.made == tokens, cache
@@ -104,7 +104,7 @@ def test_prompt_in_micro_batches(checkpoint: Checkpoints) -> None:
             torch.tensor([PROMPT[4:8]]), past_key_values=first.past_key_values, logits_to_keep=1
         ).logits[0, -1]
     with flashmoe.load(folder, engine="transformers", cache="30%", threads=1, n_ubatch=4) as model:
-        made = model.start(PROMPT[:8], max_tokens=1, sampling=Sampling(temperature=0))
+        made = model.start(PROMPT[:8], max_tokens=1, sampling=SamplingParams(temperature=0))
         while not made.finished:
             made.step()
         assert np.array_equal(model.engine.logits(), second.numpy())

@@ -13,7 +13,7 @@ import torch
 import flashmoe
 from flashmoe.cache.policies import create
 from flashmoe.cache.residency import make_residency
-from flashmoe.engines.base import Sampling
+from flashmoe.engines.base import SamplingParams
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.learn import prefetch as learning
 from flashmoe.learn.train import Plan
@@ -46,7 +46,7 @@ def record(folder: Path, policy: str) -> tuple[RoutingTrace, list[int]]:
 
 
 def run(model: Model, prompt: list[int]) -> Iterable[Any]:
-    made = model.start(prompt, max_tokens=20, sampling=Sampling(temperature=0))
+    made = model.start(prompt, max_tokens=20, sampling=SamplingParams(temperature=0))
     while not made.finished:
         yield made.step()
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flashmoe
-from flashmoe.engines.base import Sampling
+from flashmoe.engines.base import SamplingParams
 from flashmoe.engines.transformers import device as devices
 from flashmoe.engines.transformers.device import HostDevice
 from flashmoe.engines.transformers.experts import PooledExperts
@@ -44,7 +44,7 @@ def load(folder: Path, cache: str, vram: str | None, **options: Any) -> Model:
 
 
 def generate(model: Model) -> list[int]:
-    made = model.start(PROMPT, max_tokens=TOKENS_MADE, sampling=Sampling(temperature=0))
+    made = model.start(PROMPT, max_tokens=TOKENS_MADE, sampling=SamplingParams(temperature=0))
     while not made.finished:
         made.step()
     return made.made

@@ -14,7 +14,7 @@ from typing import Any
 
 from flashmoe.engines.llamacpp.abi import BufferInterface, BufferOverride, Tensor, ptr
 from flashmoe.engines.llamacpp.library import Library
-from flashmoe.storage.memory import reserve
+from flashmoe.storage.addresses import reserve
 
 
 class ExpertBuffer:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.cache.pool import SlotPool
-from flashmoe.engines.base import Sampling
+from flashmoe.engines.base import SamplingParams
 from flashmoe.engines.llamacpp.context import Context
 from flashmoe.engines.llamacpp.hook import Evaluated, RouterHook
 from flashmoe.engines.llamacpp.library import Library
@@ -208,7 +208,7 @@ class LlamaEngine:
         """Of the tokens last evaluated with `embed`, pooled, float32 [n_embd]."""
         return self._context.embedding()
 
-    def sampler(self, sampling: Sampling) -> Sampler:
+    def sampler(self, sampling: SamplingParams) -> Sampler:
         return Sampler(self._lib, self._context, sampling)
 
     def rewind(self, n_past: int) -> int:

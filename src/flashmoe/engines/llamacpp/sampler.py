@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flashmoe.engines.base import Sampling
+from flashmoe.engines.base import SamplingParams
 from flashmoe.engines.llamacpp.context import Context
 from flashmoe.engines.llamacpp.library import Library
 
@@ -12,7 +12,7 @@ _RANDOM_SEED = 0xFFFFFFFF  # llama.cpp's own mark for "choose one"
 class Sampler:
     """llama.cpp's chain top-k, top-p, min-p, temperature, then a seeded draw; or greedy. Has its own random numbers."""
 
-    def __init__(self, lib: Library, context: Context, sampling: Sampling) -> None:
+    def __init__(self, lib: Library, context: Context, sampling: SamplingParams) -> None:
         self._lib, self._context = lib, context
         temperature, top_k, top_p, min_p = sampling.chain()
         self._chain: int | None = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())

@@ -1,4 +1,4 @@
-"""The opponent and the reference: the same library without the pool, as its own tools run it."""
+"""The baseline and the reference: the same library without the pool, as its own tools run it."""
 
 from __future__ import annotations
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterable
 
+from flashmoe.storage.addresses import reserve
 from flashmoe.storage.catalog import TOKEN_TABLE
 from flashmoe.storage.direct import DirectFile
 from flashmoe.storage.gguf import TensorInfo
-from flashmoe.storage.memory import reserve
 
 MOST_BYTES = 8 << 20  # of rows that are kept
 

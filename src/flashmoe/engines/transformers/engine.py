@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.cache.pool import SlotPool
-from flashmoe.engines.base import Sampling
+from flashmoe.engines.base import SamplingParams
 from flashmoe.engines.transformers.experts import IMPLEMENTATION, PooledExperts, register
 from flashmoe.engines.transformers.front import Front
 from flashmoe.engines.transformers.routers import find_routers
@@ -140,7 +140,7 @@ class TransformersEngine:
     def embedding(self) -> NDArray[np.float32]:
         raise UsageError("the transformers engine makes no embeddings: use a GGUF")
 
-    def sampler(self, sampling: Sampling) -> Sampler:
+    def sampler(self, sampling: SamplingParams) -> Sampler:
         return Sampler(self._last, sampling)
 
     def rewind(self, n_past: int) -> int:

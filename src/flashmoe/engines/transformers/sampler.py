@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flashmoe.engines.base import Sampling
+from flashmoe.engines.base import SamplingParams
 
 
 class Sampler:
     """The chain top-k, top-p, min-p, temperature, then a seeded draw; or greedy. Has its own random numbers."""
 
-    def __init__(self, logits: NDArray[np.float32], sampling: Sampling) -> None:
+    def __init__(self, logits: NDArray[np.float32], sampling: SamplingParams) -> None:
         """logits: float32 [vocabulary], where the engine puts those of its last evaluation."""
         from transformers.generation import logits_process as warpers
 

@@ -47,7 +47,7 @@ def prove(library: Path) -> None:
         write_atomically(notes, json.dumps([*proven, fact], indent=1).encode())
 
 
-def proven_library() -> Library:
+def tested_library() -> Library:
     """The llama.cpp library, after it has shown once that the pool works with it. Raises LibraryError."""
     path = find_library()
     prove(path)

@@ -11,7 +11,7 @@ from flashmoe.engines.base import Engine
 from flashmoe.routing.recorder import RoutingObserver
 
 
-class Audience:
+class Broadcast:
     """Passes on what the engine's hook says. Observers come and go from any thread."""
 
     def __init__(self, engine: Engine) -> None:

@@ -1,4 +1,4 @@
-"""The model file as the memory-mapped opponent should see it: not in the page cache, at the read-ahead that suits it.
+"""The model file as the memory-mapped baseline should see it: not in the page cache, at the read-ahead that suits it.
 
 The kernel's read-ahead makes or breaks mmap: 128 KiB suits it, and some drives are set to megabytes. That setting is
 the system's and not ours to change; a loop device over the file has one of its own.
@@ -21,7 +21,7 @@ _SECTOR = 512
 
 @dataclass(frozen=True)
 class OpponentFiles:
-    """Where the opponent finds the model (first file of a split set), what was done for it, and all the paths."""
+    """Where the baseline finds the model (first file of a split set), what was done for it, and all the paths."""
 
     first: Path
     files: tuple[Path, ...]
@@ -31,7 +31,7 @@ class OpponentFiles:
 
 @contextmanager
 def opponent_files(files: Sequence[Path]) -> Iterator[OpponentFiles]:
-    """The model's files at the opponent's best read-ahead. Loop devices and links are gone at the end."""
+    """The model's files at the baseline's best read-ahead. Loop devices and links are gone at the end."""
     own = read_ahead(files[0])
     plain = OpponentFiles(files[0], tuple(files), own, "")
     if own is None or own <= BEST_READ_AHEAD:

@@ -13,7 +13,7 @@ LARGEST_HEAD = 1 << 16  # bytes; httptools has no limit of its own
 _FRAMING = (b"content-length", b"transfer-encoding")
 
 
-class PatientProtocol(HttpToolsProtocol):
+class TimeoutProtocol(HttpToolsProtocol):
     """uvicorn's, but it closes a connection whose request's head does not come in time, or has no end.
 
     A connection that has just been opened has begun a request. One that is kept after a response has not, until the
