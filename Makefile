@@ -2,7 +2,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint docs
+.PHONY: demo test test-fast lint docs
 
 demo: $(STAMP)
 	$(VENV)/bin/flashmoe run demo --cache 25% --temp 0 -n 96 --chat -p "What is a mixture of experts?"
@@ -10,6 +10,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(PYTHON) -m tests.kernels
 	$(PYTHON) -m pytest
+
+# what most changes need, in a minute and a half
+test-fast: $(STAMP)
+	$(PYTHON) -m pytest tests/cache tests/prefetch tests/routing tests/simulate tests/storage tests/test_floors.py tests/test_budget.py tests/test_session.py
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
