@@ -16,8 +16,8 @@ from flashmoe.engines.base import SamplingParams
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.errors import FlashMoEError, ModelError, ReadError, UsageError
 from flashmoe.runtime.layout import PLAIN, REPACKED
+from flashmoe.storage import checksums as checksums_module
 from flashmoe.storage import reader as reader_module
-from flashmoe.storage import sums as sums_module
 from flashmoe.storage.aio import KernelQueue, ThreadQueue
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.checksums import Slice, find_sums, slices_of, sums_path
@@ -142,8 +142,8 @@ def test_a_sound_model_gives_the_same_text_and_every_slice_is_hashed_once(
     flashmoe.verify(model)
     options = {"cache": "1", "threads": 1, "n_ctx": 64, "layout": layout, "library": lib}
     hashed: list[int] = []
-    whole = sums_module.checksum
-    monkeypatch.setattr(sums_module, "checksum", lambda a, n: hashed.append(n) or whole(a, n))
+    whole = checksums_module.checksum
+    monkeypatch.setattr(checksums_module, "checksum", lambda a, n: hashed.append(n) or whole(a, n))
     with flashmoe.load(model, **options) as loaded:
         expected = list(loaded.generate(PROMPT, max_tokens=8, sampling=GREEDY))
     assert not hashed
@@ -181,7 +181,7 @@ def test_reads_in_pieces_are_whole_again_where_they_are_checked(model: Path) -> 
     assert sums
     reader = reader_module.ExpertReader([model])
     reader.tune(4, 512)
-    reader.check(sums_module.FirstReads(catalog, [model], sums))
+    reader.check(checksums_module.FirstReads(catalog, [model], sums))
     place = pick(model, "blk.0.ffn_up_exps.weight", 2)
     memory = np.zeros(place.nbytes + 8192, np.uint8)
     read = reader_module.Read(0, place.offset, place.nbytes, memory.ctypes.data + 4096)
@@ -267,6 +267,6 @@ def test_checksums_that_cannot_be_written(model: Path, monkeypatch: pytest.Monke
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sums_module, "write_atomically", full)
+    monkeypatch.setattr(checksums_module, "write_atomically", full)
     with pytest.raises(FlashMoEError, match=r"m\.flashsums: cannot be written \(No space left"):
         flashmoe.verify(model)

@@ -118,6 +118,12 @@ class ExpertCache:
         warm = self.warm is not None and self.warm.running
         return None if warm or self._window.serves_any or n > len(self._ids) else self._compiled
 
+    def served_together(self, top_k: int) -> int:
+        """How many sequences' tokens are one request of each layer while decoding, see `begin_step`."""
+        residency = self.policy.residency
+        whole = self._least_share == residency.n_experts
+        return len(self._ids) // top_k if whole else self._least_share // top_k
+
     def withdraw(self, layer: int, requested: int) -> None:
         """Forget what a compiled request has let in, where `ensure` did not come to read it."""
         with self._lock:

@@ -19,10 +19,10 @@ from flashmoe.errors import UsageError
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import Recorder
 from flashmoe.routing.trace import DECODE, PREFILL
-from flashmoe.runtime import telemetry
 from flashmoe.runtime.embedding import embedding_tokens, normalized
 from flashmoe.runtime.generation import Generation, check_prompt, split
 from flashmoe.runtime.layout import PLAIN
+from flashmoe.runtime.telemetry import Report, Telemetry, make_report
 from flashmoe.simulate.what_if import WhatIf
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.disk import read_ceiling
@@ -62,7 +62,7 @@ class Model:
         self.engine, self.cache, self.catalog, self.prefetcher = engine, cache, catalog, prefetcher
         self.budget_bytes, self.layout = budget_bytes, layout
         self.alternatives = alternatives  # eviction policies that reports try
-        self.telemetry = telemetry.Telemetry()
+        self._telemetry = Telemetry()
         self.progress, self._resources = progress, resources
         self.recorder: Recorder | None = None
         self._prompts = -1
@@ -77,6 +77,13 @@ class Model:
         if not hasattr(self.engine, "model"):
             raise UsageError("this model is run by llama.cpp: load it with engine='transformers' to have one")
         return self.engine.model
+
+    @property
+    def telemetry(self) -> Telemetry:
+        """Tokens and seconds so far."""
+        if self._server is not None:
+            self._server.collect()
+        return self._telemetry
 
     def record(self) -> Recorder:
         """Record which experts every token is routed to from here on; `Recorder.save` writes the trace."""
@@ -244,7 +251,7 @@ class Model:
                     self.progress("prefill", done["processed"], done["total"])
                     continue
                 if event.get("choices"):
-                    self.telemetry.token_made()
+                    self._telemetry.token_made()
                 yield event
         finally:
             events.close()  # type: ignore[attr-defined]
@@ -305,25 +312,26 @@ class Model:
 
     def _count(self, seconds: float, tokens: int, faults: int, *, decode: bool) -> None:
         """Tokens were evaluated."""
-        phase = self.telemetry.decode if decode else self.telemetry.prefill
+        phase = self._telemetry.decode if decode else self._telemetry.prefill
         phase.seconds += seconds
         phase.tokens += tokens
         if decode:
-            self.telemetry.decode_faults += faults
+            self._telemetry.decode_faults += faults
 
     @property
     def stats(self) -> dict[str, Any]:
         """The figures so far, as in `flashmoe run --json`."""
         return self.report().as_dict()
 
-    def report(self, text: str = "", pause: Callable[[], None] = lambda: None) -> telemetry.Report:
+    def report(self, text: str = "", pause: Callable[[], None] = lambda: None) -> Report:
         """The figures so far; `text` is passed through. Measures the drive where that has not been done before.
 
         pause: called after every millisecond of replaying, by whoever asks while the model is at work.
         """
+        so_far = self.telemetry
         what_if = WhatIf(self.cache.recent, self.cache.policy, self.catalog.top_k, pause)
-        return telemetry.make_report(
-            self.telemetry,
+        return make_report(
+            so_far,
             self.cache.stats,
             model=self.catalog.label,
             policy=self.cache.policy.name,
@@ -341,7 +349,7 @@ class Model:
             ceiling=read_ceiling(
                 self.cache.reader,
                 self.catalog.read_bytes,
-                reached=self.telemetry.decode_rate(self.cache.stats["decode"]),
+                reached=so_far.decode_rate(self.cache.stats["decode"]),
             ),
         )
 

@@ -66,21 +66,29 @@ class Control(C.Structure):
         ("layers", C.c_int64),  # address of int64 [blocks]: the layer of each block, and its first slot
         ("first_slots", C.c_int64),
         ("done", C.c_int64),  # what the request returned
-        ("hits", C.c_int64),  # counted since Python took them away
+        ("hits", C.c_int64),  # counted since the start
         (
             "recent",
             C.c_int64,
-        ),  # address of int16 [layers, RECENT]: the latest requests, 0 where they are not noted
+        ),  # address of int16 [layers, RECENT], the latest requests; 0: they are not noted
         ("recent_at", C.c_int64),  # address of int64 [layers]: where the next one goes
         ("recent_size", C.c_int64),
+        ("quiet", C.c_int64),  # graphs of at most so many tokens need no Python where they begin and end
+        ("is_quiet", C.c_int64),  # tokens of the one under way where it is such
+        ("graphs", C.c_int64),  # counted since the start, of quiet ones: graphs, their tokens and nanoseconds
+        ("graph_tokens", C.c_int64),
+        ("nanoseconds", C.c_int64),
+        ("began", C.c_int64 * 2),  # struct timespec
+        ("ended", C.c_int64 * 2),
     ]
 
 
-_FIELDS = 30
+_FIELDS = 39
 _PYTHON, _INSPECT, _OUTCOME, _BUFFER, _CAPACITY, _BLOCK, _TOKENS, _TOP_K, _IDS, _WEIGHTS = range(10)
 _PENDING, _LATE, _LATE_LENGTH, _LOGITS, _HIDDEN, _BEGUN, _THREAD, _IGNORE, _INPUTS = range(10, 19)
 _REQUEST, _POOL, _ARRAYS, _SLOTS, _LAYERS, _FIRST_SLOTS, _DONE, _HITS = range(19, 27)
-_RECENT, _RECENT_AT, _RECENT_SIZE = range(27, _FIELDS)
+_RECENT, _RECENT_AT, _RECENT_SIZE, _QUIET, _IS_QUIET, _GRAPHS, _GRAPH_TOKENS, _NANOSECONDS = range(27, 35)
+_BEGAN, _ENDED = 35, 37
 _WEIGHTS_NAME, _IDS_NAME = np.frombuffer(ROUTER_WEIGHTS, np.uint8), np.frombuffer(ROUTER_IDS, np.uint8)
 _LOGITS_NAME, _TOKENS_NAME = np.frombuffer(ROUTER_LOGITS, np.uint8), np.frombuffer(INPUT_TOKENS, np.uint8)
 _STEPS_TO_LOGITS = 12  # at most, from the gathered weights back: reshape, softmax, bias, groups
@@ -110,6 +118,8 @@ def _pointer_to(kind: Any) -> Any:
 _bytes_at, _int32_at, int64_at = _pointer_to(types.uint8), _pointer_to(types.int32), _pointer_to(types.int64)
 _int16_at = _pointer_to(types.int16)
 _pthread_self = types.ExternalFunction("pthread_self", types.int64())
+_clock_gettime: Any = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
+_MONOTONIC = 1  # CLOCK_MONOTONIC
 
 
 @intrinsic
@@ -188,6 +198,16 @@ def end_graph(address: Any, thread: Any) -> Any:  # pragma: no cover - compiled
     if control[_THREAD] != thread:
         return 0
     failed = control[_OUTCOME] == NOT_RETURNED
+    if control[_IS_QUIET] != 0:
+        tokens, control[_IS_QUIET] = control[_IS_QUIET], 0
+        if not failed and control[_PENDING] == 0 and control[_DONE] <= 0 and control[_IGNORE] == 0:
+            _clock_gettime(_MONOTONIC, address + 8 * _ENDED)
+            seconds = control[_ENDED] - control[_BEGAN]
+            control[_NANOSECONDS] += 1000000000 * seconds + control[_ENDED + 1] - control[_BEGAN + 1]
+            control[_GRAPH_TOKENS] += tokens
+            control[_GRAPHS] += 1
+            control[_BEGUN] = control[_THREAD] = 0
+            return 1
     succeeded = ask_python(control, types.int64(failed), END)
     control[_BEGUN], control[_OUTCOME] = 0, RETURNED
     control[_THREAD] = 0  # last: Python is not needed any more
@@ -208,10 +228,14 @@ def _gathers_tokens(node: Any) -> Any:  # pragma: no cover - compiled
 
 
 @njit(cache=True)
-def _begin(control: Any, node: Any) -> Any:  # pragma: no cover - compiled
-    """The graph that begins gathers its tokens' embeddings at `node`: tell Python."""
+def _begin(control: Any, address: Any, node: Any) -> Any:  # pragma: no cover - compiled
+    """The graph that begins gathers its tokens' embeddings at `node`: tell Python, unless it has nothing to say."""
     ids = _read(node + _SOURCE1)
     control[_INPUTS], control[_TOKENS] = _read(ids + _DATA), _read(ids + _NE0)
+    if control[_TOKENS] <= control[_QUIET]:
+        control[_BEGUN], control[_IS_QUIET] = 1, control[_TOKENS]
+        _clock_gettime(_MONOTONIC, address + 8 * _BEGAN)
+        return True
     return ask_python(control, node, BEGIN)
 
 
@@ -228,6 +252,7 @@ def _hit(control: Any, ids: Any, n: Any) -> Any:  # pragma: no cover - compiled
     if done & 0xFFFFFFFF != 0:  # misses, or -1
         return False
     control[_HITS] += done >> 32
+    control[_DONE] = -1
     buffer, slots = carray(_int32_at(control[_BUFFER]), n), carray(_int32_at(control[_SLOTS]), n)
     if control[_RECENT] != 0:
         size = control[_RECENT_SIZE]
@@ -265,17 +290,17 @@ def _find_logits(control: Any, node: Any) -> Any:  # pragma: no cover - compiled
             return
 
 
-@cfunc(types.uint8(types.int64, types.uint8, types.CPointer(types.int64)), cache=True)
-def on_node(node: Any, ask: Any, shared: Any) -> Any:  # pragma: no cover - compiled
-    """ggml_backend_sched_eval_callback; `shared` is a Control."""
-    control = carray(shared, _FIELDS)
+@cfunc(types.uint8(types.int64, types.uint8, types.int64), cache=True)
+def on_node(node: Any, ask: Any, address: Any) -> Any:  # pragma: no cover - compiled
+    """ggml_backend_sched_eval_callback; its user data is the address of a Control."""
+    control = carray(int64_at(address), _FIELDS)
     if control[_IGNORE] != 0 or control[_OUTCOME] == NOT_RETURNED:
         return ask  # it has failed, or is not to be: want this node, and end the evaluation at it
     block = _block_of(node, _WEIGHTS_NAME)
     if ask != 0:
         if control[_THREAD] == 0:
             control[_THREAD] = _pthread_self()
-        if control[_BEGUN] == 0 and _gathers_tokens(node) and not _begin(control, node):
+        if control[_BEGUN] == 0 and _gathers_tokens(node) and not _begin(control, address, node):
             return 1
         if control[_INSPECT] != 0 and not ask_python(control, node, LOOK):
             return 1

@@ -158,8 +158,13 @@ class LlamaEngine:
         self._serving = True
         return self._hook.serve(self.sequences, self.n_vocab, on_prompt, on_graph, on_error)
 
+    def collect(self) -> None:
+        """Count what the server has evaluated without Python."""
+        self._hook.collect()
+
     def unserve(self) -> None:
         """The server has gone."""
+        self._hook.collect()
         self._serving = False
         self._lib.keep_log()
         self._context.take_back()

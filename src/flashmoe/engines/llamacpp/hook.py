@@ -44,6 +44,7 @@ from flashmoe.routing.recorder import RoutingObserver
 
 INDICES = 26  # GGML_TYPE_I32
 _QUIET = 3  # milliseconds
+_TEXT = {(True, False), (False, False)}  # kinds of graphs, as in `RouterHook._uninspected`
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,12 @@ class RouterHook:
         )
         self._cache: ExpertCache | None = None
         self._blocks = np.zeros((2, max(self._layer_of_block) + 1), np.int64)
-        self.recorder: RoutingObserver | None = None
-        self.prefetcher: Prefetcher | None = None
+        self._recorder: RoutingObserver | None = None
+        self._prefetcher: Prefetcher | None = None
         self._met: dict[int, Router | None] = {}
         self._routers: list[Router] = []  # of all layers, once a graph of one token was inspected
         self._hidden: dict[int, NDArray[np.float32]] = {}
-        #: Called with (layer, ids [tokens, top_k]) to put other experts in place of the router's.
-        self.override: Callable[[int, NDArray[np.int32]], None] | None = None
+        self._override: Callable[[int, NDArray[np.int32]], None] | None = None
         self.error: BaseException | None = None
         #: Kinds of graphs, of one token or several and for embeddings or not, that were not inspected yet.
         self._uninspected = set(product((True, False), repeat=2))
@@ -103,6 +103,9 @@ class RouterHook:
         self._graph_faults = 0
         self._prompting = False
         self._threads: set[int] = set()
+        self._collecting = threading.Lock()
+        self._counted_hits = 0  # of compiled code's
+        self._counted = 0, 0, 0  # graphs, tokens and nanoseconds of quiet graphs
 
     @property
     def cache(self) -> ExpertCache | None:
@@ -120,6 +123,38 @@ class RouterHook:
         control.slots = cache.slots.ctypes.data
         control.layers, control.first_slots = (row.ctypes.data for row in self._blocks)
         control.recent_at, control.recent_size = cache.recent.at.ctypes.data, cache.recent.ids.shape[1]
+
+    @property
+    def recorder(self) -> RoutingObserver | None:
+        """Sees every layer's routing."""
+        return self._recorder
+
+    @recorder.setter
+    def recorder(self, recorder: RoutingObserver | None) -> None:
+        self._recorder, self._control.quiet = recorder, 0
+
+    @property
+    def prefetcher(self) -> Prefetcher | None:
+        """Sees every layer's routing, and reads ahead."""
+        return self._prefetcher
+
+    @prefetcher.setter
+    def prefetcher(self, prefetcher: Prefetcher | None) -> None:
+        self._prefetcher, self._control.quiet = prefetcher, 0
+
+    @property
+    def override(self) -> Callable[[int, NDArray[np.int32]], None] | None:
+        """Called with (layer, ids [tokens, top_k]) to put other experts in place of the router's."""
+        return self._override
+
+    @override.setter
+    def override(self, override: Callable[[int, NDArray[np.int32]], None] | None) -> None:
+        self._override, self._control.quiet = override, 0
+
+    @property
+    def _observed(self) -> bool:
+        """Whether Python is to see what compiled code would answer."""
+        return self._recorder is not None or self._override is not None
 
     @property
     def function(self) -> int:
@@ -158,6 +193,7 @@ class RouterHook:
         """
         self._parallel, self._n_vocab = parallel, n_vocab
         self._on_prompt, self._on_graph, self._on_error = on_prompt, on_graph, on_error
+        self._control.quiet = 0  # what is true of the engine's own graphs need not be of the server's
         return self.data
 
     def begin(self, tokens: Sequence[int], *, embed: bool = False) -> None:
@@ -170,7 +206,7 @@ class RouterHook:
             self._model.token_table.fetch(tokens)
         self._kind = len(tokens) == 1, embed
         self._inspect_next(self._kind in self._uninspected)
-        control.request = control.recent = 0
+        control.request = control.recent = control.quiet = 0
         control.begun = 1
         if cache is None:
             return
@@ -182,17 +218,24 @@ class RouterHook:
         if self._asked is not None:
             self._asked.begin_step(tokens)
         compiled = cache.compiled_request(len(tokens) * top_k)
-        if compiled and not (control.inspect or self._asked or self.recorder or self.override):
+        if compiled and not (control.inspect or self._asked or self._observed):
             control.pool, control.arrays, control.request = compiled.pool, compiled.arrays, compiled.function
             if cache.phase == "decode":
                 control.recent = cache.recent.ids.ctypes.data
+                if self._model.token_table is None and not self._uninspected & _TEXT:
+                    control.quiet = min(self._parallel, cache.served_together(top_k))
+                    if (
+                        self._observed
+                    ):  # since it was asked: by another thread, which finds no more graphs quiet
+                        control.quiet = 0
 
     def _inspect_next(self, enable: bool) -> None:
         """Check, node by node, that the next graph uses expert tensors only with ids that were renamed."""
-        routers = [router for _, router in sorted(self._met.items()) if router]
-        if self.prefetcher is not None and not self._routers and len(routers) == len(self._layer_of_block):
-            self._routers = routers
-            self.prefetcher.use_routers(routers)
+        if self.prefetcher is not None and not self._routers:
+            routers = [router for _, router in sorted(self._met.items()) if router]
+            if len(routers) == len(self._layer_of_block):
+                self._routers = routers
+                self.prefetcher.use_routers(routers)
         if enable:
             self._experts = self._model.layer_of_tensor()
             self._inspected = True
@@ -222,8 +265,8 @@ class RouterHook:
         self._control.pending = False
         if not self._cache:
             return
-        self._cache.stats[self._cache.phase].hits += self._control.hits
-        self._control.hits = 0
+        with self._collecting:
+            self._count_hits()
         if self._control.done > 0:  # misses of a compiled request that nobody came to read
             self._cache.withdraw(self._layer_of_block[self._control.block], self._control.done)
             self._control.done = -1
@@ -233,6 +276,28 @@ class RouterHook:
             )
             with suppress(FlashMoEError):
                 self._cache.finish()
+
+    def _count_hits(self) -> None:
+        """Count what compiled code has answered by itself; under `_collecting`."""
+        assert self._cache is not None
+        hits = self._control.hits
+        self._cache.stats[self._cache.phase].hits += hits - self._counted_hits
+        self._counted_hits = hits
+
+    def collect(self) -> None:
+        """Count the graphs of the server's that needed no Python. From any thread."""
+        control = self._control
+        with self._collecting:
+            graphs, tokens, nanoseconds = self._counted
+            if self._cache is None or control.graphs == graphs:
+                return
+            self._count_hits()
+            self._counted = control.graphs, control.graph_tokens, control.nanoseconds
+            tokens, nanoseconds = self._counted[1] - tokens, self._counted[2] - nanoseconds
+            self._cache.recent.begin_step(tokens)
+            faults = major_faults()
+            self._on_graph(Evaluated([-1] * tokens, True, nanoseconds / 1e9, faults - self._graph_faults))
+            self._graph_faults = faults
 
     def _on_python(self, address: int, why: int) -> int:
         """Goes on if it ends with outcome RETURNED; else the evaluation ends and `error` says why."""
@@ -266,15 +331,16 @@ class RouterHook:
             # the library's thread: Python's state of it stays, instead of being made anew for every callback
             self._threads.add(thread)
             C.pythonapi.PyGILState_Ensure()
-        ids = np.ctypeslib.as_array((C.c_int32 * control.tokens).from_address(control.inputs)).copy()
-        if (ids < 0).any() or (ids >= self._n_vocab).any():
-            ids[:] = -1  # not set: the graph is fed with embeddings
-        self._announce(ids.tolist())
+        ids = np.frombuffer(C.string_at(control.inputs, 4 * control.tokens), np.int32).tolist()
+        if min(ids) < 0 or max(ids) >= self._n_vocab:
+            ids = [-1] * len(ids)  # not set: the graph is fed with embeddings
+        self._announce(ids)
         if control.inspect:
             self._inspect(Tensor.from_address(node))
 
     def _announce(self, tokens: list[int]) -> None:
         assert self._cache is not None
+        self.collect()
         decode = len(tokens) <= self._parallel
         self._cache.phase = "decode" if decode else "prefill"
         if not decode and not self._prompting:

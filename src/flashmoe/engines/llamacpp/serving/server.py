@@ -96,6 +96,10 @@ class InnerServer:
         self._check(request)
         return self._stream("handle_completions", request)
 
+    def collect(self) -> None:
+        """Have all evaluations counted."""
+        self._engine.collect()
+
     def count_tokens(self, request: Request) -> int:
         """Tokens of the prompt that a chat request makes. Raises as `chat` does."""
         self._check(request)
