@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,3 +18,19 @@ def test_example(example: Path) -> None:
     done = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "as a" in done.stdout
+
+
+def test_a_plugin_that_has_moved(tmp_path: Path) -> None:
+    """Compiled code is kept for each module: what another one left must not be read for this one."""
+    for module in ("fifo_before", "fifo_after"):
+        copy = tmp_path / f"{module}.py"
+        shutil.copy(EXAMPLES[0].with_name("fifo_policy.py"), copy)
+        done = subprocess.run(
+            [sys.executable, "-c", f"import {module}; {module}.main()"],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        )
+        assert done.returncode == 0, done.stderr
+        copy.unlink()

@@ -16,6 +16,7 @@ from flashmoe.simulate.curve import HitCurve, hit_curve, nearest, shipped
 from flashmoe.storage import disk
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.gguf import parse_part, parse_remote, read_gguf
+from flashmoe.storage.hub import demo_model
 from flashmoe.storage.remote import RemoteFile
 from flashmoe.tools import plan as planning
 from flashmoe.tools.plan import Machine, active_bytes, context_bytes, make_plan
@@ -77,7 +78,7 @@ def test_what_is_recommended(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Non
     )  # reads cost nothing there
     slow = Machine({"Q4_0": 10.0, "F32": 10.0}, {1: 1e-4})
     assert make_plan(catalog, slow, CURVE).recommendation.startswith(f"--ram {everything >> 20}MiB")
-    monkeypatch.setattr(planning.budget, "default_ram", lambda: 1 << 20)
+    monkeypatch.setattr(planning.memory, "default_ram", lambda: 1 << 20)
     assert "none of these budgets" in make_plan(catalog, slow, CURVE).recommendation
     with pytest.raises(BudgetError, match="smallest that works"):
         make_plan(catalog, slow, CURVE, [1 << 20])
@@ -167,7 +168,7 @@ def test_a_header_by_ranges(
     hub: tuple[str, type[Hub]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url, handler = hub
-    data = Path(planning.__file__).with_name("data") / "demo.gguf"
+    data = demo_model()
     (tmp_path / "m.gguf").symlink_to(data)
     local, size = parse_part(data), data.stat().st_size
     monkeypatch.setattr("flashmoe.storage.remote._PIECE", 1000)

@@ -70,7 +70,8 @@ def compiled(
     kind = state.__name__
 
     def keep(function: Callable[..., Any]) -> Any:
-        function.__qualname__ = f"{state.__name__}.{function.__name__}"  # a file of its own on disk
+        # a file of its own on disk: what it names must be there to import when it is read again
+        function.__qualname__ = f"{state.__module__}.{kind}.{function.__name__}"
         return njit(cache=True)(function)
 
     def access(pool, request, layer, n):

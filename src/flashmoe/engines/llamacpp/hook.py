@@ -49,7 +49,7 @@ _TEXT = {(True, False), (False, False)}  # kinds of graphs, as in `RouterHook._u
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A graph that the library's server has evaluated."""
+    """What the library's server has evaluated: a graph, or the tokens of several that needed no Python."""
 
     tokens: Sequence[int]  # their ids, -1 where only their number is known
     decode: bool
@@ -188,8 +188,8 @@ class RouterHook:
         """Graphs come unannounced from here on; the address of what `callback.end_graph` takes.
 
         A graph of at most `parallel` tokens is counted as decoding; on_prompt is called before one of more tokens that
-        follows it. on_graph is told of each that has succeeded, on_error why one has failed. All in the thread that
-        evaluates.
+        follows it. on_graph is told of what has succeeded, on_error why a graph has failed. All in the thread that
+        evaluates, and on_graph in that of `collect` too.
         """
         self._parallel, self._n_vocab = parallel, n_vocab
         self._on_prompt, self._on_graph, self._on_error = on_prompt, on_graph, on_error

@@ -47,8 +47,8 @@ class InnerServer:
         on_prompt: Callable[[], Any] = lambda: None,
         on_failure: Callable[[], Any] = lambda: None,
     ) -> None:
-        """on_graph: told of every evaluation; on_prompt: called when a prompt begins, on_failure when an evaluation has
-        failed. All in the server's thread.
+        """on_graph: told of what was evaluated; on_prompt: called when a prompt begins, on_failure when an evaluation
+        has failed. All in the server's thread, and on_graph in that of `collect` too.
         """
         self._engine, self._on_failure = engine, on_failure
         self.n_ctx, self.parallel = engine.n_ctx, engine.sequences
