@@ -35,8 +35,9 @@ def plain_reads() -> Iterator[None]:
 class Prefilled(Staged):
     """A cache that is given whole steps, and checked after each layer."""
 
-    def step(self, tokens: list[list[int]]) -> None:
+    def step(self, tokens: list[list[int]], phase: str = "prefill") -> None:
         """Evaluate tokens; token t asks layer l for its experts shifted by l."""
+        self.cache.phase = phase
         ids = np.array(tokens, np.int32)
         self.cache.begin_step(len(ids), ids.shape[1])
         for layer in range(len(self.catalog.layers)):
@@ -102,6 +103,41 @@ def test_any_steps(steps: list[list[list[int]]], policy: str, spare: int, slots:
         assert stats.hits + stats.late_hits + stats.misses == stats.requests
         for layer in range(LAYERS):
             assert res.resident(layer).tolist() == replayed.residency.resident(layer).tolist()
+
+
+@settings(max_examples=60)
+@given(
+    steps=st.lists(st.tuples(tokens, st.sampled_from(["prefill", "decode"])), max_size=8),
+    policy=st.sampled_from(["lru", "lfu-aged", "arc"]),
+    spare=st.integers(0, 3),
+    slots=st.integers(16, 40),
+)
+def test_prompts_between_batches(
+    steps: list[tuple[list[list[int]], str]], policy: str, spare: int, slots: int, tiny: Tiny
+) -> None:
+    """Bytes are right and no slot is lost where windows of both kinds follow each other."""
+    with prefilled(tiny("gpt-oss"), slots + spare, spare, policy) as c:
+        for step, phase in steps:
+            c.step(step, phase)
+        c.cache.begin_step(1, TOP_K)
+        assert not c.policy.residency.window_count.any()
+
+
+def test_decoding_several_sequences_borrows_for_one_layer(tiny: Tiny) -> None:
+    with prefilled(tiny("gpt-oss"), 16) as c:
+        window = c.policy.residency.window_count
+        everything = [[e, e + 1] for e in range(0, EXPERTS, 2)]
+        for tokens, phase, lent in (
+            (2, "decode", 0),  # the layer's share holds them
+            (3, "decode", 6),
+            (6, "prefill", 12),
+            (3, "decode", 6),
+            (4, "decode", 8),
+            (3, "decode", 8),  # it does not shrink
+            (2, "decode", 0),
+        ):
+            c.step(everything[:tokens], phase)
+            assert window.sum() == lent
 
 
 def test_prompt_reads_every_expert_once_and_spares_the_shares(tiny: Tiny) -> None:

@@ -107,7 +107,8 @@ class ExpertCache:
             together = decode and tokens * top_k <= self._least_share
             if self.warm:
                 self.warm.pause(tokens > 1)  # slots are lent: none may be away
-            self._window.resize(1 if together else tokens, top_k)
+            # decoding several sequences, a layer finds most of its experts resident: all slots that can be shall be
+            self._window.resize(1 if together else tokens, top_k, ahead=not decode)
 
     def compiled_request(self, n: int) -> CompiledRequest | None:
         """The policy's request of up to `n` ids for compiled code, on `ids` and `slots`.
