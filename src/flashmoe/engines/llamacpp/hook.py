@@ -222,7 +222,8 @@ class RouterHook:
             control.pool, control.arrays, control.request = compiled.pool, compiled.arrays, compiled.function
             if cache.phase == "decode":
                 control.recent = cache.recent.ids.ctypes.data
-                if self._model.token_table is None and not self._uninspected & _TEXT:
+                announced = self._prefetcher is not None or self._model.token_table is not None
+                if not announced and not self._uninspected & _TEXT:
                     control.quiet = min(self._parallel, cache.served_together(top_k))
                     if (
                         self._observed
