@@ -144,6 +144,17 @@ def test_what_was_said_before_can_change(name: str, lib: Library, tiny: Tiny) ->
             assert talk.turn.reused > 10
 
 
+def test_hit_rate_of_a_turn(lib: Library, demo: Path) -> None:
+    """Hits that compiled code has answered by itself are among them."""
+    with opened(demo, lib, cache="100%") as model:
+        talk = talk_with(model, n=60)
+        say(talk, "hello")
+        decode = model.cache_stats["decode"]
+        assert talk.turn.hit_rate == decode.hits / decode.requests
+        asked_for = len(model.catalog.layers) * model.catalog.top_k
+        assert decode.requests == model.telemetry.decode.tokens * asked_for
+
+
 def test_reset_begins_anew(model: flashmoe.Model) -> None:
     talk = talk_with(model)
     first = say(talk, MESSAGES[0])

@@ -107,7 +107,7 @@ class Conversation:
         finished = ""
         try:
             self._make_room()
-            decode = self._model.cache.stats["decode"]
+            decode = self._model.cache_stats["decode"]
             hits, requests = decode.hits, decode.requests
             deltas = self._model.stream_chat(
                 self._shown(),
@@ -131,6 +131,7 @@ class Conversation:
                     timings = delta.get("timings", {})
             finally:
                 deltas.close()  # type: ignore[attr-defined]
+                decode = self._model.cache_stats["decode"]
                 self.turn = Turn(
                     read=timings.get("prompt_n", 0),
                     reused=timings.get("cache_n", 0),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe.cache.expert_cache import ExpertCache
+from flashmoe.cache.expert_cache import CacheStats, ExpertCache
 from flashmoe.common.memory import major_faults
 from flashmoe.engines.base import Engine, SamplingParams, TemplateEngine
 from flashmoe.errors import UsageError
@@ -81,9 +81,19 @@ class Model:
     @property
     def telemetry(self) -> Telemetry:
         """Tokens and seconds so far."""
+        self._collect()
+        return self._telemetry
+
+    @property
+    def cache_stats(self) -> Mapping[str, CacheStats]:
+        """The expert cache's counters so far, by phase."""
+        self._collect()
+        return self.cache.stats
+
+    def _collect(self) -> None:
+        """Have counted what the server has evaluated without Python."""
         if self._server is not None:
             self._server.collect()
-        return self._telemetry
 
     def record(self) -> Recorder:
         """Record which experts every token is routed to from here on; `Recorder.save` writes the trace."""

@@ -90,7 +90,7 @@ class Live:
 
     def frame(self, since: int | None = None) -> dict[str, Any]:
         """The present state; `since`: the `tick` of an earlier frame, for what was used and missed after it."""
-        model, stats = self._model, self._model.cache.stats
+        model, stats = self._model, self._model.cache_stats
         tick = self._activity.tick
         self._activity.tick = tick + 1
         resident = model.cache.policy.residency.slot_of >= 0

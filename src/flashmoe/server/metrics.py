@@ -23,7 +23,7 @@ class _ModelCollector(Collector):
         self._model, self._traffic, self._comparing = model, traffic, comparing
 
     def collect(self) -> Iterable[Metric]:
-        model, stats = self._model, self._model.cache.stats
+        model, stats = self._model, self._model.cache_stats
         phases = {"prefill": model.telemetry.prefill, "decode": model.telemetry.decode}
 
         def by_phase(name: str, text: str, values: dict[str, float]) -> Metric:

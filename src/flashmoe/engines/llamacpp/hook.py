@@ -225,9 +225,7 @@ class RouterHook:
                 announced = self._prefetcher is not None or self._model.token_table is not None
                 if not announced and not self._uninspected & _TEXT:
                     control.quiet = min(self._parallel, cache.served_together(top_k))
-                    if (
-                        self._observed
-                    ):  # since it was asked: by another thread, which finds no more graphs quiet
+                    if self._observed:  # since then, by another thread
                         control.quiet = 0
 
     def _inspect_next(self, enable: bool) -> None:
