@@ -10,6 +10,7 @@ from openai import OpenAI
 
 import flashmoe
 from flashmoe.runtime.model import Model
+from tests.server.front import Backend, Running, fronted
 from tests.server.process import ServerProcess, serving
 
 
@@ -18,6 +19,13 @@ def pool(demo: Path) -> Iterator[Model]:
     """A model with an expert pool, for the front's figures."""
     with flashmoe.load(demo, cache="50%", threads=1) as model:
         yield model
+
+
+@pytest.fixture(scope="module")
+def front(pool: Model, backend: Backend) -> Iterator[Running]:
+    """Over the module's own `backend`."""
+    with fronted(pool, backend) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

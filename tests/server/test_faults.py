@@ -76,12 +76,6 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backend]:
         yield backend
 
 
-@pytest.fixture(scope="module")
-def front(pool: Model, backend: Backend) -> Iterator[Running]:
-    with fronted(pool, backend) as running:
-        yield running
-
-
 def test_compute_error(front: Running, backend: Backend) -> None:
     """Where the reason is known it is told, in a response and in a stream."""
     for reason in ("", REASON):

@@ -13,8 +13,7 @@ from urllib.parse import urlsplit
 import httpx2 as httpx
 import pytest
 
-from flashmoe.runtime.model import Model
-from tests.server.front import KEY, Backend, Running, fronted, stock_server
+from tests.server.front import KEY, Backend, Running, stock_server
 
 CHAT = {"messages": [{"role": "user", "content": "The sea"}], "max_tokens": 12, "temperature": 0, "seed": 1}
 LONG: dict[str, Any] = {"prompt": "The sea", "n_predict": 480, "ignore_eos": True, "temperature": 0}
@@ -25,12 +24,6 @@ AUTHORIZED = {"Authorization": f"Bearer {KEY}"}
 def backend(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backend]:
     with stock_server(demo, tmp_path_factory.mktemp("stock")) as backend:
         yield backend
-
-
-@pytest.fixture(scope="module")
-def front(pool: Model, backend: Backend) -> Iterator[Running]:
-    with fronted(pool, backend) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -38,12 +38,6 @@ def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backend]:
 
 
 @pytest.fixture(scope="module")
-def front(pool: Model, backend: Backend) -> Iterator[Running]:
-    with fronted(pool, backend) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def guarded(pool: Model, backend: Backend) -> Iterator[Running]:
     with fronted(pool, backend, api_key=OUR_KEY, cors=[FRIEND]) as running:
         yield running
