@@ -191,7 +191,7 @@ def ask_python(control: Any, node: Any, why: Any) -> Any:  # pragma: no cover - 
     return control[_OUTCOME] == RETURNED
 
 
-@njit(cache=True)
+@cfunc(types.int32(types.int64, types.int64), cache=True)
 def end_graph(address: Any, thread: Any) -> Any:  # pragma: no cover - compiled
     """A thread has evaluated a graph: 0 where it is not this Control's, 1 where it succeeded, -1 where it failed."""
     control = carray(int64_at(address), _FIELDS)

@@ -40,9 +40,11 @@ _FAILED = -1  # GGML_STATUS_FAILED
 _MOST = 32  # models lent at once, in one process
 # What the compiled functions share: what is offered, the library's own functions, and by row what is lent
 _OFFERED_MODEL, _OFFERED_CONTEXT, _OWN_FREE_MODEL, _OWN_FREE_CONTEXT, _OWN_COMPUTE = range(5)
-_OWN_ACCEPT, _OWN_NAME, _OWN_IS_END, _LENT = range(5, 9)
+_OWN_ACCEPT, _OWN_NAME, _OWN_IS_END, _END_GRAPH, _LENT = range(5, 10)
 _ROW = 3  # model, context, the Control of its hook
 _cells = np.zeros(_LENT + _ROW * _MOST, np.int64)
+# by address: numba would keep what is compiled into this file's functions when only the other file has changed
+_cells[_END_GRAPH] = end_graph.address or 0
 _SYMBOL = "flashmoe_lent"
 binding.add_symbol(
     _SYMBOL, _cells.ctypes.data
@@ -76,8 +78,8 @@ def _free(_typing: Any, _function: Any, _pointer: Any) -> Any:
 
 
 @intrinsic
-def _evaluate(_typing: Any, _function: Any, _scheduler: Any, _graph: Any) -> Any:
-    """Call the library's own ggml_backend_sched_graph_compute_async at an address."""
+def _status(_typing: Any, _function: Any, _first: Any, _second: Any) -> Any:
+    """Call int32 function(first, second) at an address."""
 
     def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
         kind = ir.FunctionType(ir.IntType(32), [ir.IntType(64)] * 2)
@@ -165,11 +167,11 @@ def _accept(sampler: Any, token: Any) -> None:  # pragma: no cover - compiled
 @cfunc(types.int32(types.int64, types.int64), cache=True)
 def _compute(scheduler: Any, graph: Any) -> Any:  # pragma: no cover - compiled
     cells = carray(int64_at(_lent()), _LENT + _ROW * _MOST)  # type: ignore[call-arg]
-    status = _evaluate(cells[_OWN_COMPUTE], scheduler, graph)  # type: ignore[call-arg]
+    status = _status(cells[_OWN_COMPUTE], scheduler, graph)  # type: ignore[call-arg]
     thread = _pthread_self()
     for i in range(_MOST):
         control = cells[_LENT + _ROW * i + 2]
-        if control != 0 and end_graph(control, thread) < 0:
+        if control != 0 and _status(cells[_END_GRAPH], control, thread) < 0:  # type: ignore[call-arg, operator]
             return _FAILED
     return status
 
