@@ -28,9 +28,7 @@ class Turn:
     tokens_per_s: float = 0.0  # while answering
     hit_rate: float = 0.0  # of the expert cache, while answering
     forgotten: int = 0  # older turns that were left out to make room
-    finished: str = (
-        ""  # "stop" (the model's own end), "length" (a limit, or the context is full), "" (interrupted)
-    )
+    finished: str = ""  # "stop" (the model's own end), "length" (a limit, a full context), "" (interrupted)
 
 
 @dataclass(frozen=True)

@@ -67,10 +67,7 @@ class Control(C.Structure):
         ("first_slots", C.c_int64),
         ("done", C.c_int64),  # what the request returned
         ("hits", C.c_int64),  # counted since the start
-        (
-            "recent",
-            C.c_int64,
-        ),  # address of int16 [layers, RECENT], the latest requests; 0: they are not noted
+        ("recent", C.c_int64),  # address of int16 [layers, RECENT], the latest requests, or 0
         ("recent_at", C.c_int64),  # address of int64 [layers]: where the next one goes
         ("recent_size", C.c_int64),
         ("quiet", C.c_int64),  # graphs of at most so many tokens need no Python where they begin and end
