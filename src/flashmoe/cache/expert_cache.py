@@ -80,7 +80,8 @@ class ExpertCache:
         self._bytes = [sum(w.plane.nbytes for w in windows) for windows in pool.windows]
         self._lock = threading.RLock()
         self._under_way: tuple[list[Ticket], int, list[int]] | None = None  # reads, layer, experts
-        self._least_share = int(residency.quota.min())
+        self._least_group = int(np.bincount(residency.group, residency.quota).min())  # its slots
+        self._holds_a_layer = self._least_group >= residency.n_experts
         self._resize(64)
 
     def _resize(self, n: int) -> None:
@@ -97,18 +98,18 @@ class ExpertCache:
     def begin_step(self, tokens: int, top_k: int) -> None:
         """Call before `tokens` tokens are evaluated at once: prefill gets slots to work in, decode gets them back.
 
-        Decoding one token of each of several sequences is one request of each layer where its share holds them all.
+        Decoding one token of each of several sequences is one request of each layer: what its share cannot hold takes
+        slots that other layers need last (`find_victim`), for as long as it is asked for.
         """
         with self._lock:
             self._finish()
             decode = self.phase == "decode"
             if decode:
                 self.recent.begin_step(tokens)
-            together = decode and tokens * top_k <= self._least_share
+            together = decode and tokens <= self.served_together(top_k)
             if self.warm:
                 self.warm.pause(tokens > 1)  # slots are lent: none may be away
-            # decoding several sequences, a layer finds most of its experts resident: all slots that can be shall be
-            self._window.resize(1 if together else tokens, top_k, ahead=not decode)
+            self._window.resize(1 if together else tokens, top_k)
 
     def compiled_request(self, n: int) -> CompiledRequest | None:
         """The policy's request of up to `n` ids for compiled code, on `ids` and `slots`.
@@ -121,9 +122,7 @@ class ExpertCache:
 
     def served_together(self, top_k: int) -> int:
         """How many sequences' tokens are one request of each layer while decoding, see `begin_step`."""
-        residency = self.policy.residency
-        whole = self._least_share == residency.n_experts
-        return len(self._ids) // top_k if whole else self._least_share // top_k
+        return (len(self._ids) if self._holds_a_layer else self._least_group) // top_k
 
     def withdraw(self, layer: int, requested: int) -> None:
         """Forget what a compiled request has let in, where `ensure` did not come to read it."""

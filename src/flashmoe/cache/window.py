@@ -42,25 +42,15 @@ class PrefillWindow:
         #: of each layer, whether its requests are to be served by `place`
         self.serves = [False] * policy.residency.n_layers
         self.serves_any = False
-        self._ahead = False  # whether it is large enough to read the next layer meanwhile
 
-    def resize(self, tokens: int, k: int, ahead: bool = True) -> None:
-        """Before a step of `tokens` tokens: take slots from the policy, or give them back where it needs none.
-
-        ahead: enough of them to read the next layer meanwhile; a step that does not gives back what was for that.
-        """
-        if self._ahead and not ahead:
-            self._lend(1, k, ahead)  # a window never shrinks, but it closes
-        self._lend(tokens, k, ahead)
-        self._ahead = ahead and self.serves_any
-
-    def _lend(self, tokens: int, k: int, ahead: bool) -> None:
+    def resize(self, tokens: int, k: int) -> None:
+        """Before a step of `tokens` tokens: take slots from the policy, or give them back where it needs none."""
         res = self._policy.residency
         if tokens == 1 and not self.serves_any:
             return
         self.step_done()
         before = res.window_count.copy()
-        self._policy.window(tokens, k, ahead)
+        self._policy.window(tokens, k)
         for group, (old, new) in enumerate(zip(before.tolist(), res.window_count.tolist(), strict=True)):
             start = int(res.group_start[group])
             if new > old:

@@ -43,7 +43,7 @@ class Kernels(NamedTuple):
 
     access: Any  # (Pinned (state, res), Pinned REQUEST, layer, n); EvictionPolicy.request
     access_each: Callable[..., int]  # (state, res, layer, ids, slots_out, miss_expert, miss_slot) -> 0 or -1
-    window: Callable[..., None]  # (state, res, tokens, k, ahead)
+    window: Callable[..., None]  # (state, res, tokens, k)
     release: Callable[..., int]  # (state, res, layer, expert) -> slot or -1
     replay: Callable[..., int]  # (state, res, ids, first, starts, bits, requests, hits) -> -1 or failed step
     begin: Callable[..., None]  # (state) -> None
@@ -90,9 +90,9 @@ def compiled(
         _ = version
         return access_each_loop(st, res, layer, ids, slots_out, miss_expert, miss_slot)
 
-    def window(st, res, tokens, k, ahead):
+    def window(st, res, tokens, k):
         _ = version
-        window_loop(st, res, tokens, k, ahead)
+        window_loop(st, res, tokens, k)
 
     def release(st, res, layer, expert):
         _ = version

@@ -177,21 +177,21 @@ def access_each_loop(st, res, layer, ids, slots_out, miss_expert, miss_slot):
 
 
 @lean
-def window_size(slots, n_layers, n_experts, k, tokens, ahead=True):
+def window_size(slots, n_layers, n_experts, k, tokens):
     """Slots that a size group of `slots` slots and `n_layers` layers lends to a step of `tokens` tokens.
 
-    What one layer may need beside its own; with `ahead` twice that, so that the next layer is read meanwhile, but at
-    most half of the slots where that is enough for one layer. 0 where every expert has a slot, where not even one
-    layer's would fit beside one token's, and for single tokens.
+    What one layer may need beside its own, twice, so that the next layer is read meanwhile; at most half of the slots
+    where that is enough for one layer. 0 where every expert has a slot, where not even one layer's would fit beside
+    one token's, and for single tokens.
     """
     need = min(n_experts, tokens * k)
     if tokens <= 1 or slots >= n_layers * n_experts or need > slots - k:
         return 0
-    return min(slots - k, min(2 * need, max(need, slots // 2))) if ahead else need
+    return min(slots - k, min(2 * need, max(need, slots // 2)))
 
 
 @lean
-def window_loop(st, res, tokens, k, ahead):
+def window_loop(st, res, tokens, k):
     """Before a step of `tokens` tokens: make the window as large as it needs (it never shrinks, but it closes)."""
     n_layers = res.quota.shape[0]
     res.step[0] += 1  # nothing is pinned between steps
@@ -202,7 +202,7 @@ def window_loop(st, res, tokens, k, ahead):
             if res.group[layer] == g:
                 members += 1
                 slots += res.quota[layer]
-        want = window_size(slots, members, res.slot_of.shape[1], k, tokens, ahead)
+        want = window_size(slots, members, res.slot_of.shape[1], k, tokens)
         start = res.group_start[g]
         if want == 0:
             for i in range(res.window_count[g]):

@@ -37,7 +37,7 @@ def replay_loop(st, res, ids, first, starts, bits, requests, hits, scratch, once
         if starts[s] > 0:
             begin_rule(st)
         if first[s + 1] - first[s] > 1 or windowed:
-            window_loop(st, res, first[s + 1] - first[s], k, True)
+            window_loop(st, res, first[s + 1] - first[s], k)
             windowed = first[s + 1] - first[s] > 1
         for layer in range(n_layers):
             if res.window_count[res.group[layer]] > 0:

@@ -148,17 +148,15 @@ class EvictionPolicy:
         """
         return self.kernels.access_each(self._state, self._res, layer, ids, slots_out, miss_expert, miss_slot)
 
-    def window(self, tokens: int, k: int, ahead: bool = True) -> None:
+    def window(self, tokens: int, k: int) -> None:
         """Call before a step: lend slots to a step of several tokens (prefill), take them back for a single one.
-
-        ahead: enough of them to read the next layer's experts while one layer computes.
 
         A layer's experts that a micro-batch needs and that the policy would not keep pass through the window, so that
         prefill does not empty the other layers' shares. What stays resident is what would have stayed had the tokens
         been decoded one by one (`access_each`). The window is residency.window, empty where it is not needed or too
         small to be of use: then a micro-batch is one request (`access`).
         """
-        self.kernels.window(self._state, self._res, tokens, k, ahead)
+        self.kernels.window(self._state, self._res, tokens, k)
 
     def release(self, layer: int, expert: int) -> int:
         """Free the slot of an expert whose read failed; the slot, or -1 where the expert is not resident."""
