@@ -168,7 +168,7 @@ def record(model: Model, token: int) -> list[dict[str, Any]]:
         _instead(PooledExperts, "compute", compute),
         _instead(model.cache.reader, "wait", wait),
     ):
-        model.evaluate([token], decode=True)
+        model.decoder.evaluate([token], decode=True)
     return [
         {"kind": kind, "start_ms": clock.milliseconds(a), "end_ms": clock.milliseconds(b)}
         for kind, a, b in marks

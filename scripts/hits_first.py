@@ -35,7 +35,7 @@ def main(folder: str, cache: str = "50%", pairs: str = "60") -> None:
             way = (ensure, all_first)[(i + i // 2) % 2]  # each goes first as often as the other
             model.cache.ensure = way  # type: ignore[assignment, method-assign]
             began = time.perf_counter()
-            model.evaluate([draw.randrange(model.engine.n_vocab)], decode=True)
+            model.decoder.evaluate([draw.randrange(model.engine.n_vocab)], decode=True)
             if i >= 2 * WARM:
                 seconds[way].append(time.perf_counter() - began)
         stats = model.cache.stats["decode"]

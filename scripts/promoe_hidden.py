@@ -110,7 +110,7 @@ def evaluate(trace: RoutingTrace) -> tuple[RoutingTrace, Float32, list[Any]]:
             routers = find_routers(model.model, engine._experts)
             for sequence in dict.fromkeys(trace.sequence_id.tolist()):
                 engine.clear()
-                model.evaluate(trace.token_id[trace.sequence_id == sequence].tolist(), decode=False)
+                model.decoder.evaluate(trace.token_id[trace.sequence_id == sequence].tolist(), decode=False)
     found = torch.stack([torch.cat(layer) for layer in ids], 1).numpy().astype(np.int16)
     same = (np.sort(found, 2) == np.sort(trace.expert_ids, 2)).all(2).mean()
     print(f"{len(found)} tokens; all experts of a layer as llama.cpp chose them: {same:.1%}", flush=True)

@@ -93,11 +93,11 @@ def digest(logits: list[bytes]) -> str:
 
 def pooled(model: flashmoe.Model) -> str:
     """Logits of TEXT: a prompt of one micro-batch, then token by token."""
-    model.begin_prompt()
-    model.evaluate(TEXT[:UBATCH], decode=False)
+    model.decoder.rewind()
+    model.decoder.evaluate(TEXT[:UBATCH], decode=False)
     found = [model.engine.logits().tobytes()]
     for token in TEXT[UBATCH:]:
-        model.evaluate([token], decode=True)
+        model.decoder.evaluate([token], decode=True)
         found.append(model.engine.logits().tobytes())
     return digest(found)
 

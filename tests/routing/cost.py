@@ -38,15 +38,14 @@ def main() -> None:
         left = 0
         for block in range(-2, 2 * options.blocks):
             if left < options.tokens:
-                model.begin_prompt()
-                model.evaluate(model.engine.tokenize("Once upon a time there was"), decode=False)
+                model.decoder.rewind()
+                model.decoder.evaluate(model.engine.tokenize("Once upon a time there was"), decode=False)
                 left = CONTEXT - model.engine.past() - 1
             on = block % 4 in (1, 2)  # off on on off: drift cancels
-            model.recorder = recorder if on else None
-            model.engine.record(model.recorder)  # type: ignore[arg-type]
+            model.decoder.record(recorder if on else None)
             wall, cpu = time.perf_counter(), time.process_time()
             for token in tokens.integers(300, 900, options.tokens).tolist():
-                model.evaluate([token], decode=True)
+                model.decoder.evaluate([token], decode=True)
             rows.append((time.perf_counter() - wall, time.process_time() - cpu))
             left -= options.tokens
     times = np.array(rows[2:]).reshape(-1, 4, 2) / options.tokens * 1e6

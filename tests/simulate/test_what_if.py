@@ -127,9 +127,9 @@ def test_the_advice_is_right(demo: Path) -> None:
     for policy in (None, "lru"):
         with flashmoe.load("demo", cache="20%", prefetch="none", threads=1, policy=policy) as model:
             tokens = model.engine.tokenize(TEXT * 2)
-            model.evaluate(tokens[:1], decode=False)
+            model.decoder.evaluate(tokens[:1], decode=False)
             for token in tokens[1:]:
-                model.evaluate([token], decode=True)
+                model.decoder.evaluate([token], decode=True)
             misses[policy] = model.cache.stats["decode"].misses
             if policy == "lru":
                 what = WhatIf(model.cache.recent, model.cache.policy, model.catalog.top_k)

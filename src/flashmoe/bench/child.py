@@ -20,16 +20,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe.bench.spec import DEFAULT_POLICY, POOL, Job
+from flashmoe.common.memory import major_faults, status_bytes
 from flashmoe.errors import FlashMoEError, ModelError
+
+#: Evaluates tokens of the prompt, or one by one after it (decode); returns the seconds that it took.
+Evaluate = Callable[[Sequence[int], bool], float]
 
 
 class Replay:
-    """Feeds a job's tokens to an engine and takes the times. `phase` is told what comes: prefill, warmup, decode."""
+    """Feeds a job's tokens to `evaluate` and adds up the times."""
 
-    def __init__(
-        self, job: Job, decode: Callable[[Sequence[int]], Any], phase: Callable[[str], None]
-    ) -> None:
-        self._job, self._decode, self._phase = job, decode, phase
+    def __init__(self, job: Job, evaluate: Evaluate) -> None:
+        self._job, self._run = job, evaluate
         self._position = 0
         self._routing: Callable[[int, int], None] = lambda start, n: None
 
@@ -37,23 +39,23 @@ class Replay:
         """Announce every evaluation, (first position, tokens), to `routing` before it runs."""
         self._routing = routing
 
-    def run(self, step: int, logits: Callable[[], NDArray[np.float32]]) -> dict[str, Any]:
-        """Evaluate everything, the prompt `step` tokens at a time."""
+    def run(
+        self, step: int, logits: Callable[[], NDArray[np.float32]], warmed_up: Callable[[], None]
+    ) -> dict[str, Any]:
+        """Evaluate everything, the prompt `step` tokens at a time; `warmed_up` is called before what counts."""
         job = self._job
         tokens = list(job.tokens)
-        self._phase("prefill")
         started = time.perf_counter()
         for begin in range(0, job.n_prompt, step):
-            self._evaluate(tokens[begin : min(begin + step, job.n_prompt)])
+            self.evaluate(tokens[begin : min(begin + step, job.n_prompt)], decode=False)
         prefill = time.perf_counter() - started
         counted = job.n_prompt + job.n_warmup
-        self._phase("warmup")
         for token in tokens[job.n_prompt : counted]:
-            self._evaluate([token])
-        self._phase("decode")
-        before, read_before = _faults(), _bytes_read()
-        times = [self._evaluate([token]) for token in tokens[counted:]]
-        faults, read = _faults() - before, _bytes_read() - read_before
+            self.evaluate([token], decode=True)
+        warmed_up()
+        before, read_before = major_faults(), _bytes_read()
+        times = [self.evaluate([token], decode=True) for token in tokens[counted:]]
+        faults, read = major_faults() - before, _bytes_read() - read_before
         return {
             "prefill": {"tokens": job.n_prompt, "seconds": prefill, "tokens_per_s": job.n_prompt / prefill},
             "decode": {
@@ -70,17 +72,10 @@ class Replay:
             "step": step,
         }
 
-    def one_more(self) -> None:
-        """Evaluate one more token."""
-        self._evaluate([self._job.tokens[-1]])
-
-    def _evaluate(self, tokens: Sequence[int]) -> float:
+    def evaluate(self, tokens: Sequence[int], decode: bool) -> float:
+        """Evaluate the tokens that come next; the seconds that it took."""
         self._routing(self._position, len(tokens))
-        started = time.perf_counter()
-        status = self._decode(tokens)
-        seconds = time.perf_counter() - started
-        if status:
-            raise ModelError(f"llama.cpp failed to evaluate {len(tokens)} tokens (status {status})")
+        seconds = self._run(tokens, decode)
         self._position += len(tokens)
         return seconds
 
@@ -92,7 +87,6 @@ def measure(job: Job) -> dict[str, Any]:
 
 def _measure_pool(job: Job) -> dict[str, Any]:
     from flashmoe.bench.timeline import Timeline
-    from flashmoe.cache.expert_cache import CacheStats
     from flashmoe.engines.llamacpp.library import open_library
     from flashmoe.runtime.load import load
 
@@ -115,30 +109,23 @@ def _measure_pool(job: Job) -> dict[str, Any]:
     loaded = time.perf_counter() - started
     time.sleep(job.idle)
     with model:
-        model.cache.stats["warmup"] = CacheStats()  # a phase of its own: the report counts the other two
-
-        def enter(phase: str) -> None:
-            model.cache.phase = phase
-
-        replay = Replay(job, model.engine.decode, enter)
+        decoder = model.decoder
+        replay = Replay(job, lambda tokens, decode: decoder.evaluate(tokens, decode=decode))
         if job.trace:
             from flashmoe.bench.forced import ForcedRouting
 
             forced = ForcedRouting.for_model(model.catalog, job.trace, job.trace_start, len(job.tokens) + 1)
             model.engine.override_routing(forced)
             replay.follow(forced.at)
-        model.cache.begin_sequence()
-        result = replay.run(min(job.step, model.engine.n_ubatch), model.engine.logits)
-        for name in ("prefill", "decode"):
-            phase = getattr(model.telemetry, name)
-            phase.tokens, phase.seconds = result[name]["tokens"], result[name]["seconds"]
-        model.telemetry.decode_faults = result["decode"]["major_faults"]
+        decoder.rewind()
+        result = replay.run(min(job.step, model.engine.n_ubatch), decoder.logits, decoder.forget_decode)
         result["first_token_s"] = loaded + result["prefill"]["seconds"]
-        model.telemetry.first_token_seconds = result["first_token_s"]
+        decoder.telemetry.first_token_seconds = result["first_token_s"]
         result["report"] = model.stats
         if len(job.tokens) < job.n_ctx:
-            model.cache.phase = "warmup"  # not counted
-            result["timeline"] = Timeline(model.cache, model.catalog).record(replay.one_more)
+            last = job.tokens[-1:]
+            timeline = Timeline(model.cache, model.catalog)
+            result["timeline"] = timeline.record(lambda: replay.evaluate(last, decode=True))
     return {**result, "load_s": loaded, "peak_bytes": _peak()}
 
 
@@ -161,10 +148,18 @@ def _measure_stock(job: Job) -> dict[str, Any]:
         callback=routing.callback if routing else None,
     )
     loaded = time.perf_counter() - started
-    replay = Replay(job, context.decode, lambda phase: None)
+
+    def evaluate(tokens: Sequence[int], decode: bool) -> float:
+        began = time.perf_counter()
+        status = context.decode(tokens)
+        if status:
+            raise ModelError(f"llama.cpp failed to evaluate {len(tokens)} tokens (status {status})")
+        return time.perf_counter() - began
+
+    replay = Replay(job, evaluate)
     if routing:
         replay.follow(routing.forced.at)
-    result = replay.run(job.step, context.logits)
+    result = replay.run(job.step, context.logits, lambda: None)
     if routing and routing.error:
         raise routing.error
     result["first_token_s"] = loaded + result["prefill"]["seconds"]
@@ -174,15 +169,7 @@ def _measure_stock(job: Job) -> dict[str, Any]:
 
 
 def _peak() -> int:
-    from flashmoe.common.memory import status_bytes
-
     return status_bytes("VmHWM")
-
-
-def _faults() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
 
 
 def _bytes_read() -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -16,6 +15,7 @@ from flashmoe.cache.pool import SlotPool
 from flashmoe.cache.recent import RecentRouting
 from flashmoe.cache.residency import exchange
 from flashmoe.cache.staging import Staged, Staging
+from flashmoe.cache.stats import CacheObserver, CacheStats
 from flashmoe.cache.warm import WarmStart
 from flashmoe.cache.window import PrefillWindow
 from flashmoe.errors import BudgetError
@@ -27,34 +27,6 @@ Int32 = NDArray[np.int32]
 Each = Callable[[int, int], None]
 
 SURE = 0.7  # of a layer's experts asked for by a micro-batch: then the next layer's are read ahead
-
-
-@dataclass
-class CacheStats:
-    """Counters of one phase (prefill or decode). A request is a distinct expert of a layer in one step."""
-
-    hits: int = 0  # resident and complete, prefetched ones among them
-    late_hits: int = 0  # the prefetch was queued or under way
-    misses: int = 0
-    prefetch_hits: int = 0  # of the hits: through a prefetch that was complete
-    bytes: int = 0  # read for misses
-    prefetch_bytes: int = 0  # of hits and late hits that were prefetched
-    wasted_bytes: int = 0  # prefetched, never asked for, and overwritten
-    stall_seconds: float = 0.0  # the engine waited for reads
-    overhead_seconds: float = 0.0  # Python in the engine's way, reads aside; the engine's hook adds it up
-
-    @property
-    def requests(self) -> int:
-        return self.hits + self.late_hits + self.misses
-
-    @property
-    def bytes_read(self) -> int:
-        """All of them: asked for, prefetched in time, and prefetched in vain."""
-        return self.bytes + self.prefetch_bytes + self.wasted_bytes
-
-    @property
-    def hit_rate(self) -> float:
-        return self.hits / max(1, self.requests)
 
 
 class ExpertCache:
@@ -80,6 +52,8 @@ class ExpertCache:
         self._bytes = [sum(w.plane.nbytes for w in windows) for windows in pool.windows]
         self._lock = threading.RLock()
         self._under_way: tuple[list[Ticket], int, list[int]] | None = None  # reads, layer, experts
+        #: Of benchmarks. While there is one, every request comes to `ensure`.
+        self.observer: CacheObserver | None = None
         self._least_group = int(np.bincount(residency.group, residency.quota).min())  # its slots
         self._holds_a_layer = self._least_group >= residency.n_experts
         self._resize(64)
@@ -114,11 +88,14 @@ class ExpertCache:
     def compiled_request(self, n: int) -> CompiledRequest | None:
         """The policy's request of up to `n` ids for compiled code, on `ids` and `slots`.
 
-        None where a request is more than the policy's affair in the step that has begun: slots are lent to prefill, or
-        a warm start is under way. What misses is left to `ensure`, and so are the requests of a step that prefetches.
+        None where a request is more than the policy's affair in the step that has begun: slots are lent to prefill, a
+        warm start is under way, or an observer is to see it. What misses is left to `ensure`, and so are the requests
+        of a step that prefetches.
         """
         warm = self.warm is not None and self.warm.running
-        return None if warm or self._window.serves_any or n > len(self._ids) else self._compiled
+        if warm or self.observer or self._window.serves_any or n > len(self._ids):
+            return None
+        return self._compiled
 
     def served_together(self, top_k: int) -> int:
         """How many sequences' tokens are one request of each layer while decoding, see `begin_step`."""
@@ -182,36 +159,53 @@ class ExpertCache:
         (the failed experts are then absent and the cache is consistent) and BudgetError (they cannot fit at once).
         """
         with self._lock:
-            self._finish()
-            if self._window.serves[layer]:
-                return self._ensure_batch(layer, np.atleast_2d(ids), leave_last, meanwhile, each)
-            ids = ids.ravel()
-            if len(ids) > len(self._slots):
-                self._resize(2 * len(ids))
-            slots = self._slots[: len(ids)]
-            self._ids[: len(ids)] = ids
-            done = self._request(layer, len(ids)) if requested < 0 else requested
-            if done < 0 and self.warm and self.warm.give_way():
-                done = self._request(layer, len(ids))
-            if done < 0:
-                raise BudgetError(
-                    f"{len(np.unique(ids))} experts of one layer do not fit into the pool at once: "
-                    "give more memory, or a smaller micro-batch (-ub)"
-                )
-            first = self._first_slot[layer]
-            stats = self.stats[self.phase]
-            misses = done & MISSES
-            stats.hits += done >> 32
-            settle = partial(self._settle, layer, ids, meanwhile)
-            if misses:
-                self._fill(layer, ids, slots, misses, leave_last, settle, each)
-            else:
-                settle()
-                if each:
-                    for expert, slot in _pairs(ids, slots).items():
-                        each(expert, slot - first)
-            if first:
-                slots -= first
+            if self.observer is None:
+                return self._ensure(layer, ids, leave_last, meanwhile, each, requested)
+            self.observer.enter(layer)
+            try:
+                return self._ensure(layer, ids, leave_last, meanwhile, each, requested)
+            finally:
+                self.observer.leave()
+
+    def _ensure(
+        self,
+        layer: int,
+        ids: Int32,
+        leave_last: bool,
+        meanwhile: Callable[[], None] | None,
+        each: Each | None,
+        requested: int,
+    ) -> Int32:
+        self._finish()
+        if self._window.serves[layer]:
+            return self._ensure_batch(layer, np.atleast_2d(ids), leave_last, meanwhile, each)
+        ids = ids.ravel()
+        if len(ids) > len(self._slots):
+            self._resize(2 * len(ids))
+        slots = self._slots[: len(ids)]
+        self._ids[: len(ids)] = ids
+        done = self._request(layer, len(ids)) if requested < 0 else requested
+        if done < 0 and self.warm and self.warm.give_way():
+            done = self._request(layer, len(ids))
+        if done < 0:
+            raise BudgetError(
+                f"{len(np.unique(ids))} experts of one layer do not fit into the pool at once: "
+                "give more memory, or a smaller micro-batch (-ub)"
+            )
+        first = self._first_slot[layer]
+        stats = self.stats[self.phase]
+        misses = done & MISSES
+        stats.hits += done >> 32
+        settle = partial(self._settle, layer, ids, meanwhile)
+        if misses:
+            self._fill(layer, ids, slots, misses, leave_last, settle, each)
+        else:
+            settle()
+            if each:
+                for expert, slot in _pairs(ids, slots).items():
+                    each(expert, slot - first)
+        if first:
+            slots -= first
         return slots
 
     def _settle(self, layer: int, ids: Int32, meanwhile: Callable[[], None] | None) -> None:
@@ -274,7 +268,14 @@ class ExpertCache:
     def finish(self) -> None:
         """Wait for what `ensure` has left under way. Raises ReadError; the experts are then absent."""
         with self._lock:
-            self._finish()
+            if self.observer is None or not self._under_way:
+                self._finish()
+                return
+            self.observer.enter(self._under_way[1])
+            try:
+                self._finish()
+            finally:
+                self.observer.leave()
 
     def _fill(
         self,
@@ -322,7 +323,6 @@ class ExpertCache:
         absent: (expert, slot); staged: experts that were prefetched, perhaps not to the end; admitted: experts that are
         resident only if everything succeeds.
         """
-        began = time.perf_counter()
         stats, first = self.stats[self.phase], self._first_slot[layer]
         incomplete = [entry for _, entry in staged if not entry.complete]
         now = [entry.first for entry in incomplete]
@@ -332,19 +332,24 @@ class ExpertCache:
             planes = list(zip(*reads, strict=True))
             if planes:
                 first_planes = [read for plane in planes[:-1] for read in plane]
+                began = time.perf_counter()
                 tickets = self.reader.demand_in_order([first_planes, planes[-1]])
+                stats.stall_seconds += (
+                    time.perf_counter() - began
+                )  # starting reads can mean waiting for the drive
                 now, later = [*now, tickets[0]], [*later, tickets[1]]
             for expert, slot in (*absent, *((expert, entry.slot) for expert, entry in staged)):
                 self.pool.fill_tables(layer, expert, slot - first)
             if meanwhile:
                 meanwhile()
+            began = time.perf_counter()
             for ticket in now if leave_last else now + later:
                 self.reader.wait(ticket)
+            stats.stall_seconds += time.perf_counter() - began
         except BaseException:  # also what a signal's handler raises
             self._give_back(now + later, layer, admitted)
             raise
         self._count(layer, len(absent), len(staged), len(incomplete))
-        stats.stall_seconds += time.perf_counter() - began
         if leave_last:
             self._under_way = later, layer, admitted
 

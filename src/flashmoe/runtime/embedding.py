@@ -1,4 +1,4 @@
-"""Embeddings: which texts can be embedded, and what llama.cpp's server makes of the pooled vector."""
+"""Embeddings: which texts can be embedded, and their vectors, as llama.cpp's server makes them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from flashmoe.engines.base import Engine
 from flashmoe.engines.llamacpp.context import POOLING
 from flashmoe.errors import UsageError
-from flashmoe.runtime.generation import check_prompt
+from flashmoe.runtime.decoder import Decoder
+from flashmoe.runtime.generation import check_prompt, split
 from flashmoe.storage.gguf import GGUF
 
 
@@ -22,6 +23,17 @@ def choose_pooling(wished: str, gguf: GGUF) -> str:
     if wished not in POOLING:
         raise UsageError(f"unknown pooling {wished!r}: use auto, {', '.join(POOLING)}")
     return wished
+
+
+def embed(decoder: Decoder, text: str | Sequence[int]) -> NDArray[np.float32]:
+    """The embedding of a text (or of token ids), float32 [n_embd], of length 1.
+
+    Raises UsageError where the model gives no embeddings, or not of this text.
+    """
+    decoder.rewind()
+    for chunk in split(embedding_tokens(decoder.engine, text), decoder.engine.n_ubatch):
+        decoder.evaluate(chunk, decode=False, embed=True)
+    return normalized(decoder.engine.embedding())
 
 
 def embedding_tokens(engine: Engine, text: str | Sequence[int]) -> list[int]:

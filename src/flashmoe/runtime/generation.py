@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import codecs
 from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
 
 from flashmoe.engines.base import SamplingParams
 from flashmoe.errors import UsageError
+from flashmoe.runtime.decoder import Decoder
 
-if TYPE_CHECKING:
-    from flashmoe.runtime.model import Model
+#: Called with what is going on ("load" or "prefill"), how much is done, and of how much.
+Progress = Callable[[str, int, int], None]
 
 
 def split(tokens: Sequence[int], step: int) -> list[tuple[int, ...]]:
@@ -24,8 +24,9 @@ class Generation:
 
     def __init__(
         self,
-        model: Model,
+        decoder: Decoder,
         prompt: Sequence[int],
+        progress: Progress,
         *,
         max_tokens: int = -1,
         sampling: SamplingParams | None = None,
@@ -34,12 +35,12 @@ class Generation:
 
         Nothing is evaluated yet. Raises UsageError for an empty or too long prompt.
         """
-        check_prompt(prompt, model.engine.n_ctx)
+        check_prompt(prompt, decoder.engine.n_ctx)
         self.prompt = list(prompt)
-        room = model.engine.n_ctx - len(prompt) + 1
+        room = decoder.engine.n_ctx - len(prompt) + 1
         self._limit = room if max_tokens < 0 else min(room, max_tokens)
-        self._model = model
-        self._sampler = model.engine.sampler(sampling or SamplingParams())
+        self._decoder, self._progress = decoder, progress
+        self._sampler = decoder.engine.sampler(sampling or SamplingParams())
         self._todo: deque[tuple[int, ...]] | None = None
         self.made: list[int] = []
         #: Why it ended: "stop" (the model's end token) or "length" (`max_tokens`, or the context is full).
@@ -52,17 +53,17 @@ class Generation:
         raises; the generation is over then.
         """
         if self._todo is None:
-            self._model.begin_prompt()
-            self._todo = deque(split(self.prompt, self._model.engine.n_ubatch))
+            self._decoder.rewind()
+            self._todo = deque(split(self.prompt, self._decoder.engine.n_ubatch))
         chunk = self._todo.popleft()
         if self.made:
-            self._model.evaluate(chunk, decode=True)
+            self._decoder.evaluate(chunk, decode=True)
             return self._choose(self._todo)
-        self._model.progress("prefill", self._model.engine.past(), len(self.prompt))
-        self._model.evaluate(chunk, decode=False)
+        self._progress("prefill", self._decoder.engine.past(), len(self.prompt))
+        self._decoder.evaluate(chunk, decode=False)
         if self._todo:
             return None
-        self._model.progress("prefill", len(self.prompt), len(self.prompt))
+        self._progress("prefill", len(self.prompt), len(self.prompt))
         return self._choose(self._todo)
 
     def stream(self) -> Iterator[str]:
@@ -71,7 +72,7 @@ class Generation:
         try:
             while not self.finished:
                 token = self.step()
-                if token is not None and (piece := text.decode(self._model.engine.piece(token))):
+                if token is not None and (piece := text.decode(self._decoder.engine.piece(token))):
                     yield piece
         finally:
             self.close()
@@ -87,8 +88,8 @@ class Generation:
             self.finished = "length"
             return None
         token = self._sampler.sample()
-        self._model.telemetry.token_made()
-        if self._model.engine.is_end(token):
+        self._decoder.telemetry.token_made()
+        if self._decoder.engine.is_end(token):
             self.finished = "stop"
             return None
         self.made.append(token)

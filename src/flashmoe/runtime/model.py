@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -12,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe.cache.expert_cache import CacheStats, ExpertCache
-from flashmoe.common.memory import major_faults
+from flashmoe.cache.expert_cache import ExpertCache
+from flashmoe.cache.stats import CacheStats
 from flashmoe.engines.base import Engine, SamplingParams, TemplateEngine
 from flashmoe.errors import UsageError
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import Recorder
-from flashmoe.routing.trace import DECODE, PREFILL
-from flashmoe.runtime.embedding import embedding_tokens, normalized
-from flashmoe.runtime.generation import Generation, check_prompt, split
+from flashmoe.runtime.decoder import Decoder
+from flashmoe.runtime.embedding import embed
+from flashmoe.runtime.generation import Generation, Progress, check_prompt
 from flashmoe.runtime.layout import PLAIN
 from flashmoe.runtime.telemetry import Report, Telemetry, make_report
 from flashmoe.simulate.what_if import WhatIf
@@ -32,9 +31,6 @@ if TYPE_CHECKING:
     from flashmoe.engines.llamacpp.serving.options import ServerOptions
     from flashmoe.engines.llamacpp.serving.saved import SavedConversations
     from flashmoe.engines.llamacpp.serving.server import InnerServer
-
-#: Called with what is going on ("load" or "prefill"), how much is done, and of how much.
-Progress = Callable[[str, int, int], None]
 
 
 class Model:
@@ -60,12 +56,10 @@ class Model:
         saved: where the server's conversations are kept when the model is closed.
         """
         self.engine, self.cache, self.catalog, self.prefetcher = engine, cache, catalog, prefetcher
+        self.decoder = Decoder(engine, cache, prefetcher, self._own_context)
         self.budget_bytes, self.layout = budget_bytes, layout
         self.alternatives = alternatives  # eviction policies that reports try
-        self._telemetry = Telemetry()
         self.progress, self._resources = progress, resources
-        self.recorder: Recorder | None = None
-        self._prompts = -1
         self._server_options = server_options
         self._server: InnerServer | None = None
         self._starting = threading.RLock()
@@ -82,7 +76,7 @@ class Model:
     def telemetry(self) -> Telemetry:
         """Tokens and seconds so far."""
         self._collect()
-        return self._telemetry
+        return self.decoder.telemetry
 
     @property
     def cache_stats(self) -> Mapping[str, CacheStats]:
@@ -98,15 +92,20 @@ class Model:
     def record(self) -> Recorder:
         """Record which experts every token is routed to from here on; `Recorder.save` writes the trace."""
         catalog = self.catalog
-        self.recorder = Recorder(
+        recorder = Recorder(
             len(catalog.layers),
             catalog.top_k,
             catalog.n_experts,
             model=catalog.identity,
             first_moe_layer=catalog.layers[0].block,
         )
-        self.engine.record(self.recorder)
-        return self.recorder
+        self.decoder.record(recorder)
+        return recorder
+
+    @property
+    def recorder(self) -> Recorder | None:
+        """What `record` gave, if anything records."""
+        return self.decoder.recorder
 
     def server(self) -> InnerServer:
         """llama.cpp's own server over this model, in this process; started when it is first asked for.
@@ -124,9 +123,9 @@ class Model:
                 from flashmoe.engines.llamacpp.serving.server import InnerServer
 
                 assert isinstance(self.engine, LlamaEngine)
-                on_prompt = self._begin_prompt if self._public else lambda: None
+                on_prompt = self.decoder.begin_prompt if self._public else lambda: None
                 self._server = InnerServer(
-                    self.engine, self._server_options, self._served, on_prompt, self._not_served
+                    self.engine, self._server_options, self._served, on_prompt, self.decoder.failed
                 )
                 if self._saved:
                     self._saved.restore(self._server)
@@ -134,14 +133,7 @@ class Model:
 
     def _served(self, graph: Evaluated) -> None:
         """The server has evaluated a graph."""
-        self._count(graph.seconds, len(graph.tokens), graph.faults, decode=graph.decode)
-        if self.recorder is not None:
-            self.recorder.end_step(graph.tokens, DECODE if graph.decode else PREFILL, self._prompts)
-
-    def _not_served(self) -> None:
-        """The server could not evaluate a graph."""
-        if self.recorder is not None:
-            self.recorder.drop_step()
+        self.decoder.evaluated(graph.tokens, graph.seconds, graph.faults, decode=graph.decode)
 
     def _own_context(self) -> None:
         """Take the context back from the server."""
@@ -245,7 +237,7 @@ class Model:
     ) -> dict[str, Any]:
         """What every request of this process says. A new prompt begins, for policies and traces."""
         if not goes_on:
-            self._begin_prompt()
+            self.decoder.begin_prompt()
         return {
             "n_predict": max_tokens,
             "return_progress": True,
@@ -261,7 +253,7 @@ class Model:
                     self.progress("prefill", done["processed"], done["total"])
                     continue
                 if event.get("choices"):
-                    self._telemetry.token_made()
+                    self.decoder.telemetry.token_made()
                 yield event
         finally:
             events.close()  # type: ignore[attr-defined]
@@ -273,60 +265,14 @@ class Model:
 
         Raises UsageError for an empty or too long prompt.
         """
-        return Generation(self, prompt, max_tokens=max_tokens, sampling=sampling)
-
-    def begin_prompt(self) -> None:
-        """Another prompt comes to the engine's own loop, which forgets what it holds."""
-        self._own_context()
-        self.engine.rewind(0)
-        self._begin_prompt()
-
-    def _begin_prompt(self) -> int:
-        """Tell policies and predictors of a new prompt; its number among all of this model's."""
-        self.cache.begin_sequence()
-        if self.engine.tiers:
-            self.engine.tiers.begin_sequence()
-        if self.prefetcher:
-            self.prefetcher.begin_sequence()
-        self._prompts += 1
-        return self._prompts
+        return Generation(self.decoder, prompt, self.progress, max_tokens=max_tokens, sampling=sampling)
 
     def embed(self, text: str | Sequence[int]) -> NDArray[np.float32]:
         """The embedding of a text (or of token ids), float32 [n_embd], of length 1; see `pooling` of `load`.
 
         Raises UsageError where the model was loaded without pooling, and for an empty or too long text.
         """
-        self.begin_prompt()
-        for chunk in split(embedding_tokens(self.engine, text), self.engine.n_ubatch):
-            self.evaluate(chunk, decode=False, embed=True)
-        return normalized(self.engine.embedding())
-
-    def evaluate(self, tokens: Sequence[int], *, decode: bool, embed: bool = False) -> None:
-        """Evaluate tokens of a prompt or a text (at most a micro-batch), or with `decode` one that was made.
-
-        Raises what the engine's `decode` raises.
-        """
-        self._own_context()
-        self.cache.phase = "decode" if decode else "prefill"
-        faults = major_faults()
-        began = time.perf_counter()
-        try:
-            self.engine.decode(tokens, embed=embed)
-        except BaseException:
-            if self.recorder is not None:
-                self.recorder.drop_step()
-            raise
-        self._count(time.perf_counter() - began, len(tokens), major_faults() - faults, decode=decode)
-        if self.recorder is not None:
-            self.recorder.end_step(tokens, DECODE if decode else PREFILL, self._prompts)
-
-    def _count(self, seconds: float, tokens: int, faults: int, *, decode: bool) -> None:
-        """Tokens were evaluated."""
-        phase = self._telemetry.decode if decode else self._telemetry.prefill
-        phase.seconds += seconds
-        phase.tokens += tokens
-        if decode:
-            self._telemetry.decode_faults += faults
+        return embed(self.decoder, text)
 
     @property
     def stats(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from flashmoe.common.units import format_bytes
 from flashmoe.runtime.advice import advise
 
 if TYPE_CHECKING:
-    from flashmoe.cache.expert_cache import CacheStats
+    from flashmoe.cache.stats import CacheStats
 
 STALL_BOUND = 0.4  # a run that waits for reads more than this share of its time is bound by the drive
 FAULTS_PER_TOKEN = 4  # more major page faults per token: the system takes the weights' memory away

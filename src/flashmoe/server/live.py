@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from flashmoe.cache.expert_cache import CacheStats
+from flashmoe.cache.stats import CacheStats
 from flashmoe.common.memory import status_bytes
 from flashmoe.runtime.model import Model
 from flashmoe.server.broadcast import Broadcast

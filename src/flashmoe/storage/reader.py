@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from mmap import PAGESIZE
 from pathlib import Path
+from typing import Protocol
 
 from flashmoe.errors import ReadError
 from flashmoe.storage.addresses import reserve_huge
@@ -52,6 +53,26 @@ class Ticket:
         return self.pending == 0
 
 
+class ReadObserver(Protocol):
+    """Sees reads begin and end, and the reader being waited for."""
+
+    def started(self, number: int, read: Read, urgent: bool) -> None:
+        """A read begins, known by `number`; urgent: a demand read."""
+        ...
+
+    def ended(self, number: int) -> None:
+        """Its end has been seen, by whatever called the reader next."""
+        ...
+
+    def waits(self) -> None:
+        """The caller of `wait` begins to wait."""
+        ...
+
+    def waited(self) -> None:
+        """It has waited."""
+        ...
+
+
 class ExpertReader:
     """Reads from a model's files without a thread of its own in the way (see storage.aio).
 
@@ -76,6 +97,8 @@ class ExpertReader:
         self._kept = 0  # of them, for demand reads
         self._lent: dict[int, tuple[int, int]] = {}  # read under way -> its buffer, where in it the bytes go
         self._check: Check | None = None
+        #: Of benchmarks.
+        self.observer: ReadObserver | None = None
 
     def keep(self, memory: object) -> None:
         """Memory that reads go to: it lives as long as the reader, and longer where a read never ends."""
@@ -142,7 +165,11 @@ class ExpertReader:
 
     def wait(self, ticket: Ticket) -> None:
         """Return when the reads of a ticket have ended. Raises the first ReadError, or that the drive hangs."""
+        if self.observer:
+            self.observer.waits()
         self.settle(ticket)
+        if self.observer:
+            self.observer.waited()
         if ticket.error:
             raise ticket.error
         for file in self.files:
@@ -231,6 +258,9 @@ class ExpertReader:
             queue.extendleft(reversed(blocked))
         if started:
             self._heard = time.monotonic()
+            if self.observer:
+                for number, read in started:
+                    self.observer.started(number, read, number in self._urgent)
             self._queue.start(started)
 
     def _pieces(self, read: Read) -> list[Read]:
@@ -257,6 +287,9 @@ class ExpertReader:
         ended = [(n, *self._under_way.pop(n), error) for n, error in self._queue.collect(timeout, least)]
         if ended:
             self._heard = time.monotonic()
+        if self.observer:
+            for number, *_ in ended:
+                self.observer.ended(number)
         self._urgent.difference_update(number for number, *_ in ended)
         for number, ticket, read, error in ended:
             buffer, address = self._lent.pop(number, (0, read.address))

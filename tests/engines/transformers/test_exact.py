@@ -31,7 +31,7 @@ def check(folder: Path, caches: tuple[str, ...]) -> None:
         with flashmoe.load(
             folder, engine="transformers", cache=cache, threads=1, all_logits=True, n_ctx=128
         ) as model:
-            model.evaluate(PROMPT, decode=False)
+            model.decoder.evaluate(PROMPT, decode=False)
             for i, row in enumerate(logits):
                 assert np.array_equal(model.engine.logits(i), row), (cache, i)
             # the library's own generate
@@ -64,7 +64,7 @@ def test_experts_added_in_another_type(name: str, checkpoint: Checkpoints) -> No
         flashmoe.load(folder, engine="transformers", cache="1", threads=1) as model,
         pytest.raises(BudgetError, match="do not fit into the pool at once"),
     ):
-        model.evaluate(PROMPT, decode=False)
+        model.decoder.evaluate(PROMPT, decode=False)
 
 
 @pytest.mark.parametrize("check_dims", [False, True])
@@ -109,7 +109,7 @@ def test_prompt_in_micro_batches(checkpoint: Checkpoints) -> None:
             made.step()
         assert np.array_equal(model.engine.logits(), second.numpy())
         assert model.engine.rewind(4) == 4
-        model.evaluate(PROMPT[4:8], decode=False)
+        model.decoder.evaluate(PROMPT[4:8], decode=False)
         assert np.array_equal(model.engine.logits(), second.numpy())
         assert model.engine.rewind(0) == 0
 

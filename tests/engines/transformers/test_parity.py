@@ -72,7 +72,7 @@ def replayed(model: Model, trace: RoutingTrace) -> int:
             model.engine.rewind(0)
             model.cache.begin_sequence()
         rows[0] = slice(a, b)
-        model.evaluate([1] * (b - a), decode=bool(trace.phase[a] == DECODE))
+        model.decoder.evaluate([1] * (b - a), decode=bool(trace.phase[a] == DECODE))
     return sum(s.hits for s in model.cache.stats.values())
 
 

@@ -59,7 +59,7 @@ def reference(folder: Path) -> tuple[Any, list[int]]:
 
 
 def check(model: Model, logits: Any, tokens: list[int]) -> dict[str, float]:
-    model.evaluate(PROMPT, decode=False)
+    model.decoder.evaluate(PROMPT, decode=False)
     for i, row in enumerate(logits):
         assert np.array_equal(model.engine.logits(i), row), i
     assert generate(model) == tokens
@@ -100,7 +100,7 @@ def test_a_prompt_is_copied_ahead(checkpoint: Checkpoints, host: HostDevice) -> 
     with load(checkpoint("olmoe"), "100%", "50%", prefetch="none") as model:
         for _ in range(3):
             model.engine.rewind(0)
-            model.evaluate(PROMPT, decode=False)
+            model.decoder.evaluate(PROMPT, decode=False)
         tiers: Any = model.engine.tiers
         assert tiers._cache.stats["prefill"].prefetch_hits > 0
 
@@ -112,7 +112,7 @@ def test_experts_added_in_another_type(checkpoint: Checkpoints, host: HostDevice
     with load(folder, "1", "100%") as model:
         check(model, logits, tokens)
     with load(folder, "100%", "1%") as model, pytest.raises(BudgetError, match="do not fit into the pool"):
-        model.evaluate(PROMPT, decode=False)
+        model.decoder.evaluate(PROMPT, decode=False)
 
 
 def test_hits_of_the_device_are_those_of_its_policy(checkpoint: Checkpoints, host: HostDevice) -> None:
@@ -178,7 +178,7 @@ def test_a_failed_read_and_an_interrupt_leave_the_tiers_consistent(
             with monkeypatch.context() as patch:
                 patch.setattr(reader, "wait", fail)
                 with pytest.raises(type(error)):
-                    model.evaluate(PROMPT, decode=False)
+                    model.decoder.evaluate(PROMPT, decode=False)
             assert calls == 4
         check(model, logits, tokens)
 
@@ -188,7 +188,7 @@ def test_what_a_gpu_computes(name: str, checkpoint: Checkpoints) -> None:
     """Without the library's forward, which waits: the same numbers, in another order of reduction."""
     folder = checkpoint(name, torch.float32) if name != "nemotron_h" else checkpoint(name)
     with flashmoe.load(folder, engine="transformers", cache="100%", threads=1, all_logits=True) as model:
-        model.evaluate(PROMPT, decode=False)
+        model.decoder.evaluate(PROMPT, decode=False)
         exact = [model.engine.logits(i) for i in range(len(PROMPT))]
         pooled: list[PooledExperts] = [
             module.pooled_experts for module in model.model.modules() if hasattr(module, "pooled_experts")
@@ -196,7 +196,7 @@ def test_what_a_gpu_computes(name: str, checkpoint: Checkpoints) -> None:
         for experts in pooled:
             experts._exact, experts._apart = False, True
         model.engine.rewind(0)
-        model.evaluate(PROMPT, decode=False)
+        model.decoder.evaluate(PROMPT, decode=False)
         for i, row in enumerate(exact):
             tolerance = 1e-4 if name != "nemotron_h" else 0.05
             np.testing.assert_allclose(model.engine.logits(i), row, rtol=tolerance, atol=tolerance)

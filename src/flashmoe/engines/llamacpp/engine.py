@@ -81,15 +81,15 @@ class LlamaEngine:
 
     def record(self, recorder: RoutingObserver | None) -> None:
         """Let `recorder` see every layer's routing from here on; whoever calls `decode` ends its steps."""
-        self._hook.recorder = recorder
+        self._hook.record(recorder)
 
     def prefetch(self, prefetcher: Prefetcher) -> None:
         """Let `prefetcher` see every layer's routing from here on, and read ahead."""
-        self._hook.prefetcher = prefetcher
+        self._hook.prefetch(prefetcher)
 
     def override_routing(self, override: Callable[[int, NDArray[np.int32]], None]) -> None:
         """Let `override` overwrite the ids, (layer, int32 [tokens, top_k]), before they are made resident."""
-        self._hook.override = override
+        self._hook.override(override)
 
     @property
     def library(self) -> Library:

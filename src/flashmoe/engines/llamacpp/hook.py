@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.common.memory import major_faults
+from flashmoe.engines.layer_step import LayerStep
 from flashmoe.engines.llamacpp.abi import Tensor
 from flashmoe.engines.llamacpp.callback import (
     BEGIN,
@@ -34,6 +34,7 @@ from flashmoe.engines.llamacpp.callback import (
     Control,
     on_node,
 )
+from flashmoe.engines.llamacpp.inspection import Inspection
 from flashmoe.engines.llamacpp.interrupts import hold_interrupts
 from flashmoe.engines.llamacpp.loader import LoadedModel
 from flashmoe.engines.llamacpp.routers import read_router
@@ -42,9 +43,7 @@ from flashmoe.prefetch.gate import Router
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import RoutingObserver
 
-INDICES = 26  # GGML_TYPE_I32
 _QUIET = 3  # milliseconds
-_TEXT = {(True, False), (False, False)}  # kinds of graphs, as in `RouterHook._uninspected`
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,11 @@ class Evaluated:
     faults: int  # pages that had to be read back from the drive
 
 
+def _floats(address: int, rows: int, columns: int) -> NDArray[np.float32]:
+    """float32 [rows, columns] of the engine's at an address."""
+    return np.ctypeslib.as_array((C.c_float * (rows * columns)).from_address(address)).reshape(rows, columns)
+
+
 class RouterHook:
     """Connects a graph under evaluation with an ExpertCache.
 
@@ -66,9 +70,8 @@ class RouterHook:
     def __init__(self, model: LoadedModel, n_ubatch: int) -> None:
         self._layer_of_block = {layer.block: i for i, layer in enumerate(model.catalog.layers)}
         self._model = model
-        self._experts: dict[int, int] = {}
-        self._renamed: dict[int, int] = {}
-        self._late_inputs: set[bytes] = set()
+        self._inspection = Inspection(model)
+        self._step = LayerStep(model.catalog.top_k)
         self._late = C.create_string_buffer(64)
         self._n_ids = n_ubatch * model.catalog.top_k
         self._ids = np.zeros(0, np.int32)
@@ -78,20 +81,11 @@ class RouterHook:
             outcome=RETURNED,
             late=C.addressof(self._late),
         )
-        self._cache: ExpertCache | None = None
         self._blocks = np.zeros((2, max(self._layer_of_block) + 1), np.int64)
-        self._recorder: RoutingObserver | None = None
-        self._prefetcher: Prefetcher | None = None
         self._met: dict[int, Router | None] = {}
         self._routers: list[Router] = []  # of all layers, once a graph of one token was inspected
         self._hidden: dict[int, NDArray[np.float32]] = {}
-        self._override: Callable[[int, NDArray[np.int32]], None] | None = None
         self.error: BaseException | None = None
-        #: Kinds of graphs, of one token or several and for embeddings or not, that were not inspected yet.
-        self._uninspected = set(product((True, False), repeat=2))
-        self._kind = True, False
-        self._inspected = True  # all of the last graph that was to be
-        self._asked: Prefetcher | None = None  # in the present graph
         self._n_vocab = 0
         # of the library's server
         self._parallel = 0
@@ -110,12 +104,12 @@ class RouterHook:
     @property
     def cache(self) -> ExpertCache | None:
         """Who makes experts resident."""
-        return self._cache
+        return self._step.cache
 
     @cache.setter
     def cache(self, cache: ExpertCache) -> None:
         cache.reserve(self._n_ids)
-        self._cache, self._ids = cache, cache.ids
+        self._step.cache, self._ids = cache, cache.ids
         for block, layer in self._layer_of_block.items():
             self._blocks[:, block] = layer, cache.first_slots[layer]
         control = self._control
@@ -124,37 +118,17 @@ class RouterHook:
         control.layers, control.first_slots = (row.ctypes.data for row in self._blocks)
         control.recent_at, control.recent_size = cache.recent.at.ctypes.data, cache.recent.ids.shape[1]
 
-    @property
-    def recorder(self) -> RoutingObserver | None:
-        """Sees every layer's routing."""
-        return self._recorder
+    def record(self, recorder: RoutingObserver | None) -> None:
+        """Let `recorder` see every layer's routing from here on."""
+        self._step.recorder, self._control.quiet = recorder, 0
 
-    @recorder.setter
-    def recorder(self, recorder: RoutingObserver | None) -> None:
-        self._recorder, self._control.quiet = recorder, 0
+    def prefetch(self, prefetcher: Prefetcher) -> None:
+        """Let `prefetcher` see every layer's routing from here on, and read ahead."""
+        self._step.prefetcher, self._control.quiet = prefetcher, 0
 
-    @property
-    def prefetcher(self) -> Prefetcher | None:
-        """Sees every layer's routing, and reads ahead."""
-        return self._prefetcher
-
-    @prefetcher.setter
-    def prefetcher(self, prefetcher: Prefetcher | None) -> None:
-        self._prefetcher, self._control.quiet = prefetcher, 0
-
-    @property
-    def override(self) -> Callable[[int, NDArray[np.int32]], None] | None:
-        """Called with (layer, ids [tokens, top_k]) to put other experts in place of the router's."""
-        return self._override
-
-    @override.setter
-    def override(self, override: Callable[[int, NDArray[np.int32]], None] | None) -> None:
-        self._override, self._control.quiet = override, 0
-
-    @property
-    def _observed(self) -> bool:
-        """Whether Python is to see what compiled code would answer."""
-        return self._recorder is not None or self._override is not None
+    def override(self, override: Callable[[int, NDArray[np.int32]], None]) -> None:
+        """Let `override`, called with (layer, ids [tokens, top_k]), put other experts in place of the router's."""
+        self._step.override, self._control.quiet = override, 0
 
     @property
     def function(self) -> int:
@@ -201,49 +175,40 @@ class RouterHook:
 
         tokens: their ids, none where only their number is known (images): -1.
         """
-        cache, control = self._cache, self._control
+        cache, step, control = self.cache, self._step, self._control
         if self._model.token_table is not None:
             self._model.token_table.fetch(tokens)
-        self._kind = len(tokens) == 1, embed
-        self._inspect_next(self._kind in self._uninspected)
+        inspect = self._inspection.begin(len(tokens), embed)
+        self._use_what_is_known()
+        control.inspect = int(inspect)
         control.request = control.recent = control.quiet = 0
         control.begun = 1
         if cache is None:
             return
+        step.begin(tokens)
         top_k = self._model.catalog.top_k
-        cache.begin_step(len(tokens), top_k)
-        # decoding several sequences, the next layer is asked for too much to guess it
-        together = len(tokens) > 1 and cache.phase == "decode"
-        self._asked = None if together or min(tokens, default=-1) < 0 else self.prefetcher
-        if self._asked is not None:
-            self._asked.begin_step(tokens)
         compiled = cache.compiled_request(len(tokens) * top_k)
-        if compiled and not (control.inspect or self._asked or self._observed):
+        if compiled and not (control.inspect or step.predicts or step.observed):
             control.pool, control.arrays, control.request = compiled.pool, compiled.arrays, compiled.function
             if cache.phase == "decode":
                 control.recent = cache.recent.ids.ctypes.data
-                announced = self._prefetcher is not None or self._model.token_table is not None
-                if not announced and not self._uninspected & _TEXT:
+                announced = step.prefetcher is not None or self._model.token_table is not None
+                if not announced and self._inspection.text_is_known:
                     control.quiet = min(self._parallel, cache.served_together(top_k))
-                    if self._observed:  # since then, by another thread
+                    if step.observed:  # since then, by another thread
                         control.quiet = 0
 
-    def _inspect_next(self, enable: bool) -> None:
-        """Check, node by node, that the next graph uses expert tensors only with ids that were renamed."""
-        if self.prefetcher is not None and not self._routers:
+    def _use_what_is_known(self) -> None:
+        """Use what the graphs that were inspected have shown: routers, the input of every layer's last product."""
+        prefetcher = self._step.prefetcher
+        if prefetcher is not None and not self._routers:
             routers = [router for _, router in sorted(self._met.items()) if router]
             if len(routers) == len(self._layer_of_block):
                 self._routers = routers
-                self.prefetcher.use_routers(routers)
-        if enable:
-            self._experts = self._model.layer_of_tensor()
-            self._inspected = True
-            self._renamed = {}
-            self._late_inputs.clear()
-        elif len(self._late_inputs) == 1:  # every layer's last product has the same kind of input
-            self._late.value = self._late_inputs.pop()
-            self._control.late_length = len(self._late.value)
-        self._control.inspect = int(enable)
+                prefetcher.use_routers(routers)
+        if late := self._inspection.take_late_input():
+            self._late.value = late
+            self._control.late_length = len(late)
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -256,31 +221,31 @@ class RouterHook:
             self.error = FlashMoEError("the evaluation was interrupted")
         self._control.thread = self._control.begun = 0
         self._settle()
-        if not self.error and self._inspected:
-            self._uninspected.discard(self._kind)
+        if not self.error:
+            self._inspection.end()
 
     def _settle(self) -> None:
         """No read may be under way when an evaluation has ended; only one that failed leaves any."""
         self._control.pending = False
-        if not self._cache:
+        if not self._step.cache:
             return
         with self._collecting:
             self._count_hits()
         if self._control.done > 0:  # misses of a compiled request that nobody came to read
-            self._cache.withdraw(self._layer_of_block[self._control.block], self._control.done)
+            self._step.cache.withdraw(self._layer_of_block[self._control.block], self._control.done)
             self._control.done = -1
-        if self._cache.pending:
+        if self._step.cache.pending:
             self.error = self.error or ModelError(
                 "an expert product ran before its reads had ended; please report it"
             )
             with suppress(FlashMoEError):
-                self._cache.finish()
+                self._step.cache.finish()
 
     def _count_hits(self) -> None:
         """Count what compiled code has answered by itself; under `_collecting`."""
-        assert self._cache is not None
+        assert self._step.cache is not None
         hits = self._control.hits
-        self._cache.stats[self._cache.phase].hits += hits - self._counted_hits
+        self._step.cache.stats[self._step.cache.phase].hits += hits - self._counted_hits
         self._counted_hits = hits
 
     def collect(self) -> None:
@@ -288,12 +253,12 @@ class RouterHook:
         control = self._control
         with self._collecting:
             graphs, tokens, nanoseconds = self._counted
-            if self._cache is None or control.graphs == graphs:
+            if self._step.cache is None or control.graphs == graphs:
                 return
             self._count_hits()
             self._counted = control.graphs, control.graph_tokens, control.nanoseconds
             tokens, nanoseconds = self._counted[1] - tokens, self._counted[2] - nanoseconds
-            self._cache.recent.begin_step(tokens)
+            self._step.cache.recent.begin_step(tokens)
             faults = major_faults()
             self._on_graph(Evaluated([-1] * tokens, True, nanoseconds / 1e9, faults - self._graph_faults))
             self._graph_faults = faults
@@ -309,7 +274,7 @@ class RouterHook:
                 if why == BEGIN:
                     self._begin_graph(control, address)
                 elif why == LOOK:
-                    self._inspect(Tensor.from_address(address))
+                    self._inspection.look(Tensor.from_address(address))
                 elif control.block >= 0:
                     self._rename(control, address)
                 else:
@@ -335,13 +300,13 @@ class RouterHook:
             ids = [-1] * len(ids)  # not set: the graph is fed with embeddings
         self._announce(ids)
         if control.inspect:
-            self._inspect(Tensor.from_address(node))
+            self._inspection.look(Tensor.from_address(node))
 
     def _announce(self, tokens: list[int]) -> None:
-        assert self._cache is not None
+        assert self._step.cache is not None
         self.collect()
         decode = len(tokens) <= self._parallel
-        self._cache.phase = "decode" if decode else "prefill"
+        self._step.cache.phase = "decode" if decode else "prefill"
         if not decode and not self._prompting:
             self._on_prompt()
         self._prompting = not decode
@@ -356,96 +321,53 @@ class RouterHook:
         if failed or error or self._control.ignore:
             self._on_error(error or FlashMoEError("the evaluation was interrupted"))
             return False
-        if self._inspected:
-            self._uninspected.discard(self._kind)
+        self._inspection.end()
         if self._control.begun:
             seconds, faults = time.perf_counter() - self._graph_began, major_faults() - self._graph_faults
             self._on_graph(Evaluated(self._graph_tokens, not self._prompting, seconds, faults))
         return True
 
     def _rename(self, control: Control, node: int) -> None:
-        began = time.perf_counter()
-        assert self._cache is not None
-        tokens, top_k = control.tokens, control.top_k
         if not control.begun:
-            self._announce([-1] * tokens)
-        stats = self._cache.stats[self._cache.phase]
-        stalled = stats.stall_seconds
+            self._announce([-1] * control.tokens)
+        step, cache = self._step, self._step.cache
+        assert cache is not None
+        tokens, top_k = control.tokens, control.top_k
         layer = self._layer_of_block[control.block]
         ids = self._ids[: tokens * top_k]
-        if self.override is not None:
-            self.override(layer, ids.reshape(tokens, top_k))
-        recorder = self.recorder  # another thread may take it away
-        if recorder is not None:
-            weights = np.ctypeslib.as_array((C.c_float * len(ids)).from_address(control.weights))
-            recorder.add(layer, ids.reshape(tokens, top_k), weights.reshape(tokens, top_k))
-        if self._cache.pending:
+        picked = ids.reshape(tokens, top_k)
+        if step.override is not None:
+            step.override(layer, picked)
+        step.record(layer, picked, partial(_floats, control.weights, tokens, top_k))
+        if cache.pending:
             raise ModelError(
                 f"the last product of layer {layer - 1} did not wait for its reads; please report it"
             )
-        meanwhile = None
-        if self._asked is not None:
-            if control.inspect and tokens == 1 and control.logits:
-                self._met[layer] = read_router(self._model.lib, node, control.logits, control.ids)
-            meanwhile = partial(self._look_ahead, self._asked, control, layer)
-        wanted = ids if tokens == 1 else ids.reshape(tokens, top_k)
-        slots = self._cache.ensure(
+        if step.predicts and control.inspect and tokens == 1 and control.logits:
+            self._met[layer] = read_router(self._model.lib, node, control.logits, control.ids)
+        ensure = partial(
+            cache.ensure,
             layer,
-            wanted,
+            ids if tokens == 1 else picked,
             leave_last=control.late_length > 0,
-            meanwhile=meanwhile,
             requested=control.done,
         )
+        ids[:] = step.serve(layer, picked, lambda meanwhile: ensure(meanwhile=meanwhile), self._router_input)
         control.done = -1
-        ids[:] = slots
-        control.pending = self._cache.pending
+        control.pending = cache.pending
         if control.inspect:
-            self._renamed[control.ids] = layer
-        stats.overhead_seconds += time.perf_counter() - began - (stats.stall_seconds - stalled)
+            self._inspection.renamed(control.ids, layer)
 
-    def _look_ahead(self, prefetcher: Prefetcher, control: Control, layer: int) -> None:
-        """Let the prefetcher see this layer's routing, while its reads are under way."""
-        tokens, top_k = control.tokens, control.top_k
-        ids = self._ids[: tokens * top_k]
-        if tokens > 1:
-            prefetcher.routed_many(layer, ids.reshape(tokens, top_k))
-            return
-        if control.hidden and self._routers:
-            hidden = self._hidden.get(control.hidden)
-            if hidden is None:
-                n = len(self._routers[0].norm)
-                hidden = np.ctypeslib.as_array((C.c_float * n).from_address(control.hidden))
-                self._hidden[control.hidden] = hidden
-            prefetcher.predictor.see(layer, hidden)
-        prefetcher.routed(layer, ids)
+    def _router_input(self) -> NDArray[np.float32] | None:
+        """The router's input of the node's layer, of a single token."""
+        address = self._control.hidden
+        if not address or not self._routers:
+            return None
+        if address not in self._hidden:
+            self._hidden[address] = _floats(address, 1, len(self._routers[0].norm))[0]
+        return self._hidden[address]
 
     def _finish(self, control: Control) -> None:
-        assert self._cache is not None
+        assert self._step.cache is not None
         control.pending = False
-        self._cache.finish()
-
-    def _inspect(self, node: Tensor) -> None:
-        """Raise ModelError where a node uses tensors of ours in a way that is not provided for."""
-        table = self._model.table_address
-        if table and table in (node.src[0], node.src[1]):
-            indices = node.src[1] if node.src[0] == table else None
-            if not indices or Tensor.from_address(indices).type != INDICES:
-                raise ModelError(
-                    f"the architecture {self._model.catalog.gguf.architecture!r} does more with its token embedding "
-                    f"than to gather rows (node {node.name.decode()!r}); please report it"
-                )
-        for source in (node.src[0], node.src[1]):
-            layer = self._experts.get(source) if source else None
-            if layer is None or node.view_src == source:  # a reshaped table keeps its slots
-                continue
-            if 0 in node.ne[:]:  # the last layer of a micro-batch without outputs: nothing is computed
-                self._inspected = False
-                continue
-            if self._renamed.get(node.src[2] or 0) != layer:
-                raise ModelError(
-                    f"the architecture {self._model.catalog.gguf.architecture!r} routes its experts in a way that "
-                    f"FlashMoE does not know (node {node.name.decode()!r}); please report it"
-                )
-            if source == self._model.last_plane(layer):
-                name, _, number = Tensor.from_address(node.src[1]).name.rpartition(b"-")
-                self._late_inputs.add(name + b"-" if number.isdigit() else b"")
+        self._step.cache.finish()

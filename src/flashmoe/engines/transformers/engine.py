@@ -91,17 +91,17 @@ class TransformersEngine:
         self._routing.open(cache, residents)
 
     def record(self, recorder: RoutingObserver | None) -> None:
-        self._routing.recorder = recorder
+        self._routing.step.recorder = recorder
         self._recorder = recorder if isinstance(recorder, Recorder) else None
 
     def prefetch(self, prefetcher: Prefetcher) -> None:
-        self._routing.prefetcher = prefetcher
+        self._routing.step.prefetcher = prefetcher
         routers = find_routers(self.model, self._experts)
         if routers:
             prefetcher.use_routers(routers)
 
     def override_routing(self, override: Callable[[int, NDArray[np.int32]], None]) -> None:
-        self._routing.override = override
+        self._routing.step.override = override
 
     def past(self) -> int:
         return self._past
@@ -113,7 +113,7 @@ class TransformersEngine:
                 f"the context is full: {before + len(tokens)} tokens of {self.n_ctx}; use a larger one (-c)"
             )
         wanted = {} if self._all_logits or not self._limits else {"logits_to_keep": 1}
-        self._driven, self._routing.error = True, None
+        self._driven = True
         try:
             with torch.inference_mode():
                 found = self.model(

@@ -11,10 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from flashmoe.cache.expert_cache import ExpertCache
+from flashmoe.engines.layer_step import LayerStep
 from flashmoe.engines.transformers.slots import Each, Residents, Weights
 from flashmoe.errors import FlashMoEError
-from flashmoe.prefetch.scheduler import Prefetcher
-from flashmoe.routing.recorder import RoutingObserver
 
 Int32 = NDArray[np.int32]
 
@@ -23,32 +22,26 @@ class Routing:
     """Implements `experts.Residence`. `begin` comes before every forward of the model."""
 
     def __init__(self, top_k: int) -> None:
-        self._top_k = top_k
-        self._cache: ExpertCache | None = None
+        #: Records, replaces and predicts the routing.
+        self.step = LayerStep(top_k)
         self._residents: Residents | None = None
-        self.recorder: RoutingObserver | None = None
-        self.prefetcher: Prefetcher | None = None
-        #: Raised at the next layer.
-        self.error: BaseException | None = None
-        #: Called with (layer, ids [tokens, top_k]) to put other experts in place of the router's.
-        self.override: Callable[[int, Int32], None] | None = None
         self._hidden: NDArray[np.float32] | None = None
         self._single = False
 
     def open(self, cache: ExpertCache, residents: Residents) -> None:
         """Experts come from `residents`; `cache` is the one in RAM, whose phase and counters are the engine's."""
-        self._cache, self._residents = cache, residents
+        self.step.cache, self.step.residents, self._residents = cache, residents, residents
 
     def close(self) -> None:
         """There are no experts any more."""
-        self._cache = self._residents = None
+        self.step.cache = self.step.residents = self._residents = None
 
     @property
     def cache(self) -> ExpertCache:
         """The cache in RAM. Raises FlashMoEError after `close`."""
-        if self._cache is None:
+        if self.step.cache is None:
             raise FlashMoEError("this model was closed: load it again")
-        return self._cache
+        return self.step.cache
 
     @property
     def residents(self) -> Residents:
@@ -59,22 +52,20 @@ class Routing:
 
     def begin(self, tokens: torch.Tensor | None, count: int) -> None:
         """A forward of `count` tokens begins; their ids, where they are known."""
+        assert self.residents
         self._single = count == 1
-        self.residents.begin_step(count, self._top_k)
-        if self.prefetcher is not None:
-            ids = [-1] * count if tokens is None else tokens.reshape(-1).tolist()
-            self.prefetcher.begin_step(ids)
+        self.step.begin([-1] * count if tokens is None else tokens.reshape(-1).tolist())
 
     def see(self, hidden: torch.Tensor) -> None:
         """What the next layer's router has seen, [tokens, n]."""
-        if self.prefetcher is not None and self._single:
+        if self.step.predicts and self._single:
             self._hidden = hidden.detach().to("cpu", torch.float32).reshape(-1).numpy()
 
     def route(self, layer: int, ids: Int32) -> Int32:
-        if self.override is None:
+        if self.step.override is None:
             return ids
         ids = ids.copy()
-        self.override(layer, ids)
+        self.step.override(layer, ids)
         return ids
 
     @property
@@ -84,12 +75,7 @@ class Routing:
     def ensure(
         self, layer: int, ids: Int32, weights: torch.Tensor | None, each: Each, *, anywhere: bool
     ) -> None:
-        if self.error is not None:
-            error, self.error = self.error, None
-            raise error
-        residents, stats = self.residents, self.cache.stats[self.cache.phase]
-        began = time.perf_counter()
-        stalled, computed = stats.stall_seconds + residents.waited, 0.0
+        computed = 0.0
 
         def timed(expert: int, slot: Weights) -> None:
             nonlocal computed
@@ -97,26 +83,19 @@ class Routing:
             each(expert, slot)
             computed += time.perf_counter() - start
 
-        def meanwhile() -> None:
-            if weights is not None:
-                self._look_ahead(layer, ids)
+        def ensure(meanwhile: Callable[[], None] | None) -> None:
+            seen_before = weights is None
+            self.residents.ensure(
+                layer,
+                ids,
+                meanwhile if meanwhile and not seen_before else lambda: None,
+                timed,
+                anywhere=anywhere,
+            )
 
-        if weights is not None and self.recorder is not None:
-            self.recorder.add(layer, ids, weights.detach().to("cpu", torch.float32).numpy())
-        residents.ensure(layer, ids, meanwhile, timed, anywhere=anywhere)
-        waited = stats.stall_seconds + residents.waited - stalled
-        stats.overhead_seconds += time.perf_counter() - began - waited - computed
-
-    def _look_ahead(self, layer: int, ids: Int32) -> None:
-        """Let the prefetcher see a layer's routing, while its reads are under way."""
-        if self.prefetcher is None:
-            return
-        if len(ids) > 1:
-            self.prefetcher.routed_many(layer, ids)
-            return
-        if self._hidden is not None:
-            self.prefetcher.predictor.see(layer, self._hidden)
-        self.prefetcher.routed(layer, ids[0])
+        if weights is not None:
+            self.step.record(layer, ids, weights.detach().to("cpu", torch.float32).numpy)
+        self.step.serve(layer, ids, ensure, lambda: self._hidden, lambda: computed)
 
 
 def count_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor | None, int]:
