@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import flashmoe
-from flashmoe.engines.llamacpp import hook, token_table
+from flashmoe.engines.llamacpp import inspection, token_table
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.token_table import TokenTable
 from flashmoe.errors import ModelError, ReadError
@@ -71,7 +71,7 @@ def test_tied_embeddings_stay_in_memory(tiny: Tiny) -> None:
 def test_another_use_of_the_table_is_refused(
     tiny: Tiny, lib: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hook, "INDICES", -1)  # as if a product read it
+    monkeypatch.setattr(inspection, "INDICES", -1)  # as if a product read it
     with (
         streaming_tables_from(0),
         flashmoe.load(tiny("olmoe"), cache="100%", n_ctx=64, threads=1, library=lib) as model,
