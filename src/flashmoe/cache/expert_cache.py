@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -18,6 +18,7 @@ from flashmoe.cache.staging import Staged, Staging
 from flashmoe.cache.stats import CacheObserver, CacheStats
 from flashmoe.cache.warm import WarmStart
 from flashmoe.cache.window import PrefillWindow
+from flashmoe.common.signals import SafeLock, let_through
 from flashmoe.errors import BudgetError
 from flashmoe.storage.reader import ExpertReader, Ticket
 
@@ -32,7 +33,9 @@ SURE = 0.7  # of a layer's experts asked for by a micro-batch: then the next lay
 class ExpertCache:
     """Makes experts resident. `ensure` returns slots whose bytes are in, whatever happens (see `leave_last`).
 
-    Thread-safe; the slots that `ensure` returns are one caller's until the next call.
+    Thread-safe; the slots that `ensure` returns are one caller's until the next call. Residency is updated before the
+    reads are made: whatever is raised meanwhile, experts whose bytes are not in are released. Handlers of signals run
+    only where reads are waited for (see common.signals).
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class ExpertCache:
         self.recent = RecentRouting(residency.n_layers, residency.n_experts)
         self._first_slot = [int(residency.group_start[g]) for g in residency.group]
         self._bytes = [sum(w.plane.nbytes for w in windows) for windows in pool.windows]
-        self._lock = threading.RLock()
+        self._lock = SafeLock()
         self._under_way: tuple[list[Ticket], int, list[int]] | None = None  # reads, layer, experts
         #: Of benchmarks. While there is one, every request comes to `ensure`.
         self.observer: CacheObserver | None = None
@@ -193,9 +196,8 @@ class ExpertCache:
                 "give more memory, or a smaller micro-batch (-ub)"
             )
         first = self._first_slot[layer]
-        stats = self.stats[self.phase]
         misses = done & MISSES
-        stats.hits += done >> 32
+        self.stats[self.phase].hits += done >> 32
         settle = partial(self._settle, layer, ids, meanwhile)
         if misses:
             self._fill(layer, ids, slots, misses, leave_last, settle, each)
@@ -240,11 +242,15 @@ class ExpertCache:
             if meanwhile:
                 meanwhile()
 
-        if each is None:
-            self._read(layer, placed.absent, placed.staged, placed.admitted, leave_last, look_ahead)
-        else:
-            resident = _pairs(ids.ravel(), placed.slots)
-            self._read_each(layer, resident, placed.absent, placed.staged, placed.admitted, look_ahead, each)
+        with self._releasing(layer, placed.admitted) as tickets:
+            tickets += [ticket for _, entry in placed.staged for ticket in (entry.first, entry.last)]
+            if each is None:
+                self._read(
+                    layer, placed.absent, placed.staged, placed.admitted, leave_last, look_ahead, tickets
+                )
+            else:
+                resident = _pairs(ids.ravel(), placed.slots)
+                self._read_each(layer, resident, placed.absent, placed.staged, look_ahead, each, tickets)
         return placed.slots - self._first_slot[layer]
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
@@ -289,25 +295,47 @@ class ExpertCache:
     ) -> None:
         """Let in what `access` missed: staged experts change places with the slots meant for them, others are read."""
         experts = self._miss_expert[:misses].tolist()
-        absent = list(zip(experts, self._miss_slot[:misses].tolist(), strict=True))
+        with self._releasing(layer, experts) as tickets:
+            absent = list(zip(experts, self._miss_slot[:misses].tolist(), strict=True))
+            staged: list[tuple[int, Staged]] = []
+            if self.staging.holds(layer):
+                self.reader.poll()
+                absent, staged = self._take_staged(layer, absent, slots, tickets)
+            if each is None:
+                self._read(layer, absent, staged, experts, leave_last, meanwhile, tickets)
+            else:
+                self._read_each(layer, _pairs(ids, slots), absent, staged, meanwhile, each, tickets)
+
+    def _take_staged(
+        self, layer: int, missed: list[tuple[int, int]], slots: Int32, tickets: list[Ticket]
+    ) -> tuple[list[tuple[int, int]], list[tuple[int, Staged]]]:
+        """Of the missed experts and their slots: those to be read, and those that were prefetched, where they are."""
+        absent: list[tuple[int, int]] = []
         staged: list[tuple[int, Staged]] = []
-        if self.staging.holds(layer):
-            self.reader.poll()
-            missed, absent, residency = absent, [], self.policy.residency
-            for expert, slot in missed:
-                entry = self.staging.take(layer, expert)
-                if entry is None:
-                    absent.append((expert, slot))
-                    continue
-                self.staging.give(
-                    int(residency.group[layer]), [exchange(residency, layer, expert, entry.slot)]
-                )
-                slots[slots == slot] = entry.slot
-                staged.append((expert, entry))
-        if each is None:
-            self._read(layer, absent, staged, experts, leave_last, meanwhile)
-        else:
-            self._read_each(layer, _pairs(ids, slots), absent, staged, experts, meanwhile, each)
+        residency = self.policy.residency
+        for expert, slot in missed:
+            entry = self.staging.take(layer, expert)
+            if entry is None:
+                absent.append((expert, slot))
+                continue
+            tickets += entry.first, entry.last
+            self.staging.give(int(residency.group[layer]), [exchange(residency, layer, expert, entry.slot)])
+            slots[slots == slot] = entry.slot
+            staged.append((expert, entry))
+        return absent, staged
+
+    @contextmanager
+    def _releasing(self, layer: int, experts: list[int]) -> Iterator[list[Ticket]]:
+        """Experts are resident from now on: free their slots again where anything is raised before they are complete.
+
+        Gives a list for all reads into their slots: they are settled before.
+        """
+        tickets: list[Ticket] = []
+        try:
+            yield tickets
+        except BaseException:  # also what a signal's handler raises
+            self._give_back(tickets, layer, experts)
+            raise
 
     def _read(
         self,
@@ -317,38 +345,35 @@ class ExpertCache:
         admitted: list[int],
         leave_last: bool,
         meanwhile: Callable[[], None] | None,
+        tickets: list[Ticket],
     ) -> None:
         """Read experts into slots, plane by plane over all of them: what is needed first comes first.
 
         absent: (expert, slot); staged: experts that were prefetched, perhaps not to the end; admitted: experts that are
-        resident only if everything succeeds.
+        resident only if everything succeeds; tickets: gets all reads.
         """
         stats, first = self.stats[self.phase], self._first_slot[layer]
         incomplete = [entry for _, entry in staged if not entry.complete]
         now = [entry.first for entry in incomplete]
         later = [entry.last for entry in incomplete]
-        try:
-            reads = [self.pool.reads(layer, expert, slot - first) for expert, slot in absent]
-            planes = list(zip(*reads, strict=True))
-            if planes:
-                first_planes = [read for plane in planes[:-1] for read in plane]
-                began = time.perf_counter()
-                tickets = self.reader.demand_in_order([first_planes, planes[-1]])
-                stats.stall_seconds += (
-                    time.perf_counter() - began
-                )  # starting reads can mean waiting for the drive
-                now, later = [*now, tickets[0]], [*later, tickets[1]]
-            for expert, slot in (*absent, *((expert, entry.slot) for expert, entry in staged)):
-                self.pool.fill_tables(layer, expert, slot - first)
-            if meanwhile:
-                meanwhile()
+        reads = [self.pool.reads(layer, expert, slot - first) for expert, slot in absent]
+        planes = list(zip(*reads, strict=True))
+        if planes:
+            first_planes = [read for plane in planes[:-1] for read in plane]
             began = time.perf_counter()
-            for ticket in now if leave_last else now + later:
-                self.reader.wait(ticket)
-            stats.stall_seconds += time.perf_counter() - began
-        except BaseException:  # also what a signal's handler raises
-            self._give_back(now + later, layer, admitted)
-            raise
+            demanded = self.reader.demand_in_order([first_planes, planes[-1]], tickets)
+            stats.stall_seconds += (
+                time.perf_counter() - began
+            )  # starting reads can mean waiting for the drive
+            now, later = [*now, demanded[0]], [*later, demanded[1]]
+        for expert, slot in (*absent, *((expert, entry.slot) for expert, entry in staged)):
+            self.pool.fill_tables(layer, expert, slot - first)
+        if meanwhile:
+            meanwhile()
+        began = time.perf_counter()
+        for ticket in now if leave_last else now + later:
+            self.reader.wait(ticket)
+        stats.stall_seconds += time.perf_counter() - began
         self._count(layer, len(absent), len(staged), len(incomplete))
         if leave_last:
             self._under_way = later, layer, admitted
@@ -359,9 +384,9 @@ class ExpertCache:
         slots: dict[int, int],
         absent: list[tuple[int, int]],
         staged: list[tuple[int, Staged]],
-        admitted: list[int],
         meanwhile: Callable[[], None] | None,
         each: Each,
+        tickets: list[Ticket],
     ) -> None:
         """Read as `_read`, expert by expert: each is handed over when its own reads have ended.
 
@@ -371,25 +396,24 @@ class ExpertCache:
         incomplete = [(expert, entry) for expert, entry in staged if not entry.complete]
         late = {expert: [entry.first, entry.last] for expert, entry in incomplete}
         began = time.perf_counter()
-        try:
-            for expert, slot in absent:
-                late[expert] = [self.reader.demand(self.pool.reads(layer, expert, slot - first))]
-            # starting reads can mean waiting for the drive
+        for expert, slot in absent:
+            late[expert] = self.reader.demand_in_order(
+                [self.pool.reads(layer, expert, slot - first)], tickets
+            )
+        # starting reads can mean waiting for the drive
+        stats.stall_seconds += time.perf_counter() - began
+        for expert, _ in (*absent, *staged):
+            self.pool.fill_tables(layer, expert, slots[expert] - first)
+        if meanwhile:
+            meanwhile()
+        for expert in [*(e for e in slots if e not in late), *late]:
+            let_through()
+            began = time.perf_counter()
+            for ticket in late.get(expert, ()):
+                self.reader.wait(ticket)
+            self.reader.poll()
             stats.stall_seconds += time.perf_counter() - began
-            for expert, _ in (*absent, *staged):
-                self.pool.fill_tables(layer, expert, slots[expert] - first)
-            if meanwhile:
-                meanwhile()
-            for expert in [*(e for e in slots if e not in late), *late]:
-                began = time.perf_counter()
-                for ticket in late.get(expert, ()):
-                    self.reader.wait(ticket)
-                self.reader.poll()
-                stats.stall_seconds += time.perf_counter() - began
-                each(expert, slots[expert] - first)
-        except BaseException:  # also what a signal's handler raises
-            self._give_back([ticket for tickets in late.values() for ticket in tickets], layer, admitted)
-            raise
+            each(expert, slots[expert] - first)
         self._count(layer, len(absent), len(staged), len(incomplete))
 
     def _count(self, layer: int, absent: int, staged: int, incomplete: int) -> None:
@@ -405,14 +429,13 @@ class ExpertCache:
     def _finish(self) -> None:
         if not self._under_way:
             return
-        (tickets, layer, experts), self._under_way = self._under_way, None
+        tickets, layer, experts = self._under_way
+        self._under_way = None
         began = time.perf_counter()
-        try:
+        with self._releasing(layer, experts) as waited:
+            waited += tickets
             for ticket in tickets:
                 self.reader.wait(ticket)
-        except BaseException:
-            self._give_back(tickets, layer, experts)
-            raise
         self.stats[self.phase].stall_seconds += time.perf_counter() - began
 
     def _give_back(self, tickets: list[Ticket], layer: int, experts: list[int]) -> None:

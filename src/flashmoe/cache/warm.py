@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from flashmoe.cache.pool import SlotPool
 from flashmoe.cache.residency import Residency, admit, free_slot, take_free_slot
+from flashmoe.common.signals import SafeLock
 from flashmoe.storage.reader import ExpertReader, Ticket
 
 Int32 = NDArray[np.int32]
@@ -39,7 +40,7 @@ class WarmStart:
     """Fills free slots with experts of an earlier session. Its owner is the ExpertCache, whose lock it takes."""
 
     def __init__(
-        self, residency: Residency, pool: SlotPool, reader: ExpertReader, lock: threading.RLock, ranked: Int32
+        self, residency: Residency, pool: SlotPool, reader: ExpertReader, lock: SafeLock, ranked: Int32
     ) -> None:
         """ranked: see EvictionPolicy.ranking."""
         self._residency, self._pool, self._reader, self._lock = residency, pool, reader, lock

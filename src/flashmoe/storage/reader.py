@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -12,6 +11,7 @@ from mmap import PAGESIZE
 from pathlib import Path
 from typing import Protocol
 
+from flashmoe.common.signals import SafeLock, let_through
 from flashmoe.errors import ReadError
 from flashmoe.storage.addresses import reserve_huge
 from flashmoe.storage.aio import Read, open_queue
@@ -22,6 +22,7 @@ __all__ = ["ExpertReader", "Read", "Ticket"]
 PATIENCE = 30.0  # seconds without an answer after which a drive counts as hanging
 _CHECKED_DEPTH = 8  # reads under way
 _LAST_LOOK = 1.0  # seconds; this process may have been stopped meanwhile, not the drive
+_LOOK = 0.1  # seconds between looks for signals
 
 # Readers closed while their drive hung, with the memory that it may still write to: kept for good
 _ABANDONED: list[ExpertReader] = []
@@ -83,7 +84,7 @@ class ExpertReader:
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = [DirectFile(path) for path in files]
         self._queue = open_queue(self.files)
-        self._lock = threading.RLock()
+        self._lock = SafeLock()
         self._demand: deque[tuple[Ticket, Read]] = deque()
         self._prefetch: deque[tuple[Ticket, Read]] = deque()
         self._under_way: dict[int, tuple[Ticket, Read]] = {}
@@ -133,12 +134,15 @@ class ExpertReader:
         self._depth, self._chunk = depth, chunk
 
     def demand(self, reads: Sequence[Read]) -> Ticket:
-        """Start reads that somebody waits for."""
+        """Start reads that are waited for next."""
         return self._submit([reads], self._demand)[0]
 
-    def demand_in_order(self, batches: Sequence[Sequence[Read]]) -> list[Ticket]:
-        """The same for several batches, the first to be waited for in front: one call of the system starts them all."""
-        return self._submit(batches, self._demand)
+    def demand_in_order(self, batches: Sequence[Sequence[Read]], tickets: list[Ticket]) -> list[Ticket]:
+        """The same for several batches, the first to be waited for in front: one call of the system starts them all.
+
+        `tickets` is extended by theirs before any read begins, for the case that something is raised.
+        """
+        return self._submit(batches, self._demand, tickets)
 
     def prefetch(self, reads: Sequence[Read]) -> Ticket:
         """Queue reads that nobody waits for yet: they start when no demand read is queued or under way."""
@@ -164,10 +168,14 @@ class ExpertReader:
                 self._collect(0)
 
     def wait(self, ticket: Ticket) -> None:
-        """Return when the reads of a ticket have ended. Raises the first ReadError, or that the drive hangs."""
+        """Return when the reads of a ticket have ended. Raises the first ReadError, or that the drive hangs.
+
+        Handlers of signals may raise meanwhile.
+        """
         if self.observer:
             self.observer.waits()
-        self.settle(ticket)
+        while not self._look(ticket):
+            let_through()
         if self.observer:
             self.observer.waited()
         if ticket.error:
@@ -181,14 +189,20 @@ class ExpertReader:
         In the latter case the ticket has failed. What has not begun never will; what has begun may still end, and until
         then nothing else is read into its memory: its slots may be given to others.
         """
-        while not ticket.done:
-            with self._lock:
-                left = self._heard + PATIENCE - time.monotonic()
-                # bytes that are to be looked at or placed are so while others come in
-                least = 1 if self._demand or self._lent or self._check else ticket.pending
-                if not ticket.done and not self._collect(max(left, _LAST_LOOK), least) and left <= 0:
-                    self._give_up(ticket)
-                    return
+        while not self._look(ticket):
+            pass
+
+    def _look(self, ticket: Ticket) -> bool:
+        """Wait for a moment; whether the ticket is done."""
+        with self._lock:
+            if ticket.done:
+                return True
+            left = self._heard + PATIENCE - time.monotonic()
+            # bytes that are to be looked at or placed are so while others come in
+            least = 1 if self._demand or self._lent or self._check else ticket.pending
+            if not self._collect(min(left, _LOOK) if left > 0 else _LAST_LOOK, least) and left <= 0:
+                self._give_up(ticket)
+            return ticket.done
 
     def close(self) -> None:
         """Drop what is queued, wait for what is under way as long as `settle` does, and close the files."""
@@ -222,7 +236,12 @@ class ExpertReader:
             for slack in [self.files[other.file].align]
         )
 
-    def _submit(self, batches: Sequence[Sequence[Read]], queue: deque[tuple[Ticket, Read]]) -> list[Ticket]:
+    def _submit(
+        self,
+        batches: Sequence[Sequence[Read]],
+        queue: deque[tuple[Ticket, Read]],
+        known: list[Ticket] | None = None,
+    ) -> list[Ticket]:
         if self._chunk and not self._check:
             batches = [
                 [piece for read in reads for piece in ([read] if read.place else self._pieces(read))]
@@ -230,6 +249,8 @@ class ExpertReader:
             ]
         tickets = [Ticket(reads) for reads in batches]
         with self._lock:
+            if known is not None:
+                known += tickets
             for ticket, reads in zip(tickets, batches, strict=True):
                 queue.extend((ticket, read) for read in reads)
             self._pump()
@@ -296,9 +317,7 @@ class ExpertReader:
             if buffer or self._check:
                 self._pump()  # the drive goes on meanwhile
             if not error and number not in self._given_up:
-                error = self._check(read, address) if self._check else None
-                if read.place and not error:
-                    read.place(address, read.address)
+                error = self._take_in(read, address)
             if buffer:
                 self._aside.append(buffer)
             self._given_up.pop(number, None)
@@ -307,6 +326,16 @@ class ExpertReader:
             ticket.error = ticket.error or error
         self._pump()
         return bool(ended)
+
+    def _take_in(self, read: Read, address: int) -> Exception | None:
+        """Look at the bytes of a read, and place them; what is wrong with them."""
+        try:
+            error = self._check(read, address) if self._check else None
+            if read.place and not error:
+                read.place(address, read.address)
+        except Exception as failed:  # its ticket has to end
+            return failed
+        return error
 
     def _withdraw(self, ticket: Ticket) -> list[tuple[Ticket, Read]]:
         """Take what has not started out of its queue."""

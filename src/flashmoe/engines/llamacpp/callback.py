@@ -77,15 +77,16 @@ class Control(C.Structure):
         ("nanoseconds", C.c_int64),
         ("began", C.c_int64 * 2),  # struct timespec
         ("ended", C.c_int64 * 2),
+        ("stop", C.c_int64),  # whether the graph under way is to end at its next node
     ]
 
 
-_FIELDS = 39
+_FIELDS = 40
 _PYTHON, _INSPECT, _OUTCOME, _BUFFER, _CAPACITY, _BLOCK, _TOKENS, _TOP_K, _IDS, _WEIGHTS = range(10)
 _PENDING, _LATE, _LATE_LENGTH, _LOGITS, _HIDDEN, _BEGUN, _THREAD, _IGNORE, _INPUTS = range(10, 19)
 _REQUEST, _POOL, _ARRAYS, _SLOTS, _LAYERS, _FIRST_SLOTS, _DONE, _HITS = range(19, 27)
 _RECENT, _RECENT_AT, _RECENT_SIZE, _QUIET, _IS_QUIET, _GRAPHS, _GRAPH_TOKENS, _NANOSECONDS = range(27, 35)
-_BEGAN, _ENDED = 35, 37
+_BEGAN, _ENDED, _STOP = 35, 37, 39
 _WEIGHTS_NAME, _IDS_NAME = np.frombuffer(ROUTER_WEIGHTS, np.uint8), np.frombuffer(ROUTER_IDS, np.uint8)
 _LOGITS_NAME, _TOKENS_NAME = np.frombuffer(ROUTER_LOGITS, np.uint8), np.frombuffer(INPUT_TOKENS, np.uint8)
 _STEPS_TO_LOGITS = 12  # at most, from the gathered weights back: reshape, softmax, bias, groups
@@ -291,7 +292,7 @@ def _find_logits(control: Any, node: Any) -> Any:  # pragma: no cover - compiled
 def on_node(node: Any, ask: Any, address: Any) -> Any:  # pragma: no cover - compiled
     """ggml_backend_sched_eval_callback; its user data is the address of a Control."""
     control = carray(int64_at(address), _FIELDS)
-    if control[_IGNORE] != 0 or control[_OUTCOME] == NOT_RETURNED:
+    if control[_IGNORE] != 0 or control[_STOP] != 0 or control[_OUTCOME] == NOT_RETURNED:
         return ask  # it has failed, or is not to be: want this node, and end the evaluation at it
     block = _block_of(node, _WEIGHTS_NAME)
     if ask != 0:

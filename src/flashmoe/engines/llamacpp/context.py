@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from flashmoe.common.signals import run_apart
 from flashmoe.engines.llamacpp import abi
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.errors import ModelError
@@ -60,7 +61,7 @@ class Context:
         if callback:
             params.cb_eval, params.cb_eval_user_data = callback
         lib.messages.clear()
-        self._pointer: int | None = lib.llama_init_from_model(model, params)
+        self._pointer = _new(lib, model, params)
         if not self._pointer:
             reason = (lib.messages or ["no reason given"])[-1]
             raise ModelError(
@@ -170,3 +171,15 @@ class Context:
         if self._pool:
             self._lib.ggml_threadpool_free(self._pool)
             self._pool = None
+
+
+def _new(lib: Library, model: int, params: C.Structure) -> int | None:
+    """A llama_context, None where the library cannot make it. It logs through Python meanwhile."""
+    made: list[int | None] = []
+    try:
+        run_apart(lambda: made.append(lib.llama_init_from_model(model, params)), lambda: None)
+    except BaseException:
+        if made and made[0]:
+            lib.llama_free(made[0])
+        raise
+    return made[0]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.cache.pool import SlotPool
+from flashmoe.common.signals import run_apart
 from flashmoe.engines.base import SamplingParams
 from flashmoe.engines.llamacpp.context import Context
 from flashmoe.engines.llamacpp.hook import Evaluated, RouterHook
@@ -145,7 +146,8 @@ class LlamaEngine:
     def checkpoint_bytes(self) -> int:
         """What a checkpoint of one sequence takes, of a memory that cannot be cut anywhere; 0 where it can be."""
         with self.ignoring():
-            size = self._context.partial_state_bytes()
+            # in the thread of every evaluation, which has the library's threads
+            size = run_apart(self._context.partial_state_bytes, lambda: None)
         return size
 
     def serve(
@@ -192,15 +194,24 @@ class LlamaEngine:
         if self._serving:
             raise UsageError("the model's context is its server's: close that first")
         before = self._context.past
+        if len(tokens) > self.n_ubatch:
+            raise UsageError(f"at most {self.n_ubatch} tokens can be evaluated at once, not {len(tokens)}")
         if before + len(tokens) > self.n_ctx:
             raise FlashMoEError(
                 f"the context is full: {before + len(tokens)} tokens of {self.n_ctx}; use a larger one (-c)"
             )
+        self._hook.ready()
+        try:
+            run_apart(partial(self._decode, tokens, embed), self._hook.interrupt)
+        except BaseException:
+            self.rewind(before)
+            raise
+
+    def _decode(self, tokens: Sequence[int], embed: bool) -> None:
         self._hook.begin(tokens, embed=embed)
         with self._hook.watch():
             status = self._context.decode(tokens, embed=embed)
         if self._hook.error or status:
-            self._context.rewind(before)
             raise self._hook.error or ModelError(
                 f"llama.cpp failed to evaluate {len(tokens)} tokens (status {status})"
             )
@@ -217,7 +228,7 @@ class LlamaEngine:
         return Sampler(self._lib, self._context, sampling)
 
     def rewind(self, n_past: int) -> int:
-        self._context.rewind(n_past)
+        run_apart(partial(self._context.rewind, n_past), lambda: None)
         return self._context.past
 
     def tokenize(self, text: str, special: bool = False, begin: bool = True) -> list[int]:

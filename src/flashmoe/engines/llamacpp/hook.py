@@ -28,14 +28,12 @@ from flashmoe.engines.llamacpp.callback import (
     BEGIN,
     END,
     LOOK,
-    NOT_RETURNED,
     PYTHON_CALLBACK,
     RETURNED,
     Control,
     on_node,
 )
 from flashmoe.engines.llamacpp.inspection import Inspection
-from flashmoe.engines.llamacpp.interrupts import hold_interrupts
 from flashmoe.engines.llamacpp.loader import LoadedModel
 from flashmoe.engines.llamacpp.routers import read_router
 from flashmoe.errors import FlashMoEError, ModelError
@@ -167,6 +165,7 @@ class RouterHook:
         """
         self._parallel, self._n_vocab = parallel, n_vocab
         self._on_prompt, self._on_graph, self._on_error = on_prompt, on_graph, on_error
+        self.ready()
         self._control.quiet = 0  # what is true of the engine's own graphs need not be of the server's
         return self.data
 
@@ -210,14 +209,20 @@ class RouterHook:
             self._late.value = late
             self._control.late_length = len(late)
 
+    def ready(self) -> None:
+        """An evaluation may begin: what `interrupt` asked for concerned an earlier one."""
+        self._control.stop = 0
+
+    def interrupt(self) -> None:
+        """Let the evaluation under way end soon; from any thread."""
+        self._control.stop = 1
+
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Around an evaluation: afterwards `error` has whatever went wrong inside."""
+        """Around an evaluation: afterwards `error` has what went wrong inside."""
         self.error, self._control.outcome = None, RETURNED
-        with hold_interrupts(self):
-            yield
-        if self._control.outcome == NOT_RETURNED and not self.error:
-            # a signal handler has raised before the callback's first line: ctypes swallows that
+        yield
+        if self._control.stop and not self.error:
             self.error = FlashMoEError("the evaluation was interrupted")
         self._control.thread = self._control.begun = 0
         self._settle()

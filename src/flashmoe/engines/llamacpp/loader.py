@@ -6,9 +6,9 @@ import ctypes as C
 from collections.abc import Callable, Sequence
 
 from flashmoe.cache.pool import SlotPool, Window
+from flashmoe.common.signals import run_apart
 from flashmoe.engines.llamacpp import abi
 from flashmoe.engines.llamacpp.buffer import ExpertBuffer
-from flashmoe.engines.llamacpp.interrupts import hold_interrupts
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.repack import Repacker
 from flashmoe.engines.llamacpp.token_table import TokenTable
@@ -48,21 +48,28 @@ class LoadedModel:
         params.n_gpu_layers = 0
         params.tensor_buft_overrides = self._buffer.overrides(catalog.override_pattern)
         lib.messages.clear()
-        self.pointer: int | None
-        with hold_interrupts(file):
+        self.pointer: int | None = None
+
+        def load() -> None:
             self.pointer = lib.llama_model_load_from_file_ptr(file.stream, params)
-        file.close()
-        if file.error:
+
+        try:
+            run_apart(load, file.interrupt)
+            if file.error:
+                raise file.error
+        except BaseException:
             self.close()
-            raise file.error
+            raise
+        finally:
+            file.close()
         if not self.pointer:
             raise load_error(lib, catalog)
         self._buffer.seal()
         #: Whether some of its memory is a state, not a cache of tokens.
-        self.recurrent = bool(
+        self.recurrent: bool = bool(
             lib.llama_model_is_recurrent(self.pointer) or lib.llama_model_is_hybrid(self.pointer)
         )
-        self.catalog = catalog.only(self._buffer.tensors)
+        self.catalog: ExpertCatalog = catalog.only(self._buffer.tensors)
         for layer in self.catalog.layers:
             for plane in (*layer.planes, *layer.tables):
                 self._set_shape(plane.tensor.name, plane.tensor.shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.cache.pool import SlotPool
+from flashmoe.common.signals import run_apart
 from flashmoe.engines.base import SamplingParams
 from flashmoe.engines.transformers.experts import IMPLEMENTATION, PooledExperts, register
 from flashmoe.engines.transformers.front import Front
@@ -112,26 +114,35 @@ class TransformersEngine:
             raise FlashMoEError(
                 f"the context is full: {before + len(tokens)} tokens of {self.n_ctx}; use a larger one (-c)"
             )
+        self._routing.stop = False
+        try:
+            run_apart(partial(self._forward, list(tokens)), self._routing.interrupt)
+        except BaseException:
+            run_apart(partial(self._undo, before, before + len(tokens)), lambda: None)
+            raise
+
+    def _forward(self, tokens: list[int]) -> None:
         wanted = {} if self._all_logits or not self._limits else {"logits_to_keep": 1}
         self._driven = True
         try:
             with torch.inference_mode():
                 found = self.model(
-                    torch.tensor([list(tokens)], device=self._device),
+                    torch.tensor([tokens], device=self._device),
                     past_key_values=self._cache,
                     use_cache=True,
                     **wanted,
                 )
-        except BaseException:
-            self._past = before + len(tokens)  # some layers have gone so far
-            self.rewind(before)
-            raise
         finally:
             self._driven = False
         self._cache = found.past_key_values
-        self._past = before + len(tokens)
+        self._past += len(tokens)
         self._kept = found.logits[0].to("cpu", torch.float32).numpy()
         self._last[:] = self._kept[-1]
+
+    def _undo(self, n_past: int, reached: int) -> None:
+        """An evaluation has failed; some layers have gone as far as `reached` tokens."""
+        self._past = reached
+        self._rewind(n_past)
 
     def logits(self, index: int = -1) -> NDArray[np.float32]:
         """Logits of the last evaluation, float32 [vocabulary]: of its last token, or with all_logits of any."""
@@ -145,6 +156,9 @@ class TransformersEngine:
 
     def rewind(self, n_past: int) -> int:
         """Forget tokens from `n_past` on; all where a layer's memory cannot be cut (a sliding window, Mamba)."""
+        return run_apart(partial(self._rewind, n_past), lambda: None)
+
+    def _rewind(self, n_past: int) -> int:
         if n_past < self._past:
             cache = self._cache
             if n_past and cache is not None and _cut(cache, n_past):
@@ -191,6 +205,7 @@ class TransformersEngine:
     def _before(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids, count = count_tokens(args, kwargs)
         if not self._driven:
+            self._routing.stop = False
             self._routing.cache.phase = (
                 "decode" if count == len(ids if ids is not None else kwargs["inputs_embeds"]) else "prefill"
             )

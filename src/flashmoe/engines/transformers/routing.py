@@ -27,6 +27,12 @@ class Routing:
         self._residents: Residents | None = None
         self._hidden: NDArray[np.float32] | None = None
         self._single = False
+        #: Whether the forward under way is to end; see `interrupt`.
+        self.stop = False
+
+    def interrupt(self) -> None:
+        """Let the forward under way end at its next layer; from any thread."""
+        self.stop = True
 
     def open(self, cache: ExpertCache, residents: Residents) -> None:
         """Experts come from `residents`; `cache` is the one in RAM, whose phase and counters are the engine's."""
@@ -62,6 +68,8 @@ class Routing:
             self._hidden = hidden.detach().to("cpu", torch.float32).reshape(-1).numpy()
 
     def route(self, layer: int, ids: Int32) -> Int32:
+        if self.stop:
+            raise FlashMoEError("the evaluation was interrupted")
         if self.step.override is None:
             return ids
         ids = ids.copy()

@@ -41,8 +41,10 @@ class CopyQueue:
         self.demanded: list[tuple[Ticket, Copy]] = []
         self.ahead: list[tuple[Ticket, Copy]] = []
 
-    def demand(self, reads: Sequence[Copy]) -> Ticket:
-        return self._add(self.demanded, reads)
+    def demand_in_order(self, batches: Sequence[Sequence[Copy]], tickets: list[Ticket]) -> list[Ticket]:
+        asked = [self._add(self.demanded, reads) for reads in batches]
+        tickets += asked
+        return asked
 
     def prefetch(self, reads: Sequence[Copy]) -> Ticket:
         return self._add(self.ahead, reads)

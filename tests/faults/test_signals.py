@@ -1,0 +1,188 @@
+"""Signal handlers that raise, wherever they do: nothing wrong is computed afterwards, and no slot is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import flashmoe
+from flashmoe.common import signals
+from flashmoe.common.signals import SafeLock, let_through, run_apart
+from tests.conftest import Tiny
+from tests.faults.storm import Struck, handlers, load, logits_of, slots_in_use, storm
+
+ROUNDS = 60
+
+
+@pytest.fixture(autouse=True)
+def struck() -> Iterator[None]:
+    with handlers():
+        yield
+
+
+def weather(model: flashmoe.Model, rounds: int = ROUNDS) -> None:
+    expected, slots = logits_of(model), slots_in_use(model)
+    ended = storm(lambda: logits_of(model), rounds)
+    assert sum(ended.values()) == rounds
+    assert ended["finished"] < rounds / 2
+    assert np.array_equal(logits_of(model), expected)
+    assert slots_in_use(model) == slots
+
+
+@pytest.mark.parametrize("prefetch", ["none", "table"])
+def test_storm_over_llamacpp(tiny: Tiny, prefetch: str) -> None:
+    with load(tiny("olmoe"), prefetch=prefetch) as model:
+        weather(model)
+
+
+def checkpoint(folder: Path) -> Path:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    from tests.engines.transformers.models import make_checkpoint
+
+    return make_checkpoint("olmoe", folder, torch.bfloat16)
+
+
+def test_storm_over_transformers(tmp_path: Path) -> None:
+    with load(checkpoint(tmp_path), engine="transformers", prefetch="none") as model:
+        weather(model)
+
+
+def test_storm_over_a_forward_of_the_user(tmp_path: Path) -> None:
+    """The library's own model is called in the main thread, and with it the cache."""
+    with load(checkpoint(tmp_path), engine="transformers", prefetch="none") as model:
+        import torch
+
+        def forwards() -> np.ndarray:
+            with torch.inference_mode():
+                kept = [
+                    model.engine.model(torch.arange(start, start + n)[None]).logits  # type: ignore[attr-defined]
+                    for start, n in ((3, 8), (40, 8), (7, 1), (8, 1), (9, 1))
+                ]
+            return np.concatenate([found[0].float().numpy() for found in kept])
+
+        expected, slots = forwards(), slots_in_use(model)
+        ended = storm(forwards, ROUNDS)
+        assert ended["finished"] < ROUNDS / 2
+        assert np.array_equal(forwards(), expected)
+        assert slots_in_use(model) == slots
+
+
+def test_loading_that_is_interrupted(tiny: Tiny) -> None:
+    def opened() -> None:
+        load(tiny("olmoe"), prefetch="none", layout="plain").close()
+
+    ended = storm(opened, 20)
+    assert ended["finished"] < 20
+    with load(tiny("olmoe"), prefetch="none") as model:
+        logits_of(model)
+
+
+def test_a_lock_holds_signals_back_until_it_is_free() -> None:
+    lock, seen = SafeLock(), []
+
+    def section() -> None:
+        with lock:
+            with lock:
+                signal.raise_signal(signal.SIGINT)
+                seen.append("inside")
+            seen.append("still inside")
+
+    with pytest.raises(KeyboardInterrupt):
+        section()
+    assert seen == ["inside", "still inside"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_all_signals_that_were_held_back_are_handled() -> None:
+    handled: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        handled.append(number)
+        raise Struck
+
+    def section() -> None:
+        with SafeLock():
+            for number in (signal.SIGALRM, signal.SIGUSR1, signal.SIGINT):
+                signal.raise_signal(number)
+
+    for number in (signal.SIGALRM, signal.SIGUSR1):
+        signal.signal(number, note)
+    with pytest.raises((Struck, KeyboardInterrupt)):
+        section()
+    assert sorted(handled) == [signal.SIGUSR1, signal.SIGALRM]
+    assert signal.getsignal(signal.SIGALRM) is note
+
+
+def test_signals_are_let_through_where_that_is_harmless() -> None:
+    lock, seen = SafeLock(), []
+
+    def section() -> None:
+        with lock:
+            signal.raise_signal(signal.SIGUSR1)
+            seen.append("held back")
+            let_through()
+            seen.append("not reached")
+
+    with pytest.raises(Struck):
+        section()
+    assert seen == ["held back"]
+    with lock:  # nothing is left over
+        let_through()
+
+
+def test_a_lock_that_another_thread_holds_can_be_given_up() -> None:
+    lock = SafeLock()
+    taken, go = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            taken.set()
+            go.wait(20)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    taken.wait(20)
+    main = threading.main_thread().ident or 0
+    threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGUSR1)).start()
+    with pytest.raises(Struck), lock:
+        pytest.fail("the lock was not free")
+    go.set()
+    thread.join()
+    with lock:
+        pass
+
+
+def test_what_runs_apart_ends_before_the_signal_is_raised() -> None:
+    stop, done = threading.Event(), []
+    main = threading.main_thread().ident or 0
+
+    def work() -> None:
+        signal.pthread_kill(main, signal.SIGINT)
+        assert stop.wait(20)
+        done.append(threading.current_thread().name)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_apart(work, stop.set)
+    assert done == ["flashmoe-main"]
+
+
+def test_what_runs_apart_returns_and_raises() -> None:
+    assert run_apart(lambda: run_apart(lambda: 7, lambda: None), lambda: None) == 7
+    with pytest.raises(ZeroDivisionError):
+        run_apart(lambda: 1 / 0, lambda: None)
+
+
+def test_a_forked_process_has_a_thread_of_its_own() -> None:
+    run_apart(lambda: None, lambda: None)
+    child = os.fork()
+    if not child:
+        os._exit(run_apart(lambda: 42, lambda: None))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 42
+    assert not signals._held.depth
