@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from flashmoe.engines.base import Engine, SamplingParams
 from flashmoe.engines.llamacpp.context import Context
-from flashmoe.engines.llamacpp.library import open_library
+from flashmoe.engines.llamacpp.library import Library, open_library
 from flashmoe.engines.llamacpp.repack import repacks_slice_by_slice
 from flashmoe.engines.llamacpp.stock import StockModel
 from flashmoe.runtime.layout import PLAIN
@@ -23,29 +23,38 @@ from flashmoe.runtime.model import Model
 from flashmoe.storage.hub import demo_model
 
 _PROMPT = list(range(300, 324))
-_CONTEXT = 64
+_CONTEXT = 128
+_ROWS = 64  # libraries with a GPU send products of 32 rows and more to it
 _TOKENS = 12  # made by the server
 
 
 def compare(library: Path) -> bool:
-    """Whether prompt and decode logits are equal, byte for byte, with a pool of 12 % of the experts, and the server's
-    text is the engine's.
+    """Whether logits are equal, byte for byte, with pools of 12 % and of all experts, with few rows and many, and the
+    server's text is the engine's.
 
     The bundled model may have nothing that this processor repacks: of repacked layouts only the slices are compared.
     """
     lib = open_library(library)
     if not repacks_slice_by_slice(lib):
         return False
-    with load("demo", cache="12%", n_ctx=_CONTEXT, threads=1, n_ubatch=4, layout=PLAIN, library=lib) as model:
-        pooled = [_decode(model.engine, tokens) for tokens in _steps(model.engine.n_ubatch)]
-        if not _serves(model):
+    few, many = _steps(4), [list(range(300, 300 + _ROWS)), [7]]
+    with _loaded(lib, "12%", 4) as model:
+        pooled = [_decode(model.engine, tokens) for tokens in few]
+        if model.engine.n_ubatch != 4 or not _serves(model):
             return False
+    with _loaded(lib, "100%", _ROWS) as model:
+        pooled += [_decode(model.engine, tokens) for tokens in many]
     stock = StockModel(lib, demo_model())
-    context = stock.context(n_ctx=_CONTEXT, n_ubatch=4, threads=1)
-    return all(
-        np.array_equal(theirs, _decode(context, tokens))
-        for theirs, tokens in zip(pooled, _steps(4), strict=True)
-    )
+    expected = []
+    for steps, n_ubatch in ((few, 4), (many, _ROWS)):
+        context = stock.context(n_ctx=_CONTEXT, n_ubatch=n_ubatch, threads=1)
+        expected += [_decode(context, tokens) for tokens in steps]
+        context.close()
+    return all(np.array_equal(ours, theirs) for ours, theirs in zip(pooled, expected, strict=True))
+
+
+def _loaded(lib: Library, cache: str, n_ubatch: int) -> Model:
+    return load("demo", cache=cache, n_ctx=_CONTEXT, threads=1, n_ubatch=n_ubatch, layout=PLAIN, library=lib)
 
 
 def _serves(model: Model) -> bool:

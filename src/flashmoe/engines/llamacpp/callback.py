@@ -29,6 +29,7 @@ ROUTER_IDS = b"ffn_moe_topk-"
 ROUTER_LOGITS = b"ffn_moe_logits-"  # the router's product with the layer's hidden state
 INPUT_TOKENS = b"inp_tokens"  # the token ids that a graph gathers embeddings by
 RETURNED, NOT_RETURNED = 0, 1
+MOST_QUIET = 62  # bits of Control.quiet
 #: Why Python is called: a node is ready; it is wanted to be looked at; a graph begins; it has ended.
 READY, LOOK, BEGIN, END = range(4)
 
@@ -70,7 +71,7 @@ class Control(C.Structure):
         ("recent", C.c_int64),  # address of int16 [layers, RECENT], the latest requests, or 0
         ("recent_at", C.c_int64),  # address of int64 [layers]: where the next one goes
         ("recent_size", C.c_int64),
-        ("quiet", C.c_int64),  # graphs of at most so many tokens need no Python where they begin and end
+        ("quiet", C.c_int64),  # bit n: graphs of n tokens need no Python where they begin and end
         ("is_quiet", C.c_int64),  # tokens of the one under way where it is such
         ("graphs", C.c_int64),  # counted since the start, of quiet ones: graphs, their tokens and nanoseconds
         ("graph_tokens", C.c_int64),
@@ -230,7 +231,7 @@ def _begin(control: Any, address: Any, node: Any) -> Any:  # pragma: no cover - 
     """The graph that begins gathers its tokens' embeddings at `node`: tell Python, unless it has nothing to say."""
     ids = _read(node + _SOURCE1)
     control[_INPUTS], control[_TOKENS] = _read(ids + _DATA), _read(ids + _NE0)
-    if control[_TOKENS] <= control[_QUIET]:
+    if control[_TOKENS] <= MOST_QUIET and (control[_QUIET] >> control[_TOKENS]) & 1 != 0:
         control[_BEGUN], control[_IS_QUIET] = 1, control[_TOKENS]
         _clock_gettime(_MONOTONIC, address + 8 * _BEGAN)
         return True

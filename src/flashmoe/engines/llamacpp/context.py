@@ -58,6 +58,8 @@ class Context:
         params.n_outputs_max = max(n_ubatch if every_token else 1, sequences)
         params.pooling_type = POOLING[pooling]
         params.no_perf = True
+        # a library with a backend for a GPU would send products there, which the pool is not on
+        params.op_offload = params.offload_kqv = False
         if callback:
             params.cb_eval, params.cb_eval_user_data = callback
         lib.messages.clear()

@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.common.memory import major_faults
 from flashmoe.engines.layer_step import LayerStep
-from flashmoe.engines.llamacpp.abi import Tensor
 from flashmoe.engines.llamacpp.callback import (
     BEGIN,
     END,
     LOOK,
+    MOST_QUIET,
     PYTHON_CALLBACK,
     RETURNED,
     Control,
@@ -192,8 +192,10 @@ class RouterHook:
             if cache.phase == "decode":
                 control.recent = cache.recent.ids.ctypes.data
                 announced = step.prefetcher is not None or self._model.token_table is not None
-                if not announced and self._inspection.text_is_known:
-                    control.quiet = min(self._parallel, cache.served_together(top_k))
+                if not announced:
+                    most = min(self._parallel, cache.served_together(top_k), MOST_QUIET)
+                    known = [n for n in range(1, most + 1) if self._inspection.knows(n)]
+                    control.quiet = sum(1 << n for n in known)
                     if step.observed:  # since then, by another thread
                         control.quiet = 0
 
@@ -230,8 +232,9 @@ class RouterHook:
             self._inspection.end()
 
     def _settle(self) -> None:
-        """No read may be under way when an evaluation has ended; only one that failed leaves any."""
+        """An evaluation has ended. No read may be under way then; only one that failed leaves any."""
         self._control.pending = False
+        self._inspection.restore()
         if not self._step.cache:
             return
         with self._collecting:
@@ -279,7 +282,7 @@ class RouterHook:
                 if why == BEGIN:
                     self._begin_graph(control, address)
                 elif why == LOOK:
-                    self._inspection.look(Tensor.from_address(address))
+                    self._inspection.look(address)
                 elif control.block >= 0:
                     self._rename(control, address)
                 else:
@@ -305,7 +308,7 @@ class RouterHook:
             ids = [-1] * len(ids)  # not set: the graph is fed with embeddings
         self._announce(ids)
         if control.inspect:
-            self._inspection.look(Tensor.from_address(node))
+            self._inspection.look(node)
 
     def _announce(self, tokens: list[int]) -> None:
         assert self._step.cache is not None
@@ -339,6 +342,8 @@ class RouterHook:
         assert cache is not None
         tokens, top_k = control.tokens, control.top_k
         layer = self._layer_of_block[control.block]
+        if control.inspect:
+            self._inspection.rename(control.ids, layer)
         ids = self._ids[: tokens * top_k]
         picked = ids.reshape(tokens, top_k)
         if step.override is not None:
@@ -360,8 +365,6 @@ class RouterHook:
         ids[:] = step.serve(layer, picked, lambda meanwhile: ensure(meanwhile=meanwhile), self._router_input)
         control.done = -1
         control.pending = cache.pending
-        if control.inspect:
-            self._inspection.renamed(control.ids, layer)
 
     def _router_input(self) -> NDArray[np.float32] | None:
         """The router's input of the node's layer, of a single token."""

@@ -1,43 +1,50 @@
-"""Checks, node by node, that a graph uses expert tensors only with ids that were renamed.
+"""Checks, node by node, that a graph uses expert tensors only with ids that were renamed, and those with nothing else.
 
-An architecture that used them in another way would give wrong results. Every kind of graph is inspected once.
+An architecture that used them in another way would give wrong results: a product with true ids reads beyond a tensor of
+few slots. A graph of each number of tokens is inspected once. A node that is refused is made to do nothing, since the
+library still computes it before it asks whether to go on.
 """
 
 from __future__ import annotations
-
-from itertools import product
 
 from flashmoe.engines.llamacpp.abi import Tensor
 from flashmoe.engines.llamacpp.loader import LoadedModel
 from flashmoe.errors import ModelError
 
 INDICES = 26  # GGML_TYPE_I32
+_NOTHING = 0  # GGML_OP_NONE
+#: Operations that take rows or matrices of a tensor by ids: which source is the tensor, and which the ids.
+_BY_ID = {b"MUL_MAT_ID": (0, 2), b"ADD_ID": (1, 2), b"GET_ROWS": (0, 1)}
+_COPY = b"REPEAT"  # of a table per expert, to be gathered from
+
+_UNKNOWN = "routes its experts in a way that FlashMoE does not know"
 
 
 class Inspection:
-    """What is known of a model's graphs. `begin`, then `renamed` and `look` for its nodes, then `end`."""
+    """What is known of a model's graphs. `begin`, then `rename` and `look` for its nodes, then `end`."""
 
     def __init__(self, model: LoadedModel) -> None:
-        self._model = model
-        self._layer_of_tensor: dict[int, int] = {}
-        self._renamed: dict[int, int] = {}  # address of a tensor of ids -> its layer
+        self._model, self._lib = model, model.lib
+        self._tensors: dict[int, int] = {}  # address of what has the axis of slots -> its layer
+        self._last: dict[int, int] = {}  # of those, of what each layer multiplies last
+        self._renamed: dict[int, int] = {}  # address of what holds ids that were renamed -> their layer
+        self._refused: list[tuple[Tensor, int]] = []  # and their operations
         self._late_inputs: set[bytes] = set()
-        #: Kinds of graphs, of one token or several and for embeddings or not, that were not inspected yet.
-        self._kinds = set(product((True, False), repeat=2))
-        self._kind = True, False
+        self._seen: set[tuple[int, bool]] = set()  # (tokens, for embeddings) of graphs that were inspected
+        self._kind = 0, False
         self._complete = True  # all of the last graph that was to be inspected
 
-    @property
-    def text_is_known(self) -> bool:
-        """Whether every kind of graph that computes logits was inspected."""
-        return not self._kinds & {(True, False), (False, False)}
+    def knows(self, tokens: int) -> bool:
+        """Whether a graph of so many tokens that computes logits was inspected."""
+        return (tokens, False) in self._seen
 
     def begin(self, tokens: int, embed: bool) -> bool:
         """A graph of `tokens` tokens begins; whether it is to be inspected."""
-        self._kind = tokens == 1, embed
-        if self._kind not in self._kinds:
+        self._kind = tokens, embed
+        if self._kind in self._seen:
             return False
-        self._layer_of_tensor = self._model.layer_of_tensor()
+        self._tensors = self._model.layer_of_tensor()
+        self._last = {self._model.last_plane(layer): layer for layer in set(self._tensors.values())}
         self._complete = True
         self._renamed = {}
         self._late_inputs.clear()
@@ -46,7 +53,7 @@ class Inspection:
     def end(self) -> None:
         """The graph was evaluated to its end."""
         if self._complete:
-            self._kinds.discard(self._kind)
+            self._seen.add(self._kind)
 
     def take_late_input(self) -> bytes:
         """The prefix of the name of every layer's input of its last product, as the last graph has shown it.
@@ -55,33 +62,74 @@ class Inspection:
         """
         return self._late_inputs.pop() if len(self._late_inputs) == 1 else b""
 
-    def renamed(self, ids: int, layer: int) -> None:
-        """The tensor of ids at an address holds slots of a layer from here on."""
-        self._renamed[ids] = layer
+    def rename(self, ids: int, layer: int) -> None:
+        """The ids in a tensor, at an address, are about to become slots of a layer. Raises ModelError."""
+        root = _root(ids)
+        if root in self._renamed:
+            raise self._refusal(Tensor.from_address(ids), "uses one layer's choice of experts in another")
+        buffer = Tensor.from_address(root).buffer
+        if not buffer or not self._lib.ggml_backend_buffer_is_host(buffer):
+            raise self._refusal(Tensor.from_address(ids), "computes the choice of experts on another device")
+        self._renamed[root] = layer
 
-    def look(self, node: Tensor) -> None:
+    def look(self, address: int) -> None:
         """Raise ModelError where a node uses tensors of ours in a way that is not provided for."""
-        architecture = self._model.catalog.gguf.architecture
+        node = Tensor.from_address(address)
+        try:
+            self._look(node, address)
+        except ModelError:
+            self._refused.append((node, node.op))
+            node.op = _NOTHING
+            raise
+
+    def restore(self) -> None:
+        """The evaluation is over, and the library may use its graph again."""
+        while self._refused:
+            node, operation = self._refused.pop()
+            node.op = operation
+
+    def _look(self, node: Tensor, address: int) -> None:
+        sources = [source for source in node.src if source]
+        self._look_at_table(node, sources)
+        if node.view_src in sources:  # computes nothing
+            return
+        if 0 in node.ne[:]:  # the last layer of a micro-batch without outputs
+            self._complete = self._complete and not any(_root(s) in self._tensors for s in sources)
+            return
+        tensors = {i for i, source in enumerate(node.src) if source and _root(source) in self._tensors}
+        ids = {i for i, source in enumerate(node.src) if source and _root(source) in self._renamed}
+        if not tensors and not ids:
+            return
+        operation = self._lib.ggml_op_desc(address)
+        if operation == _COPY and tensors == {0} and not ids:
+            self._tensors[address] = self._tensors[_root(node.src[0])]
+            return
+        table, indices = _BY_ID.get(operation, (-1, -1))
+        if tensors != {table} or ids != {indices}:
+            raise self._refusal(node, _UNKNOWN)
+        layer = self._tensors[_root(node.src[table])]
+        if self._renamed[_root(node.src[indices])] != layer:
+            raise self._refusal(node, _UNKNOWN)
+        if node.src[table] in self._last:
+            name, _, number = Tensor.from_address(node.src[1]).name.rpartition(b"-")
+            self._late_inputs.add(name + b"-" if number.isdigit() else b"")
+
+    def _look_at_table(self, node: Tensor, sources: list[int]) -> None:
         table = self._model.table_address
-        if table and table in (node.src[0], node.src[1]):
+        if table and table in sources:
             indices = node.src[1] if node.src[0] == table else None
             if not indices or Tensor.from_address(indices).type != INDICES:
-                raise ModelError(
-                    f"the architecture {architecture!r} does more with its token embedding than to gather rows "
-                    f"(node {node.name.decode()!r}); please report it"
-                )
-        for source in (node.src[0], node.src[1]):
-            layer = self._layer_of_tensor.get(source) if source else None
-            if layer is None or node.view_src == source:  # a reshaped table keeps its slots
-                continue
-            if 0 in node.ne[:]:  # the last layer of a micro-batch without outputs: nothing is computed
-                self._complete = False
-                continue
-            if self._renamed.get(node.src[2] or 0) != layer:
-                raise ModelError(
-                    f"the architecture {architecture!r} routes its experts in a way that FlashMoE does not know "
-                    f"(node {node.name.decode()!r}); please report it"
-                )
-            if source == self._model.last_plane(layer):
-                name, _, number = Tensor.from_address(node.src[1]).name.rpartition(b"-")
-                self._late_inputs.add(name + b"-" if number.isdigit() else b"")
+                raise self._refusal(node, "does more with its token embedding than to gather rows")
+
+    def _refusal(self, node: Tensor, what: str) -> ModelError:
+        return ModelError(
+            f"the architecture {self._model.catalog.gguf.architecture!r} {what} "
+            f"(node {node.name.decode(errors='replace')!r}); please report it"
+        )
+
+
+def _root(address: int) -> int:
+    """The tensor whose memory a tensor is a view of, or the tensor itself."""
+    while view := Tensor.from_address(address).view_src:
+        address = view
+    return address

@@ -82,6 +82,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_backend_cpu_buffer_type": (ptr, ()),
     "ggml_backend_buffer_init": (ptr, (ptr, abi.BufferInterface, ptr, _size)),
     "ggml_backend_buffer_free": (None, (ptr,)),
+    "ggml_backend_buffer_is_host": (flag, (ptr,)),
     "ggml_backend_buffer_get_type": (ptr, (ptr,)),
     "ggml_backend_buffer_init_tensor": (C.c_int, (ptr, ptr)),
     "ggml_backend_buffer_set_usage": (None, (ptr, C.c_int)),

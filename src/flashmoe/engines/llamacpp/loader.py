@@ -46,6 +46,8 @@ class LoadedModel:
         params.load_mode = abi.LOAD_MODE_NONE
         params.use_extra_bufts = repack
         params.n_gpu_layers = 0
+        self._devices = (C.c_void_p * 1)()  # none: the list ends at once
+        params.devices = C.addressof(self._devices)
         params.tensor_buft_overrides = self._buffer.overrides(catalog.override_pattern)
         lib.messages.clear()
         self.pointer: int | None = None
