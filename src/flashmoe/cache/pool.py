@@ -1,8 +1,9 @@
 """The slot pool: anonymous memory that the engine takes for its expert tensors.
 
-For every size group of layers and every plane there is one *region*: slots of a fixed stride. The engine sees, for a
-layer's plane, `address + slot * stride`. Direct reads want aligned file offsets, and a slice begins anywhere: so each
-plane is shifted inside its slot by its own misalignment, and what alignment adds falls into the slot's slack.
+For every size group of layers and every plane there is one *region*: slots of a fixed stride. So there is for every
+table per expert (biases, scales). The engine sees, for a layer's plane, `address + slot * stride`. Direct reads want
+aligned file offsets, and a slice begins anywhere: so each plane is shifted inside its slot by its own misalignment, and
+what alignment adds falls into the slot's slack.
 """
 
 from __future__ import annotations
@@ -61,13 +62,39 @@ def plane_layout(plane: Plane, align: int) -> Layout:
     return Layout(shift, -(-(shift + plane.nbytes + slack) // unit) * unit)
 
 
+@dataclass(frozen=True)
+class Region:
+    """Slots of a fixed stride that all layers of a size group share, for one plane or table of each."""
+
+    stride: int
+    members: tuple[tuple[int, Plane, int], ...]  # layer, its plane, and where in a slot that begins
+
+
+def _regions(catalog: ExpertCatalog, align: int) -> tuple[list[list[Region]], list[list[Region]]]:
+    """What a pool is made of: regions of planes, and regions of tables per expert, of each size group."""
+    n_groups = max(catalog.groups) + 1
+    planes: list[list[Region]] = [[] for _ in range(n_groups)]
+    tables: list[list[Region]] = [[] for _ in range(n_groups)]
+    for group in range(n_groups):
+        members = [(i, catalog.layers[i]) for i, g in enumerate(catalog.groups) if g == group]
+        for index in range(len(members[0][1].planes)):
+            layouts = [
+                (i, layer.planes[index], plane_layout(layer.planes[index], align)) for i, layer in members
+            ]
+            stride = max(layout.stride for _, _, layout in layouts)
+            planes[group].append(Region(stride, tuple((i, p, layout.shift) for i, p, layout in layouts)))
+        alike: dict[tuple[int, int], list[tuple[int, Plane, int]]] = {}
+        for i, layer in members:
+            for index, table in enumerate(layer.tables):
+                alike.setdefault((index, table.nbytes), []).append((i, table, 0))
+        tables[group] = [Region(nbytes, tuple(found)) for (_, nbytes), found in alike.items()]
+    return planes, tables
+
+
 def slot_bytes(catalog: ExpertCatalog, align: int) -> list[int]:
     """Bytes of one slot (all its planes and tables) in each size group."""
-    sizes = [0] * (max(catalog.groups) + 1)
-    for layer, group in zip(catalog.layers, catalog.groups, strict=True):
-        planes = sum(plane_layout(plane, align).stride for plane in layer.planes)
-        sizes[group] = max(sizes[group], planes + sum(table.nbytes for table in layer.tables))
-    return sizes
+    planes, tables = _regions(catalog, align)
+    return [sum(r.stride for r in (*p, *t)) for p, t in zip(planes, tables, strict=True)]
 
 
 class SlotPool:
@@ -83,24 +110,19 @@ class SlotPool:
         self._prefault: threading.Thread | None = None
         self.windows: list[list[Window]] = [[] for _ in catalog.layers]
         self._tables: list[list[tuple[Window, NDArray[np.uint8]]]] = [[] for _ in catalog.layers]
-        for group, n in enumerate(slots):
-            members = [i for i, g in enumerate(catalog.groups) if g == group]
-            self._add_group(catalog, members, n, align)
-
-    def _add_group(self, catalog: ExpertCatalog, members: list[int], n: int, align: int) -> None:
-        for index in range(len(catalog.layers[members[0]].planes)):
-            planes = [catalog.layers[i].planes[index] for i in members]
-            layouts = [plane_layout(plane, align) for plane in planes]
-            stride = max(layout.stride for layout in layouts)
-            base = self._reserve(n * stride)
-            for i, plane, layout in zip(members, planes, layouts, strict=True):
-                self.windows[i].append(Window(plane, base + layout.shift, stride))
-        for i in members:
-            for table in catalog.layers[i].tables:
-                window = Window(table, self._reserve(n * table.nbytes), table.nbytes)
-                rows = np.empty((catalog.layers[i].n_experts, table.nbytes), np.uint8)
-                self._reader.files[table.file].read_exact(rows.ctypes.data, table.offset, rows.nbytes)
-                self._tables[i].append((window, rows))
+        planes, tables = _regions(catalog, align)
+        for n, regions in zip(slots, planes, strict=True):
+            for region in regions:
+                base = self._reserve(n * region.stride)
+                for layer, plane, shift in region.members:
+                    self.windows[layer].append(Window(plane, base + shift, region.stride))
+        for n, regions in zip(slots, tables, strict=True):
+            for region in regions:
+                base = self._reserve(n * region.stride)
+                for layer, table, _ in region.members:
+                    rows = np.empty((catalog.layers[layer].n_experts, table.nbytes), np.uint8)
+                    reader.files[table.file].read_exact(rows.ctypes.data, table.offset, rows.nbytes)
+                    self._tables[layer].append((Window(table, base, region.stride), rows))
 
     def _reserve(self, nbytes: int) -> int:
         memory, address = reserve_huge(nbytes)

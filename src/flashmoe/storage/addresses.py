@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from functools import cache
+from pathlib import Path
 
 # In Python's mmap module from 3.13 on; the value is Linux's on x86 and Arm
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
+_HUGE_PAGE_SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
 
-HUGE_PAGE = 2 << 20
+
+@cache
+def huge_page() -> int:
+    """Bytes of this machine's transparent huge pages; of a usual one where it has none."""
+    try:
+        return int(_HUGE_PAGE_SIZE.read_text())
+    except (OSError, ValueError):
+        return 2 << 20
 
 
 def reserve(nbytes: int) -> tuple[mmap.mmap, int]:
@@ -22,8 +32,12 @@ def reserve(nbytes: int) -> tuple[mmap.mmap, int]:
 
 
 def reserve_huge(nbytes: int) -> tuple[mmap.mmap, int]:
-    """Like `reserve`, at an address where huge pages can lie, and advised so."""
-    memory, start = reserve(nbytes + HUGE_PAGE)
-    if nbytes >= HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory, -(-start // HUGE_PAGE) * HUGE_PAGE
+    """Like `reserve`, at an address where huge pages can lie, and advised so as far as they are filled."""
+    page = huge_page()
+    if nbytes < page:
+        return reserve(nbytes)
+    memory, start = reserve(nbytes + page)
+    aligned = -(-start // page) * page
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE, aligned - start, nbytes // page * page)
+    return memory, aligned

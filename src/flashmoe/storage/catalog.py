@@ -119,6 +119,11 @@ class ExpertCatalog:
         return sum(layer.expert_bytes * layer.n_experts for layer in self.layers)
 
     @cached_property
+    def table_bytes(self) -> int:
+        """Bytes of all tables per expert (biases, scales), which are copied from as experts come."""
+        return sum(layer.n_experts * table.nbytes for layer in self.layers for table in layer.tables)
+
+    @cached_property
     def dense_bytes(self) -> int:
         """Bytes of everything that stays in RAM: all tensors but the planes and a streamed token embedding."""
         streamed = self.expert_bytes + (self.token_table.nbytes if self.token_table else 0)
