@@ -25,7 +25,6 @@ from typer.core import TyperGroup
 from flashmoe.bench.spec import NO_BASELINE, Plan, cache_sizes, ram_sizes, split_list
 from flashmoe.cli import options
 from flashmoe.cli.progress import stderr_console
-from flashmoe.cli.report import write_json
 from flashmoe.common.units import format_bytes
 from flashmoe.errors import UsageError
 
@@ -33,11 +32,13 @@ _RUN = "run"
 
 
 class _ModelOrCommand(TyperGroup):
-    """`bench MODEL` is `bench run MODEL`: what is no command of the group is a model, or an option."""
+    """`bench MODEL` is `bench run MODEL`; the name of another command may come after its options."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not args or args[0] not in self.commands:
-            args = [_RUN, *args]
+            place = next((i for i, arg in enumerate(args) if arg in self.commands and arg != _RUN), None)
+            name = _RUN if place is None else args.pop(place)
+            args = [name, *args]
         return super().parse_args(ctx, args)
 
 
@@ -99,11 +100,11 @@ def run(
     allow_busy: Annotated[
         bool, typer.Option("--allow-busy", help="Report even if other programs were running.")
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to a file.")] = None,
+    json_file: options.Json = None,
     plot_file: Annotated[
         Path | None, typer.Option("--plot", help="Draw speed against budget, and one token's time line.")
     ] = None,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+    quiet: options.NoProgress = False,
 ) -> None:
     """Measure a model against stock llama.cpp, in pairs A B A B, each in a process of its own."""
     if (ram is None) == (cache is None):
@@ -144,7 +145,7 @@ def run(
         report = runner.run(plan, bar.update)
     _print(report, Console())
     if json_file:
-        write_json(json_file, report)
+        json_file.write(report)
     if plot_file:
         draw(report, plot_file)
 
@@ -158,7 +159,7 @@ def make(
     quant: Annotated[str, typer.Option("--quant", help="Q4_0, Q4_K, Q8_0 or MXFP4.")] = "Q4_0",
     scale: Annotated[float, typer.Option("--scale", help="Smaller in every way, for tests: 0.1.")] = 1.0,
     seed: Annotated[int, typer.Option("-s", "--seed", help="Seed of the weights.")] = 0,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+    quiet: options.NoProgress = False,
 ) -> None:
     """Make a model of random weights in the shape of a real one."""
     from flashmoe.bench.make_model import make_model
@@ -236,14 +237,14 @@ def _cells(row: dict[str, Any]) -> list[str]:
     prefetch = "" if row["prefetch"] == "none" else f" + {row['prefetch']}"
     theirs, quartiles = row["opponent_decode"], row["spread"]["ratio"]
     return [
-        (row["size"] if row["ram"] is None else f"{format_bytes(row['ram'])}")
+        (row["size"] if row["budget_bytes"] is None else f"{format_bytes(row['budget_bytes'])}")
         + (" BUSY" if row["busy"] else ""),
         f"{policy}{prefetch}, {row['layout']}",
-        f"{row['decode']['tokens_per_s']:.2f}",
+        f"{row['decode']['tokens_per_second']:.2f}",
         f"{row['cache']['hit_rate']:.1%}",
         f"{row['io']['stall_share']:.0%}",
         row["baseline"],
-        f"{theirs['tokens_per_s']:.2f}" if theirs else row["opponent_error"] or "-",
+        f"{theirs['tokens_per_second']:.2f}" if theirs else row["opponent_error"] or "-",
         f"{row['ratio']:.2f} ({quartiles[0]:.2f}-{quartiles[1]:.2f})" if quartiles else "-",
     ]
 

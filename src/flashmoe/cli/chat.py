@@ -13,7 +13,7 @@ from flashmoe.cli.chat_commands import Commands
 from flashmoe.cli.groups import with_options
 from flashmoe.cli.pipe import Pipe
 from flashmoe.cli.progress import stderr_console
-from flashmoe.cli.report import show, write_json
+from flashmoe.cli.report import show
 from flashmoe.cli.sampling import ChatOptions, SamplingOptions
 from flashmoe.errors import FlashMoEError
 from flashmoe.runtime.conversation import Conversation
@@ -89,7 +89,7 @@ def chat(
     if trace and loaded.recorder is not None:
         loaded.recorder.save(trace)
     if json_file:
-        write_json(json_file, report.as_dict())
+        json_file.write(report.as_dict())
     if stopped:
         raise KeyboardInterrupt
 
@@ -119,7 +119,7 @@ def notes(talk: Conversation) -> Iterator[str]:
     """What there is to say about the last turn."""
     turn = talk.turn
     if turn.made > 1:
-        yield f"{turn.made} tokens, {turn.tokens_per_s:.1f} tokens/s, hit rate {turn.hit_rate:.1%}"
+        yield f"{turn.made} tokens, {turn.tokens_per_second:.1f} tokens/s, hit rate {turn.hit_rate:.1%}"
     if turn.forgotten:
         yield f"the context is full: the model has forgotten the {turn.forgotten} oldest turns"
     if turn.finished == "length":

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from flashmoe.cli.report import JsonFile, nothing_else_on_stdout
+
 Model = Annotated[
     str, typer.Argument(help="A GGUF file (or the first of a split set), hf:ORG/REPO[:FILE], or demo.")
 ]
@@ -56,5 +58,16 @@ Verify = Annotated[
     typer.Option("--verify", help="Compare experts with their checksums (flashmoe verify) when first read."),
 ]
 Trace = Annotated[Path | None, typer.Option("--trace", help="Record the routing to a .safetensors file.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the report to a file.")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Nothing but the text.")]
+Json = Annotated[
+    JsonFile | None,
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        parser=JsonFile,
+        callback=nothing_else_on_stdout,
+        help="Write the report as JSON to a file; -: to standard output.",
+    ),
+]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print only the generated text.")]
+Silent = Annotated[bool, typer.Option("-q", "--quiet", help="Print nothing but errors.")]
+NoProgress = Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress.")]

@@ -11,7 +11,7 @@ from flashmoe.common.units import format_bytes
 
 def pack(
     model: options.Model,
-    quiet: options.Quiet = False,
+    quiet: options.Silent = False,
 ) -> None:
     """Write MODEL.flashpack beside a model: its experts as this processor's fastest kernels want them.
 

@@ -13,7 +13,7 @@ from flashmoe.cli import options
 from flashmoe.cli.groups import with_options
 from flashmoe.cli.pipe import with_thoughts
 from flashmoe.cli.progress import LoadProgress, stderr_console
-from flashmoe.cli.report import show, write_json
+from flashmoe.cli.report import show
 from flashmoe.cli.sampling import ChatOptions, SamplingOptions
 from flashmoe.errors import UsageError
 from flashmoe.runtime.layout import AUTO
@@ -103,7 +103,7 @@ def run(
     if trace and loaded.recorder is not None:
         loaded.recorder.save(trace)
     if json_file:
-        write_json(json_file, report.as_dict())
+        json_file.write(report.as_dict())
 
 
 def _answer(model: Model, text: str, n_predict: int, sampling: SamplingParams) -> Iterator[str]:

@@ -79,6 +79,7 @@ def serve(
     save_cache: options.SaveCache = False,
     save_cache_size: options.SaveCacheSize = "4GiB",
     verify: options.Verify = False,
+    json_file: options.Json = None,
 ) -> None:
     """Serve a model to OpenAI's clients."""
     try:
@@ -150,4 +151,7 @@ def serve(
                 names=allow_host or [],
                 started=started,
             )
-            show(console, loaded.report())
+            report = loaded.report()
+            show(console, report)
+            if json_file:
+                json_file.write(report.as_dict())

@@ -9,8 +9,9 @@ import numpy as np
 import typer
 from rich.console import Console
 
+from flashmoe.cli import options
 from flashmoe.cli.progress import stderr_console
-from flashmoe.cli.report import write_json
+from flashmoe.cli.report import JsonFile
 from flashmoe.common.units import parse_bytes
 from flashmoe.errors import UsageError
 from flashmoe.routing.trace import RoutingTrace
@@ -55,8 +56,8 @@ def simulate(
         float, typer.Option("--compute", help="Milliseconds per token with all experts in RAM.")
     ] = 0.0,
     plot: Annotated[Path | None, typer.Option("--plot", help="Write a figure of hit-rate curves.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows to a file.")] = None,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No table, no progress.")] = False,
+    json_file: options.Json = None,
+    quiet: options.Silent = False,
 ) -> None:
     """Replay a trace through eviction policies: hit rates, the gap to the oracle, bytes and tokens per
     second."""
@@ -86,7 +87,7 @@ def simulate(
     if not quiet:
         Console().print(report.table(rows, recorded, machine))
     if json_file:
-        write_json(json_file, [row.as_dict() for row in rows])
+        json_file.write([row.as_dict() for row in rows])
     if plot:
         report.plot(rows, plot, str(recorded.model.get("name", trace.stem)))
 
@@ -98,7 +99,7 @@ def _prefetch(
     slots: list[int],
     partition: str,
     figure: Path | None,
-    json_file: Path | None,
+    json_file: JsonFile | None,
     quiet: bool,
 ) -> None:
     """Judge predictors: a table, JSON, a figure."""
@@ -120,7 +121,7 @@ def _prefetch(
     if not quiet:
         Console().print(prefetch.table(rows, trace))
     if json_file:
-        write_json(json_file, [row.as_dict() for row in rows])
+        json_file.write([row.as_dict() for row in rows])
     if figure:
         prefetch.plot(rows, figure, str(trace.model.get("name", "trace")))
 

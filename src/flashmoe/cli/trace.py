@@ -48,7 +48,7 @@ def record(
     threads: options.Threads = None,
     sampling: SamplingOptions = _SAMPLING,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew where the output exists.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing.")] = False,
+    quiet: options.Silent = False,
 ) -> None:
     """Run a model over many prompts and record its routing; run again to go on where it stopped."""
     import numpy as np
@@ -140,7 +140,8 @@ def read_prompts(path: Path) -> Iterator[str | list[dict[str, str]]]:
 def info(
     file: Annotated[Path, typer.Argument(help="A trace: .safetensors, .npz or .jsonl.")],
     plot: Annotated[Path | None, typer.Option("--plot", help="Write a figure.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_file: options.Json = None,
+    quiet: options.Silent = False,
 ) -> None:
     """Shape, popularity skew, overlap of neighbouring tokens, and reuse distances of each layer."""
     from flashmoe.routing import statistics
@@ -150,10 +151,9 @@ def info(
     facts, rows = statistics.summary(trace), statistics.layer_statistics(trace)
     if plot:
         statistics.plot(trace, plot)
-    if as_json:
-        print(json.dumps({**facts, "per_layer": [row.__dict__ for row in rows]}, indent=1))
-        return
-    console = Console(highlight=False)
+    if json_file:
+        json_file.write({**facts, "per_layer": [row.__dict__ for row in rows]})
+    console = Console(highlight=False, quiet=quiet)
     model: Any = facts.pop("model")
     console.print(f"{model.get('name', file.stem)}", style="bold", markup=False)
     console.print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()))

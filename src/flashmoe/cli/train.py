@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from flashmoe.cli import options
 from flashmoe.cli.progress import stderr_console
-from flashmoe.cli.report import write_json
 
 app = typer.Typer(help="Learn from routing traces (needs torch).", no_args_is_help=True)
 
@@ -36,13 +36,11 @@ def policy(
     held_out: Annotated[float, typer.Option("--held-out", help="Share of sequences to judge by.")] = 0.05,
     threads: Annotated[int | None, typer.Option("-t", "--threads", help="Threads to train with.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of weights and order.")] = 0,
-    report: Annotated[
-        Path | None, typer.Option("--report", help="Write losses and hit rates as JSON.")
-    ] = None,
+    json_file: options.Json = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Write a figure of losses and hit rates.")
     ] = None,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing.")] = False,
+    quiet: options.Silent = False,
 ) -> None:
     """Train an eviction policy; use it with --policy KIND:FILE."""
     from flashmoe.learn.train import Plan, train
@@ -69,8 +67,8 @@ def policy(
 
         trained = train(trace, kind, plan, show)
     trained.save(output)
-    if report:
-        write_json(report, {"trained_on": trained.trained_on, **trained.report})
+    if json_file:
+        json_file.write({"trained_on": trained.trained_on, **trained.report})
     if plot:
         draw(trained, plot)
     if not quiet:
@@ -96,8 +94,8 @@ def prefetch(
     held_out: Annotated[float, typer.Option("--held-out", help="Share of sequences to judge by.")] = 0.05,
     threads: Annotated[int | None, typer.Option("-t", "--threads", help="Threads to train with.")] = None,
     seed: Annotated[int, typer.Option("--seed", help="Seed of weights and order.")] = 0,
-    report: Annotated[Path | None, typer.Option("--report", help="Write losses and recall as JSON.")] = None,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing.")] = False,
+    json_file: options.Json = None,
+    quiet: options.Silent = False,
 ) -> None:
     """Train a predictor of routing; use it with --prefetch KIND:FILE."""
     from flashmoe.learn.prefetch import train
@@ -115,8 +113,8 @@ def prefetch(
 
         trained = train(trace, kind, plan, show)
     trained.save(output)
-    if report:
-        write_json(report, {"trained_on": trained.trained_on, **trained.report})
+    if json_file:
+        json_file.write({"trained_on": trained.trained_on, **trained.report})
     if not quiet:
         if "held_out" in trained.report:
             k = trained.top_k

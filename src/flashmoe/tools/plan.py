@@ -37,17 +37,17 @@ _GOOD = 0.9  # of the best speed within reach is good enough for the smallest bu
 
 @dataclass(frozen=True)
 class Row:
-    """One budget. Times in milliseconds per token, bytes per token."""
+    """One budget, and what is expected of it."""
 
-    ram_bytes: int
+    budget_bytes: int
     context: int
     slots: int
     capacity: float
     hit_rate: float
-    read_bytes: float
-    compute_ms: float
-    read_ms: float
-    tokens_per_s: float
+    read_bytes_per_token: float
+    compute_seconds_per_token: float
+    read_seconds_per_token: float
+    tokens_per_second: float
     bound: str
 
 
@@ -58,17 +58,17 @@ class Plan:
     model: str
     architecture: str
     quantisation: str  # of most expert bytes
-    size_bytes: int
+    file_bytes: int
     dense_bytes: int
-    expert_bytes: int
+    total_expert_bytes: int
     experts: int
     layers: int
     top_k: int
     statistics: str  # whose routing the hit rates are of
-    compute_gb_per_s: dict[str, float]
-    drive_gb_per_s: dict[str, float]  # by depth
+    compute_bytes_per_second: dict[str, float]  # by type of weights
+    drive_bytes_per_second: dict[str, float]  # by depth
     rows: tuple[Row, ...]
-    least_ram_bytes: int
+    least_budget_bytes: int
     recommendation: str
 
 
@@ -174,17 +174,19 @@ def make_plan(
         model=gguf.files[0].name,
         architecture=gguf.architecture,
         quantisation=kinds.most_common(1)[0][0],
-        size_bytes=gguf.size,
+        file_bytes=gguf.size,
         dense_bytes=catalog.dense_bytes,
-        expert_bytes=catalog.expert_bytes,
+        total_expert_bytes=catalog.expert_bytes,
         experts=catalog.n_experts,
         layers=len(catalog.layers),
         top_k=catalog.top_k,
         statistics=f"{curve.model} ({curve.policy}, {curve.tokens} tokens)",
-        compute_gb_per_s={name: machine.compute[name] for name in active if name in machine.compute},
-        drive_gb_per_s={str(depth): value for depth, value in machine.drive.items()},
+        compute_bytes_per_second={
+            name: 1e9 * machine.compute[name] for name in active if name in machine.compute
+        },
+        drive_bytes_per_second={str(depth): 1e9 * value for depth, value in machine.drive.items()},
         rows=tuple(rows),
-        least_ram_bytes=least,
+        least_budget_bytes=least,
         recommendation=_recommend(rows, memory.default_ram()),
     )
 
@@ -204,27 +206,27 @@ def _row(
     per_token = missed * sum(layer.expert_bytes for layer in catalog.layers)
     read = per_token / machine.read_rate(missed * planes) / 1e9
     return Row(
-        ram_bytes=ram,
+        budget_bytes=ram,
         context=context,
         slots=slots,
         capacity=capacity,
         hit_rate=hit_rate,
-        read_bytes=per_token,
-        compute_ms=1e3 * compute,
-        read_ms=1e3 * read,
-        tokens_per_s=1 / (compute + read),
+        read_bytes_per_token=per_token,
+        compute_seconds_per_token=compute,
+        read_seconds_per_token=read,
+        tokens_per_second=1 / (compute + read),
         bound="ssd" if read > STALL_BOUND * (compute + read) else "compute",
     )
 
 
 def _recommend(rows: Sequence[Row], available: int) -> str:
-    within = [row for row in rows if row.ram_bytes <= available]
+    within = [row for row in rows if row.budget_bytes <= available]
     if not within:
         return (
             f"none of these budgets leaves this machine usable: {format_bytes(available)} are free to take; "
             "end other programs, or take a smaller quantisation"
         )
-    best = max(row.tokens_per_s for row in within)
-    row = next(row for row in within if row.tokens_per_s >= _GOOD * best)
+    best = max(row.tokens_per_second for row in within)
+    row = next(row for row in within if row.tokens_per_second >= _GOOD * best)
     more = "" if row.bound == "compute" else "; more memory or a faster drive would help most"
-    return f"--ram {row.ram_bytes >> 20}MiB: about {row.tokens_per_s:.1f} tokens/s, {row.bound}-bound{more}"
+    return f"--ram {row.budget_bytes >> 20}MiB: about {row.tokens_per_second:.1f} tokens/s, {row.bound}-bound{more}"
