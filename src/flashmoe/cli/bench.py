@@ -44,7 +44,7 @@ class _ModelOrCommand(TyperGroup):
 
 app = typer.Typer(
     cls=_ModelOrCommand,
-    help="Measure a model against stock llama.cpp under the same memory limit; `make-model` makes one to measure.",
+    help="Benchmark a model against stock llama.cpp under the same memory limit; `make-model` creates one.",
     add_completion=False,
 )
 
@@ -53,60 +53,80 @@ app = typer.Typer(
     _RUN,
     hidden=True,
     no_args_is_help=True,
-    epilog="`flashmoe bench make-model SHAPE OUT` makes a model of random weights to measure.",
+    epilog="`flashmoe bench make-model SHAPE OUT` creates a model with random weights to benchmark.",
 )
 def run(
-    model: Annotated[str, typer.Argument(help="A GGUF file, hf:ORG/REPO[:FILE], or demo.")],
+    model: Annotated[str, typer.Argument(help="Path of a GGUF file, hf:ORG/REPO[:FILE], or demo.")],
     ram: Annotated[
         str | None,
-        typer.Option("--ram", help="Budgets for the whole process: 6GiB,50%,25% (a share: of the file)."),
+        typer.Option(
+            "--ram",
+            help="Memory budgets of the whole process, comma-separated: 6GiB, or 50% of the file's size.",
+        ),
     ] = None,
     cache: Annotated[
-        str | None, typer.Option("--cache", help="Sizes of the expert pool instead: 50%,2GiB,300 (slots).")
+        str | None,
+        typer.Option("--cache", help="Sizes of the expert cache, instead of --ram: 50%,2GiB,300 (slots)."),
     ] = None,
     against: Annotated[
         str,
         typer.Option(
             "--against",
-            help="mmap (same limit), plain (in RAM, same layouts), stock (in RAM, repacked), none.",
+            help="Baselines: mmap (same memory limit), plain (in RAM, same layout), stock (in RAM, repacked), none.",
         ),
     ] = "mmap",
-    policy: Annotated[str, typer.Option("--policy", help="Eviction policies, a list.")] = "default",
-    prefetch: Annotated[str, typer.Option("--prefetch", help="Prefetchers, a list.")] = "auto",
-    layout: Annotated[
-        str, typer.Option("--layout", help="Layouts of the weights, a list: auto, plain, repacked.")
+    policy: Annotated[
+        str, typer.Option("--policy", help="Eviction policies to measure, comma-separated.")
+    ] = "default",
+    prefetch: Annotated[
+        str, typer.Option("--prefetch", help="Predictors to measure, comma-separated.")
     ] = "auto",
-    pairs: Annotated[int, typer.Option("--pairs", help="Measurements of each kind, interleaved.")] = 5,
-    tokens: Annotated[int, typer.Option("--tokens", help="Tokens decoded and counted.")] = 48,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Tokens of the prompt.")] = 16,
-    warmup: Annotated[int, typer.Option("--warmup", help="Tokens decoded first, not counted.")] = 32,
+    layout: Annotated[
+        str,
+        typer.Option(
+            "--layout", help="Layouts of the weights to measure, comma-separated: auto, plain, repacked."
+        ),
+    ] = "auto",
+    pairs: Annotated[
+        int, typer.Option("--pairs", help="Number of measurements of each configuration, interleaved.")
+    ] = 5,
+    tokens: Annotated[int, typer.Option("--tokens", help="Number of tokens to decode and measure.")] = 48,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Number of prompt tokens.")] = 16,
+    warmup: Annotated[
+        int, typer.Option("--warmup", help="Number of warm-up tokens, decoded before measuring.")
+    ] = 32,
     routing: Annotated[
         str,
         typer.Option(
-            "--routing", help="Tokens: uniform, zipf, text, text:FILE; or a routing trace to route by."
+            "--routing",
+            help="Tokens to evaluate: uniform, zipf, text or text:FILE; or a routing trace that selects the experts.",
         ),
     ] = "uniform",
     ubatch: Annotated[
-        int, typer.Option("-ub", "--ubatch-size", help="Prompt tokens evaluated at once, on both sides.")
+        int, typer.Option("-ub", "--ubatch-size", help="Physical batch size of both sides.")
     ] = 512,
-    threads: Annotated[int | None, typer.Option("-t", "--threads", help="Compute threads.")] = None,
+    threads: options.Threads = None,
     page_cache: Annotated[
-        str, typer.Option("--page-cache", help="cold: drop the model's pages first; warm.")
+        str,
+        typer.Option(
+            "--page-cache", help="Page cache before each measurement: cold (drop the model's pages) or warm."
+        ),
     ] = "cold",
     seed: Annotated[
-        int, typer.Option("-s", "--seed", help="Seed of the tokens; the first token of a trace.")
+        int, typer.Option("-s", "--seed", help="Random seed of the tokens, or the first token of a trace.")
     ] = 0,
     verify: options.Verify = False,
     allow_busy: Annotated[
-        bool, typer.Option("--allow-busy", help="Report even if other programs were running.")
+        bool, typer.Option("--allow-busy", help="Report even if other programs are using the machine.")
     ] = False,
     json_file: options.Json = None,
     plot_file: Annotated[
-        Path | None, typer.Option("--plot", help="Draw speed against budget, and one token's time line.")
+        Path | None,
+        typer.Option("--plot", help="Plot speed against memory, and the time line of one token, to a file."),
     ] = None,
     quiet: options.NoProgress = False,
 ) -> None:
-    """Measure a model against stock llama.cpp, in pairs A B A B, each in a process of its own."""
+    """Benchmark a model against stock llama.cpp: interleaved runs (A B A B), each in its own process."""
     if (ram is None) == (cache is None):
         raise UsageError("give the sizes to measure, either --ram (6GiB,50%) or --cache (50%,25%)")
     if page_cache not in ("cold", "warm"):
@@ -153,15 +173,19 @@ def run(
 @app.command("make-model")
 def make(
     shape: Annotated[
-        str, typer.Argument(help="OLMoE-1B-7B, DeepSeek-V2-Lite, Qwen3-30B-A3B or gpt-oss-20b.")
+        str, typer.Argument(help="Model shape: OLMoE-1B-7B, DeepSeek-V2-Lite, Qwen3-30B-A3B or gpt-oss-20b.")
     ],
-    out: Annotated[Path | None, typer.Argument(help="The file; by default SHAPE-QUANT.gguf here.")] = None,
-    quant: Annotated[str, typer.Option("--quant", help="Q4_0, Q4_K, Q8_0 or MXFP4.")] = "Q4_0",
-    scale: Annotated[float, typer.Option("--scale", help="Smaller in every way, for tests: 0.1.")] = 1.0,
-    seed: Annotated[int, typer.Option("-s", "--seed", help="Seed of the weights.")] = 0,
+    out: Annotated[Path | None, typer.Argument(help="Output file (default: SHAPE-QUANT.gguf).")] = None,
+    quant: Annotated[
+        str, typer.Option("--quant", help="Quantization of the experts: Q4_0, Q4_K, Q8_0 or MXFP4.")
+    ] = "Q4_0",
+    scale: Annotated[
+        float, typer.Option("--scale", help="Scale factor for all dimensions, e.g. 0.1 for tests.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option("-s", "--seed", help="Random seed of the weights.")] = 0,
     quiet: options.NoProgress = False,
 ) -> None:
-    """Make a model of random weights in the shape of a real one."""
+    """Create a model with random weights and the shape of a real one."""
     from flashmoe.bench.make_model import make_model
     from flashmoe.bench.shapes import find_shape
 

@@ -25,7 +25,7 @@ _SAMPLING, _CHAT = SamplingOptions(), ChatOptions()
 @with_options(sampling=SamplingOptions, chat_options=ChatOptions)
 def chat(
     model: options.Model,
-    system: Annotated[str, typer.Option("--system", help="What the model is to follow throughout.")] = "",
+    system: Annotated[str, typer.Option("--system", help="System prompt.")] = "",
     ram: options.Ram = None,
     cache: options.Cache = None,
     policy: options.Policy = None,
@@ -46,7 +46,7 @@ def chat(
     json_file: options.Json = None,
     quiet: options.Quiet = False,
 ) -> None:
-    """Talk with a model that need not fit in memory. From a pipe, a line is a turn."""
+    """Chat with a model that may be larger than memory. Piped input is read line by line, one message per line."""
     console = stderr_console(quiet)
     user = Pipe(console)
     if sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():

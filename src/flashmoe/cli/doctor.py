@@ -16,12 +16,12 @@ _STYLES = {"ok": "green", "advice": "yellow", "problem": "bold red"}
 
 def doctor(
     place: Annotated[
-        Path, typer.Argument(help="A model, or the folder that models will be in: its drive is measured.")
+        Path, typer.Argument(help="Model file or folder for models; its drive is measured.")
     ] = Path(),
     json_file: options.Json = None,
     quiet: options.Silent = False,
 ) -> None:
-    """Check library, processor, memory and drive, and say what to change. Exit status 1: something does not work."""
+    """Check library, processor, memory and drive, and suggest changes. Exit status 1: a check failed."""
     from flashmoe.tools.doctor import PROBLEM, examine
 
     console = Console(soft_wrap=True, highlight=False, quiet=quiet)

@@ -18,20 +18,24 @@ from flashmoe.common.units import format_bytes, parse_bytes
 def plan(
     model: options.Model,
     ram: Annotated[
-        str | None, typer.Option("--ram", help="Budgets to look at, e.g. 4GiB,8GiB (default: several).")
+        str | None,
+        typer.Option(
+            "--ram", help="Memory budgets to evaluate, comma-separated, e.g. 4GiB,8GiB (default: several)."
+        ),
     ] = None,
     trace: Annotated[
-        Path | None, typer.Option("--trace", help="Take hit rates from this routing trace of the model.")
+        Path | None, typer.Option("--trace", help="Routing trace of the model to take hit rates from.")
     ] = None,
     place: Annotated[
-        Path | None, typer.Option("--drive", help="Folder on the drive that a model on the hub would be on.")
+        Path | None,
+        typer.Option("--drive", help="Folder on the drive where a model on the hub would be stored."),
     ] = None,
     ctx_size: options.CtxSize = None,
     threads: options.Threads = None,
     json_file: options.Json = None,
     quiet: options.Silent = False,
 ) -> None:
-    """Expected tokens/s of a model at several budgets. Of one on the hub only the header is read."""
+    """Predict a model's tokens/s at several memory budgets. Of a model on the hub, only the header is downloaded."""
     from flashmoe.engines.llamacpp.library import find_library, open_library
     from flashmoe.routing.files import read
     from flashmoe.simulate.curve import hit_curve, nearest, shipped

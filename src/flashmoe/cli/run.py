@@ -28,9 +28,11 @@ _SAMPLING, _CHAT = SamplingOptions(), ChatOptions()
 @with_options(sampling=SamplingOptions, chat_options=ChatOptions)
 def run(
     model: options.Model,
-    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="The prompt.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("-p", "--prompt", help="Prompt to continue or answer.")
+    ] = None,
     file: Annotated[Path | None, typer.Option("-f", "--file", help="Read the prompt from a file.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Use the prompt as a chat message.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template to the prompt.")] = False,
     engine: options.Engine = "llama.cpp",
     ram: options.Ram = None,
     cache: options.Cache = None,
@@ -52,7 +54,7 @@ def run(
     json_file: options.Json = None,
     quiet: options.Quiet = False,
 ) -> None:
-    """Generate text with a model that need not fit in memory."""
+    """Generate text with a model that may be larger than memory."""
     text = _prompt(prompt, file)
     from flashmoe.runtime.load import (
         load,  # after the arguments are known to be good: it takes a moment to import

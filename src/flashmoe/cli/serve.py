@@ -26,35 +26,40 @@ def serve(
     ram: options.Ram = None,
     cache: options.Cache = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", help="Port; 0 takes a free one.", min=0, max=65535)] = 8080,
+    port: Annotated[
+        int, typer.Option("--port", help="Port to listen on; 0 for any free port.", min=0, max=65535)
+    ] = 8080,
     api_key: Annotated[
         str | None,
-        typer.Option("--api-key", help=f"API key required from clients (better: in {KEY_VARIABLE})."),
+        typer.Option("--api-key", help=f"API key required from clients (or set {KEY_VARIABLE})."),
     ] = None,
     parallel: Annotated[
         int,
         typer.Option(
             "-np",
             "--parallel",
-            help="Conversations evaluated together, each with a context of its own; 0: up to 4.",
+            help="Number of requests to decode in parallel, each with its own context; 0 for up to 4.",
             min=0,
             max=64,
         ),
     ] = 0,
     cors: Annotated[
         list[str] | None,
-        typer.Option("--cors", help="Origin whose pages may ask, e.g. http://localhost:3000."),
+        typer.Option(
+            "--cors", help="Allowed CORS origin, e.g. http://localhost:3000; can be given multiple times."
+        ),
     ] = None,
     allow_host: Annotated[
         list[str] | None,
         typer.Option(
-            "--allow-host", help="A further name that a loopback server answers to: its TLS proxy's, say."
+            "--allow-host",
+            help="Additional Host header to accept on a loopback address, e.g. the name of a TLS proxy.",
         ),
     ] = None,
     pooling: Annotated[
         str,
         typer.Option(
-            "--pooling", help="Embeddings: last, mean, cls, none, or auto: as the model's file says."
+            "--pooling", help="Pooling type for embeddings: last, mean, cls, none, or auto (the model's own)."
         ),
     ] = "auto",
     policy: options.Policy = None,
@@ -67,12 +72,11 @@ def serve(
     cache_type_v: options.CacheTypeV = "f16",
     cache_ram: Annotated[
         str | None,
-        typer.Option(
-            "--cache-ram", help="Memory for conversations that wait for their next turn, e.g. 512MiB."
-        ),
+        typer.Option("--cache-ram", help="Memory for the prompt cache of idle conversations, e.g. 512MiB."),
     ] = None,
     alias: Annotated[
-        str | None, typer.Option("-a", "--alias", help="The model's name for clients (default: its file's).")
+        str | None,
+        typer.Option("-a", "--alias", help="Model name to report to clients (default: the file's name)."),
     ] = None,
     sampling: SamplingOptions = _SAMPLING,
     chat_options: ChatOptions = _CHAT,
@@ -81,7 +85,7 @@ def serve(
     verify: options.Verify = False,
     json_file: options.Json = None,
 ) -> None:
-    """Serve a model to OpenAI's clients."""
+    """Serve a model through an OpenAI-compatible HTTP API."""
     try:
         import aiohttp  # noqa: F401
         import httptools  # noqa: F401

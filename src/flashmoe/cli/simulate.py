@@ -18,49 +18,71 @@ from flashmoe.routing.trace import RoutingTrace
 
 
 def simulate(
-    trace: Annotated[Path, typer.Argument(help="A routing trace: .safetensors, .npz or .jsonl.")],
+    trace: Annotated[Path, typer.Argument(help="Routing trace: .safetensors, .npz or .jsonl.")],
     policy: Annotated[
-        str, typer.Option("--policy", help="Comma-separated: all, NAME or NAME:FILE of a trained policy.")
+        str,
+        typer.Option(
+            "--policy", help="Eviction policies, comma-separated: all, NAME or NAME:FILE of a trained policy."
+        ),
     ] = "all",
     prefetch: Annotated[
         str | None,
         typer.Option(
             "--prefetch",
-            help="Judge predictors of routing instead: all, NAME or NAME:FILE; --policy names one (lfu-aged).",
+            help="Evaluate predictors instead: all, NAME or NAME:FILE, with one policy (default: lfu-aged).",
         ),
     ] = None,
     first: Annotated[
-        int | None, typer.Option("--first", min=1, help="Only that many tokens of the trace.")
+        int | None, typer.Option("--first", min=1, help="Maximum tokens of the trace to replay.")
     ] = None,
     capacity: Annotated[
-        str, typer.Option("--capacity", help="Comma-separated: 25%, a share such as 0.25, or slots.")
+        str,
+        typer.Option(
+            "--capacity",
+            help="Cache capacities, comma-separated: 25%, a share such as 0.25, or a number of slots.",
+        ),
     ] = "12.5%,25%,50%",
     partition: Annotated[
-        str, typer.Option("--partition", help="Shares of the layers: per-layer, global or weighted.")
+        str,
+        typer.Option(
+            "--partition", help="Partition of the slots among layers: per-layer, global or weighted."
+        ),
     ] = "per-layer",
     guide: Annotated[
         Path | None,
-        typer.Option("--weights-from", help="Trace for weighted shares (default: the same trace)."),
+        typer.Option(
+            "--weights-from", help="Trace that determines weighted partitions (default: the same trace)."
+        ),
     ] = None,
     per_sequence: Annotated[
-        bool, typer.Option("--per-sequence", help="Start each sequence cold (default: one session).")
+        bool,
+        typer.Option("--per-sequence", help="Start each sequence with an empty cache (default: keep it)."),
     ] = False,
     model: Annotated[
-        str | None, typer.Option("--model", help="GGUF whose expert sizes give the bytes read per token.")
+        str | None,
+        typer.Option("--model", help="GGUF model to take expert sizes from, for bytes read per token."),
     ] = None,
     expert_bytes: Annotated[
-        str | None, typer.Option("--expert-bytes", help="Size of one expert instead, e.g. 3.2MiB.")
+        str | None,
+        typer.Option("--expert-bytes", help="Size of one expert, instead of --model, e.g. 3.2MiB."),
     ] = None,
-    disk: Annotated[str | None, typer.Option("--disk", help="Read speed per second, e.g. 3GB.")] = None,
+    disk: Annotated[
+        str | None,
+        typer.Option(
+            "--disk", help="Read bandwidth of the drive per second, e.g. 3GB, for tokens per second."
+        ),
+    ] = None,
     compute_ms: Annotated[
-        float, typer.Option("--compute", help="Milliseconds per token with all experts in RAM.")
+        float,
+        typer.Option("--compute", help="Compute time per token in milliseconds, with all experts in RAM."),
     ] = 0.0,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Write a figure of hit-rate curves.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Plot hit rates to a .png, .svg or .pdf file.")
+    ] = None,
     json_file: options.Json = None,
     quiet: options.Silent = False,
 ) -> None:
-    """Replay a trace through eviction policies: hit rates, the gap to the oracle, bytes and tokens per
-    second."""
+    """Simulate eviction policies on a routing trace: hit rates, gap to the oracle, bytes and tokens per second."""
     from flashmoe.routing.files import read
     from flashmoe.simulate import report
     from flashmoe.simulate.replay import parse_capacities, parse_policies, simulate

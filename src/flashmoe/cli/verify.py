@@ -16,10 +16,10 @@ def verify(
     json_file: options.Json = None,
     quiet: options.Silent = False,
 ) -> None:
-    """Hash a model's experts once; from then on, compare them with what they were.
+    """Verify the checksums of a model's experts; the first run computes them.
 
-    The checksums are kept in MODEL.flashsums beside the model; `--verify` of other commands compares with them, too.
-    A pack (`flashmoe pack`) is compared with its own. Exit status 1 where something differs.
+    They are stored in MODEL.flashsums next to the model, and `--verify` of other commands uses them, too. A pack
+    (`flashmoe pack`) is compared with its own checksums. Exits with status 1 if anything differs.
     """
     from flashmoe.tools.integrity import verify as verify_model
 
