@@ -24,11 +24,13 @@ from typer.core import TyperGroup
 
 from flashmoe.bench.spec import NO_BASELINE, Plan, cache_sizes, ram_sizes, split_list
 from flashmoe.cli import options
+from flashmoe.cli.groups import with_options
 from flashmoe.cli.progress import stderr_console
 from flashmoe.common.units import format_bytes
 from flashmoe.errors import UsageError
 
 _RUN = "run"
+_COMPUTING = options.ComputeOptions()
 
 
 class _ModelOrCommand(TyperGroup):
@@ -55,6 +57,7 @@ app = typer.Typer(
     no_args_is_help=True,
     epilog="`flashmoe bench make-model SHAPE OUT` creates a model with random weights to benchmark.",
 )
+@with_options(computing=options.ComputeOptions)
 def run(
     model: Annotated[str, typer.Argument(help="Path of a GGUF file, hf:ORG/REPO[:FILE], or demo.")],
     ram: Annotated[
@@ -102,10 +105,7 @@ def run(
             help="Tokens to evaluate: uniform, zipf, text or text:FILE; or a routing trace that selects the experts.",
         ),
     ] = "uniform",
-    ubatch: Annotated[
-        int, typer.Option("-ub", "--ubatch-size", help="Physical batch size of both sides.")
-    ] = 512,
-    threads: options.Threads = None,
+    computing: options.ComputeOptions = _COMPUTING,
     page_cache: Annotated[
         str,
         typer.Option(
@@ -115,7 +115,6 @@ def run(
     seed: Annotated[
         int, typer.Option("-s", "--seed", help="Random seed of the tokens, or the first token of a trace.")
     ] = 0,
-    verify: options.Verify = False,
     allow_busy: Annotated[
         bool, typer.Option("--allow-busy", help="Report even if other programs are using the machine.")
     ] = False,
@@ -148,13 +147,13 @@ def run(
         n_prompt=prompt_tokens,
         n_warmup=warmup,
         n_decode=tokens,
-        n_ubatch=ubatch,
+        n_ubatch=computing.ubatch,
         routing=routing,
-        threads=threads,
+        threads=computing.threads,
         cold=page_cache == "cold",
         allow_busy=allow_busy,
         seed=seed,
-        verify=verify,
+        verify=computing.verify,
     )
     if plot_file:
         from flashmoe.bench.plot import draw

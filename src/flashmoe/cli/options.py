@@ -1,13 +1,17 @@
-"""Options that several verbs have, declared once."""
+"""Options that several commands have, declared once; and the groups of them that say how a model is loaded."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flashmoe.cli.report import JsonFile, nothing_else_on_stdout
+
+if TYPE_CHECKING:
+    from flashmoe.runtime.options import LoadOptions
 
 Model = Annotated[
     str,
@@ -115,3 +119,52 @@ Json = Annotated[
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print only the generated text.")]
 Silent = Annotated[bool, typer.Option("-q", "--quiet", help="Print nothing but errors.")]
 NoProgress = Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress.")]
+
+
+@dataclass(frozen=True)
+class ComputeOptions:
+    """How a model is evaluated, where a command loads it in several ways."""
+
+    ubatch: Ubatch = 512
+    threads: Threads = None
+    verify: Verify = False
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a model is loaded, in every command that generates text."""
+
+    ram: Ram = None
+    cache: Cache = None
+    policy: Policy = None
+    prefetch: Prefetch = "auto"
+    layout: Layout = "auto"
+    ctx_size: CtxSize = None
+    ubatch: Ubatch = 512
+    threads: Threads = None
+    cache_type_k: CacheTypeK = "f16"
+    cache_type_v: CacheTypeV = "f16"
+    save_cache: SaveCache = False
+    save_cache_size: SaveCacheSize = "4GiB"
+    verify: Verify = False
+
+    def load_options(self, **more: Any) -> LoadOptions:
+        """As the Python API has it; `more`: what only one command has. Raises UsageError."""
+        from flashmoe.runtime.options import LoadOptions  # it takes a moment to import
+
+        return LoadOptions(
+            ram=self.ram,
+            cache=self.cache,
+            policy=self.policy,
+            prefetch=self.prefetch,
+            layout=self.layout,
+            n_ctx=self.ctx_size,
+            n_ubatch=self.ubatch,
+            threads=self.threads,
+            cache_type_k=self.cache_type_k,
+            cache_type_v=self.cache_type_v,
+            save_cache=self.save_cache,
+            save_cache_size=self.save_cache_size,
+            verify=self.verify,
+            **more,
+        )

@@ -14,17 +14,15 @@ from flashmoe.cli.progress import LoadProgress, stderr_console
 from flashmoe.cli.report import show
 from flashmoe.cli.sampling import ChatOptions, SamplingOptions
 from flashmoe.errors import UsageError
-from flashmoe.runtime.layout import AUTO
 
 KEY_VARIABLE = "FLASHMOE_API_KEY"
-_SAMPLING, _CHAT = SamplingOptions(), ChatOptions()
+_LOADING, _SAMPLING, _CHAT = options.ModelOptions(), SamplingOptions(), ChatOptions()
 
 
-@with_options(sampling=SamplingOptions, chat_options=ChatOptions)
+@with_options(loading=options.ModelOptions, sampling=SamplingOptions, chat_options=ChatOptions)
 def serve(
     model: options.Model,
-    ram: options.Ram = None,
-    cache: options.Cache = None,
+    loading: options.ModelOptions = _LOADING,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
         int, typer.Option("--port", help="Port to listen on; 0 for any free port.", min=0, max=65535)
@@ -62,14 +60,6 @@ def serve(
             "--pooling", help="Pooling type for embeddings: last, mean, cls, none, or auto (the model's own)."
         ),
     ] = "auto",
-    policy: options.Policy = None,
-    prefetch: options.Prefetch = "auto",
-    layout: options.Layout = AUTO,
-    ctx_size: options.CtxSize = None,
-    ubatch: options.Ubatch = 512,
-    threads: options.Threads = None,
-    cache_type_k: options.CacheTypeK = "f16",
-    cache_type_v: options.CacheTypeV = "f16",
     cache_ram: Annotated[
         str | None,
         typer.Option("--cache-ram", help="Memory for the prompt cache of idle conversations, e.g. 512MiB."),
@@ -80,9 +70,6 @@ def serve(
     ] = None,
     sampling: SamplingOptions = _SAMPLING,
     chat_options: ChatOptions = _CHAT,
-    save_cache: options.SaveCache = False,
-    save_cache_size: options.SaveCacheSize = "4GiB",
-    verify: options.Verify = False,
     json_file: options.Json = None,
 ) -> None:
     """Serve a model through an OpenAI-compatible HTTP API."""
@@ -108,27 +95,13 @@ def serve(
             listening.enter_context(sock)
         with LoadProgress(console) as progress:
             compile_replays()
-            loaded = load(
-                model,
-                ram=ram,
-                cache=cache,
-                policy=policy,
-                prefetch=prefetch,
-                layout=layout,
-                n_ctx=ctx_size,
-                n_ubatch=ubatch,
-                threads=threads,
+            asked = loading.load_options(
                 parallel=parallel,
-                cache_type_k=cache_type_k,
-                cache_type_v=cache_type_v,
                 cache_ram=cache_ram,
                 server=chat_options.server(alias=alias or "", sampling=sampling.defaults()),
                 pooling=pooling,
-                progress=progress.update,
-                save_cache=save_cache,
-                save_cache_size=save_cache_size,
-                verify=verify,
             )
+            loaded = load(model, options=asked, progress=progress.update)
         with loaded:
             name = alias or loaded.catalog.gguf.files[0].stem
             inner = loaded.server()
