@@ -79,13 +79,13 @@ def open_checkpoint(loading: Loading, stack: ExitStack) -> Opened:
     if limit:
         while True:
             used = memory.status_bytes("VmRSS") + promised + scratch(step) + budget.RESERVE
-            least = max(used + sizing.least_pool(catalog, align), memory.status_bytes("VmHWM"))
-            if least <= limit:
+            pool = budget.plan_pool(catalog, limit, used, align, memory.status_bytes("VmHWM"))
+            if pool.slots:
                 break
             if step == 1:
-                raise budget.too_small(limit, least)
+                raise budget.too_small(limit, pool.least)
             step //= 2
-        slots = sizing.slots_for(catalog, limit - used, align)
+        slots = pool.slots
     else:
         slots = sizing.parse_cache(str(options.cache), catalog, align)
     engine = TransformersEngine(

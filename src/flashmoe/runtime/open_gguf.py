@@ -173,19 +173,17 @@ def _fit(
             limit - used, options.cache_ram_bytes, engine.checkpoint_bytes(), sequences
         )
         used += kept.nbytes
-        # nor can less be kept than starting has taken already
-        least = max(used + sizing.least_pool(catalog, align), memory.status_bytes("VmHWM"))
+        pool = budget.plan_pool(catalog, limit, used, align, memory.status_bytes("VmHWM"))
         greedy = step > SMALL_UBATCH and to_come > MOST_FOR_BUFFERS * (limit - used)
         allowed = 0
-        if least <= limit and not greedy:
-            slots = sizing.slots_for(catalog, limit - used, align)
-            allowed = fit_step(slots, step, sequences)
+        if pool.slots and not greedy:
+            allowed = fit_step(pool.slots, step, sequences)
             if allowed == step:
-                return engine, slots, kept
+                return engine, pool.slots, kept
         engine.close()
         if smaller := allowed or fit_step(whole_pool, step // 2, sequences):
             step = smaller
         elif sequences > 1:
             sequences = 1
         else:
-            raise budget.too_small(limit, least)
+            raise budget.too_small(limit, pool.least)

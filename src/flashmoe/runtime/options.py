@@ -95,9 +95,10 @@ class LoadOptions:
                 f"unknown type of a KV cache {unknown.pop()!r}: choose from {', '.join(CACHE_TYPES)}"
             )
         check_layout(self.layout)
-        for size in (self.ram, self.cache_ram, self.save_cache_size):
-            if size is not None:
-                parse_bytes(size)
+        for size in (self.cache_ram, self.save_cache_size):
+            parse_bytes(size or 0)
+        if self.ram is not None and not parse_bytes(self.ram):
+            raise UsageError("a budget (ram) of 0 holds no model: give for example 6GiB")
 
     def _check_transformers(self) -> None:
         if self.layout == REPACKED:

@@ -146,7 +146,7 @@ def make_plan(
     wished = n_ctx or trained
     small = n_ctx or min(wished, budget.SMALL_CONTEXT)
     fixed = catalog.dense_bytes + OVERHEAD_BYTES
-    least = fixed + context_bytes(gguf, small) + sizing.least_pool(catalog, ALIGN)
+    least = budget.plan_pool(catalog, 0, fixed + context_bytes(gguf, small), ALIGN).least
     whole = (
         fixed
         + context_bytes(gguf, n_ctx or min(wished, budget.AGENT_CONTEXT))
@@ -157,12 +157,14 @@ def make_plan(
     )
     shares = [int(share * gguf.size) for share in (0.25, 0.5, 0.75)]
     wanted = sorted({*(rams or [least, *(ram for ram in shares if least < ram < whole), whole])})
-
-    def context(left: int) -> int:
-        """Tokens of it, where so many bytes are left for it and the pool."""
-        return n_ctx or budget.default_context(wished, context_bytes(gguf, budget.SMALL_CONTEXT), left)
-
-    rows = [_row(catalog, machine, curve, ram, fixed, context(ram - fixed)) for ram in wanted if ram >= least]
+    small_bytes = context_bytes(gguf, budget.SMALL_CONTEXT)
+    rows = []
+    for ram in wanted:
+        for context in (n_ctx or budget.default_context(wished, small_bytes, ram - fixed), small):
+            pool = budget.plan_pool(catalog, ram, fixed + context_bytes(gguf, context), ALIGN)
+            if pool.slots:
+                rows.append(_row(catalog, machine, curve, ram, context, sum(pool.slots)))
+                break
     if not rows:
         raise BudgetError(str(budget.too_small(max(wanted), least)))
     active = active_bytes(catalog)
@@ -192,9 +194,8 @@ def make_plan(
 
 
 def _row(
-    catalog: ExpertCatalog, machine: Machine, curve: HitCurve, ram: int, fixed: int, context: int
+    catalog: ExpertCatalog, machine: Machine, curve: HitCurve, ram: int, context: int, slots: int
 ) -> Row:
-    slots = sum(sizing.slots_for(catalog, ram - fixed - context_bytes(catalog.gguf, context), ALIGN))
     capacity = min(1.0, slots / catalog.total_experts)
     hit_rate = curve.at(capacity)
     slowest = min(machine.compute.values())
