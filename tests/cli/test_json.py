@@ -173,7 +173,7 @@ def test_text_and_tables_leave_standard_output(tiny: Tiny, trace: Path) -> None:
     result = flashmoe("run", tiny("llama"), "-p", "hello", *SHORT, "--json", "-")
     assert strict(result.out)["text"] in result.err
     result = flashmoe("simulate", trace, "--policy", "lru", "--json", "-")
-    assert strict(result.out)[0]["policy"] == "lru"
+    assert strict(result.out)["rows"][0]["policy"] == "lru"
     assert "hit" not in result.out.replace('"hit', "").replace("hits", "")
     assert "lru" in result.err
 

@@ -30,7 +30,7 @@ def test_train_then_judge(tmp_path: Path) -> None:
     output = run("simulate", trace, "--prefetch", f"table:{file},moe-infinity", "--capacity", "50%", "--policy", "lru",
                  "--first", "50", "--json", rows)  # fmt: skip
     assert "50 tokens" in output
-    found = json.loads(rows.read_text())
+    found = json.loads(rows.read_text())["rows"]
     assert {row["predictor"] for row in found} == {f"table:{file}", "moe-infinity"}
     assert {row["policy"] for row in found} == {"lru"}
     assert all(0 <= row[key] <= 1 for row in found for key in ("recall", "precision", "missing_found"))

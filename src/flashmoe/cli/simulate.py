@@ -83,6 +83,7 @@ def simulate(
     quiet: options.Silent = False,
 ) -> None:
     """Simulate eviction policies on a routing trace: hit rates, gap to the oracle, bytes and tokens per second."""
+    from flashmoe.cli import tables
     from flashmoe.routing.files import read
     from flashmoe.simulate import report
     from flashmoe.simulate.replay import parse_capacities, parse_policies, simulate
@@ -106,12 +107,13 @@ def simulate(
             read(guide) if guide else None,
             lambda name, size: status.update(f"{name}, {size} slots"),
         )
+    found = report.Simulation.of(recorded, rows, machine)
     if not quiet:
-        Console().print(report.table(rows, recorded, machine))
+        Console().print(tables.of_policies(found))
     if json_file:
-        json_file.write([row.as_dict() for row in rows])
+        json_file.write(found.as_dict())
     if plot:
-        report.plot(rows, plot, str(recorded.model.get("name", trace.stem)))
+        report.plot(rows, plot, found.model)
 
 
 def _prefetch(
@@ -125,7 +127,9 @@ def _prefetch(
     quiet: bool,
 ) -> None:
     """Judge predictors: a table, JSON, a figure."""
+    from flashmoe.cli import tables
     from flashmoe.simulate import prefetch
+    from flashmoe.simulate.report import Simulation
 
     specs = prefetch.parse_predictors(predictors)
     policy = "lfu-aged" if policy == "all" else policy
@@ -140,12 +144,13 @@ def _prefetch(
             partition,
             lambda name, done: status.update(f"{name}, {done} of {trace.n_tokens} tokens"),
         )
+    found = Simulation.of(trace, rows)
     if not quiet:
-        Console().print(prefetch.table(rows, trace))
+        Console().print(tables.of_predictors(found))
     if json_file:
-        json_file.write([row.as_dict() for row in rows])
+        json_file.write(found.as_dict())
     if figure:
-        prefetch.plot(rows, figure, str(trace.model.get("name", "trace")))
+        prefetch.plot(rows, figure, found.model)
 
 
 def _machine(model: str | None, expert: str | None, disk: str | None, compute_ms: float, total: int):  # type: ignore[no-untyped-def]
