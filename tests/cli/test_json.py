@@ -72,7 +72,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def trace(tmp_path: Path) -> Path:
-    made_up(200, 3, 8, 2).save(tmp_path / "t.safetensors")
+    made_up(400, 3, 8, 2).save(tmp_path / "t.safetensors")
     return tmp_path / "t.safetensors"
 
 
