@@ -53,12 +53,12 @@ def run(folder: Path, vram: str, ram: str | None, tokens: int) -> dict[str, Any]
         requests = max(1, sum(tiers[name] for name in ("vram_hits", "ram_hits", "ssd_misses")))
         return {
             "vram": vram,
-            "tokens_per_s": stats["decode"]["tokens_per_s"],
+            "tokens_per_second": stats["decode"]["tokens_per_second"],
             **{f"{name}_share": tiers[name] / requests for name in ("vram_hits", "ram_hits", "ssd_misses")},
             "tiers": tiers,
-            "pcie_gb_per_s": tiers["pcie_gb_per_s"],
+            "pcie_gb_per_s": tiers["pcie_bytes_per_second"] / 1e9,
             "pcie_ceiling_gb_per_s": copy_ceiling(),
-            "ssd_gb_per_s": stats["io"]["gb_per_s"],
+            "ssd_gb_per_s": stats["io"]["read_bytes_per_second"] / 1e9,
             "ssd_ceiling_gb_per_s": read_ceiling(model.cache.reader, model.catalog.read_bytes, fresh=True),
             "stall_share": stats["io"]["stall_share"],
             "ram_slots": stats["cache"]["slots"],
@@ -90,7 +90,7 @@ def offloaded(folder: Path, vram_bytes: int, tokens: int, cuda: bool) -> dict[st
             past, ids = found.past_key_values, found.logits[:, -1].argmax(-1, keepdim=True)
             made.append(int(ids))
             seconds.append(time.perf_counter() - began)
-    return {"tokens_per_s": (tokens - 1) / sum(seconds[1:]), "tokens": made}
+    return {"tokens_per_second": (tokens - 1) / sum(seconds[1:]), "tokens": made}
 
 
 def copy_ceiling() -> float:
@@ -258,9 +258,10 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             )
             rows.append(row)
             print(
-                f"{shape}, {vram} on the GPU ({format_bytes(row['vram_bytes'])} in all): {row['tokens_per_s']:.2f} "
-                f"tokens/s, accelerate {row['accelerate']['tokens_per_s']:.2f}; requests {row['vram_hits_share']:.1%} "
-                f"GPU, {row['ram_hits_share']:.1%} RAM, {row['ssd_misses_share']:.1%} drive; "
+                f"{shape}, {vram} on the GPU ({format_bytes(row['vram_bytes'])} in all): "
+                f"{row['tokens_per_second']:.2f} tokens/s, accelerate {row['accelerate']['tokens_per_second']:.2f}; "
+                f"requests {row['vram_hits_share']:.1%} GPU, {row['ram_hits_share']:.1%} RAM, "
+                f"{row['ssd_misses_share']:.1%} drive; "
                 f"PCIe {row['pcie_gb_per_s']:.1f} of {row['pcie_ceiling_gb_per_s']:.1f} GB/s, "
                 f"drive {row['ssd_gb_per_s']:.2f} of {row['ssd_ceiling_gb_per_s']:.2f} GB/s; "
                 f"{row['overlap']:.0%} of the copies' time under computing",

@@ -34,7 +34,7 @@ def flashmoe(folder: str, ram: str) -> dict[str, object]:
             made.step()
         stats, seconds = model.cache.stats["decode"], model.telemetry.decode.seconds
         return {
-            "tokens_per_s": model.telemetry.decode.tokens_per_s,
+            "tokens_per_second": model.telemetry.decode.tokens_per_second,
             "hit_rate": round(stats.hit_rate, 3),
             "read_gb": round(stats.bytes_read / 1e9, 2),
             "stalled": round(stats.stall_seconds / seconds, 3),
@@ -64,7 +64,7 @@ def accelerate(folder: str, _ram: str) -> dict[str, object]:
                 past, ids = found.past_key_values, found.logits[:, -1].argmax(-1, keepdim=True)
                 tokens.append(int(ids))
                 seconds.append(time.perf_counter() - began)
-        return {"tokens_per_s": (len(seconds) - 1) / sum(seconds[1:]), "tokens": tokens}
+        return {"tokens_per_second": (len(seconds) - 1) / sum(seconds[1:]), "tokens": tokens}
 
 
 def measure(name: str, folder: str, ram: str) -> dict[str, object]:
@@ -90,7 +90,7 @@ def main(folder: str, ram: str = "5GiB", turns: str = "2") -> None:
     ours, theirs = results.values()
     for one, other in zip(ours, theirs, strict=True):
         if "failed" not in one and "failed" not in other:
-            ratio = float(str(one["tokens_per_s"])) / float(str(other["tokens_per_s"]))
+            ratio = float(str(one["tokens_per_second"])) / float(str(other["tokens_per_second"]))
             first = TOKENS["accelerate"]
             same = list(one["tokens"])[:first] == other["tokens"]  # type: ignore[call-overload]
             print(f"ratio {ratio:.1f}, the same first {first} tokens: {same}")

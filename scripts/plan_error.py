@@ -41,8 +41,8 @@ def main(
     by_trace = ["--trace", routing] if routing else []
 
     def plan() -> dict[int, dict[str, Any]]:
-        made = json.loads(flashmoe("plan", model, "--ram", text, "--json", "-c", CONTEXT, *by_trace))
-        return {row["ram_bytes"]: row for row in made["rows"]}
+        made = json.loads(flashmoe("plan", model, "--ram", text, "--json", "-", "-c", CONTEXT, *by_trace))
+        return {row["budget_bytes"]: row for row in made["rows"]}
 
     before = plan()
     with tempfile.TemporaryDirectory() as folder:
@@ -56,8 +56,8 @@ def main(
     after = plan()
     rows = []
     for size, found in zip(sizes, measured, strict=True):
-        speed = found["decode"]["tokens_per_s"]
-        expected = (before[size]["tokens_per_s"] + after[size]["tokens_per_s"]) / 2
+        speed = found["decode"]["tokens_per_second"]
+        expected = (before[size]["tokens_per_second"] + after[size]["tokens_per_second"]) / 2
         rows.append(
             {
                 "ram": size,
@@ -67,8 +67,8 @@ def main(
             }
         )
         typer.echo(
-            f"{size >> 20:6} MiB: plan {before[size]['tokens_per_s']:.1f} and {after[size]['tokens_per_s']:.1f}, "
-            f"measured {speed:.1f} tokens/s: {expected / speed - 1:+.0%}"
+            f"{size >> 20:6} MiB: plan {before[size]['tokens_per_second']:.1f} "
+            f"and {after[size]['tokens_per_second']:.1f}, measured {speed:.1f} tokens/s: {expected / speed - 1:+.0%}"
         )
     if json_file:
         json_file.write_text(json.dumps(rows, indent=1))

@@ -44,10 +44,10 @@ def figures(result: dict[str, Any]) -> dict[str, float]:
     cache = result["report"]["cache"]
     asked = cache["hits"] + cache["late_hits"] + cache["misses"]
     return {
-        "first_token_s": result["load_s"] + result["prefill"]["seconds"],
+        "first_token_seconds": result["load_seconds"] + result["prefill"]["seconds"],
         "prefill_s": result["prefill"]["seconds"],
-        "tokens_per_s": result["decode"]["tokens_per_s"],
-        "first_8_tokens_per_s": 8 / sum(result["decode"]["token_s"][:8]),
+        "tokens_per_second": result["decode"]["tokens_per_second"],
+        "first_8_tokens_per_second": 8 / sum(result["decode"]["token_seconds"][:8]),
         "hit_rate": cache["hits"] / asked,
         "late": cache["late_hits"] / asked,
         "warm_mb": result["report"]["start"]["warm_bytes"] / 1e6,
@@ -94,12 +94,12 @@ def main(
                         result = run(one, model)
                         digests.add(result["logits_sha256"])
                         results.append(figures(result))
-                row = {"ram": size.text, "idle_s": seconds, "same_logits": len(digests) == 1}
+                row = {"ram": size.text, "idle_seconds": seconds, "same_logits": len(digests) == 1}
                 for kind, results in measured.items():
                     row[kind] = {key: statistics.median(r[key] for r in results) for key in results[0]}
                     row[f"{kind}_runs"] = results
                 row["speedup"] = statistics.median(
-                    w["tokens_per_s"] / c["tokens_per_s"]
+                    w["tokens_per_second"] / c["tokens_per_second"]
                     for c, w in zip(measured["cold"], measured["warm"], strict=True)
                 )
                 rows.append(row)

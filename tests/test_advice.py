@@ -20,10 +20,10 @@ RUN: dict[str, Any] = {
 
 def test_ssd_bound() -> None:
     advice = advise(**RUN)
-    assert advice.no_reads_tokens_per_s == pytest.approx(25)  # 40 ms of computing
-    assert advice.faster_drive_tokens_per_s == pytest.approx(1 / 0.07)
+    assert advice.no_reads_tokens_per_second == pytest.approx(25)  # 40 ms of computing
+    assert advice.faster_drive_tokens_per_second == pytest.approx(1 / 0.07)
     assert advice.more_ram_bytes == 512 << 20  # 128 slots: half as many again, of 48 misses 40 are left
-    assert advice.more_ram_tokens_per_s == pytest.approx(1 / (0.04 + 0.06 * 40 / 48))
+    assert advice.more_ram_tokens_per_second == pytest.approx(1 / (0.04 + 0.06 * 40 / 48))
     assert advice.sentence == (
         "ssd-bound: 60% of the time stalled, 2.0 of 2.5 GB/s reached; +512 MiB of RAM would give about 11.1 tokens/s, "
         "a drive twice as fast 14.3, all experts in memory 25.0"
@@ -40,13 +40,13 @@ def test_ssd_bound() -> None:
 def test_a_policy_is_named_if_it_would_clearly_help(others: dict[str, int], stalled: float) -> None:
     """Of a run that misses 48 requests, makes 10 tokens per second and reads for a share of the time."""
     advice = advise(**{**RUN, "stall_seconds": 10 * stalled, "others": lambda: others})
-    assert advice.policies_tokens_per_s == pytest.approx(
+    assert advice.policies_tokens_per_second == pytest.approx(
         {spec: 10 / (1 - stalled + stalled * missed / 48) for spec, missed in others.items()}
     )
     fewest = min(others.values(), default=48)
     if 10 / (1 - stalled + stalled * fewest / 48) >= 10.31:
         assert others[advice.policy] == fewest
-        speed = advice.policies_tokens_per_s[advice.policy]
+        speed = advice.policies_tokens_per_second[advice.policy]
         assert f"tokens/s, policy {advice.policy.split(':')[0]} {speed:.1f}, a drive" in advice.sentence
     elif 10 / (1 - stalled + stalled * fewest / 48) < 10.29:
         assert advice.policy == ""

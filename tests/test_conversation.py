@@ -99,7 +99,7 @@ def test_turns_are_stock_turns(name: str, cache: str, layout: str, lib: Library,
                 timings["cache_n"],
                 timings["predicted_n"],
             )
-            assert turn.tokens_per_s > 0
+            assert turn.tokens_per_second > 0
             said.append({"role": "assistant", "content": text})
         assert talk.messages == said[1:]
 

@@ -22,14 +22,14 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_all_checks(tmp_path: Path) -> None:
-    result = flashmoe("doctor", tmp_path, "--json")
+    result = flashmoe("doctor", tmp_path, "--json", "-")
     checks = {check["name"]: check for check in json.loads(result.out)}
     assert result.status == 0, checks
     assert list(checks) == ["system", "library", "processor", "memory", "pages", "drive"]
-    assert checks["memory"]["facts"]["default_ram_bytes"] <= checks["memory"]["facts"]["limit_bytes"]
+    assert checks["memory"]["facts"]["default_budget_bytes"] <= checks["memory"]["facts"]["limit_bytes"]
     assert "xllamacpp" in checks["library"]["facts"]["build"]
     if checks["drive"]["facts"]["direct"]:
-        rates = checks["drive"]["facts"]["gb_per_s"]
+        rates = checks["drive"]["facts"]["bytes_per_second"]
         assert [int(size) for size in rates] == list(doctor.SIZES)
         assert all(value > 0 for row in rates.values() for value in row.values())
     assert not list(tmp_path.iterdir())  # the file that was read is gone
@@ -45,7 +45,7 @@ def test_people_read_the_same(tmp_path: Path) -> None:
 
 
 def test_a_library_that_is_missing_is_a_problem(tmp_path: Path) -> None:
-    result = flashmoe("doctor", tmp_path, "--json", env={"FLASHMOE_LIBLLAMA": str(tmp_path)})
+    result = flashmoe("doctor", tmp_path, "--json", "-", env={"FLASHMOE_LIBLLAMA": str(tmp_path)})
     assert result.status == 1
     checks = {check["name"]: check for check in json.loads(result.out)}
     assert checks["library"]["status"] == "problem"

@@ -68,8 +68,8 @@ def test_checksums_are_taken_once_and_compared_from_then_on(model: Path) -> None
     first = flashmoe.verify(model, lambda *progress: seen.append(progress))
     assert (first.written, first.damaged, first.pack) == (True, (), None)
     assert first.sums == sums_path(read_gguf(model)) == model.with_suffix(".flashsums")
-    assert seen[-1] == ("verify", first.bytes, first.bytes)
-    assert first.bytes == catalog_of(model).expert_bytes
+    assert seen[-1] == ("verify", first.read_bytes, first.read_bytes)
+    assert first.read_bytes == catalog_of(model).expert_bytes
     before = first.sums.read_bytes()
     second = flashmoe.verify(model)
     assert (second.written, second.damaged) == (False, ())
@@ -99,11 +99,11 @@ def test_command(model: Path) -> None:
     result = command("verify", model)
     assert result.status == 0
     assert "m.flashsums: checksums of " in result.message
-    result = command("verify", model, "--json", "-q")
+    result = command("verify", model, "--json", "-", "-q")
     assert json.loads(result.out)["damaged"] == []
     assert "as they were" in command("verify", model).message
     flip(model, pick(model, "blk.1.ffn_up_exps.weight", 3))
-    result = command("verify", model, "--json")
+    result = command("verify", model, "--json", "-")
     assert result.status == 1
     assert json.loads(result.out)["damaged"] == [
         {"layer": 1, "expert": 3, "tensor": "blk.1.ffn_up_exps.weight"}

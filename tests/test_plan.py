@@ -46,15 +46,19 @@ def test_the_time_of_a_token(tiny: Tiny) -> None:
     for row in made.rows:
         missed = catalog.top_k * (1 - row.hit_rate)
         assert row.hit_rate == pytest.approx(CURVE.at(row.capacity))
-        assert row.read_bytes == pytest.approx(experts * (1 - row.hit_rate))
+        assert row.read_bytes_per_token == pytest.approx(experts * (1 - row.hit_rate))
         planes = len(catalog.layers[0].planes)
-        assert row.read_ms == pytest.approx(row.read_bytes / MACHINE.read_rate(missed * planes) / 1e6)
-        assert row.compute_ms == pytest.approx(active / 1e7 + 0.1 * len(catalog.layers))
-        assert row.tokens_per_s == pytest.approx(1e3 / (row.compute_ms + row.read_ms))
-    speeds = [row.tokens_per_s for row in made.rows]
+        assert row.read_seconds_per_token == pytest.approx(
+            row.read_bytes_per_token / MACHINE.read_rate(missed * planes) / 1e9
+        )
+        assert row.compute_seconds_per_token == pytest.approx(active / 1e10 + 1e-4 * len(catalog.layers))
+        assert row.tokens_per_second == pytest.approx(
+            1 / (row.compute_seconds_per_token + row.read_seconds_per_token)
+        )
+    speeds = [row.tokens_per_second for row in made.rows]
     assert speeds == sorted(speeds)
     assert made.rows[-1].capacity == 1
-    assert made.rows[0].ram_bytes == made.least_ram_bytes
+    assert made.rows[0].budget_bytes == made.least_budget_bytes
 
 
 def test_a_context_takes_slots(tiny: Tiny) -> None:
@@ -63,18 +67,18 @@ def test_a_context_takes_slots(tiny: Tiny) -> None:
     assert (few.context, many.context) == (64, 512)
     assert few.slots == many.slots  # the smallest pool in both
     more = context_bytes(catalog.gguf, 512) - context_bytes(catalog.gguf, 64)
-    assert many.ram_bytes - few.ram_bytes == more > 0
+    assert many.budget_bytes - few.budget_bytes == more > 0
     with pytest.raises(UsageError, match="more than this model was trained for"):
         make_plan(catalog, MACHINE, CURVE, n_ctx=513)
 
 
 def test_what_is_recommended(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     catalog = ExpertCatalog.from_gguf(read_gguf(tiny("llama")))
-    everything = make_plan(catalog, MACHINE, CURVE).rows[-1].ram_bytes
+    everything = make_plan(catalog, MACHINE, CURVE).rows[-1].budget_bytes
     fast = Machine({"Q4_0": 0.001, "F32": 0.001}, {1: 100.0})
     made = make_plan(catalog, fast, CURVE)
     assert made.recommendation.startswith(
-        f"--ram {made.least_ram_bytes >> 20}MiB"
+        f"--ram {made.least_budget_bytes >> 20}MiB"
     )  # reads cost nothing there
     slow = Machine({"Q4_0": 10.0, "F32": 10.0}, {1: 1e-4})
     assert make_plan(catalog, slow, CURVE).recommendation.startswith(f"--ram {everything >> 20}MiB")
@@ -192,16 +196,18 @@ def test_models_on_the_hub(parts: int, hub: tuple[str, type[Hub]], tiny: Tiny, t
     first = split(path, parts)[0] if parts > 1 else path
     home = tmp_path / "home"
     env = {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
-    result = own_process("plan", f"hf:org/repo:{first.name}", "--json", "--drive", tmp_path, "-t", 1, env=env)
+    result = own_process(
+        "plan", f"hf:org/repo:{first.name}", "--json", "-", "--drive", tmp_path, "-t", 1, env=env
+    )
     assert result.status == 0, result.err
-    there, here = json.loads(result.out), json.loads(flashmoe("plan", first, "--json", "-t", 1).out)
+    there, here = json.loads(result.out), json.loads(flashmoe("plan", first, "--json", "-", "-t", 1).out)
     same = (
         "architecture",
-        "size_bytes",
+        "file_bytes",
         "dense_bytes",
-        "expert_bytes",
+        "total_expert_bytes",
         "layers",
-        "least_ram_bytes",
+        "least_budget_bytes",
         "statistics",
     )
     assert {name: there[name] for name in same} == {name: here[name] for name in same}
@@ -218,7 +224,7 @@ def test_the_table(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "recommended: --ram" in result.out
     trace = tmp_path / "t.safetensors"
     made_up(50, 3, 8, 2).save(trace)
-    own = flashmoe("plan", tiny("llama"), "-t", 1, "--trace", trace, "--json")
+    own = flashmoe("plan", tiny("llama"), "-t", 1, "--trace", trace, "--json", "-")
     assert json.loads(own.out)["statistics"].startswith("made up")
     made_up(50, 5, 8, 2).save(trace)
     assert "record a trace with this model" in flashmoe("plan", tiny("llama"), "--trace", trace).message

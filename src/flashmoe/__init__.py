@@ -12,9 +12,19 @@ if TYPE_CHECKING:
     from flashmoe.runtime.conversation import Conversation
     from flashmoe.runtime.load import load
     from flashmoe.runtime.model import Model
+    from flashmoe.runtime.options import LoadOptions
     from flashmoe.tools.integrity import Verdict, verify
 
-__all__ = ["Conversation", "FlashMoEError", "Model", "SamplingParams", "Verdict", "load", "verify"]
+__all__ = [
+    "Conversation",
+    "FlashMoEError",
+    "LoadOptions",
+    "Model",
+    "SamplingParams",
+    "Verdict",
+    "load",
+    "verify",
+]
 
 try:
     __version__ = version("flashmoe-ssd")
@@ -28,6 +38,10 @@ def __getattr__(name: str) -> Any:
         from flashmoe.runtime.load import load
 
         return load
+    if name == "LoadOptions":
+        from flashmoe.runtime.options import LoadOptions
+
+        return LoadOptions
     if name == "Model":
         from flashmoe.runtime.model import Model
 

@@ -197,27 +197,27 @@ def measured(speed: float, logits: str = "a") -> dict:
         "policy": "lru",
         "layout": "plain",
         "text": "",
-        "decode": {"tokens": 8, "tokens_per_s": speed},
+        "decode": {"tokens": 8, "tokens_per_second": speed},
         "io": {
             "stall_seconds": 4 / speed,
-            "ceiling_gb_per_s": 2.0,
-            "bytes_per_token": 1e8,
+            "ceiling_bytes_per_second": 2e9,
+            "read_bytes_per_token": 1e8,
             "stall_share": 0.5,
         },
     }
     decode = {
         "tokens": 8,
-        "tokens_per_s": speed,
-        "median_s": 1 / speed,
-        "mean_s": 1 / speed,
-        "token_s": [1 / speed],
+        "tokens_per_second": speed,
+        "median_seconds": 1 / speed,
+        "mean_seconds": 1 / speed,
+        "token_seconds": [1 / speed],
     }
     return {
         "report": report,
-        "decode": {**decode, "bytes_read": 80, "major_faults": 0},
-        "prefill": {"tokens_per_s": 1.0},
-        "load_s": 1.0,
-        "first_token_s": 2.0,
+        "decode": {**decode, "read_bytes": 80, "major_faults": 0},
+        "prefill": {"tokens_per_second": 1.0},
+        "load_seconds": 1.0,
+        "first_token_seconds": 2.0,
         "group_peak_bytes": 0,
         "peak_bytes": 7,
         "limit_bytes": None,
@@ -231,13 +231,13 @@ def test_ratios_are_taken_pair_by_pair() -> None:
         for ours, theirs, load in ((10.0, 5.0, QUIET), (20.0, 5.0, QUIET), (30.0, 10.0, BUSY))
     ]
     row = make_row(Size("50%", ram=500), LRU, "mmap", None, rounds)
-    assert row["decode"]["tokens_per_s"] == 20.0
-    assert row["opponent_decode"]["tokens_per_s"] == 5.0
+    assert row["decode"]["tokens_per_second"] == 20.0
+    assert row["opponent_decode"]["tokens_per_second"] == 5.0
     assert row["ratio"] == 3.0
     assert row["spread"]["ratio"] == [2.5, 3.5]
     assert row["same_logits"] is True
     assert row["busy"] is True
-    assert row["bounds"] == {"ssd_tokens_per_s": 20.0, "compute_tokens_per_s": 40.0}
+    assert row["bounds"] == {"ssd_tokens_per_second": 20.0, "compute_tokens_per_second": 40.0}
     json.dumps(row)
 
 
@@ -253,8 +253,8 @@ def test_bounds_and_spread_of_little() -> None:
     assert spread([]) is None
     assert spread([2.0]) == [2.0, 2.0]
     report = measured(10.0)["report"]
-    report["io"]["ceiling_gb_per_s"] = 0.0
-    assert bounds(report)["ssd_tokens_per_s"] is None
+    report["io"]["ceiling_bytes_per_second"] = 0.0
+    assert bounds(report)["ssd_tokens_per_second"] is None
 
 
 # The baseline's files ---------------------------------------------------------------------------------------

@@ -26,7 +26,18 @@ from ..models import make
 from .test_parts import BUSY, trace
 
 REPORT = ("model", "prefill", "decode", "cache", "io", "memory", "start", "bound")
-ROW = ("ram", "policy", "prefetch", "baseline", "ratio", "spread", "runs", "bounds", "busy", "same_logits")
+ROW = (
+    "budget_bytes",
+    "policy",
+    "prefetch",
+    "baseline",
+    "ratio",
+    "spread",
+    "runs",
+    "bounds",
+    "busy",
+    "same_logits",
+)
 
 
 def plan(model: Path, **changes: Any) -> Plan:
@@ -70,7 +81,7 @@ def test_a_benchmark_of_pairs(model: Path) -> None:
         assert row["cache"]["slots"] == 32
         assert row["cache"]["hits"] + row["cache"]["misses"] == 4 * 4 * 4  # tokens, layers, top-k: no warm-up
         assert len(row["runs"]["ratio"]) == 2
-        assert row["decode"]["tokens_per_s"] > 0 < row["opponent_decode"]["tokens_per_s"]
+        assert row["decode"]["tokens_per_second"] > 0 < row["opponent_decode"]["tokens_per_second"]
         assert row["same_logits"] is (True if row["baseline"] == "mmap" else None)
     assert report["machine"]["threads"] == 1
     assert report["model"]["experts"] == 16
@@ -90,7 +101,7 @@ def test_each_layout_computes_what_its_opponent_does(model: Path) -> None:
 def test_a_budget_holds_the_whole_process(model: Path) -> None:
     report = runner.run(plan(model, sizes=ram_sizes("600MiB", 0)))
     (row,) = report["rows"]
-    assert row["ram"] == 600 << 20
+    assert row["budget_bytes"] == 600 << 20
     if row["limit_bytes"]["ours"] is None:
         assert any("nothing limited the memory" in note for note in report["notes"])
         pytest.skip("no right to make a memory control group here")
@@ -170,7 +181,7 @@ def test_the_command_line(model: Path, tmp_path: Path) -> None:
     assert "tokens/s" in result.output
     report = json.loads(figures.read_text())
     assert [row["size"] for row in report["rows"]] == ["50%", "25%"]
-    assert all(row["timeline"]["token_ms"] > 0 for row in report["rows"])
+    assert all(row["timeline"]["token_seconds"] > 0 for row in report["rows"])
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 

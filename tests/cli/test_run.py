@@ -96,10 +96,10 @@ def test_report_as_json(tiny: Tiny, tmp_path: Path) -> None:
     report = json.loads(path.read_text())
     assert report["prefill"]["tokens"] % 2 == 0
     for key, parts in {
-        "prefill": ("tokens", "tokens_per_s"),
-        "decode": ("tokens", "tokens_per_s"),
+        "prefill": ("tokens", "tokens_per_second"),
+        "decode": ("tokens", "tokens_per_second"),
         "cache": ("slots", "hits", "misses", "hit_rate"),
-        "io": ("bytes", "gb_per_s", "ceiling_gb_per_s", "stall_share"),
+        "io": ("read_bytes", "read_bytes_per_second", "ceiling_bytes_per_second", "stall_share"),
         "memory": ("budget_bytes", "peak_bytes"),
     }.items():
         for part in parts:
@@ -123,7 +123,7 @@ def test_size_of_the_pool(cache: str, slots: int, tiny: Tiny, tmp_path: Path) ->
     path = tmp_path / "report.json"
     greedy(tiny("olmoe"), "-p", PROMPT, "--cache", cache, "--json", path, "-n", 1)
     report = json.loads(path.read_text())
-    assert (report["cache"]["slots"], report["cache"]["experts"]) == (slots, 64)
+    assert (report["cache"]["slots"], report["cache"]["total_experts"]) == (slots, 64)
 
 
 def test_pool_in_bytes(tiny: Tiny, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def test_import_info_split_merge(tmp_path: Path) -> None:
     output = call("info", tmp_path / "a.safetensors")
     assert "mine" in output
     assert "reuse p50" in output
-    facts = json.loads(call("info", tmp_path / "a.safetensors", "--json"))
+    facts = json.loads(call("info", tmp_path / "a.safetensors", "--json", "-"))
     assert (facts["tokens"], len(facts["per_layer"])) == (120, 3)
     parts = (tmp_path / "x.safetensors", tmp_path / "y.safetensors")
     call("split", tmp_path / "a.safetensors", "--share", 0.5, "-o", *parts)

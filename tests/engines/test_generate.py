@@ -208,7 +208,7 @@ def test_stats_have_the_layout_of_the_report(lib: Library, tiny: Tiny) -> None:
         assert stats["cache"]["misses"] > 0
         layer_bytes = {layer.expert_bytes for layer in model.catalog.layers}
         misses = stats["cache"]["misses"] + stats["cache"]["prefill_misses"]
-        assert min(layer_bytes) * misses <= stats["io"]["bytes"] <= max(layer_bytes) * misses
+        assert min(layer_bytes) * misses <= stats["io"]["read_bytes"] <= max(layer_bytes) * misses
 
 
 def test_file_truncated_underneath(lib: Library, tiny: Tiny, tmp_path: Path) -> None:

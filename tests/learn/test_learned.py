@@ -193,7 +193,7 @@ def test_training_beats_lru_on_what_it_has_not_seen(kind: str, tmp_path: Path) -
         "8" if kind == "flashmoe" else "3",
         "--held-out",
         "0.2",
-        "--report",
+        "--json",
         str(tmp_path / "r.json"),
     ]
     result = CliRunner().invoke(app, arguments)

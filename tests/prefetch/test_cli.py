@@ -24,13 +24,13 @@ def test_train_then_judge(tmp_path: Path) -> None:
         tmp_path / n for n in ("t.safetensors", "p.safetensors", "r.json", "report.json")
     )
     made_up(300, LAYERS, EXPERTS, K).save(trace)
-    output = run("train", "prefetch", trace, "-o", file, "--report", report, "--held-out", "0.2")
+    output = run("train", "prefetch", trace, "-o", file, "--json", report, "--held-out", "0.2")
     assert f"--prefetch table:{file}" in output.replace("\n", "")
     assert set(json.loads(report.read_text())["held_out"]) == {"token", "1", "2", "4"}
     output = run("simulate", trace, "--prefetch", f"table:{file},moe-infinity", "--capacity", "50%", "--policy", "lru",
                  "--first", "50", "--json", rows)  # fmt: skip
     assert "50 tokens" in output
-    found = json.loads(rows.read_text())
+    found = json.loads(rows.read_text())["rows"]
     assert {row["predictor"] for row in found} == {f"table:{file}", "moe-infinity"}
     assert {row["policy"] for row in found} == {"lru"}
     assert all(0 <= row[key] <= 1 for row in found for key in ("recall", "precision", "missing_found"))

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from flashmoe.cache.policies import create as create_policy
 from flashmoe.cache.residency import equal_quota, make_residency
+from flashmoe.cli.tables import of_predictors
 from flashmoe.common import plugins
 from flashmoe.errors import FlashMoEError
 from flashmoe.learn.prefetch import train
@@ -24,7 +25,8 @@ from flashmoe.prefetch.promoe import AHEAD as PROMOE_AHEAD
 from flashmoe.prefetch.promoe import ProMoE
 from flashmoe.prefetch.table import AHEAD, SOURCES, Table, class_for
 from flashmoe.routing.trace import RoutingTrace
-from flashmoe.simulate.prefetch import judge, parse_predictors, plot, simulate_prefetch, table, tally
+from flashmoe.simulate.prefetch import judge, parse_predictors, plot, simulate_prefetch, tally
+from flashmoe.simulate.report import Simulation
 from tests.simulate.traces import VALIDATION, made_up, real
 
 LAYERS, EXPERTS, K = 6, 16, 2
@@ -476,8 +478,8 @@ def test_lists_tables_and_figures(tmp_path: Path) -> None:
     trace = made_up(40, 3, 8, 2)
     rows = simulate_prefetch(trace, ["table", "moe-infinity"], [12, 6])
     assert {"predictor", "ahead", "guesses", "recall", "precision", "missing_found", "missing_precision", "capacity",
-            "policy"} == set(rows[0].as_dict())  # fmt: skip
-    assert len(table(rows, trace).renderables) == 2
+            "policy"} == set(vars(rows[0]))  # fmt: skip
+    assert len(of_predictors(Simulation.of(trace, rows)).renderables) == 2
     pytest.importorskip("matplotlib", reason="figures need matplotlib: pip install 'flashmoe-ssd[plot]'")
     plot(rows, tmp_path / "f.png", "made up")
     assert (tmp_path / "f.png").stat().st_size > 1000

@@ -23,7 +23,7 @@ class Load:
     seconds: float
 
     @property
-    def tokens_per_s(self) -> float:
+    def tokens_per_second(self) -> float:
         return self.tokens / self.seconds
 
 
@@ -82,9 +82,10 @@ def main() -> None:
         wait_for_idle(server)
         after = process.memory_info().rss
         ask(server, 1, 1)
-    print(f"one client: {alone.tokens_per_s:.1f} tokens/s")
+    print(f"one client: {alone.tokens_per_second:.1f} tokens/s")
     print(
-        f"8 clients: {together.tokens_per_s:.1f} tokens/s, {together.tokens_per_s / alone.tokens_per_s:.2f} of it"
+        f"8 clients: {together.tokens_per_second:.1f} tokens/s, "
+        f"{together.tokens_per_second / alone.tokens_per_second:.2f} of it"
     )
     print(f"memory: {before / 2**20:.1f} MiB, after the load {loaded / before - 1:+.2%}, ", end="")
     print(f"after {options.hangups} hang-ups {after / before - 1:+.2%}; it still answers")

@@ -185,9 +185,11 @@ def test_arguments() -> None:
 def test_predictions() -> None:
     trace = made_up()
     row = Row("lru", "per-layer", 0.25, 1800, 900, 0.5, 0.0, 0.1)
-    machine = report.Machine(expert_bytes=1e6, disk=1e9, compute=0.007)
-    assert report.bytes_per_token(row, trace, machine) == 3e6
-    assert report.tokens_per_second(row, trace, machine) == pytest.approx(100)
+    found = report.Simulation.of(trace, [row], report.Machine(1e6, 1e9, 0.007))
+    assert report.bytes_per_token(row, found) == 3e6
+    assert report.tokens_per_second(row, found) == pytest.approx(100)
+    unknown = report.Simulation.of(trace, [row])
+    assert report.bytes_per_token(row, unknown) is report.tokens_per_second(row, unknown) is None
 
 
 def test_command(tmp_path: Path) -> None:
@@ -212,7 +214,9 @@ def test_command(tmp_path: Path) -> None:
     )
     assert result.exit_code == 0, result.output
     assert "tokens/s" in result.output
-    rows = json.loads(out.read_text())
+    written = json.loads(out.read_text())
+    assert (written["tokens"], written["machine"]["expert_bytes"]) == (300, 1 << 20)
+    rows = written["rows"]
     keys = {"policy", "partition", "capacity", "requests", "hits", "hit_rate", "gap_closed", "seconds"}
     assert [set(row) for row in rows] == [keys] * 4
     assert figure.stat().st_size > 1000

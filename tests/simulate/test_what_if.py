@@ -138,5 +138,5 @@ def test_the_advice_is_right(demo: Path) -> None:
                 model.telemetry.decode.seconds, model.cache.stats["decode"].stall_seconds = 10.0, 9.0
                 found = model.report()
     assert misses[None] - misses["lru"] == pytest.approx(promised, rel=0.05)
-    assert found.advice["policy"] in found.advice["policies_tokens_per_s"]
+    assert found.advice["policy"] in found.advice["policies_tokens_per_second"]
     assert ", policy " in found.lines()[-1]

@@ -57,16 +57,20 @@ class Replay:
         times = [self.evaluate([token], decode=True) for token in tokens[counted:]]
         faults, read = major_faults() - before, _bytes_read() - read_before
         return {
-            "prefill": {"tokens": job.n_prompt, "seconds": prefill, "tokens_per_s": job.n_prompt / prefill},
+            "prefill": {
+                "tokens": job.n_prompt,
+                "seconds": prefill,
+                "tokens_per_second": job.n_prompt / prefill,
+            },
             "decode": {
                 "tokens": len(times),
                 "seconds": sum(times),
-                "tokens_per_s": len(times) / sum(times),
-                "mean_s": statistics.fmean(times),
-                "median_s": statistics.median(times),
-                "token_s": [round(t, 6) for t in times],
+                "tokens_per_second": len(times) / sum(times),
+                "mean_seconds": statistics.fmean(times),
+                "median_seconds": statistics.median(times),
+                "token_seconds": [round(t, 6) for t in times],
                 "major_faults": faults,
-                "bytes_read": read,
+                "read_bytes": read,
             },
             "logits_sha256": hashlib.sha256(logits().tobytes()).hexdigest(),
             "step": step,
@@ -119,14 +123,14 @@ def _measure_pool(job: Job) -> dict[str, Any]:
             replay.follow(forced.at)
         decoder.rewind()
         result = replay.run(min(job.step, model.engine.n_ubatch), decoder.logits, decoder.forget_decode)
-        result["first_token_s"] = loaded + result["prefill"]["seconds"]
-        decoder.telemetry.first_token_seconds = result["first_token_s"]
+        result["first_token_seconds"] = loaded + result["prefill"]["seconds"]
+        decoder.telemetry.first_token_seconds = result["first_token_seconds"]
         result["report"] = model.stats
         if len(job.tokens) < job.n_ctx:
             last = job.tokens[-1:]
             timeline = Timeline(model.cache, model.catalog)
             result["timeline"] = timeline.record(lambda: replay.evaluate(last, decode=True))
-    return {**result, "load_s": loaded, "peak_bytes": _peak()}
+    return {**result, "load_seconds": loaded, "peak_bytes": _peak()}
 
 
 def _measure_stock(job: Job) -> dict[str, Any]:
@@ -162,10 +166,10 @@ def _measure_stock(job: Job) -> dict[str, Any]:
     result = replay.run(job.step, context.logits, lambda: None)
     if routing and routing.error:
         raise routing.error
-    result["first_token_s"] = loaded + result["prefill"]["seconds"]
+    result["first_token_seconds"] = loaded + result["prefill"]["seconds"]
     context.close()
     model.close()
-    return {**result, "load_s": loaded, "peak_bytes": _peak()}
+    return {**result, "load_seconds": loaded, "peak_bytes": _peak()}
 
 
 def _peak() -> int:

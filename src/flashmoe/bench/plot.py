@@ -40,7 +40,12 @@ def _speeds(axes: Any, report: dict[str, Any]) -> None:
             baselines.setdefault(row["baseline"], []).append(row)
     for name, members in pools.items():
         _line(
-            axes, members, name, "o-", lambda r: r["decode"]["tokens_per_s"], lambda r: r["spread"]["decode"]
+            axes,
+            members,
+            name,
+            "o-",
+            lambda r: r["decode"]["tokens_per_second"],
+            lambda r: r["spread"]["decode"],
         )
     for name, members in baselines.items():
         _line(
@@ -48,13 +53,13 @@ def _speeds(axes: Any, report: dict[str, Any]) -> None:
             members,
             f"llama.cpp, {name}",
             "s--",
-            lambda r: r["opponent_decode"]["tokens_per_s"],
+            lambda r: r["opponent_decode"]["tokens_per_second"],
             lambda r: r["spread"]["opponent_decode"],
         )
     first = next(iter(pools.values()))
     for key, label, style in (
-        ("ssd_tokens_per_s", "SSD bound", ":"),
-        ("compute_tokens_per_s", "compute bound", "-."),
+        ("ssd_tokens_per_second", "SSD bound", ":"),
+        ("compute_tokens_per_second", "compute bound", "-."),
     ):
         bounded = sorted((_memory(row), row["bounds"][key]) for row in first if row["bounds"][key])
         if bounded:
@@ -79,7 +84,7 @@ def _pool_name(row: dict[str, Any]) -> str:
 
 def _memory(row: dict[str, Any]) -> float:
     """The budget, or what the process took where only the pool was sized; GiB."""
-    return float(row["ram"] or row["peak_bytes"]["ours"]) / _GIB
+    return float(row["budget_bytes"] or row["peak_bytes"]["ours"]) / _GIB
 
 
 def _line(

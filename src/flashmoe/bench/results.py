@@ -38,8 +38,8 @@ def make_row(
     ours = [r.ours[setting] for r in rounds]
     theirs = [r.theirs[baseline] for r in rounds if baseline in r.theirs]
     failed = next((their["error"] for their in theirs if "error" in their), None)
-    speeds = [our["decode"]["tokens_per_s"] for our in ours]
-    opposing = [] if failed else [their["decode"]["tokens_per_s"] for their in theirs]
+    speeds = [our["decode"]["tokens_per_second"] for our in ours]
+    opposing = [] if failed else [their["decode"]["tokens_per_second"] for their in theirs]
     ratios = [our / their for our, their in zip(speeds, opposing, strict=False)]
     middle = sorted(range(len(ours)), key=speeds.__getitem__)[(len(ours) - 1) // 2]
     chosen = ours[middle]
@@ -51,7 +51,7 @@ def make_row(
         )
     return {
         **report,
-        "ram": size.ram,
+        "budget_bytes": size.ram,
         "cache_size": size.cache,
         "size": size.text,
         "policy": setting.policy,
@@ -59,8 +59,8 @@ def make_row(
         "prefetch": setting.prefetch,
         "baseline": baseline,
         "trace": trace,
-        "decode": {**report["decode"], "tokens_per_s": statistics.median(speeds)},
-        "opponent_decode": {"tokens_per_s": statistics.median(opposing)} if opposing else None,
+        "decode": {**report["decode"], "tokens_per_second": statistics.median(speeds)},
+        "opponent_decode": {"tokens_per_second": statistics.median(opposing)} if opposing else None,
         "opponent_error": failed,
         "ratio": statistics.median(ratios) if ratios else None,
         "spread": {
@@ -69,16 +69,16 @@ def make_row(
             "ratio": spread(ratios),
         },
         "runs": {"decode": speeds, "opponent_decode": opposing, "ratio": ratios},
-        "token_s": {
-            "median": _median(our["decode"]["median_s"] for our in ours),
-            "mean": _median(our["decode"]["mean_s"] for our in ours),
-            "each": chosen["decode"]["token_s"],  # of the run whose report this is
+        "token_seconds": {
+            "median": _median(our["decode"]["median_seconds"] for our in ours),
+            "mean": _median(our["decode"]["mean_seconds"] for our in ours),
+            "each": chosen["decode"]["token_seconds"],  # of the run whose report this is
         },
-        "load_s": _sides(ours, theirs, lambda run: run["load_s"]),
-        "first_token_s": _sides(ours, theirs, lambda run: run["first_token_s"]),
-        "prefill_tokens_per_s": _sides(ours, theirs, lambda run: run["prefill"]["tokens_per_s"]),
-        "bytes_read_per_token": _sides(
-            ours, theirs, lambda run: run["decode"]["bytes_read"] / run["decode"]["tokens"]
+        "load_seconds": _sides(ours, theirs, lambda run: run["load_seconds"]),
+        "first_token_seconds": _sides(ours, theirs, lambda run: run["first_token_seconds"]),
+        "prefill_tokens_per_second": _sides(ours, theirs, lambda run: run["prefill"]["tokens_per_second"]),
+        "read_bytes_per_token": _sides(
+            ours, theirs, lambda run: run["decode"]["read_bytes"] / run["decode"]["tokens"]
         ),
         "major_faults": _sides(ours, theirs, lambda run: run["decode"]["major_faults"]),
         "peak_bytes": _sides(ours, theirs, lambda run: run["group_peak_bytes"] or run["peak_bytes"]),
@@ -96,12 +96,12 @@ def make_row(
 
 def bounds(report: dict[str, Any]) -> dict[str, float | None]:
     """Tokens per second that the drive and the processor allow at this hit rate, from the same run."""
-    seconds = report["decode"]["tokens"] / report["decode"]["tokens_per_s"]
+    seconds = report["decode"]["tokens"] / report["decode"]["tokens_per_second"]
     computing = seconds - report["io"]["stall_seconds"]
-    ceiling, per_token = report["io"]["ceiling_gb_per_s"] * 1e9, report["io"]["bytes_per_token"]
+    ceiling, per_token = report["io"]["ceiling_bytes_per_second"], report["io"]["read_bytes_per_token"]
     return {
-        "ssd_tokens_per_s": ceiling / per_token if ceiling and per_token else None,
-        "compute_tokens_per_s": report["decode"]["tokens"] / computing if computing > 0 else None,
+        "ssd_tokens_per_second": ceiling / per_token if ceiling and per_token else None,
+        "compute_tokens_per_second": report["decode"]["tokens"] / computing if computing > 0 else None,
     }
 
 

@@ -88,14 +88,14 @@ class _Runner:
         return {
             "machine": {
                 **describe(gguf.files[0], self._lib.build.name, self._job.threads),
-                "ceiling_gb_per_s": statistics.median(self._ceilings),
+                "ceiling_bytes_per_second": 1e9 * statistics.median(self._ceilings),
             },
             "model": {
                 "path": str(gguf.files[0]),
                 "architecture": gguf.architecture,
                 "file_bytes": sum(path.stat().st_size for path in gguf.files),
                 "dense_bytes": self._catalog.dense_bytes,
-                "expert_bytes": self._catalog.expert_bytes,
+                "total_expert_bytes": self._catalog.expert_bytes,
                 "layers": len(self._catalog.layers),
                 "experts": self._catalog.n_experts,
                 "top_k": self._catalog.top_k,

@@ -19,7 +19,7 @@ COMPUTE, STALL, PYTHON, DEMAND, PREFETCH = "compute", "stall", "python", "demand
 
 
 class Timeline:
-    """Spans of one evaluation, in milliseconds from its start. A read's layer is the one it is for.
+    """Spans of one evaluation, in seconds from its start. A read's layer is the one it is for.
 
     Implements `CacheObserver` and `ReadObserver`.
     """
@@ -45,8 +45,8 @@ class Timeline:
             self._add(COMPUTE, self._layer, self._computing, time.perf_counter())
         finally:
             self._cache.observer = self._cache.reader.observer = None
-        total = max(span["end_ms"] for span in self.spans)
-        return {"token_ms": total, "spans": sorted(self.spans, key=lambda span: span["start_ms"])}
+        total = max(span["end_seconds"] for span in self.spans)
+        return {"token_seconds": total, "spans": sorted(self.spans, key=lambda span: span["start_seconds"])}
 
     def enter(self, layer: int) -> None:
         self._entered = time.perf_counter()
@@ -75,11 +75,11 @@ class Timeline:
             -1,
         )
         kind = DEMAND if urgent else PREFETCH
-        self._add(kind, layer, started, time.perf_counter(), bytes=read.nbytes)
+        self._add(kind, layer, started, time.perf_counter(), read_bytes=read.nbytes)
 
     def _add(self, kind: str, layer: int, started: float, ended: float, **more: int) -> None:
-        start, end = (round(1e3 * (moment - self._began), 4) for moment in (started, ended))
-        self.spans.append({"kind": kind, "layer": layer, "start_ms": start, "end_ms": end, **more})
+        start, end = (round(moment - self._began, 7) for moment in (started, ended))
+        self.spans.append({"kind": kind, "layer": layer, "start_seconds": start, "end_seconds": end, **more})
 
 
 def draw(axes: Any, timeline: dict[str, Any]) -> None:
@@ -95,8 +95,8 @@ def draw(axes: Any, timeline: dict[str, Any]) -> None:
         spans = [span for span in timeline["spans"] if span["kind"] == kind and span["layer"] >= 0]
         axes.barh(
             [span["layer"] + offset - 0.2 for span in spans],
-            [span["end_ms"] - span["start_ms"] for span in spans],
-            left=[span["start_ms"] for span in spans],
+            [1e3 * (span["end_seconds"] - span["start_seconds"]) for span in spans],
+            left=[1e3 * span["start_seconds"] for span in spans],
             height=height,
             color=color,
             label=label if spans else None,

@@ -24,26 +24,29 @@ from typer.core import TyperGroup
 
 from flashmoe.bench.spec import NO_BASELINE, Plan, cache_sizes, ram_sizes, split_list
 from flashmoe.cli import options
+from flashmoe.cli.groups import with_options
 from flashmoe.cli.progress import stderr_console
-from flashmoe.cli.report import write_json
 from flashmoe.common.units import format_bytes
 from flashmoe.errors import UsageError
 
 _RUN = "run"
+_COMPUTING = options.ComputeOptions()
 
 
 class _ModelOrCommand(TyperGroup):
-    """`bench MODEL` is `bench run MODEL`: what is no command of the group is a model, or an option."""
+    """`bench MODEL` is `bench run MODEL`; the name of another command may come after its options."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if not args or args[0] not in self.commands:
-            args = [_RUN, *args]
+            place = next((i for i, arg in enumerate(args) if arg in self.commands and arg != _RUN), None)
+            name = _RUN if place is None else args.pop(place)
+            args = [name, *args]
         return super().parse_args(ctx, args)
 
 
 app = typer.Typer(
     cls=_ModelOrCommand,
-    help="Measure a model against stock llama.cpp under the same memory limit; `make-model` makes one to measure.",
+    help="Benchmark a model against stock llama.cpp under the same memory limit; `make-model` creates one.",
     add_completion=False,
 )
 
@@ -52,60 +55,77 @@ app = typer.Typer(
     _RUN,
     hidden=True,
     no_args_is_help=True,
-    epilog="`flashmoe bench make-model SHAPE OUT` makes a model of random weights to measure.",
+    epilog="`flashmoe bench make-model SHAPE OUT` creates a model with random weights to benchmark.",
 )
+@with_options(computing=options.ComputeOptions)
 def run(
-    model: Annotated[str, typer.Argument(help="A GGUF file, hf:ORG/REPO[:FILE], or demo.")],
+    model: Annotated[str, typer.Argument(help="Path of a GGUF file, hf:ORG/REPO[:FILE], or demo.")],
     ram: Annotated[
         str | None,
-        typer.Option("--ram", help="Budgets for the whole process: 6GiB,50%,25% (a share: of the file)."),
+        typer.Option(
+            "--ram",
+            help="Memory budgets of the whole process, comma-separated: 6GiB, or 50% of the file's size.",
+        ),
     ] = None,
     cache: Annotated[
-        str | None, typer.Option("--cache", help="Sizes of the expert pool instead: 50%,2GiB,300 (slots).")
+        str | None,
+        typer.Option("--cache", help="Sizes of the expert cache, instead of --ram: 50%,2GiB,300 (slots)."),
     ] = None,
     against: Annotated[
         str,
         typer.Option(
             "--against",
-            help="mmap (same limit), plain (in RAM, same layouts), stock (in RAM, repacked), none.",
+            help="Baselines: mmap (same memory limit), plain (in RAM, same layout), stock (in RAM, repacked), none.",
         ),
     ] = "mmap",
-    policy: Annotated[str, typer.Option("--policy", help="Eviction policies, a list.")] = "default",
-    prefetch: Annotated[str, typer.Option("--prefetch", help="Prefetchers, a list.")] = "auto",
-    layout: Annotated[
-        str, typer.Option("--layout", help="Layouts of the weights, a list: auto, plain, repacked.")
+    policy: Annotated[
+        str, typer.Option("--policy", help="Eviction policies to measure, comma-separated.")
+    ] = "default",
+    prefetch: Annotated[
+        str, typer.Option("--prefetch", help="Predictors to measure, comma-separated.")
     ] = "auto",
-    pairs: Annotated[int, typer.Option("--pairs", help="Measurements of each kind, interleaved.")] = 5,
-    tokens: Annotated[int, typer.Option("--tokens", help="Tokens decoded and counted.")] = 48,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Tokens of the prompt.")] = 16,
-    warmup: Annotated[int, typer.Option("--warmup", help="Tokens decoded first, not counted.")] = 32,
+    layout: Annotated[
+        str,
+        typer.Option(
+            "--layout", help="Layouts of the weights to measure, comma-separated: auto, plain, repacked."
+        ),
+    ] = "auto",
+    pairs: Annotated[
+        int, typer.Option("--pairs", help="Number of measurements of each configuration, interleaved.")
+    ] = 5,
+    tokens: Annotated[int, typer.Option("--tokens", help="Number of tokens to decode and measure.")] = 48,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Number of prompt tokens.")] = 16,
+    warmup: Annotated[
+        int, typer.Option("--warmup", help="Number of warm-up tokens, decoded before measuring.")
+    ] = 32,
     routing: Annotated[
         str,
         typer.Option(
-            "--routing", help="Tokens: uniform, zipf, text, text:FILE; or a routing trace to route by."
+            "--routing",
+            help="Tokens to evaluate: uniform, zipf, text or text:FILE; or a routing trace that selects the experts.",
         ),
     ] = "uniform",
-    ubatch: Annotated[
-        int, typer.Option("-ub", "--ubatch-size", help="Prompt tokens evaluated at once, on both sides.")
-    ] = 512,
-    threads: Annotated[int | None, typer.Option("-t", "--threads", help="Compute threads.")] = None,
+    computing: options.ComputeOptions = _COMPUTING,
     page_cache: Annotated[
-        str, typer.Option("--page-cache", help="cold: drop the model's pages first; warm.")
+        str,
+        typer.Option(
+            "--page-cache", help="Page cache before each measurement: cold (drop the model's pages) or warm."
+        ),
     ] = "cold",
     seed: Annotated[
-        int, typer.Option("-s", "--seed", help="Seed of the tokens; the first token of a trace.")
+        int, typer.Option("-s", "--seed", help="Random seed of the tokens, or the first token of a trace.")
     ] = 0,
-    verify: options.Verify = False,
     allow_busy: Annotated[
-        bool, typer.Option("--allow-busy", help="Report even if other programs were running.")
+        bool, typer.Option("--allow-busy", help="Report even if other programs are using the machine.")
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to a file.")] = None,
+    json_file: options.Json = None,
     plot_file: Annotated[
-        Path | None, typer.Option("--plot", help="Draw speed against budget, and one token's time line.")
+        Path | None,
+        typer.Option("--plot", help="Plot speed against memory, and the time line of one token, to a file."),
     ] = None,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+    quiet: options.NoProgress = False,
 ) -> None:
-    """Measure a model against stock llama.cpp, in pairs A B A B, each in a process of its own."""
+    """Benchmark a model against stock llama.cpp: interleaved runs (A B A B), each in its own process."""
     if (ram is None) == (cache is None):
         raise UsageError("give the sizes to measure, either --ram (6GiB,50%) or --cache (50%,25%)")
     if page_cache not in ("cold", "warm"):
@@ -127,13 +147,13 @@ def run(
         n_prompt=prompt_tokens,
         n_warmup=warmup,
         n_decode=tokens,
-        n_ubatch=ubatch,
+        n_ubatch=computing.ubatch,
         routing=routing,
-        threads=threads,
+        threads=computing.threads,
         cold=page_cache == "cold",
         allow_busy=allow_busy,
         seed=seed,
-        verify=verify,
+        verify=computing.verify,
     )
     if plot_file:
         from flashmoe.bench.plot import draw
@@ -144,7 +164,7 @@ def run(
         report = runner.run(plan, bar.update)
     _print(report, Console())
     if json_file:
-        write_json(json_file, report)
+        json_file.write(report)
     if plot_file:
         draw(report, plot_file)
 
@@ -152,15 +172,19 @@ def run(
 @app.command("make-model")
 def make(
     shape: Annotated[
-        str, typer.Argument(help="OLMoE-1B-7B, DeepSeek-V2-Lite, Qwen3-30B-A3B or gpt-oss-20b.")
+        str, typer.Argument(help="Model shape: OLMoE-1B-7B, DeepSeek-V2-Lite, Qwen3-30B-A3B or gpt-oss-20b.")
     ],
-    out: Annotated[Path | None, typer.Argument(help="The file; by default SHAPE-QUANT.gguf here.")] = None,
-    quant: Annotated[str, typer.Option("--quant", help="Q4_0, Q4_K, Q8_0 or MXFP4.")] = "Q4_0",
-    scale: Annotated[float, typer.Option("--scale", help="Smaller in every way, for tests: 0.1.")] = 1.0,
-    seed: Annotated[int, typer.Option("-s", "--seed", help="Seed of the weights.")] = 0,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+    out: Annotated[Path | None, typer.Argument(help="Output file (default: SHAPE-QUANT.gguf).")] = None,
+    quant: Annotated[
+        str, typer.Option("--quant", help="Quantization of the experts: Q4_0, Q4_K, Q8_0 or MXFP4.")
+    ] = "Q4_0",
+    scale: Annotated[
+        float, typer.Option("--scale", help="Scale factor for all dimensions, e.g. 0.1 for tests.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option("-s", "--seed", help="Random seed of the weights.")] = 0,
+    quiet: options.NoProgress = False,
 ) -> None:
-    """Make a model of random weights in the shape of a real one."""
+    """Create a model with random weights and the shape of a real one."""
     from flashmoe.bench.make_model import make_model
     from flashmoe.bench.shapes import find_shape
 
@@ -236,14 +260,14 @@ def _cells(row: dict[str, Any]) -> list[str]:
     prefetch = "" if row["prefetch"] == "none" else f" + {row['prefetch']}"
     theirs, quartiles = row["opponent_decode"], row["spread"]["ratio"]
     return [
-        (row["size"] if row["ram"] is None else f"{format_bytes(row['ram'])}")
+        (row["size"] if row["budget_bytes"] is None else f"{format_bytes(row['budget_bytes'])}")
         + (" BUSY" if row["busy"] else ""),
         f"{policy}{prefetch}, {row['layout']}",
-        f"{row['decode']['tokens_per_s']:.2f}",
+        f"{row['decode']['tokens_per_second']:.2f}",
         f"{row['cache']['hit_rate']:.1%}",
         f"{row['io']['stall_share']:.0%}",
         row["baseline"],
-        f"{theirs['tokens_per_s']:.2f}" if theirs else row["opponent_error"] or "-",
+        f"{theirs['tokens_per_second']:.2f}" if theirs else row["opponent_error"] or "-",
         f"{row['ratio']:.2f} ({quartiles[0]:.2f}-{quartiles[1]:.2f})" if quartiles else "-",
     ]
 

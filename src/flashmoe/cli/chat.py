@@ -13,40 +13,27 @@ from flashmoe.cli.chat_commands import Commands
 from flashmoe.cli.groups import with_options
 from flashmoe.cli.pipe import Pipe
 from flashmoe.cli.progress import stderr_console
-from flashmoe.cli.report import show, write_json
+from flashmoe.cli.report import show
 from flashmoe.cli.sampling import ChatOptions, SamplingOptions
 from flashmoe.errors import FlashMoEError
 from flashmoe.runtime.conversation import Conversation
-from flashmoe.runtime.layout import AUTO
 
-_SAMPLING, _CHAT = SamplingOptions(), ChatOptions()
+_LOADING, _SAMPLING, _CHAT = options.ModelOptions(), SamplingOptions(), ChatOptions()
 
 
-@with_options(sampling=SamplingOptions, chat_options=ChatOptions)
+@with_options(loading=options.ModelOptions, sampling=SamplingOptions, chat_options=ChatOptions)
 def chat(
     model: options.Model,
-    system: Annotated[str, typer.Option("--system", help="What the model is to follow throughout.")] = "",
-    ram: options.Ram = None,
-    cache: options.Cache = None,
-    policy: options.Policy = None,
-    prefetch: options.Prefetch = "auto",
-    layout: options.Layout = AUTO,
+    system: Annotated[str, typer.Option("--system", help="System prompt.")] = "",
+    loading: options.ModelOptions = _LOADING,
     n_predict: options.NPredict = -1,
-    ctx_size: options.CtxSize = None,
-    ubatch: options.Ubatch = 512,
-    threads: options.Threads = None,
-    cache_type_k: options.CacheTypeK = "f16",
-    cache_type_v: options.CacheTypeV = "f16",
     sampling: SamplingOptions = _SAMPLING,
     chat_options: ChatOptions = _CHAT,
-    save_cache: options.SaveCache = False,
-    save_cache_size: options.SaveCacheSize = "4GiB",
-    verify: options.Verify = False,
     trace: options.Trace = None,
     json_file: options.Json = None,
     quiet: options.Quiet = False,
 ) -> None:
-    """Talk with a model that need not fit in memory. From a pipe, a line is a turn."""
+    """Chat with a model that may be larger than memory. Piped input is read line by line, one message per line."""
     console = stderr_console(quiet)
     user = Pipe(console)
     if sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():
@@ -58,25 +45,8 @@ def chat(
     )
 
     with user.progress:
-        loaded = load(
-            model,
-            ram=ram,
-            cache=cache,
-            policy=policy,
-            prefetch=prefetch,
-            layout=layout,
-            n_ctx=ctx_size,
-            n_ubatch=ubatch,
-            threads=threads,
-            trace=trace is not None,
-            save_cache=save_cache,
-            save_cache_size=save_cache_size,
-            verify=verify,
-            cache_type_k=cache_type_k,
-            cache_type_v=cache_type_v,
-            server=chat_options.server(),
-            progress=user.progress.update,
-        )
+        asked = loading.load_options(trace=trace is not None, server=chat_options.server())
+        loaded = load(model, options=asked, progress=user.progress.update)
     with loaded:
         talk = Conversation(loaded, system=system, max_tokens=n_predict, sampling=sampling.sampling())
         stopped = False
@@ -89,7 +59,7 @@ def chat(
     if trace and loaded.recorder is not None:
         loaded.recorder.save(trace)
     if json_file:
-        write_json(json_file, report.as_dict())
+        json_file.write(report.as_dict())
     if stopped:
         raise KeyboardInterrupt
 
@@ -119,7 +89,7 @@ def notes(talk: Conversation) -> Iterator[str]:
     """What there is to say about the last turn."""
     turn = talk.turn
     if turn.made > 1:
-        yield f"{turn.made} tokens, {turn.tokens_per_s:.1f} tokens/s, hit rate {turn.hit_rate:.1%}"
+        yield f"{turn.made} tokens, {turn.tokens_per_second:.1f} tokens/s, hit rate {turn.hit_rate:.1%}"
     if turn.forgotten:
         yield f"the context is full: the model has forgotten the {turn.forgotten} oldest turns"
     if turn.finished == "length":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -10,28 +9,30 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from flashmoe.cli import options
+
 _STYLES = {"ok": "green", "advice": "yellow", "problem": "bold red"}
 
 
 def doctor(
     place: Annotated[
-        Path, typer.Argument(help="A model, or the folder that models will be in: its drive is measured.")
+        Path, typer.Argument(help="Model file or folder for models; its drive is measured.")
     ] = Path(),
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_file: options.Json = None,
+    quiet: options.Silent = False,
 ) -> None:
-    """Check library, processor, memory and drive, and say what to change. Exit status 1: something does not work."""
+    """Check library, processor, memory and drive, and suggest changes. Exit status 1: a check failed."""
     from flashmoe.tools.doctor import PROBLEM, examine
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, quiet=quiet)
     checks = []
     for check in examine(place):
         checks.append(check)
-        if not as_json:
-            console.print(f"[{_STYLES[check.status]}]{check.status:8}[/] {check.name:10}", end="")
-            console.print(check.text, markup=False)
-            if check.change:
-                console.print(" " * 19 + check.change, markup=False)
-    if as_json:
-        typer.echo(json.dumps([asdict(check) for check in checks], indent=1))
+        console.print(f"[{_STYLES[check.status]}]{check.status:8}[/] {check.name:10}", end="")
+        console.print(check.text, markup=False)
+        if check.change:
+            console.print(" " * 19 + check.change, markup=False)
+    if json_file:
+        json_file.write([asdict(check) for check in checks])
     if any(check.status == PROBLEM for check in checks):
         raise typer.Exit(1)

@@ -1,60 +1,170 @@
-"""Options that several verbs have, declared once."""
+"""Options that several commands have, declared once; and the groups of them that say how a model is loaded."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flashmoe.cli.report import JsonFile, nothing_else_on_stdout
+
+if TYPE_CHECKING:
+    from flashmoe.runtime.options import LoadOptions
+
 Model = Annotated[
-    str, typer.Argument(help="A GGUF file (or the first of a split set), hf:ORG/REPO[:FILE], or demo.")
+    str,
+    typer.Argument(help="Path of a GGUF file (or the first of a split set), hf:ORG/REPO[:FILE], or demo."),
 ]
 Engine = Annotated[
-    str, typer.Option("--engine", help="llama.cpp, or transformers for a safetensors checkpoint (a folder).")
+    str,
+    typer.Option(
+        "--engine",
+        help="Inference engine: llama.cpp, or transformers for a folder with a safetensors checkpoint.",
+    ),
 ]
-Ram = Annotated[str | None, typer.Option("--ram", help="Memory for the whole process, e.g. 6GiB.")]
+Ram = Annotated[
+    str | None,
+    typer.Option(
+        "--ram",
+        help="Memory budget of the whole process, e.g. 6GiB (default: a share of the available memory).",
+    ),
+]
 Cache = Annotated[
     str | None,
-    typer.Option("--cache", help="Size of the expert pool instead: 25%, 2GiB or a number of slots."),
+    typer.Option(
+        "--cache",
+        help="Size of the expert cache, instead of --ram: 25% of the experts, 2GiB or a number of slots.",
+    ),
 ]
 Vram = Annotated[
     str | None,
-    typer.Option("--vram", help="Compute on the GPU, with experts there: 50% of them, or 16GiB in all."),
+    typer.Option(
+        "--vram",
+        help="Compute on the GPU and cache experts there: 50% of the experts, or GPU memory in total, e.g. 16GiB.",
+    ),
 ]
-Policy = Annotated[str | None, typer.Option("--policy", help="Eviction policy: NAME or NAME:FILE.")]
+Policy = Annotated[
+    str | None, typer.Option("--policy", help="Cache eviction policy: NAME, or NAME:FILE for a trained one.")
+]
 Prefetch = Annotated[
-    str, typer.Option("--prefetch", help="Predictor of the next experts: NAME, NAME:FILE, auto or none.")
+    str, typer.Option("--prefetch", help="Predictor for prefetching experts: NAME, NAME:FILE, auto or none.")
 ]
 Layout = Annotated[
     str,
-    typer.Option("--layout", help="Of the weights: plain (the file's), repacked (fast kernels), or auto."),
+    typer.Option(
+        "--layout",
+        help="Layout of the weights: plain (as in the file), repacked (for faster kernels) or auto.",
+    ),
 ]
-NPredict = Annotated[int, typer.Option("-n", "--n-predict", help="Maximum tokens to generate; -1: no limit.")]
+NPredict = Annotated[
+    int, typer.Option("-n", "--n-predict", help="Maximum tokens to generate; -1 for no limit.")
+]
 CtxSize = Annotated[
     int | None,
-    typer.Option("-c", "--ctx-size", help="Context in tokens (the model's, as far as the budget allows)."),
+    typer.Option(
+        "-c",
+        "--ctx-size",
+        help="Context size in tokens (default: the model's, less where the memory budget is small).",
+    ),
 ]
 CacheTypeK = Annotated[
-    str, typer.Option("-ctk", "--cache-type-k", help="Type of the KV cache's keys: f16, q8_0, ...")
+    str, typer.Option("-ctk", "--cache-type-k", help="Data type of the KV cache for K: f16, q8_0, ...")
 ]
-CacheTypeV = Annotated[str, typer.Option("-ctv", "--cache-type-v", help="Type of the KV cache's values.")]
-Ubatch = Annotated[int, typer.Option("-ub", "--ubatch-size", help="Prompt tokens evaluated at once.")]
-Threads = Annotated[int | None, typer.Option("-t", "--threads", help="Compute threads.")]
+CacheTypeV = Annotated[str, typer.Option("-ctv", "--cache-type-v", help="Data type of the KV cache for V.")]
+Ubatch = Annotated[
+    int,
+    typer.Option(
+        "-ub", "--ubatch-size", help="Physical batch size: maximum prompt tokens evaluated together."
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option("-t", "--threads", help="Number of threads for computation (default: physical cores)."),
+]
 SaveCache = Annotated[
     bool,
     typer.Option(
-        "--save-cache", help="Keep what the cache holds at the end; the next start goes on from it."
+        "--save-cache",
+        help="Save the state of the expert cache and of conversations on exit, and restore it at the next start.",
     ),
 ]
 SaveCacheSize = Annotated[
     str,
-    typer.Option("--save-cache-size", help="Conversations kept on the drive by --save-cache; 0 keeps none."),
+    typer.Option(
+        "--save-cache-size",
+        help="Maximum disk space for conversations that --save-cache saves; 0 saves none.",
+    ),
 ]
 Verify = Annotated[
     bool,
-    typer.Option("--verify", help="Compare experts with their checksums (flashmoe verify) when first read."),
+    typer.Option(
+        "--verify", help="Verify the checksum of each expert (see flashmoe verify) when it is first read."
+    ),
 ]
-Trace = Annotated[Path | None, typer.Option("--trace", help="Record the routing to a .safetensors file.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the report to a file.")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Nothing but the text.")]
+Trace = Annotated[
+    Path | None, typer.Option("--trace", help="Record the expert routing to a .safetensors file.")
+]
+Json = Annotated[
+    JsonFile | None,
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        parser=JsonFile,
+        callback=nothing_else_on_stdout,
+        help="Write the report as JSON to a file, or to standard output with -.",
+    ),
+]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Print only the generated text.")]
+Silent = Annotated[bool, typer.Option("-q", "--quiet", help="Print nothing but errors.")]
+NoProgress = Annotated[bool, typer.Option("-q", "--quiet", help="Show no progress.")]
+
+
+@dataclass(frozen=True)
+class ComputeOptions:
+    """How a model is evaluated, where a command loads it in several ways."""
+
+    ubatch: Ubatch = 512
+    threads: Threads = None
+    verify: Verify = False
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a model is loaded, in every command that generates text."""
+
+    ram: Ram = None
+    cache: Cache = None
+    policy: Policy = None
+    prefetch: Prefetch = "auto"
+    layout: Layout = "auto"
+    ctx_size: CtxSize = None
+    ubatch: Ubatch = 512
+    threads: Threads = None
+    cache_type_k: CacheTypeK = "f16"
+    cache_type_v: CacheTypeV = "f16"
+    save_cache: SaveCache = False
+    save_cache_size: SaveCacheSize = "4GiB"
+    verify: Verify = False
+
+    def load_options(self, **more: Any) -> LoadOptions:
+        """As the Python API has it; `more`: what only one command has. Raises UsageError."""
+        from flashmoe.runtime.options import LoadOptions  # it takes a moment to import
+
+        return LoadOptions(
+            ram=self.ram,
+            cache=self.cache,
+            policy=self.policy,
+            prefetch=self.prefetch,
+            layout=self.layout,
+            n_ctx=self.ctx_size,
+            n_ubatch=self.ubatch,
+            threads=self.threads,
+            cache_type_k=self.cache_type_k,
+            cache_type_v=self.cache_type_v,
+            save_cache=self.save_cache,
+            save_cache_size=self.save_cache_size,
+            verify=self.verify,
+            **more,
+        )

@@ -11,11 +11,11 @@ from flashmoe.common.units import format_bytes
 
 def pack(
     model: options.Model,
-    quiet: options.Quiet = False,
+    quiet: options.Silent = False,
 ) -> None:
-    """Write MODEL.flashpack beside a model: its experts as this processor's fastest kernels want them.
+    """Write MODEL.flashpack next to a model: its experts, repacked for the fastest kernels of this processor.
 
-    Other commands use it by themselves. A pack that is there already is checked, and made again if it does not fit.
+    Other commands use the pack automatically. An existing pack is checked, and written again if it does not match.
     The model itself is not changed.
     """
     from flashmoe.tools.packing import make_pack

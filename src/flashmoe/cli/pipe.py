@@ -1,4 +1,4 @@
-"""Whom `flashmoe chat` talks to where there is no terminal: lines in, plain text out."""
+"""`flashmoe chat` without a terminal: lines in, plain text out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Pipe:
         self._notes, self._replies = console, stderr_console(quiet=False)
 
     def lines(self, commands: list[str]) -> Iterator[str]:
-        """What the user says. `commands`: names of commands, for whoever can complete them."""
+        """Messages, as they come. `commands`: names of commands, which a terminal completes."""
         if isinstance(sys.stdin, TextIOWrapper):
             sys.stdin.reconfigure(encoding="utf-8", errors="strict")
         try:
@@ -41,19 +41,19 @@ class Pipe:
         sys.stdout.write("\n")
 
     def note(self, text: str) -> None:
-        """Say something that nobody has asked for."""
+        """Show a remark on the last answer."""
         self._notes.print(text, style="dim", highlight=False, markup=False)
 
     def reply(self, text: str) -> None:
-        """Say what a command has to say."""
+        """Show the reply of a command."""
         self._replies.print(text, style="dim", highlight=False, markup=False)
 
     def fail(self, error: FlashMoEError) -> None:
-        """A message or a command has failed: nobody is there to try another, so raise `error`."""
+        """A message or a command has failed, which ends the conversation: raises `error`."""
         raise error
 
     def stop(self) -> None:
-        """Ctrl-C has stopped an answer: nobody is there to ask for another, so it stops everything."""
+        """Ctrl-C has stopped an answer, which ends the conversation: raises KeyboardInterrupt."""
         raise KeyboardInterrupt
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -19,19 +18,24 @@ from flashmoe.common.units import format_bytes, parse_bytes
 def plan(
     model: options.Model,
     ram: Annotated[
-        str | None, typer.Option("--ram", help="Budgets to look at, e.g. 4GiB,8GiB (default: several).")
+        str | None,
+        typer.Option(
+            "--ram", help="Memory budgets to evaluate, comma-separated, e.g. 4GiB,8GiB (default: several)."
+        ),
     ] = None,
     trace: Annotated[
-        Path | None, typer.Option("--trace", help="Take hit rates from this routing trace of the model.")
+        Path | None, typer.Option("--trace", help="Routing trace of the model to take hit rates from.")
     ] = None,
     place: Annotated[
-        Path | None, typer.Option("--drive", help="Folder on the drive that a model on the hub would be on.")
+        Path | None,
+        typer.Option("--drive", help="Folder on the drive where a model on the hub would be stored."),
     ] = None,
     ctx_size: options.CtxSize = None,
     threads: options.Threads = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_file: options.Json = None,
+    quiet: options.Silent = False,
 ) -> None:
-    """Expected tokens/s of a model at several budgets. Of one on the hub only the header is read."""
+    """Predict a model's tokens/s at several memory budgets. Of a model on the hub, only the header is downloaded."""
     from flashmoe.engines.llamacpp.library import find_library, open_library
     from flashmoe.routing.files import read
     from flashmoe.simulate.curve import hit_curve, nearest, shipped
@@ -54,17 +58,16 @@ def plan(
     drive = place or (catalog.gguf.files[0] if there else Path())
     machine = measure(catalog, open_library(find_library()), cores, drive)
     made = make_plan(catalog, machine, curve, budgets, ctx_size)
-    if as_json:
-        typer.echo(json.dumps(asdict(made), indent=1))
-        return
-    console = Console(soft_wrap=True, highlight=False)
+    if json_file:
+        json_file.write(asdict(made))
+    console = Console(soft_wrap=True, highlight=False, quiet=quiet)
     console.print(
-        f"{made.model}: {made.architecture}, {format_bytes(made.size_bytes)}, {made.quantisation}; "
+        f"{made.model}: {made.architecture}, {format_bytes(made.file_bytes)}, {made.quantisation}; "
         f"{made.layers} layers of {made.experts} experts, {made.top_k} per token; "
-        f"{format_bytes(made.dense_bytes)} dense, {format_bytes(made.expert_bytes)} of experts",
+        f"{format_bytes(made.dense_bytes)} dense, {format_bytes(made.total_expert_bytes)} of experts",
         markup=False,
     )
-    console.print(f"hit rates of {made.statistics}; smallest --ram {format_bytes(made.least_ram_bytes)}")
+    console.print(f"hit rates of {made.statistics}; smallest --ram {format_bytes(made.least_budget_bytes)}")
     table = Table(box=None, pad_edge=False)
     for title in (
         "--ram",
@@ -80,9 +83,10 @@ def plan(
         table.add_column(title, justify="left" if title == "bound" else "right")
     for row in made.rows:
         table.add_row(
-            format_bytes(row.ram_bytes), str(row.context), f"{row.slots} ({row.capacity:.0%})",
-            f"{row.hit_rate:.1%}", format_bytes(row.read_bytes), f"{row.compute_ms:.1f} ms",
-            f"{row.read_ms:.1f} ms", f"{row.tokens_per_s:.1f}", row.bound,
+            format_bytes(row.budget_bytes), str(row.context), f"{row.slots} ({row.capacity:.0%})",
+            f"{row.hit_rate:.1%}", format_bytes(row.read_bytes_per_token),
+            f"{1e3 * row.compute_seconds_per_token:.1f} ms", f"{1e3 * row.read_seconds_per_token:.1f} ms",
+            f"{row.tokens_per_second:.1f}", row.bound,
         )  # fmt: skip
     console.print(table)
     console.print(f"recommended: {made.recommendation}", markup=False)

@@ -1,11 +1,15 @@
-"""The report of a run: what the user reads, and the file that `--json` names."""
+"""What a command has found out: lines for the reader, and the file that `--json` names."""
 
 from __future__ import annotations
 
 import json
+import math
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console
 
 from flashmoe.common.files import write_atomically
@@ -21,9 +25,45 @@ def show(console: Console, report: Report) -> None:
         console.print(line, style="dim", highlight=False)
 
 
-def write_json(path: Path, report: object) -> None:
-    """Write a report, of a run or of another command. Raises FlashMoEError where that is not possible."""
-    try:
-        write_atomically(path, json.dumps(report, indent=1).encode() + b"\n")
-    except OSError as error:
-        raise FlashMoEError(f"{path}: the report cannot be written ({error.strerror})") from None
+class JsonFile:
+    """Where a command writes its report as JSON: a file, which is replaced as a whole, or standard output."""
+
+    def __init__(self, name: str) -> None:
+        """name: of the file, or "-" for what is standard output now."""
+        self._path = None if name == "-" else Path(name)
+        self._stdout: IO[str] = sys.stdout
+
+    @property
+    def to_stdout(self) -> bool:
+        return self._path is None
+
+    def write(self, report: Any) -> None:
+        """Write a report of dicts, lists, numbers and text. Raises FlashMoEError where that is not possible."""
+        text = json.dumps(_strict(report), indent=1, allow_nan=False) + "\n"
+        if self._path is None:
+            self._stdout.write(text)
+            self._stdout.flush()
+            return
+        try:
+            if self._path.exists() and not self._path.is_file():  # a pipe or a device: not to be replaced
+                self._path.write_text(text)
+            else:
+                write_atomically(self._path, text.encode())
+        except OSError as error:
+            raise FlashMoEError(f"{self._path}: the report cannot be written ({error.strerror})") from None
+
+
+def nothing_else_on_stdout(context: typer.Context, file: JsonFile | None) -> JsonFile | None:
+    """Callback of `--json`: with "-", all else that the command prints goes to standard error."""
+    if file is not None and file.to_stdout:
+        context.with_resource(redirect_stdout(sys.stderr))
+    return file
+
+
+def _strict(value: Any) -> Any:
+    """The same without numbers that JSON does not have (infinite, not a number): null in their place."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {name: _strict(item) for name, item in value.items()}
+    return [_strict(item) for item in value] if isinstance(value, (list, tuple)) else value

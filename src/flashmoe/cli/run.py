@@ -13,46 +13,36 @@ from flashmoe.cli import options
 from flashmoe.cli.groups import with_options
 from flashmoe.cli.pipe import with_thoughts
 from flashmoe.cli.progress import LoadProgress, stderr_console
-from flashmoe.cli.report import show, write_json
+from flashmoe.cli.report import show
 from flashmoe.cli.sampling import ChatOptions, SamplingOptions
 from flashmoe.errors import UsageError
-from flashmoe.runtime.layout import AUTO
 
 if TYPE_CHECKING:
     from flashmoe.engines.base import SamplingParams
     from flashmoe.runtime.model import Model
 
-_SAMPLING, _CHAT = SamplingOptions(), ChatOptions()
+_LOADING, _SAMPLING, _CHAT = options.ModelOptions(), SamplingOptions(), ChatOptions()
 
 
-@with_options(sampling=SamplingOptions, chat_options=ChatOptions)
+@with_options(loading=options.ModelOptions, sampling=SamplingOptions, chat_options=ChatOptions)
 def run(
     model: options.Model,
-    prompt: Annotated[str | None, typer.Option("-p", "--prompt", help="The prompt.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("-p", "--prompt", help="Prompt to continue or answer.")
+    ] = None,
     file: Annotated[Path | None, typer.Option("-f", "--file", help="Read the prompt from a file.")] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Use the prompt as a chat message.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template to the prompt.")] = False,
     engine: options.Engine = "llama.cpp",
-    ram: options.Ram = None,
-    cache: options.Cache = None,
+    loading: options.ModelOptions = _LOADING,
     vram: options.Vram = None,
-    policy: options.Policy = None,
-    prefetch: options.Prefetch = "auto",
-    layout: options.Layout = AUTO,
     n_predict: options.NPredict = -1,
-    ctx_size: options.CtxSize = None,
-    ubatch: options.Ubatch = 512,
-    threads: options.Threads = None,
-    cache_type_k: options.CacheTypeK = "f16",
-    cache_type_v: options.CacheTypeV = "f16",
     sampling: SamplingOptions = _SAMPLING,
     chat_options: ChatOptions = _CHAT,
-    save_cache: options.SaveCache = False,
-    verify: options.Verify = False,
     trace: options.Trace = None,
     json_file: options.Json = None,
     quiet: options.Quiet = False,
 ) -> None:
-    """Generate text with a model that need not fit in memory."""
+    """Generate text with a model that may be larger than memory."""
     text = _prompt(prompt, file)
     from flashmoe.runtime.load import (
         load,  # after the arguments are known to be good: it takes a moment to import
@@ -60,26 +50,10 @@ def run(
 
     console = stderr_console(quiet)
     with LoadProgress(console) as progress:
-        loaded = load(
-            model,
-            engine=engine,
-            ram=ram,
-            cache=cache,
-            vram=vram,
-            policy=policy,
-            prefetch=prefetch,
-            layout=layout,
-            n_ctx=ctx_size,
-            n_ubatch=ubatch,
-            threads=threads,
-            trace=trace is not None,
-            save_cache=save_cache,
-            verify=verify,
-            cache_type_k=cache_type_k,
-            cache_type_v=cache_type_v,
-            server=chat_options.server(),
-            progress=progress.update,
+        asked = loading.load_options(
+            engine=engine, vram=vram, trace=trace is not None, server=chat_options.server()
         )
+        loaded = load(model, options=asked, progress=progress.update)
         with loaded:
             chosen = sampling.sampling()
             pieces = (
@@ -103,7 +77,7 @@ def run(
     if trace and loaded.recorder is not None:
         loaded.recorder.save(trace)
     if json_file:
-        write_json(json_file, report.as_dict())
+        json_file.write(report.as_dict())
 
 
 def _answer(model: Model, text: str, n_predict: int, sampling: SamplingParams) -> Iterator[str]:

@@ -25,57 +25,111 @@ def _chat(flags: str, text: str) -> Any:
 class SamplingOptions:
     """How tokens are chosen. Left out, llama.cpp's defaults hold, or what the model's file recommends."""
 
-    temp: Annotated[float | None, _option("--temp", "Temperature; 0 is greedy (0.8).")] = None
-    top_k: Annotated[int | None, _option("--top-k", "Keep the k most probable tokens; 0 keeps all (40).")] = (
-        None
-    )
-    top_p: Annotated[float | None, _option("--top-p", "Nucleus sampling (0.95).")] = None
+    temp: Annotated[
+        float | None, _option("--temp", "Sampling temperature; 0 for greedy sampling (default: 0.8).")
+    ] = None
+    top_k: Annotated[
+        int | None,
+        _option("--top-k", "Sample only from the k most likely tokens; 0 to disable (default: 40)."),
+    ] = None
+    top_p: Annotated[
+        float | None,
+        _option(
+            "--top-p",
+            "Sample only from the most likely tokens whose probabilities add up to p (default: 0.95).",
+        ),
+    ] = None
     min_p: Annotated[
-        float | None, _option("--min-p", "Minimum probability relative to the most likely token (0.05).")
+        float | None,
+        _option("--min-p", "Minimum probability relative to the most likely token (default: 0.05)."),
     ] = None
-    seed: Annotated[int | None, _option("-s --seed", "Seed of the sampler.")] = None
+    seed: Annotated[int | None, _option("-s --seed", "Random seed (default: random).")] = None
     top_n_sigma: Annotated[
-        float | None, _option("--top-n-sigma", "Keep tokens within n standard deviations of the top logit.")
+        float | None,
+        _option(
+            "--top-n-sigma", "Sample only from tokens within n standard deviations of the highest logit."
+        ),
     ] = None
-    typical: Annotated[float | None, _option("--typical", "Locally typical sampling.")] = None
-    xtc_probability: Annotated[float | None, _option("--xtc-probability", "Probability of XTC.")] = None
-    xtc_threshold: Annotated[float | None, _option("--xtc-threshold", "Threshold of XTC.")] = None
-    dynatemp_range: Annotated[float | None, _option("--dynatemp-range", "Dynamic temperature: range.")] = None
-    dynatemp_exp: Annotated[float | None, _option("--dynatemp-exp", "Dynamic temperature: exponent.")] = None
-    repeat_last_n: Annotated[int | None, _option("--repeat-last-n", "Tokens considered for penalties.")] = (
-        None
-    )
-    repeat_penalty: Annotated[float | None, _option("--repeat-penalty", "Penalty of repeated tokens.")] = None
-    presence_penalty: Annotated[float | None, _option("--presence-penalty", "Presence penalty.")] = None
-    frequency_penalty: Annotated[float | None, _option("--frequency-penalty", "Frequency penalty.")] = None
-    dry_multiplier: Annotated[float | None, _option("--dry-multiplier", "DRY: multiplier; 0 is off.")] = None
-    dry_base: Annotated[float | None, _option("--dry-base", "DRY: base.")] = None
-    dry_allowed_length: Annotated[int | None, _option("--dry-allowed-length", "DRY: allowed length.")] = None
-    dry_penalty_last_n: Annotated[int | None, _option("--dry-penalty-last-n", "DRY: tokens considered.")] = (
-        None
-    )
+    typical: Annotated[float | None, _option("--typical", "Locally typical sampling, parameter p.")] = None
+    xtc_probability: Annotated[
+        float | None,
+        _option("--xtc-probability", "Probability of XTC sampling (excluding the most likely tokens)."),
+    ] = None
+    xtc_threshold: Annotated[
+        float | None,
+        _option("--xtc-threshold", "Minimum probability of tokens that XTC sampling may exclude."),
+    ] = None
+    dynatemp_range: Annotated[
+        float | None, _option("--dynatemp-range", "Range of the dynamic temperature.")
+    ] = None
+    dynatemp_exp: Annotated[
+        float | None, _option("--dynatemp-exp", "Exponent of the dynamic temperature.")
+    ] = None
+    repeat_last_n: Annotated[
+        int | None, _option("--repeat-last-n", "Number of last tokens to consider for penalties.")
+    ] = None
+    repeat_penalty: Annotated[
+        float | None, _option("--repeat-penalty", "Penalty for repeated token sequences; 1 to disable.")
+    ] = None
+    presence_penalty: Annotated[
+        float | None, _option("--presence-penalty", "Penalty for tokens that have appeared; 0 to disable.")
+    ] = None
+    frequency_penalty: Annotated[
+        float | None,
+        _option("--frequency-penalty", "Penalty for tokens by how often they have appeared; 0 to disable."),
+    ] = None
+    dry_multiplier: Annotated[
+        float | None,
+        _option(
+            "--dry-multiplier", "Multiplier of DRY sampling (penalty for repeated sequences); 0 to disable."
+        ),
+    ] = None
+    dry_base: Annotated[float | None, _option("--dry-base", "Base of the DRY penalty.")] = None
+    dry_allowed_length: Annotated[
+        int | None,
+        _option("--dry-allowed-length", "Length of repeated sequences that DRY sampling does not penalize."),
+    ] = None
+    dry_penalty_last_n: Annotated[
+        int | None,
+        _option("--dry-penalty-last-n", "Number of last tokens that DRY sampling scans for repetitions."),
+    ] = None
     dry_sequence_breaker: Annotated[
         list[str] | None,
-        _option("--dry-sequence-breaker", "DRY: a sequence breaker; may be given several times."),
+        _option("--dry-sequence-breaker", "Sequence breaker of DRY sampling; can be given multiple times."),
     ] = None
-    mirostat: Annotated[int | None, _option("--mirostat", "Mirostat: 0 off, 1, or 2.")] = None
-    mirostat_ent: Annotated[float | None, _option("--mirostat-ent", "Mirostat: target entropy.")] = None
-    mirostat_lr: Annotated[float | None, _option("--mirostat-lr", "Mirostat: learning rate.")] = None
+    mirostat: Annotated[
+        int | None, _option("--mirostat", "Mirostat sampling: 0 to disable, 1 or 2 for its version.")
+    ] = None
+    mirostat_ent: Annotated[
+        float | None, _option("--mirostat-ent", "Target entropy of Mirostat sampling.")
+    ] = None
+    mirostat_lr: Annotated[float | None, _option("--mirostat-lr", "Learning rate of Mirostat sampling.")] = (
+        None
+    )
     adaptive_target: Annotated[
-        float | None, _option("--adaptive-target", "Adaptive-p: target probability.")
+        float | None, _option("--adaptive-target", "Target probability of adaptive-p sampling.")
     ] = None
-    adaptive_decay: Annotated[float | None, _option("--adaptive-decay", "Adaptive-p: decay.")] = None
+    adaptive_decay: Annotated[
+        float | None, _option("--adaptive-decay", "Decay rate of adaptive-p sampling.")
+    ] = None
     logit_bias: Annotated[
         list[str] | None,
-        _option("-l --logit-bias", "TOKEN_ID+BIAS or TOKEN_ID-BIAS; may be given several times."),
+        _option(
+            "-l --logit-bias",
+            "Modify the likelihood of a token: TOKEN_ID+BIAS or TOKEN_ID-BIAS; can be given multiple times.",
+        ),
     ] = None
     samplers: Annotated[
-        str | None, _option("--samplers", "Samplers and their order, separated by semicolons.")
+        str | None, _option("--samplers", "Samplers to use, in order, separated by semicolons.")
     ] = None
-    ignore_eos: Annotated[bool, _option("--ignore-eos", "Go on after the end of text.")] = False
-    grammar: Annotated[str | None, _option("--grammar", "A grammar (GBNF) that the text must follow.")] = None
+    ignore_eos: Annotated[
+        bool, _option("--ignore-eos", "Ignore the end-of-text token and continue generating.")
+    ] = False
+    grammar: Annotated[
+        str | None, _option("--grammar", "BNF-like grammar (GBNF) to constrain generation.")
+    ] = None
     json_schema: Annotated[
-        str | None, _option("-j --json-schema", "A JSON schema that the text must follow.")
+        str | None, _option("-j --json-schema", "JSON schema to constrain generation.")
     ] = None
 
     def sampling(self) -> Any:
@@ -129,21 +183,32 @@ class ChatOptions:
     """How messages become a prompt, and what becomes of thoughts."""
 
     chat_template: Annotated[
-        str | None, _chat("--chat-template", "A Jinja template, or the name of one that llama.cpp knows.")
+        str | None,
+        _chat(
+            "--chat-template",
+            "Jinja chat template, or the name of one of llama.cpp's (default: the model's).",
+        ),
     ] = None
     chat_template_file: Annotated[
-        Path | None, _chat("--chat-template-file", "Read the chat template from a file.")
+        Path | None, _chat("--chat-template-file", "File with a Jinja chat template.")
     ] = None
     chat_template_kwargs: Annotated[
-        str | None, _chat("--chat-template-kwargs", "Arguments of the template, as a JSON object.")
+        str | None,
+        _chat("--chat-template-kwargs", "Additional parameters for the chat template, as a JSON object."),
     ] = None
     reasoning_format: Annotated[
-        str, _chat("--reasoning-format", "Where thoughts go: none (into the text), auto, deepseek.")
+        str,
+        _chat(
+            "--reasoning-format",
+            "Handling of reasoning: none (leave it in the text), auto, or deepseek (return it separately).",
+        ),
     ] = "deepseek"
     reasoning_budget: Annotated[
-        int, _chat("--reasoning-budget", "Maximum tokens of thoughts; -1: any number, 0: none.")
+        int, _chat("--reasoning-budget", "Maximum tokens for reasoning; -1 for no limit, 0 for none.")
     ] = -1
-    mmproj: Annotated[Path | None, _chat("--mmproj", "Projector of a model that sees or hears.")] = None
+    mmproj: Annotated[Path | None, _chat("--mmproj", "Multimodal projector file (for images and audio).")] = (
+        None
+    )
 
     def server(self, **more: Any) -> Any:
         """As the Python API has it. Raises UsageError."""

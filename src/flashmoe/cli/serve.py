@@ -14,73 +14,65 @@ from flashmoe.cli.progress import LoadProgress, stderr_console
 from flashmoe.cli.report import show
 from flashmoe.cli.sampling import ChatOptions, SamplingOptions
 from flashmoe.errors import UsageError
-from flashmoe.runtime.layout import AUTO
 
 KEY_VARIABLE = "FLASHMOE_API_KEY"
-_SAMPLING, _CHAT = SamplingOptions(), ChatOptions()
+_LOADING, _SAMPLING, _CHAT = options.ModelOptions(), SamplingOptions(), ChatOptions()
 
 
-@with_options(sampling=SamplingOptions, chat_options=ChatOptions)
+@with_options(loading=options.ModelOptions, sampling=SamplingOptions, chat_options=ChatOptions)
 def serve(
     model: options.Model,
-    ram: options.Ram = None,
-    cache: options.Cache = None,
+    loading: options.ModelOptions = _LOADING,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option("--port", help="Port; 0 takes a free one.", min=0, max=65535)] = 8080,
+    port: Annotated[
+        int, typer.Option("--port", help="Port to listen on; 0 for any free port.", min=0, max=65535)
+    ] = 8080,
     api_key: Annotated[
         str | None,
-        typer.Option("--api-key", help=f"API key required from clients (better: in {KEY_VARIABLE})."),
+        typer.Option("--api-key", help=f"API key required from clients (or set {KEY_VARIABLE})."),
     ] = None,
     parallel: Annotated[
         int,
         typer.Option(
             "-np",
             "--parallel",
-            help="Conversations evaluated together, each with a context of its own; 0: up to 4.",
+            help="Number of requests to decode in parallel, each with its own context; 0 for up to 4.",
             min=0,
             max=64,
         ),
     ] = 0,
     cors: Annotated[
         list[str] | None,
-        typer.Option("--cors", help="Origin whose pages may ask, e.g. http://localhost:3000."),
+        typer.Option(
+            "--cors", help="Allowed CORS origin, e.g. http://localhost:3000; can be given multiple times."
+        ),
     ] = None,
     allow_host: Annotated[
         list[str] | None,
         typer.Option(
-            "--allow-host", help="A further name that a loopback server answers to: its TLS proxy's, say."
+            "--allow-host",
+            help="Additional Host header to accept on a loopback address, e.g. the name of a TLS proxy.",
         ),
     ] = None,
     pooling: Annotated[
         str,
         typer.Option(
-            "--pooling", help="Embeddings: last, mean, cls, none, or auto: as the model's file says."
+            "--pooling", help="Pooling type for embeddings: last, mean, cls, none, or auto (the model's own)."
         ),
     ] = "auto",
-    policy: options.Policy = None,
-    prefetch: options.Prefetch = "auto",
-    layout: options.Layout = AUTO,
-    ctx_size: options.CtxSize = None,
-    ubatch: options.Ubatch = 512,
-    threads: options.Threads = None,
-    cache_type_k: options.CacheTypeK = "f16",
-    cache_type_v: options.CacheTypeV = "f16",
     cache_ram: Annotated[
         str | None,
-        typer.Option(
-            "--cache-ram", help="Memory for conversations that wait for their next turn, e.g. 512MiB."
-        ),
+        typer.Option("--cache-ram", help="Memory for the prompt cache of idle conversations, e.g. 512MiB."),
     ] = None,
     alias: Annotated[
-        str | None, typer.Option("-a", "--alias", help="The model's name for clients (default: its file's).")
+        str | None,
+        typer.Option("-a", "--alias", help="Model name to report to clients (default: the file's name)."),
     ] = None,
     sampling: SamplingOptions = _SAMPLING,
     chat_options: ChatOptions = _CHAT,
-    save_cache: options.SaveCache = False,
-    save_cache_size: options.SaveCacheSize = "4GiB",
-    verify: options.Verify = False,
+    json_file: options.Json = None,
 ) -> None:
-    """Serve a model to OpenAI's clients."""
+    """Serve a model through an OpenAI-compatible HTTP API."""
     try:
         import aiohttp  # noqa: F401
         import httptools  # noqa: F401
@@ -103,27 +95,13 @@ def serve(
             listening.enter_context(sock)
         with LoadProgress(console) as progress:
             compile_replays()
-            loaded = load(
-                model,
-                ram=ram,
-                cache=cache,
-                policy=policy,
-                prefetch=prefetch,
-                layout=layout,
-                n_ctx=ctx_size,
-                n_ubatch=ubatch,
-                threads=threads,
+            asked = loading.load_options(
                 parallel=parallel,
-                cache_type_k=cache_type_k,
-                cache_type_v=cache_type_v,
                 cache_ram=cache_ram,
                 server=chat_options.server(alias=alias or "", sampling=sampling.defaults()),
                 pooling=pooling,
-                progress=progress.update,
-                save_cache=save_cache,
-                save_cache_size=save_cache_size,
-                verify=verify,
             )
+            loaded = load(model, options=asked, progress=progress.update)
         with loaded:
             name = alias or loaded.catalog.gguf.files[0].stem
             inner = loaded.server()
@@ -150,4 +128,7 @@ def serve(
                 names=allow_host or [],
                 started=started,
             )
-            show(console, loaded.report())
+            report = loaded.report()
+            show(console, report)
+            if json_file:
+                json_file.write(report.as_dict())

@@ -9,57 +9,81 @@ import numpy as np
 import typer
 from rich.console import Console
 
+from flashmoe.cli import options
 from flashmoe.cli.progress import stderr_console
-from flashmoe.cli.report import write_json
+from flashmoe.cli.report import JsonFile
 from flashmoe.common.units import parse_bytes
 from flashmoe.errors import UsageError
 from flashmoe.routing.trace import RoutingTrace
 
 
 def simulate(
-    trace: Annotated[Path, typer.Argument(help="A routing trace: .safetensors, .npz or .jsonl.")],
+    trace: Annotated[Path, typer.Argument(help="Routing trace: .safetensors, .npz or .jsonl.")],
     policy: Annotated[
-        str, typer.Option("--policy", help="Comma-separated: all, NAME or NAME:FILE of a trained policy.")
+        str,
+        typer.Option(
+            "--policy", help="Eviction policies, comma-separated: all, NAME or NAME:FILE of a trained policy."
+        ),
     ] = "all",
     prefetch: Annotated[
         str | None,
         typer.Option(
             "--prefetch",
-            help="Judge predictors of routing instead: all, NAME or NAME:FILE; --policy names one (lfu-aged).",
+            help="Evaluate predictors instead: all, NAME or NAME:FILE, with one policy (default: lfu-aged).",
         ),
     ] = None,
     first: Annotated[
-        int | None, typer.Option("--first", min=1, help="Only that many tokens of the trace.")
+        int | None, typer.Option("--first", min=1, help="Maximum tokens of the trace to replay.")
     ] = None,
     capacity: Annotated[
-        str, typer.Option("--capacity", help="Comma-separated: 25%, a share such as 0.25, or slots.")
+        str,
+        typer.Option(
+            "--capacity",
+            help="Cache capacities, comma-separated: 25%, a share such as 0.25, or a number of slots.",
+        ),
     ] = "12.5%,25%,50%",
     partition: Annotated[
-        str, typer.Option("--partition", help="Shares of the layers: per-layer, global or weighted.")
+        str,
+        typer.Option(
+            "--partition", help="Partition of the slots among layers: per-layer, global or weighted."
+        ),
     ] = "per-layer",
     guide: Annotated[
         Path | None,
-        typer.Option("--weights-from", help="Trace for weighted shares (default: the same trace)."),
+        typer.Option(
+            "--weights-from", help="Trace that determines weighted partitions (default: the same trace)."
+        ),
     ] = None,
     per_sequence: Annotated[
-        bool, typer.Option("--per-sequence", help="Start each sequence cold (default: one session).")
+        bool,
+        typer.Option("--per-sequence", help="Start each sequence with an empty cache (default: keep it)."),
     ] = False,
     model: Annotated[
-        str | None, typer.Option("--model", help="GGUF whose expert sizes give the bytes read per token.")
+        str | None,
+        typer.Option("--model", help="GGUF model to take expert sizes from, for bytes read per token."),
     ] = None,
     expert_bytes: Annotated[
-        str | None, typer.Option("--expert-bytes", help="Size of one expert instead, e.g. 3.2MiB.")
+        str | None,
+        typer.Option("--expert-bytes", help="Size of one expert, instead of --model, e.g. 3.2MiB."),
     ] = None,
-    disk: Annotated[str | None, typer.Option("--disk", help="Read speed per second, e.g. 3GB.")] = None,
+    disk: Annotated[
+        str | None,
+        typer.Option(
+            "--disk", help="Read bandwidth of the drive per second, e.g. 3GB, for tokens per second."
+        ),
+    ] = None,
     compute_ms: Annotated[
-        float, typer.Option("--compute", help="Milliseconds per token with all experts in RAM.")
+        float,
+        typer.Option("--compute", help="Compute time per token in milliseconds, with all experts in RAM."),
     ] = 0.0,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Write a figure of hit-rate curves.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows to a file.")] = None,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No table, no progress.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Plot hit rates to a .png, .svg or .pdf file.")
+    ] = None,
+    json_file: options.Json = None,
+    quiet: options.Silent = False,
 ) -> None:
-    """Replay a trace through eviction policies: hit rates, the gap to the oracle, bytes and tokens per
-    second."""
+    """Simulate eviction policies on a routing trace: hit rates, gap to the oracle, bytes and tokens per second."""
+    from flashmoe.cli import tables
     from flashmoe.routing.files import read
     from flashmoe.simulate import report
     from flashmoe.simulate.replay import parse_capacities, parse_policies, simulate
@@ -83,12 +107,13 @@ def simulate(
             read(guide) if guide else None,
             lambda name, size: status.update(f"{name}, {size} slots"),
         )
+    found = report.Simulation.of(recorded, rows, machine)
     if not quiet:
-        Console().print(report.table(rows, recorded, machine))
+        Console().print(tables.of_policies(found))
     if json_file:
-        write_json(json_file, [row.as_dict() for row in rows])
+        json_file.write(found.as_dict())
     if plot:
-        report.plot(rows, plot, str(recorded.model.get("name", trace.stem)))
+        report.plot(rows, plot, found.model)
 
 
 def _prefetch(
@@ -98,11 +123,13 @@ def _prefetch(
     slots: list[int],
     partition: str,
     figure: Path | None,
-    json_file: Path | None,
+    json_file: JsonFile | None,
     quiet: bool,
 ) -> None:
     """Judge predictors: a table, JSON, a figure."""
+    from flashmoe.cli import tables
     from flashmoe.simulate import prefetch
+    from flashmoe.simulate.report import Simulation
 
     specs = prefetch.parse_predictors(predictors)
     policy = "lfu-aged" if policy == "all" else policy
@@ -117,12 +144,13 @@ def _prefetch(
             partition,
             lambda name, done: status.update(f"{name}, {done} of {trace.n_tokens} tokens"),
         )
+    found = Simulation.of(trace, rows)
     if not quiet:
-        Console().print(prefetch.table(rows, trace))
+        Console().print(tables.of_predictors(found))
     if json_file:
-        write_json(json_file, [row.as_dict() for row in rows])
+        json_file.write(found.as_dict())
     if figure:
-        prefetch.plot(rows, figure, str(trace.model.get("name", "trace")))
+        prefetch.plot(rows, figure, found.model)
 
 
 def _machine(model: str | None, expert: str | None, disk: str | None, compute_ms: float, total: int):  # type: ignore[no-untyped-def]

@@ -35,10 +35,11 @@ def record(
     prompts: Annotated[
         Path,
         typer.Option(
-            "--prompts", help='A .jsonl of {"prompt": ...} or {"messages": [...]}, or lines of text.'
+            "--prompts",
+            help='Prompts: a .jsonl file of {"prompt": ...} or {"messages": [...]}, or a text file, one per line.',
         ),
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The trace to write, or to go on with.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Trace to write, or to continue.")],
     n_predict: Annotated[
         int, typer.Option("-n", "--n-predict", help="Maximum tokens to generate per prompt.")
     ] = 128,
@@ -47,10 +48,12 @@ def record(
     ctx_size: options.CtxSize = None,
     threads: options.Threads = None,
     sampling: SamplingOptions = _SAMPLING,
-    restart: Annotated[bool, typer.Option("--restart", help="Begin anew where the output exists.")] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Overwrite an existing trace instead of continuing it.")
+    ] = False,
+    quiet: options.Silent = False,
 ) -> None:
-    """Run a model over many prompts and record its routing; run again to go on where it stopped."""
+    """Run a model over many prompts and record its routing. Run it again to continue where it stopped."""
     import numpy as np
 
     from flashmoe.routing.files import merge
@@ -138,11 +141,14 @@ def read_prompts(path: Path) -> Iterator[str | list[dict[str, str]]]:
 
 @app.command()
 def info(
-    file: Annotated[Path, typer.Argument(help="A trace: .safetensors, .npz or .jsonl.")],
-    plot: Annotated[Path | None, typer.Option("--plot", help="Write a figure.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    file: Annotated[Path, typer.Argument(help="Routing trace: .safetensors, .npz or .jsonl.")],
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Plot the statistics to a .png, .svg or .pdf file.")
+    ] = None,
+    json_file: options.Json = None,
+    quiet: options.Silent = False,
 ) -> None:
-    """Shape, popularity skew, overlap of neighbouring tokens, and reuse distances of each layer."""
+    """Show the shape of a trace and the statistics of each layer: popularity, overlap and reuse distances."""
     from flashmoe.routing import statistics
     from flashmoe.routing.files import read
 
@@ -150,10 +156,9 @@ def info(
     facts, rows = statistics.summary(trace), statistics.layer_statistics(trace)
     if plot:
         statistics.plot(trace, plot)
-    if as_json:
-        print(json.dumps({**facts, "per_layer": [row.__dict__ for row in rows]}, indent=1))
-        return
-    console = Console(highlight=False)
+    if json_file:
+        json_file.write({**facts, "per_layer": [row.__dict__ for row in rows]})
+    console = Console(highlight=False, quiet=quiet)
     model: Any = facts.pop("model")
     console.print(f"{model.get('name', file.stem)}", style="bold", markup=False)
     console.print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()))
@@ -177,11 +182,12 @@ def info(
 
 @app.command("import")
 def import_(
-    source: Annotated[Path, typer.Argument(help="A .npz or .jsonl file.")],
+    source: Annotated[Path, typer.Argument(help="File to convert: .npz or .jsonl.")],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Default: the source's name, .safetensors.")
+        Path | None,
+        typer.Option("-o", "--output", help="Output file (default: the source's name with .safetensors)."),
     ] = None,
-    name: Annotated[str | None, typer.Option("--name", help="Name of the model.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Model name to store in the trace.")] = None,
 ) -> None:
     """Convert a trace from .npz (expert_ids [tokens, layers, k]) or .jsonl (one token per line)."""
     from dataclasses import replace
@@ -198,10 +204,10 @@ def import_(
 
 @app.command()
 def merge(
-    files: Annotated[list[Path], typer.Argument(help="Traces of one model.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The trace to write.")],
+    files: Annotated[list[Path], typer.Argument(help="Routing traces of one model.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Output file.")],
 ) -> None:
-    """Put traces of one model one after another."""
+    """Concatenate traces of one model."""
     from flashmoe.routing import files as traces
 
     _write(traces.merge([traces.read(file) for file in files]), output)
@@ -209,14 +215,20 @@ def merge(
 
 @app.command()
 def split(
-    file: Annotated[Path, typer.Argument(help="A trace.")],
-    outputs: Annotated[tuple[Path, Path], typer.Option("-o", "--output", help="The two traces to write.")],
-    share: Annotated[float, typer.Option("--share", help="Share of the tokens in the first.")] = 0.9,
+    file: Annotated[Path, typer.Argument(help="Routing trace.")],
+    outputs: Annotated[tuple[Path, Path], typer.Option("-o", "--output", help="The two output files.")],
+    share: Annotated[
+        float, typer.Option("--share", help="Share of the tokens in the first output, 0 to 1.")
+    ] = 0.9,
     seed: Annotated[
-        int | None, typer.Option("--seed", help="Draw the sequences (default: the last ones go second).")
+        int | None,
+        typer.Option(
+            "--seed",
+            help="Random seed for choosing sequences (default: the last sequences go to the second output).",
+        ),
     ] = None,
 ) -> None:
-    """Split a trace in two by whole sequences."""
+    """Split a trace in two; sequences stay whole."""
     from flashmoe.routing import files as traces
 
     if outputs[0] == outputs[1] or file in outputs:

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from flashmoe.cli import options
 from flashmoe.cli.progress import stderr_console
-from flashmoe.cli.report import write_json
 
 app = typer.Typer(help="Learn from routing traces (needs torch).", no_args_is_help=True)
 
@@ -25,26 +25,28 @@ def _group() -> None:
 @app.command("policy")
 def policy(
     traces: Annotated[list[Path], typer.Argument(help="Routing traces of one model.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The policy file to write (.safetensors).")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Policy file to write (.safetensors).")],
     kind: Annotated[
-        str, typer.Option("--kind", help="flashmoe (the paper's network) or flashmoe+.")
+        str, typer.Option("--kind", help="Policy to train: flashmoe (the paper's network) or flashmoe+.")
     ] = "flashmoe+",
     epochs: Annotated[
-        int | None, typer.Option("--epochs", help="Most epochs (default: 200, flashmoe+: 5).")
+        int | None, typer.Option("--epochs", help="Maximum epochs (default: 200, flashmoe+: 5).")
     ] = None,
-    minutes: Annotated[float, typer.Option("--minutes", help="Stop after that time.")] = 10.0,
-    held_out: Annotated[float, typer.Option("--held-out", help="Share of sequences to judge by.")] = 0.05,
-    threads: Annotated[int | None, typer.Option("-t", "--threads", help="Threads to train with.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of weights and order.")] = 0,
-    report: Annotated[
-        Path | None, typer.Option("--report", help="Write losses and hit rates as JSON.")
+    minutes: Annotated[float, typer.Option("--minutes", help="Maximum training time in minutes.")] = 10.0,
+    held_out: Annotated[
+        float, typer.Option("--held-out", help="Share of sequences held out for evaluation, 0 to 1.")
+    ] = 0.05,
+    threads: Annotated[
+        int | None, typer.Option("-t", "--threads", help="Number of training threads.")
     ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Random seed of weights and order of samples.")] = 0,
+    json_file: options.Json = None,
     plot: Annotated[
-        Path | None, typer.Option("--plot", help="Write a figure of losses and hit rates.")
+        Path | None, typer.Option("--plot", help="Plot losses and hit rates to a .png, .svg or .pdf file.")
     ] = None,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing.")] = False,
+    quiet: options.Silent = False,
 ) -> None:
-    """Train an eviction policy; use it with --policy KIND:FILE."""
+    """Train an eviction policy, to be used with --policy KIND:FILE."""
     from flashmoe.learn.train import Plan, train
     from flashmoe.learn.train import plot as draw
     from flashmoe.routing.files import merge, read
@@ -69,8 +71,8 @@ def policy(
 
         trained = train(trace, kind, plan, show)
     trained.save(output)
-    if report:
-        write_json(report, {"trained_on": trained.trained_on, **trained.report})
+    if json_file:
+        json_file.write({"trained_on": trained.trained_on, **trained.report})
     if plot:
         draw(trained, plot)
     if not quiet:
@@ -83,23 +85,29 @@ def policy(
 @app.command("prefetch")
 def prefetch(
     traces: Annotated[list[Path], typer.Argument(help="Routing traces of one model.")],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="The predictor file to write (.safetensors).")
-    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Predictor file to write (.safetensors).")],
     kind: Annotated[
-        str, typer.Option("--kind", help="table (a start for what learns online) or promoe (a network).")
+        str,
+        typer.Option(
+            "--kind",
+            help="Predictor to train: table (initial state of the online predictor) or promoe (a network).",
+        ),
     ] = "table",
-    epochs: Annotated[
-        int | None, typer.Option("--epochs", help="Passes over the traces (default: 1, promoe: 3).")
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs (default: 1, promoe: 3).")] = None,
+    minutes: Annotated[
+        float, typer.Option("--minutes", help="Maximum training time in minutes (promoe).")
+    ] = 5.0,
+    held_out: Annotated[
+        float, typer.Option("--held-out", help="Share of sequences held out for evaluation, 0 to 1.")
+    ] = 0.05,
+    threads: Annotated[
+        int | None, typer.Option("-t", "--threads", help="Number of training threads.")
     ] = None,
-    minutes: Annotated[float, typer.Option("--minutes", help="Stop after that time (promoe).")] = 5.0,
-    held_out: Annotated[float, typer.Option("--held-out", help="Share of sequences to judge by.")] = 0.05,
-    threads: Annotated[int | None, typer.Option("-t", "--threads", help="Threads to train with.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of weights and order.")] = 0,
-    report: Annotated[Path | None, typer.Option("--report", help="Write losses and recall as JSON.")] = None,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing.")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Random seed of weights and order of samples.")] = 0,
+    json_file: options.Json = None,
+    quiet: options.Silent = False,
 ) -> None:
-    """Train a predictor of routing; use it with --prefetch KIND:FILE."""
+    """Train a predictor for prefetching, to be used with --prefetch KIND:FILE."""
     from flashmoe.learn.prefetch import train
     from flashmoe.learn.train import Plan
     from flashmoe.routing.files import merge, read
@@ -115,8 +123,8 @@ def prefetch(
 
         trained = train(trace, kind, plan, show)
     trained.save(output)
-    if report:
-        write_json(report, {"trained_on": trained.trained_on, **trained.report})
+    if json_file:
+        json_file.write({"trained_on": trained.trained_on, **trained.report})
     if not quiet:
         if "held_out" in trained.report:
             k = trained.top_k

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from flashmoe.cli import options
 from flashmoe.cli.progress import LoadProgress, stderr_console
@@ -17,22 +13,22 @@ from flashmoe.errors import ModelError
 
 def verify(
     model: options.Model,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    quiet: options.Quiet = False,
+    json_file: options.Json = None,
+    quiet: options.Silent = False,
 ) -> None:
-    """Hash a model's experts once; from then on, compare them with what they were.
+    """Verify the checksums of a model's experts; the first run computes them.
 
-    The checksums are kept in MODEL.flashsums beside the model; `--verify` of other commands compares with them, too.
-    A pack (`flashmoe pack`) is compared with its own. Exit status 1 where something differs.
+    They are stored in MODEL.flashsums next to the model, and `--verify` of other commands uses them, too. A pack
+    (`flashmoe pack`) is compared with its own checksums. Exits with status 1 if anything differs.
     """
     from flashmoe.tools.integrity import verify as verify_model
 
     console = stderr_console(quiet)
     with LoadProgress(console) if console.is_terminal else nullcontext() as progress:
         verdict = verify_model(model, progress.update if progress else lambda stage, done, total: None)
-    if as_json:
-        typer.echo(json.dumps(verdict.as_dict(), indent=1))
-    rate = f"{format_bytes(verdict.bytes)} in {verdict.seconds:.1f} s"
+    if json_file:
+        json_file.write(verdict.as_dict())
+    rate = f"{format_bytes(verdict.read_bytes)} in {verdict.seconds:.1f} s"
     if verdict.damaged:
         raise ModelError(_damage(verdict.model, verdict.damaged, "get the model again"))
     if verdict.pack and verdict.pack_damaged:
@@ -41,13 +37,14 @@ def verify(
         )
     if verdict.written:
         console.print(
-            f"{verdict.sums}: checksums of {verdict.experts} experts written ({rate}); run with --verify to compare "
-            "each when it is first read", highlight=False,
+            f"{verdict.sums}: checksums of {verdict.total_experts} experts written ({rate}); "
+            "run with --verify to compare each when it is first read", highlight=False,
         )  # fmt: skip
     else:
         also = " and its pack" if verdict.pack else ""
         console.print(
-            f"{verdict.model}{also}: all {verdict.experts} experts are as they were ({rate})", highlight=False
+            f"{verdict.model}{also}: all {verdict.total_experts} experts are as they were ({rate})",
+            highlight=False,
         )
 
 

@@ -111,7 +111,7 @@ def summary(trace: RoutingTrace) -> dict[str, object]:
         "experts": trace.num_experts,
         "first_moe_layer": trace.first_moe_layer,
         "sequences": trace.n_sequences,
-        "median_sequence": float(np.median(lengths)),
+        "median_sequence_tokens": float(np.median(lengths)),
         "prefill_tokens": int((trace.phase == PREFILL).sum()),
         "steps": len(trace.steps()) - 1,
         "router_weights": trace.router_weights is not None,

@@ -23,11 +23,11 @@ class Advice:
 
     sentence: str
     more_ram_bytes: int = 0
-    more_ram_tokens_per_s: float = 0.0
-    faster_drive_tokens_per_s: float = 0.0  # twice as fast
-    no_reads_tokens_per_s: float = 0.0  # every read hidden or saved
+    more_ram_tokens_per_second: float = 0.0
+    faster_drive_tokens_per_second: float = 0.0  # twice as fast
+    no_reads_tokens_per_second: float = 0.0  # every read hidden or saved
     policy: str = ""  # the one that would help most, where one clearly would
-    policies_tokens_per_s: Mapping[str, float] = field(default_factory=dict)  # all that were replayed
+    policies_tokens_per_second: Mapping[str, float] = field(default_factory=dict)  # all that were replayed
 
 
 def more_ram(used: int, missing: int) -> int:
@@ -72,7 +72,7 @@ def advise(
     if bound == "compute":
         return Advice(
             f"{start}; more memory would give at most {whole:.1f} tokens/s, a faster processor more",
-            no_reads_tokens_per_s=whole,
+            no_reads_tokens_per_second=whole,
         )
     faster = 1 / (busy + stall / 2)
     extra = more_ram(slots * expert_bytes, (experts - slots) * expert_bytes)
@@ -80,8 +80,8 @@ def advise(
     if not extra or not now:
         return Advice(
             f"{start}; a drive twice as fast would give about {faster:.1f} tokens/s",
-            faster_drive_tokens_per_s=faster,
-            no_reads_tokens_per_s=whole,
+            faster_drive_tokens_per_second=faster,
+            no_reads_tokens_per_second=whole,
         )
     ram = 1 / (busy + stall * misses(1 + extra / (slots * expert_bytes)) / now)
     policies = {spec: 1 / (busy + stall * missed / now) for spec, missed in others().items()}
@@ -93,9 +93,9 @@ def advise(
         f"{start}; +{format_bytes(extra)} of RAM would give about {ram:.1f} tokens/s, {policy}"
         f"a drive twice as fast {faster:.1f}, all experts in memory {whole:.1f}",
         more_ram_bytes=extra,
-        more_ram_tokens_per_s=ram,
-        faster_drive_tokens_per_s=faster,
-        no_reads_tokens_per_s=whole,
+        more_ram_tokens_per_second=ram,
+        faster_drive_tokens_per_second=faster,
+        no_reads_tokens_per_second=whole,
         policy=best,
-        policies_tokens_per_s=policies,
+        policies_tokens_per_second=policies,
     )

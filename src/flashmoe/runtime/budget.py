@@ -85,6 +85,24 @@ def conversations(left: int, cache_ram: int | None, checkpoint: int, parallel: i
     return Conversations(kept, count, count * checkpoint * parallel)
 
 
+@dataclass(frozen=True)
+class PoolPlan:
+    """The pool that a budget leaves room for."""
+
+    least: int  # bytes: the smallest budget that works
+    slots: list[int]  # of each size group; empty where the budget is smaller than that
+
+
+def plan_pool(catalog: ExpertCatalog, budget: int, used: int, align: int, least: int = 0) -> PoolPlan:
+    """The pool beside what else takes memory under a budget, as loading sizes it and `flashmoe plan` predicts it.
+
+    used: bytes of all else: weights, context, buffers. least: what the process has taken already at some time, which a
+    budget cannot undercut.
+    """
+    least = max(used + least_pool(catalog, align), least)
+    return PoolPlan(least, slots_for(catalog, budget - used, align) if least <= budget else [])
+
+
 def expected_share(catalog: ExpertCatalog, budget: int, cache: str | None, align: int) -> float:
     """About which share of the experts a budget, or a pool size, will hold. Raises UsageError and BudgetError."""
     if cache is not None:

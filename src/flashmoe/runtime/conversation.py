@@ -25,7 +25,7 @@ class Turn:
     read: int = 0  # tokens of the prompt that were evaluated
     reused: int = 0  # tokens of the prompt that were in the context already
     made: int = 0  # tokens of the answer
-    tokens_per_s: float = 0.0  # while answering
+    tokens_per_second: float = 0.0  # while answering
     hit_rate: float = 0.0  # of the expert cache, while answering
     forgotten: int = 0  # older turns that were left out to make room
     finished: str = ""  # "stop" (the model's own end), "length" (a limit, a full context), "" (interrupted)
@@ -134,7 +134,7 @@ class Conversation:
                     read=timings.get("prompt_n", 0),
                     reused=timings.get("cache_n", 0),
                     made=timings.get("predicted_n", made),
-                    tokens_per_s=timings.get("predicted_per_second", 0.0),
+                    tokens_per_second=timings.get("predicted_per_second", 0.0),
                     hit_rate=(decode.hits - hits) / max(1, decode.requests - requests),
                     forgotten=(self._first - first) // 2,
                     finished=finished,

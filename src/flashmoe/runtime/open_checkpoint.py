@@ -8,10 +8,9 @@ from typing import Any
 from flashmoe.cache import sizing
 from flashmoe.common import memory
 from flashmoe.engines.transformers.library import open_transformers
-from flashmoe.errors import UsageError
 from flashmoe.runtime import budget
-from flashmoe.runtime.layout import PLAIN, REPACKED
-from flashmoe.runtime.options import LoadOptions, Opened
+from flashmoe.runtime.layout import PLAIN
+from flashmoe.runtime.opening import Loading, Opened
 from flashmoe.storage.checkpoint import read_checkpoint
 from flashmoe.storage.disk import tune
 from flashmoe.storage.hub import resolve_checkpoint
@@ -23,14 +22,9 @@ _STATES = 24
 _SCRATCH = 96 << 20
 
 
-def open_checkpoint(options: LoadOptions, stack: ExitStack) -> Opened:
+def open_checkpoint(loading: Loading, stack: ExitStack) -> Opened:
     """What is opened is closed by `stack`. Raises ModelError, BudgetError, PolicyError, LibraryError, UsageError."""
-    if options.layout == REPACKED:
-        raise UsageError("--layout repacked is llama.cpp's: transformers runs the file's weights as they are")
-    if options.pooling != "none":
-        raise UsageError("the transformers engine makes no embeddings: use a GGUF")
-    if options.verify:
-        raise UsageError("--verify is for GGUF models; checkpoints on the hub have checksums of their own")
+    options, limit = loading.options, loading.limit
     open_transformers()
     import torch
 
@@ -42,11 +36,11 @@ def open_checkpoint(options: LoadOptions, stack: ExitStack) -> Opened:
     from flashmoe.engines.transformers.skeleton import read_skeleton
 
     device = devices.open_device() if options.vram is not None else None
-    checkpoint = read_checkpoint(resolve_checkpoint(options.model))
+    checkpoint = read_checkpoint(resolve_checkpoint(loading.model))
     skeleton = read_skeleton(checkpoint)
     layout = read_layout(checkpoint, skeleton)
     catalog = layout.catalog
-    options.check(catalog)
+    loading.check(catalog)
     text = skeleton.config.get_text_config()
     trained = getattr(text, "max_position_embeddings", None) or budget.DEFAULT_CONTEXT
     budget.check_context(options.n_ctx, trained)
@@ -62,36 +56,36 @@ def open_checkpoint(options: LoadOptions, stack: ExitStack) -> Opened:
     if device is not None:
         fixed = catalog.dense_bytes + context * each + scratch(min(options.n_ubatch, context))
         there = device_slots(str(options.vram), catalog, device.free_bytes(), fixed)
-        front = Front(device, there, options.policy())
+        front = Front(device, there, loading.policy())
     reader = ExpertReader(checkpoint.files)
     stack.callback(reader.close)
     tune(reader, catalog.read_bytes)
     align = max(file.align for file in reader.files)
-    if options.limit:
-        budget.check_before_loading(catalog, options.limit, align)
-    torch.set_num_threads(options.threads)
+    if limit:
+        budget.check_before_loading(catalog, limit, align)
+    torch.set_num_threads(loading.threads)
     dense = catalog.dense_bytes
-    model = load_dense(checkpoint, skeleton, layout, reader.files, lambda n: options.progress(n, dense))
+    model = load_dense(checkpoint, skeleton, layout, reader.files, lambda n: loading.progress(n, dense))
     if device is not None:
         model.to(device.place)
     aside = reader.set_aside(catalog.largest_placed) if catalog.largest_placed else 0
-    promised = aside + options.prepare(catalog)
-    if options.limit and device is None:
+    promised = aside + loading.prepare(catalog)
+    if limit and device is None:
         if options.n_ctx is None:
-            left = options.limit - memory.status_bytes("VmRSS") - promised - budget.RESERVE
+            left = limit - memory.status_bytes("VmRSS") - promised - budget.RESERVE
             context = budget.default_context(context, budget.SMALL_CONTEXT * each, left)
         promised += context * each
     step = min(options.n_ubatch, context)
-    if options.limit:
+    if limit:
         while True:
             used = memory.status_bytes("VmRSS") + promised + scratch(step) + budget.RESERVE
-            least = max(used + sizing.least_pool(catalog, align), memory.status_bytes("VmHWM"))
-            if least <= options.limit:
+            pool = budget.plan_pool(catalog, limit, used, align, memory.status_bytes("VmHWM"))
+            if pool.slots:
                 break
             if step == 1:
-                raise budget.too_small(options.limit, least)
+                raise budget.too_small(limit, pool.least)
             step //= 2
-        slots = sizing.slots_for(catalog, options.limit - used, align)
+        slots = pool.slots
     else:
         slots = sizing.parse_cache(str(options.cache), catalog, align)
     engine = TransformersEngine(

@@ -16,7 +16,8 @@ from flashmoe.engines.llamacpp.token_table import MOST_BYTES
 from flashmoe.runtime import budget
 from flashmoe.runtime.embedding import choose_pooling
 from flashmoe.runtime.layout import PACKED, PLAIN, REPACKED, choose_layout
-from flashmoe.runtime.options import LoadOptions, Opened
+from flashmoe.runtime.opening import Loading, Opened
+from flashmoe.runtime.options import LoadOptions
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.checksums import FirstReads, needed_sums
 from flashmoe.storage.disk import tune
@@ -29,10 +30,11 @@ SMALL_UBATCH = 64  # prompts are still read fast
 MOST_FOR_BUFFERS = 0.05  # of the pool's memory, where the micro-batch is larger
 
 
-def open_gguf(options: LoadOptions, stack: ExitStack, library: Library | None) -> Opened:
+def open_gguf(loading: Loading, stack: ExitStack, library: Library | None) -> Opened:
     """What is opened is closed by `stack`. Raises ModelError, BudgetError, PolicyError, LibraryError, UsageError."""
-    catalog = ExpertCatalog.from_gguf(read_gguf(resolve(options.model)))
-    options.check(catalog)
+    options, limit = loading.options, loading.limit
+    catalog = ExpertCatalog.from_gguf(read_gguf(resolve(loading.model)))
+    loading.check(catalog)
     pooling = choose_pooling(options.pooling, catalog.gguf)
     trained = catalog.gguf.arch_int("context_length", budget.DEFAULT_CONTEXT)
     budget.check_context(options.n_ctx, trained)
@@ -42,12 +44,12 @@ def open_gguf(options: LoadOptions, stack: ExitStack, library: Library | None) -
     stack.callback(reader.close)
     tune(reader, catalog.read_bytes)
     align = max(file.align for file in reader.files)
-    if options.limit:
-        budget.check_before_loading(catalog, options.limit, align)
+    if limit:
+        budget.check_before_loading(catalog, limit, align)
     layout = choose_layout(
         options.layout,
         catalog,
-        budget.expected_share(catalog, options.limit, options.cache, align),
+        budget.expected_share(catalog, limit, options.cache, align),
         pack is not None,
     )
     lib = library or tested_library()
@@ -56,7 +58,7 @@ def open_gguf(options: LoadOptions, stack: ExitStack, library: Library | None) -
         lib,
         catalog,
         reader.files[: len(catalog.gguf.files)],
-        lambda n: options.progress(n, dense),
+        lambda n: loading.progress(n, dense),
         repack=layout == REPACKED,
     )
     stack.callback(loaded.close)
@@ -65,29 +67,29 @@ def open_gguf(options: LoadOptions, stack: ExitStack, library: Library | None) -
         reader.check(FirstReads(catalog, [file.path for file in reader.files], sums))
     aside = reader.set_aside(catalog.largest_placed) if catalog.largest_placed else 0
     promised = (
-        aside + options.prepare(catalog) + (MOST_BYTES if loaded.token_table else 0) + options.projector_bytes
+        aside + loading.prepare(catalog) + (MOST_BYTES if loaded.token_table else 0) + loading.projector_bytes
     )
     make = partial(
         LlamaEngine,
         lib,
         loaded,
-        threads=options.threads,
+        threads=loading.threads,
         all_logits=options.all_logits,
         pooling=pooling,
         cache_types=options.cache_types,
     )
-    wanted = None if options.limit else sizing.parse_cache(str(options.cache), catalog, align)
+    wanted = None if limit else sizing.parse_cache(str(options.cache), catalog, align)
     for_pool = sum(n * size for n, size in zip(wanted or (), sizing.slot_bytes(catalog, align), strict=False))
     # a pool of a given size has the rest of the memory beside it
-    limit = options.limit or memory.default_ram() + memory.status_bytes("VmRSS")
-    left = limit - memory.status_bytes("VmRSS") - promised - for_pool - budget.RESERVE
+    whole = limit or memory.default_ram() + memory.status_bytes("VmRSS")
+    left = whole - memory.status_bytes("VmRSS") - promised - for_pool - budget.RESERVE
     context, sequences = _context(make, options, trained, left)
     # some recurrent memories want as many tokens of each sequence in a micro-batch (an assertion of the library's)
     fit_step = partial(_step, catalog, whole=bool(loaded.recurrent))
     make = partial(make, n_ctx=context)
     step = min(options.n_ubatch, context)
     if wanted is None:
-        engine, slots, kept = _fit(make, catalog, fit_step, step, sequences, options, align, promised)
+        engine, slots, kept = _fit(make, catalog, fit_step, step, sequences, loading, align, promised)
     else:
         if not fit_step(wanted, step, sequences):
             sequences = 1
@@ -95,7 +97,7 @@ def open_gguf(options: LoadOptions, stack: ExitStack, library: Library | None) -
         engine = make(n_ubatch=step, sequences=sequences)
         slots, kept = (
             wanted,
-            budget.conversations(left, options.cache_ram, engine.checkpoint_bytes(), sequences),
+            budget.conversations(left, options.cache_ram_bytes, engine.checkpoint_bytes(), sequences),
         )
     stack.callback(engine.close)
     return Opened(engine, catalog, reader, slots, PACKED if pack else layout, kept)
@@ -147,7 +149,7 @@ def _fit(
     fit_step: Callable[[list[int], int, int], int],
     step: int,
     sequences: int,
-    options: LoadOptions,
+    loading: Loading,
     align: int,
     promised: int,
 ) -> tuple[LlamaEngine, list[int], budget.Conversations]:
@@ -158,7 +160,7 @@ def _fit(
     a large micro-batch anyway. A pool that is too small for several sequences gets one. `promised`: bytes that others
     have reserved and not touched. Raises BudgetError.
     """
-    limit = options.limit
+    limit, options = loading.limit, loading.options
     hoped = max(limit - memory.status_bytes("VmRSS") - budget.RESERVE, sizing.least_pool(catalog, align))
     slots, whole_pool = sizing.slots_for(catalog, hoped, align), sizing.group_experts(catalog).tolist()
     if not fit_step(slots, step, sequences):
@@ -167,21 +169,21 @@ def _fit(
     while True:
         engine, _, to_come = _measured(partial(make, n_ubatch=step, sequences=sequences))
         used = memory.status_bytes("VmRSS") + to_come + promised + budget.RESERVE
-        kept = budget.conversations(limit - used, options.cache_ram, engine.checkpoint_bytes(), sequences)
+        kept = budget.conversations(
+            limit - used, options.cache_ram_bytes, engine.checkpoint_bytes(), sequences
+        )
         used += kept.nbytes
-        # nor can less be kept than starting has taken already
-        least = max(used + sizing.least_pool(catalog, align), memory.status_bytes("VmHWM"))
+        pool = budget.plan_pool(catalog, limit, used, align, memory.status_bytes("VmHWM"))
         greedy = step > SMALL_UBATCH and to_come > MOST_FOR_BUFFERS * (limit - used)
         allowed = 0
-        if least <= limit and not greedy:
-            slots = sizing.slots_for(catalog, limit - used, align)
-            allowed = fit_step(slots, step, sequences)
+        if pool.slots and not greedy:
+            allowed = fit_step(pool.slots, step, sequences)
             if allowed == step:
-                return engine, slots, kept
+                return engine, pool.slots, kept
         engine.close()
         if smaller := allowed or fit_step(whole_pool, step // 2, sequences):
             step = smaller
         elif sequences > 1:
             sequences = 1
         else:
-            raise budget.too_small(limit, least)
+            raise budget.too_small(limit, pool.least)

@@ -26,7 +26,7 @@ class Phase:
     seconds: float = 0.0
 
     @property
-    def tokens_per_s(self) -> float:
+    def tokens_per_second(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
@@ -53,7 +53,7 @@ class Telemetry:
 
 @dataclass(frozen=True)
 class Report:
-    """The figures of a run. `as_dict` is the layout of `--json`; all sizes in bytes, rates in 1e9 bytes per second."""
+    """The figures of a run. `as_dict` is the layout of `--json` (docs/reference/formats.md)."""
 
     model: str
     policy: str
@@ -76,7 +76,8 @@ class Report:
     def lines(self) -> list[str]:
         """The report as a user reads it."""
         p, d, c, io, m = self.prefill, self.decode, self.cache, self.io, self.memory
-        ceiling = f" of the drive's {io['ceiling_gb_per_s']:.2f}" if io["ceiling_gb_per_s"] else ""
+        drive = io["ceiling_bytes_per_second"] / 1e9
+        ceiling = f" of the drive's {drive:.2f}" if drive else ""
         kept = "" if m["peak_bytes"] <= m["budget_bytes"] or not m["budget_bytes"] else " - OVER"
         budget = f" of {format_bytes(m['budget_bytes'])}{kept}" if m["budget_bytes"] else ""
         requests = c["hits"] + c["late_hits"] + c["misses"]
@@ -88,12 +89,12 @@ class Report:
         back = self.start["warm_experts"]
         kept_from = f", {back} from the last session" if back else ""
         return [
-            f"prefill {p['tokens']} tokens, {p['tokens_per_s']:.1f} tokens/s; "
-            f"decode {d['tokens']} tokens, {d['tokens_per_s']:.1f} tokens/s",
-            f"cache {c['slots']} of {c['experts']} experts ({self.policy}{kept_from}), "
+            f"prefill {p['tokens']} tokens, {p['tokens_per_second']:.1f} tokens/s; "
+            f"decode {d['tokens']} tokens, {d['tokens_per_second']:.1f} tokens/s",
+            f"cache {c['slots']} of {c['total_experts']} experts ({self.policy}{kept_from}), "
             f"hit rate {c['hit_rate']:.1%}{ahead}; "
-            f"{format_bytes(io['bytes_per_token'])} read per token",
-            f"reads {io['gb_per_s']:.2f} GB/s on average{ceiling}; "
+            f"{format_bytes(io['read_bytes_per_token'])} read per token",
+            f"reads {io['read_bytes_per_second'] / 1e9:.2f} GB/s on average{ceiling}; "
             f"memory {format_bytes(m['peak_bytes'])} at most{budget}; weights {self.layout}",
             *self._tiers(),
             self.advice["sentence"],
@@ -107,7 +108,8 @@ class Report:
         return [
             f"experts asked for: {t['vram_hits'] / requests:.1%} on the GPU ({t['vram_slots']:.0f} slots), "
             f"{t['ram_hits'] / requests:.1%} in RAM, {t['ssd_misses'] / requests:.1%} on the drive; "
-            f"{t['copies']:.0f} copied at {t['pcie_gb_per_s']:.1f} GB/s, {t['computed_on_cpu']:.0f} computed by the CPU"
+            f"{t['copies']:.0f} copied at {t['pcie_bytes_per_second'] / 1e9:.1f} GB/s, "
+            f"{t['computed_on_cpu']:.0f} computed by the CPU"
         ]
 
 
@@ -167,11 +169,14 @@ def make_report(
         prefetch=prefetch,
         layout=layout,
         text=text,
-        prefill={"tokens": telemetry.prefill.tokens, "tokens_per_s": telemetry.prefill.tokens_per_s},
-        decode={"tokens": telemetry.decode.tokens, "tokens_per_s": telemetry.decode.tokens_per_s},
+        prefill={
+            "tokens": telemetry.prefill.tokens,
+            "tokens_per_second": telemetry.prefill.tokens_per_second,
+        },
+        decode={"tokens": telemetry.decode.tokens, "tokens_per_second": telemetry.decode.tokens_per_second},
         cache={
             "slots": slots,
-            "experts": experts,
+            "total_experts": experts,
             "hits": decode.hits,
             "late_hits": decode.late_hits,
             "misses": decode.misses,
@@ -181,15 +186,15 @@ def make_report(
             "prefill_misses": prefill.misses,
         },
         io={
-            "bytes": decode.bytes + prefill.bytes + ahead + wasted + warm[1],
-            "bytes_per_token": main.bytes_read / max(1, phase.tokens),
+            "read_bytes": decode.bytes + prefill.bytes + ahead + wasted + warm[1],
+            "read_bytes_per_token": main.bytes_read / max(1, phase.tokens),
             "prefetch_bytes": ahead,
             "wasted_bytes": wasted,
-            "gb_per_s": main.bytes_read / phase.seconds / 1e9 if phase.seconds else 0.0,
-            "ceiling_gb_per_s": ceiling,
+            "read_bytes_per_second": main.bytes_read / phase.seconds if phase.seconds else 0.0,
+            "ceiling_bytes_per_second": 1e9 * ceiling,
             "stall_share": stall_share,
             "stall_seconds": main.stall_seconds,
-            "overhead_ms_per_token": 1e3 * main.overhead_seconds / max(1, phase.tokens),
+            "overhead_seconds_per_token": main.overhead_seconds / max(1, phase.tokens),
         },
         memory={"budget_bytes": budget, "peak_bytes": status_bytes("VmHWM")},
         start={

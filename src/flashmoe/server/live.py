@@ -85,7 +85,7 @@ class Live:
             "context": self._inner.n_ctx,
             "parallel": self._inner.parallel,
             "budget_bytes": model.budget_bytes,
-            "ceiling_bytes_per_s": 1e9 * read_ceiling(model.cache.reader, catalog.read_bytes),
+            "ceiling_bytes_per_second": 1e9 * read_ceiling(model.cache.reader, catalog.read_bytes),
         }
 
     def frame(self, since: int | None = None) -> dict[str, Any]:

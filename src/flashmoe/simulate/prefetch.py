@@ -5,14 +5,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numba import njit
-from rich.console import Group
-from rich.table import Table
 
 from flashmoe.cache.policies import create as create_policy
 from flashmoe.cache.residency import make_residency
@@ -43,10 +41,6 @@ class PrefetchRow:
     missing_precision: float  # share of these guesses that were picked
     capacity: float  # share of all experts that have a slot
     policy: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """As written to JSON."""
-        return asdict(self)
 
 
 @njit(cache=True)
@@ -220,37 +214,10 @@ def _share(part: Any, whole: Any) -> float:
     return float(part) / float(whole) if whole else 0.0
 
 
-def _label(spec: str) -> str:
+def label(spec: str) -> str:
     """NAME, or NAME:FILE without folder and suffix."""
     kind, _, file = spec.partition(":")
     return f"{kind}:{Path(file).stem}" if file else kind
-
-
-def table(rows: Sequence[PrefetchRow], trace: RoutingTrace) -> Group:
-    """A table per capacity, one line per predictor and distance: of all experts picked the share that k and 2k guesses
-    found; of the first 1, 2 and 4 guesses among absent experts the share that was right; of the misses the share
-    that 4 and 2k guesses among absent ones found. All in percent."""
-    k = trace.top_k
-    found = {(r.predictor, r.ahead, r.guesses, r.capacity): r for r in rows}
-    tables: list[Table] = []
-    for capacity in dict.fromkeys(row.capacity for row in rows):
-        title = f"{trace.model.get('name', 'trace')}: {trace.n_tokens} tokens, {trace.n_layers} layers, "
-        title += f"{k} of {trace.num_experts}; absent: under {rows[0].policy} at {100 * capacity:.4g} %"
-        result = Table(title=title)
-        result.add_column("predictor", overflow="fold")
-        result.add_column("known", no_wrap=True)
-        columns = [(k, "recall"), (2 * k, "recall")]
-        columns += [(g, "missing_precision") for g in (1, 2, 4)] + [(g, "missing_found") for g in (4, 2 * k)]
-        heads = {"recall": "found", "missing_precision": "right", "missing_found": "misses"}
-        for guesses, what in columns:
-            result.add_column(f"{heads[what]}\n{guesses}", justify="right")
-        for name, ahead in dict.fromkeys((row.predictor, row.ahead) for row in rows):
-            kept = [found.get((name, ahead, g, capacity)) for g, _ in columns]
-            values = [getattr(row, what, None) for row, (_, what) in zip(kept, columns, strict=True)]
-            cells = ["" if value is None else f"{100 * value:.1f}" for value in values]
-            result.add_row(_label(name), "token" if ahead == 0 else f"{ahead} on", *cells)
-        tables.append(result)
-    return Group(*tables)
 
 
 def plot(rows: Sequence[PrefetchRow], path: str | Path, title: str = "") -> None:
@@ -267,7 +234,7 @@ def plot(rows: Sequence[PrefetchRow], path: str | Path, title: str = "") -> None
                 for r in rows
                 if (r.predictor, r.ahead, r.capacity) == (name, ahead, capacity)
             ]
-            axes.plot(*zip(*points, strict=True), label=_label(name), marker="o", ms=3)
+            axes.plot(*zip(*points, strict=True), label=label(name), marker="o", ms=3)
         known = "token alone" if ahead == 0 else f"{ahead} ahead"
         axes.set(xlabel="misses found, %", title=known)
         axes.grid(alpha=0.3)

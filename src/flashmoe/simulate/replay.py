@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,10 +32,6 @@ class Row:
     hit_rate: float
     gap_closed: float | None  # (hit rate - LRU) / (Belady - LRU), None where these are equal
     seconds: float  # of the replay, compilation left out
-
-    def as_dict(self) -> dict[str, Any]:
-        """As written to JSON."""
-        return asdict(self)
 
 
 def parse_policies(text: str) -> list[str]:

@@ -103,10 +103,10 @@ def memory() -> Check:
     machine, limit = psutil.virtual_memory(), memory_limit()
     address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
     facts = {
-        "total_bytes": machine.total,
+        "ram_bytes": machine.total,
         "available_bytes": machine.available,
         "limit_bytes": limit,
-        "default_ram_bytes": default_ram(),
+        "default_budget_bytes": default_ram(),
     }
     text = f"{format_bytes(machine.total)}, {format_bytes(machine.available)} available"
     if limit < machine.total:
@@ -157,7 +157,9 @@ def drive(place: Path) -> Check:
             rates = {size: {depth: rate(reader, size, depth) for depth in DEPTHS} for size in SIZES}
         finally:
             reader.close()
-    facts["gb_per_s"] = {str(size): {str(d): v for d, v in row.items()} for size, row in rates.items()}
+    facts["bytes_per_second"] = {
+        str(size): {str(depth): 1e9 * value for depth, value in row.items()} for size, row in rates.items()
+    }
     best = max(max(row.values()) for row in rates.values())
     text = f"{kind}, direct reads of up to {best:.2f} GB/s ({ceilings(rates)})"
     if not facts["asynchronous"]:

@@ -30,8 +30,8 @@ class Verdict:
     model: Path
     sums: Path
     written: bool  # the checksums have been taken just now: there was nothing to compare with
-    experts: int
-    bytes: int
+    total_experts: int
+    read_bytes: int
     seconds: float
     damaged: tuple[tuple[int, int, str], ...]
     pack: Path | None  # compared with the checksums that it was written with
@@ -87,8 +87,8 @@ def verify(model: str | Path, progress: Callable[[str, int, int], None] = lambda
         model=catalog.gguf.files[0],
         sums=sums_path(catalog.gguf),
         written=known is None,
-        experts=catalog.total_experts,
-        bytes=total,
+        total_experts=catalog.total_experts,
+        read_bytes=total,
         seconds=time.monotonic() - started,
         damaged=numbered(differences(found, known) if known else []),
         pack=pack.path if pack else None,

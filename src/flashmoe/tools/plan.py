@@ -37,17 +37,17 @@ _GOOD = 0.9  # of the best speed within reach is good enough for the smallest bu
 
 @dataclass(frozen=True)
 class Row:
-    """One budget. Times in milliseconds per token, bytes per token."""
+    """One budget, and what is expected of it."""
 
-    ram_bytes: int
+    budget_bytes: int
     context: int
     slots: int
     capacity: float
     hit_rate: float
-    read_bytes: float
-    compute_ms: float
-    read_ms: float
-    tokens_per_s: float
+    read_bytes_per_token: float
+    compute_seconds_per_token: float
+    read_seconds_per_token: float
+    tokens_per_second: float
     bound: str
 
 
@@ -58,17 +58,17 @@ class Plan:
     model: str
     architecture: str
     quantisation: str  # of most expert bytes
-    size_bytes: int
+    file_bytes: int
     dense_bytes: int
-    expert_bytes: int
+    total_expert_bytes: int
     experts: int
     layers: int
     top_k: int
     statistics: str  # whose routing the hit rates are of
-    compute_gb_per_s: dict[str, float]
-    drive_gb_per_s: dict[str, float]  # by depth
+    compute_bytes_per_second: dict[str, float]  # by type of weights
+    drive_bytes_per_second: dict[str, float]  # by depth
     rows: tuple[Row, ...]
-    least_ram_bytes: int
+    least_budget_bytes: int
     recommendation: str
 
 
@@ -146,7 +146,7 @@ def make_plan(
     wished = n_ctx or trained
     small = n_ctx or min(wished, budget.SMALL_CONTEXT)
     fixed = catalog.dense_bytes + OVERHEAD_BYTES
-    least = fixed + context_bytes(gguf, small) + sizing.least_pool(catalog, ALIGN)
+    least = budget.plan_pool(catalog, 0, fixed + context_bytes(gguf, small), ALIGN).least
     whole = (
         fixed
         + context_bytes(gguf, n_ctx or min(wished, budget.AGENT_CONTEXT))
@@ -157,12 +157,14 @@ def make_plan(
     )
     shares = [int(share * gguf.size) for share in (0.25, 0.5, 0.75)]
     wanted = sorted({*(rams or [least, *(ram for ram in shares if least < ram < whole), whole])})
-
-    def context(left: int) -> int:
-        """Tokens of it, where so many bytes are left for it and the pool."""
-        return n_ctx or budget.default_context(wished, context_bytes(gguf, budget.SMALL_CONTEXT), left)
-
-    rows = [_row(catalog, machine, curve, ram, fixed, context(ram - fixed)) for ram in wanted if ram >= least]
+    small_bytes = context_bytes(gguf, budget.SMALL_CONTEXT)
+    rows = []
+    for ram in wanted:
+        for context in (n_ctx or budget.default_context(wished, small_bytes, ram - fixed), small):
+            pool = budget.plan_pool(catalog, ram, fixed + context_bytes(gguf, context), ALIGN)
+            if pool.slots:
+                rows.append(_row(catalog, machine, curve, ram, context, sum(pool.slots)))
+                break
     if not rows:
         raise BudgetError(str(budget.too_small(max(wanted), least)))
     active = active_bytes(catalog)
@@ -174,25 +176,26 @@ def make_plan(
         model=gguf.files[0].name,
         architecture=gguf.architecture,
         quantisation=kinds.most_common(1)[0][0],
-        size_bytes=gguf.size,
+        file_bytes=gguf.size,
         dense_bytes=catalog.dense_bytes,
-        expert_bytes=catalog.expert_bytes,
+        total_expert_bytes=catalog.expert_bytes,
         experts=catalog.n_experts,
         layers=len(catalog.layers),
         top_k=catalog.top_k,
         statistics=f"{curve.model} ({curve.policy}, {curve.tokens} tokens)",
-        compute_gb_per_s={name: machine.compute[name] for name in active if name in machine.compute},
-        drive_gb_per_s={str(depth): value for depth, value in machine.drive.items()},
+        compute_bytes_per_second={
+            name: 1e9 * machine.compute[name] for name in active if name in machine.compute
+        },
+        drive_bytes_per_second={str(depth): 1e9 * value for depth, value in machine.drive.items()},
         rows=tuple(rows),
-        least_ram_bytes=least,
+        least_budget_bytes=least,
         recommendation=_recommend(rows, memory.default_ram()),
     )
 
 
 def _row(
-    catalog: ExpertCatalog, machine: Machine, curve: HitCurve, ram: int, fixed: int, context: int
+    catalog: ExpertCatalog, machine: Machine, curve: HitCurve, ram: int, context: int, slots: int
 ) -> Row:
-    slots = sum(sizing.slots_for(catalog, ram - fixed - context_bytes(catalog.gguf, context), ALIGN))
     capacity = min(1.0, slots / catalog.total_experts)
     hit_rate = curve.at(capacity)
     slowest = min(machine.compute.values())
@@ -204,27 +207,27 @@ def _row(
     per_token = missed * sum(layer.expert_bytes for layer in catalog.layers)
     read = per_token / machine.read_rate(missed * planes) / 1e9
     return Row(
-        ram_bytes=ram,
+        budget_bytes=ram,
         context=context,
         slots=slots,
         capacity=capacity,
         hit_rate=hit_rate,
-        read_bytes=per_token,
-        compute_ms=1e3 * compute,
-        read_ms=1e3 * read,
-        tokens_per_s=1 / (compute + read),
+        read_bytes_per_token=per_token,
+        compute_seconds_per_token=compute,
+        read_seconds_per_token=read,
+        tokens_per_second=1 / (compute + read),
         bound="ssd" if read > STALL_BOUND * (compute + read) else "compute",
     )
 
 
 def _recommend(rows: Sequence[Row], available: int) -> str:
-    within = [row for row in rows if row.ram_bytes <= available]
+    within = [row for row in rows if row.budget_bytes <= available]
     if not within:
         return (
             f"none of these budgets leaves this machine usable: {format_bytes(available)} are free to take; "
             "end other programs, or take a smaller quantisation"
         )
-    best = max(row.tokens_per_s for row in within)
-    row = next(row for row in within if row.tokens_per_s >= _GOOD * best)
+    best = max(row.tokens_per_second for row in within)
+    row = next(row for row in within if row.tokens_per_second >= _GOOD * best)
     more = "" if row.bound == "compute" else "; more memory or a faster drive would help most"
-    return f"--ram {row.ram_bytes >> 20}MiB: about {row.tokens_per_s:.1f} tokens/s, {row.bound}-bound{more}"
+    return f"--ram {row.budget_bytes >> 20}MiB: about {row.tokens_per_second:.1f} tokens/s, {row.bound}-bound{more}"

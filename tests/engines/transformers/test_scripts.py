@@ -28,7 +28,7 @@ def test_gpu_tiers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     for row in json.loads(report.read_text()):
         assert row["vram_hits_share"] + row["ram_hits_share"] + row["ssd_misses_share"] == pytest.approx(1)
-        assert row["tokens_per_s"] > 0 < row["accelerate"]["tokens_per_s"]
+        assert row["tokens_per_second"] > 0 < row["accelerate"]["tokens_per_second"]
         assert row["tokens"][:2] == row["accelerate"]["tokens"]
         assert all(0 <= span["start_ms"] <= span["end_ms"] for span in row["timeline"])
         assert row["overlap"] == 0  # the host's copies are done before anything else

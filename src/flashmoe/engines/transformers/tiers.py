@@ -184,7 +184,7 @@ class Tiers:
             "computed_on_cpu": self._computed,
             "copies": self._copies,
             "copied_bytes": nbytes,
-            "pcie_gb_per_s": nbytes / seconds / 1e9 if seconds else 0.0,
+            "pcie_bytes_per_second": nbytes / seconds if seconds else 0.0,
         }
 
     def close(self) -> None:

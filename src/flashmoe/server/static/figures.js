@@ -78,7 +78,7 @@ export class Figures {
 
   #drive() {
     const tile = this.#tiles.drive;
-    const ceiling = this.info.ceiling_bytes_per_s;
+    const ceiling = this.info.ceiling_bytes_per_second;
     const phases = ["prefill", "decode"].map((phase) => this.#counters.over(phase, WINDOW));
     const rate = phases[0].time && (phases[0].read_bytes + phases[1].read_bytes) / phases[0].time;
     tile.classList.toggle("stale", !rate);

@@ -1,0 +1,43 @@
+"""Between asking for a model and having one: what loading derives from the options, and what opening gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashmoe.cache.policies.base import EvictionPolicy
+from flashmoe.engines.base import Engine
+from flashmoe.runtime.budget import Conversations
+from flashmoe.runtime.options import LoadOptions
+from flashmoe.storage.catalog import ExpertCatalog
+from flashmoe.storage.reader import ExpertReader
+
+
+@dataclass(frozen=True)
+class Loading:
+    """A model that is being loaded."""
+
+    model: str | Path
+    options: LoadOptions
+    limit: int  # of the whole process, in bytes; 0: the pool's size is given
+    threads: int
+    projector_bytes: int  # that the server will load
+    policy: Callable[[], EvictionPolicy]  # another one of the kind that was asked for
+    #: Raises PolicyError where the policy is not for this model.
+    check: Callable[[ExpertCatalog], None]
+    #: To be called before memory is counted; the bytes that are promised to others.
+    prepare: Callable[[ExpertCatalog], int]
+    progress: Callable[[int, int], None]  # bytes loaded, of how many
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An engine with its dense weights, and what its pool is to be."""
+
+    engine: Engine
+    catalog: ExpertCatalog
+    reader: ExpertReader
+    slots: list[int]  # of each size group
+    layout: str  # of the weights, for reports
+    conversations: Conversations
