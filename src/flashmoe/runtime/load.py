@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
 from collections.abc import Sequence
@@ -21,10 +22,11 @@ from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.pool import SlotPool
 from flashmoe.cache.residency import make_residency
 from flashmoe.common import memory
+from flashmoe.common.signals import run_apart
 from flashmoe.common.units import parse_bytes
 from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.serving.options import ServerOptions, projector_bytes
-from flashmoe.errors import FlashMoEWarning, UsageError
+from flashmoe.errors import FlashMoEError, FlashMoEWarning, UsageError
 from flashmoe.prefetch import Predictor
 from flashmoe.prefetch import create_all as create_predictors
 from flashmoe.prefetch.scheduler import Prefetcher
@@ -64,11 +66,32 @@ def load(
 
     Raises ModelError, BudgetError, PolicyError, LibraryError and UsageError, each saying what to do.
     """
-    started = time.perf_counter()
     if options is not None and given:
         raise UsageError(f"give either options or {', '.join(given)}, not both")
-    options = options or LoadOptions(**given)
-    report_progress = progress or (lambda *_: None)
+    wanted = options or LoadOptions(**given)
+    interrupted = threading.Event()
+
+    def report_progress(phase: str, done: int, total: int) -> None:
+        if interrupted.is_set():
+            raise FlashMoEError("loading was interrupted")
+        if progress:
+            progress(phase, done, total)
+
+    loaded: list[Model] = []
+    try:
+        # whole, or not at all: where a handler of a signal raises, it ends at the next report of progress
+        run_apart(lambda: loaded.append(_load(model, wanted, report_progress, library)), interrupted.set)
+        return loaded[0]
+    except BaseException:
+        for opened in loaded:
+            opened.close()
+        raise
+
+
+def _load(
+    model: str | Path, options: LoadOptions, report_progress: Progress, library: Library | None
+) -> Model:
+    started = time.perf_counter()
     server = options.server or ServerOptions()
     make_policy = partial(create, options.policy or default_policy(model))
     evict = make_policy()
@@ -130,7 +153,6 @@ def load(
         if ranked is not None:
             stack.callback(experts.close)
             experts.warm_start(ranked)
-        resources.enter_context(stack.pop_all())
         loaded_model = Model(
             runner,
             experts,
@@ -155,6 +177,7 @@ def load(
         if options.trace:
             loaded_model.record()
         loaded_model.telemetry.load_seconds = time.perf_counter() - started
+        resources.enter_context(stack.pop_all())
         return loaded_model
 
 

@@ -67,7 +67,11 @@ def open_gguf(loading: Loading, stack: ExitStack, library: Library | None) -> Op
         reader.check(FirstReads(catalog, [file.path for file in reader.files], sums))
     aside = reader.set_aside(catalog.largest_placed) if catalog.largest_placed else 0
     promised = (
-        aside + loading.prepare(catalog) + (MOST_BYTES if loaded.token_table else 0) + loading.projector_bytes
+        aside
+        + loading.prepare(catalog)
+        + catalog.table_bytes
+        + (MOST_BYTES if loaded.token_table else 0)
+        + loading.projector_bytes
     )
     make = partial(
         LlamaEngine,
@@ -90,16 +94,17 @@ def open_gguf(loading: Loading, stack: ExitStack, library: Library | None) -> Op
     step = min(options.n_ubatch, context)
     if wanted is None:
         engine, slots, kept = _fit(make, catalog, fit_step, step, sequences, loading, align, promised)
+        stack.callback(engine.close)
     else:
         if not fit_step(wanted, step, sequences):
             sequences = 1
         step = fit_step(wanted, step, sequences)
         engine = make(n_ubatch=step, sequences=sequences)
+        stack.callback(engine.close)
         slots, kept = (
             wanted,
             budget.conversations(left, options.cache_ram_bytes, engine.checkpoint_bytes(), sequences),
         )
-    stack.callback(engine.close)
     return Opened(engine, catalog, reader, slots, PACKED if pack else layout, kept)
 
 
@@ -137,9 +142,12 @@ def _step(
 def _measured(make: Callable[[], LlamaEngine]) -> tuple[LlamaEngine, int, int]:
     """An engine, the bytes that its context (KV cache, compute buffers) takes, and how many of them not yet."""
     data, anonymous = memory.status_bytes("VmData"), memory.status_bytes("RssAnon")
-    engine = make()
-    taken = memory.status_bytes("VmData") - data
-    touched = memory.status_bytes("RssAnon") - anonymous
+    with ExitStack() as stack:
+        engine = make()
+        stack.callback(engine.close)
+        taken = memory.status_bytes("VmData") - data
+        touched = memory.status_bytes("RssAnon") - anonymous
+        stack.pop_all()
     return engine, taken, max(0, taken - touched) + engine.late_bytes
 
 
@@ -167,20 +175,22 @@ def _fit(
         sequences = 1
     step = fit_step(slots, step, sequences)
     while True:
-        engine, _, to_come = _measured(partial(make, n_ubatch=step, sequences=sequences))
-        used = memory.status_bytes("VmRSS") + to_come + promised + budget.RESERVE
-        kept = budget.conversations(
-            limit - used, options.cache_ram_bytes, engine.checkpoint_bytes(), sequences
-        )
-        used += kept.nbytes
-        pool = budget.plan_pool(catalog, limit, used, align, memory.status_bytes("VmHWM"))
-        greedy = step > SMALL_UBATCH and to_come > MOST_FOR_BUFFERS * (limit - used)
-        allowed = 0
-        if pool.slots and not greedy:
-            allowed = fit_step(pool.slots, step, sequences)
-            if allowed == step:
-                return engine, pool.slots, kept
-        engine.close()
+        with ExitStack() as attempt:
+            engine, _, to_come = _measured(partial(make, n_ubatch=step, sequences=sequences))
+            attempt.callback(engine.close)
+            used = memory.status_bytes("VmRSS") + to_come + promised + budget.RESERVE
+            kept = budget.conversations(
+                limit - used, options.cache_ram_bytes, engine.checkpoint_bytes(), sequences
+            )
+            used += kept.nbytes
+            pool = budget.plan_pool(catalog, limit, used, align, memory.status_bytes("VmHWM"))
+            greedy = step > SMALL_UBATCH and to_come > MOST_FOR_BUFFERS * (limit - used)
+            allowed = 0
+            if pool.slots and not greedy:
+                allowed = fit_step(pool.slots, step, sequences)
+                if allowed == step:
+                    attempt.pop_all()
+                    return engine, pool.slots, kept
         if smaller := allowed or fit_step(whole_pool, step // 2, sequences):
             step = smaller
         elif sequences > 1:

@@ -7,6 +7,7 @@ import errno
 import os
 import threading
 import time
+from contextlib import ExitStack
 from mmap import PAGESIZE
 from pathlib import Path
 
@@ -60,9 +61,12 @@ class DirectFile:
             if error.errno != errno.EINVAL:
                 raise ReadError(f"{path}: cannot be opened ({error.strerror})") from None
             self.fd, self.direct = os.open(path, os.O_RDONLY), False
-        self.align_memory, self.align = _direct_alignment(path) if self.direct else (1, 1)
-        self._stamp = self._stat()
-        self.size = self._stamp[0]
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            self.align_memory, self.align = _direct_alignment(path) if self.direct else (1, 1)
+            self._stamp = self._stat()
+            self.size = self._stamp[0]
+            undo.pop_all()
 
     def _stat(self) -> tuple[int, int]:
         status = os.fstat(self.fd)

@@ -7,6 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from mmap import PAGESIZE
 from pathlib import Path
 from typing import Protocol
@@ -82,8 +83,6 @@ class ExpertReader:
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self.files = [DirectFile(path) for path in files]
-        self._queue = open_queue(self.files)
         self._lock = SafeLock()
         self._demand: deque[tuple[Ticket, Read]] = deque()
         self._prefetch: deque[tuple[Ticket, Read]] = deque()
@@ -100,6 +99,13 @@ class ExpertReader:
         self._check: Check | None = None
         #: Of benchmarks.
         self.observer: ReadObserver | None = None
+        with ExitStack() as undo:
+            self.files: list[DirectFile] = []
+            for path in files:
+                self.files.append(DirectFile(path))
+                undo.callback(self.files[-1].close)
+            self._queue = open_queue(self.files)
+            undo.pop_all()
 
     def keep(self, memory: object) -> None:
         """Memory that reads go to: it lives as long as the reader, and longer where a read never ends."""

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe.common.signals import run_apart
 from flashmoe.engines.llamacpp import abi
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.errors import ModelError
@@ -63,7 +62,8 @@ class Context:
         if callback:
             params.cb_eval, params.cb_eval_user_data = callback
         lib.messages.clear()
-        self._pointer = _new(lib, model, params)
+        self._pool: int | None = None
+        self._pointer: int | None = lib.llama_init_from_model(model, params)
         if not self._pointer:
             reason = (lib.messages or ["no reason given"])[-1]
             raise ModelError(
@@ -75,7 +75,6 @@ class Context:
         self.n_vocab = int(lib.llama_vocab_n_tokens(self._vocab))
         self.n_embd = int(lib.llama_model_n_embd_out(model))
         self._embedding = False
-        self._pool = None if lib.openmp else self._attach_threads(threads)
         self._window = lib.llama_model_n_swa(model)  # tokens that attention looks back; 0 for all
         self._recurrent = lib.llama_model_is_recurrent(model) or lib.llama_model_is_hybrid(model)
         #: Tokens evaluated so far by `decode`.
@@ -91,13 +90,14 @@ class Context:
             ),
             logits=(C.c_int8 * n_ubatch)(),
         )
+        if not lib.openmp:
+            self._attach_threads(threads)
 
-    def _attach_threads(self, threads: int) -> int:
+    def _attach_threads(self, threads: int) -> None:
         """Without OpenMP, every cut of the graph would start threads anew: keep them."""
         params = self._lib.ggml_threadpool_params_default(threads)
-        pool: int = self._lib.ggml_threadpool_new(C.byref(params))
-        self._lib.llama_attach_threadpool(self._pointer, pool, pool)
-        return pool
+        self._pool = self._lib.ggml_threadpool_new(C.byref(params))
+        self._lib.llama_attach_threadpool(self._pointer, self._pool, self._pool)
 
     def take_back(self) -> None:
         """The library's server has used it: end what it has set. It has freed the threads that it had attached."""
@@ -173,15 +173,3 @@ class Context:
         if self._pool:
             self._lib.ggml_threadpool_free(self._pool)
             self._pool = None
-
-
-def _new(lib: Library, model: int, params: C.Structure) -> int | None:
-    """A llama_context, None where the library cannot make it. It logs through Python meanwhile."""
-    made: list[int | None] = []
-    try:
-        run_apart(lambda: made.append(lib.llama_init_from_model(model, params)), lambda: None)
-    except BaseException:
-        if made and made[0]:
-            lib.llama_free(made[0])
-        raise
-    return made[0]

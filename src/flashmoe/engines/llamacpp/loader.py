@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ctypes as C
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 from flashmoe.cache.pool import SlotPool, Window
-from flashmoe.common.signals import run_apart
 from flashmoe.engines.llamacpp import abi
 from flashmoe.engines.llamacpp.buffer import ExpertBuffer
 from flashmoe.engines.llamacpp.library import Library
@@ -38,51 +38,58 @@ class LoadedModel:
         self.lib = lib
         self._repacker: Repacker | None = None
         self._buffer = ExpertBuffer(lib)
+        self.pointer: int | None = None
+        self.token_table: TokenTable | None = None
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            self._load(catalog, files, progress, repack)
+            #: Whether some of its memory is a state, not a cache of tokens.
+            self.recurrent = bool(
+                lib.llama_model_is_recurrent(self.pointer) or lib.llama_model_is_hybrid(self.pointer)
+            )
+            self.catalog = catalog.only(self._buffer.tensors)
+            for layer in self.catalog.layers:
+                for plane in (*layer.planes, *layer.tables):
+                    self._set_shape(plane.tensor.name, plane.tensor.shape)
+            table = catalog.token_table
+            if table and table.name in self._buffer.tensors:
+                self.token_table = TokenTable(table, files[catalog.gguf.files.index(table.file)])
+                self._set_shape(table.name, table.shape)
+                self._buffer.tensors[table.name].data = self.token_table.address
+            if repack:
+                self._repacker = Repacker(lib)
+                self._repack(self._repacker)
+            undo.pop_all()
+
+    def _load(
+        self,
+        catalog: ExpertCatalog,
+        files: Sequence[DirectFile],
+        progress: Callable[[int], None],
+        repack: bool,
+    ) -> None:
+        """Let the library load the model, but for the experts and a token embedding that is read on demand."""
         experts = {p.tensor.name for layer in catalog.layers for p in (*layer.planes, *layer.tables)}
         table = catalog.token_table
         holes = experts | {table.name} if table else experts
         file = VirtualFile(segments(catalog.gguf, files, holes), progress)
-        params = lib.llama_model_default_params()
+        params = self.lib.llama_model_default_params()
         params.load_mode = abi.LOAD_MODE_NONE
         params.use_extra_bufts = repack
         params.n_gpu_layers = 0
         self._devices = (C.c_void_p * 1)()  # none: the list ends at once
         params.devices = C.addressof(self._devices)
         params.tensor_buft_overrides = self._buffer.overrides(catalog.override_pattern)
-        lib.messages.clear()
-        self.pointer: int | None = None
-
-        def load() -> None:
-            self.pointer = lib.llama_model_load_from_file_ptr(file.stream, params)
-
+        self.lib.messages.clear()
         try:
-            run_apart(load, file.interrupt)
-            if file.error:
-                raise file.error
-        except BaseException:
-            self.close()
-            raise
+            self.pointer = self.lib.llama_model_load_from_file_ptr(file.stream, params)
         finally:
             file.close()
+        if file.error:
+            raise file.error
         if not self.pointer:
-            raise load_error(lib, catalog)
+            raise load_error(self.lib, catalog)
         self._buffer.seal()
-        #: Whether some of its memory is a state, not a cache of tokens.
-        self.recurrent: bool = bool(
-            lib.llama_model_is_recurrent(self.pointer) or lib.llama_model_is_hybrid(self.pointer)
-        )
-        self.catalog: ExpertCatalog = catalog.only(self._buffer.tensors)
-        for layer in self.catalog.layers:
-            for plane in (*layer.planes, *layer.tables):
-                self._set_shape(plane.tensor.name, plane.tensor.shape)
-        self.token_table: TokenTable | None = None
-        if table and table.name in self._buffer.tensors:
-            self.token_table = TokenTable(table, files[catalog.gguf.files.index(table.file)])
-            self._set_shape(table.name, table.shape)
-            self._buffer.tensors[table.name].data = self.token_table.address
-        if repack:
-            self._repacker = Repacker(lib)
-            self._repack(self._repacker)
 
     def _repack(self, repacker: Repacker) -> None:
         planes = [plane.tensor.name for layer in self.catalog.layers for plane in layer.planes]

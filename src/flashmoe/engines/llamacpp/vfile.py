@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable, Container, Sequence
 from typing import NamedTuple
 
-from flashmoe.errors import LibraryError, ModelError
+from flashmoe.errors import LibraryError
 from flashmoe.storage.direct import DirectFile
 from flashmoe.storage.gguf import GGUF, MAGIC, TYPES
 
@@ -100,10 +100,6 @@ class VirtualFile:
         libc.setvbuf(self.stream, C.addressof(self._buffer), 0, _STREAM_BUFFER)
         libc.fclose.argtypes = [C.c_void_p]
         self._fclose = libc.fclose
-
-    def interrupt(self) -> None:
-        """Let the next read fail, and with it what reads; from any thread."""
-        self.error = self.error or ModelError("loading was interrupted")
 
     def close(self) -> None:
         self._fclose(self.stream)
