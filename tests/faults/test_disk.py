@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -52,6 +53,16 @@ def text_of(model: flashmoe.Model) -> str:
     return "".join(model.generate("hello world", max_tokens=8, sampling=GREEDY))
 
 
+def names_what_failed(message: str, model: flashmoe.Model) -> None:
+    """File, layer, expert, tensor and offset, and they belong together."""
+    found = re.search(r"\(reading expert (\d+) of layer (\d+), (\S+): (\d+) bytes at (\d+)\)", message)
+    assert found, message
+    expert, layer, offset = (int(found[i]) for i in (1, 2, 5))
+    plane = next(p for p in model.catalog.layers[layer].planes if p.tensor.name == found[3])
+    assert message.startswith(f"{model.catalog.gguf.files[0]}: ")
+    assert 0 <= offset - (plane.offset + expert * plane.stride) <= plane.nbytes - int(found[4])
+
+
 def test_an_error_that_passes_is_not_noticed(model: flashmoe.Model, disk: Disk) -> None:
     expected = text_of(model)
     before = disk.fault(kind="error", times=3)["reads"]
@@ -63,8 +74,9 @@ def test_an_error_that_stays_is_reported_and_goes_with_the_fault(model: flashmoe
     expected = text_of(model)
     for skip in (0, 1, 7, 20):
         disk.fault(kind="error", skip=skip)
-        with pytest.raises(ReadError, match=r"reading at byte \d+ failed \(Input/output error\)"):
+        with pytest.raises(ReadError, match=r"reading at byte \d+ failed \(Input/output error\)") as failed:
             text_of(model)
+        names_what_failed(str(failed.value), model)
         disk.fault()
         assert text_of(model) == expected
 
@@ -104,8 +116,9 @@ def test_a_hanging_disk_is_reported_and_its_memory_is_left_alone(model: flashmoe
     expected = text_of(model)
     disk.fault(kind="hang")
     for _ in range(3):
-        with pytest.raises(ReadError, match="has not answered for"):
+        with pytest.raises(ReadError, match="has not answered for") as failed:
             text_of(model)
+        names_what_failed(str(failed.value), model)
     assert disk.fault()["held"]  # it answers now: late bytes arrive where nobody reads any more
     assert text_of(model) == expected
     assert not model.cache.reader._given_up
