@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from flashmoe.tools.integrity import Verdict, verify
 
 __all__ = ["Conversation", "FlashMoEError", "Model", "SamplingParams", "Verdict", "load", "verify"]
+
+# silent unless a program that uses this package, or --verbose, wants to see records
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 try:
     __version__ = version("flashmoe-ssd")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import statistics
 import subprocess
@@ -30,6 +31,8 @@ from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.disk import read_ceiling
 from flashmoe.storage.gguf import read_gguf
 from flashmoe.storage.reader import ExpertReader
+
+_log = logging.getLogger(__name__)
 
 _ATTEMPTS = 3  # of a pair that something else disturbed
 _CONTEXT_STEP = 256
@@ -157,6 +160,7 @@ class _Runner:
             trace=self._trace,
             trace_start=plan.seed,
             verify=plan.verify,
+            verbose=_log.isEnabledFor(logging.INFO),
         )
 
     def _measure_size(self, size: Size, files: OpponentFiles) -> list[dict[str, Any]]:
@@ -251,6 +255,8 @@ def _run_child(command: list[str], job: str, timeout: float) -> dict[str, Any]:
         child = subprocess.run(command, input=job, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
         return {"error": f"not done after {timeout:.0f} s"}
+    for line in child.stderr.splitlines():
+        _log.info("%s", line)
     lines = child.stdout.strip().splitlines()
     if child.returncode == 0 and lines:
         result: dict[str, Any] = json.loads(lines[-1])

@@ -104,6 +104,7 @@ def run(
         Path | None, typer.Option("--plot", help="Draw speed against budget, and one token's time line.")
     ] = None,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress.")] = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Measure a model against stock llama.cpp, in pairs A B A B, each in a process of its own."""
     if (ram is None) == (cache is None):

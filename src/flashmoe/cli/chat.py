@@ -45,6 +45,7 @@ def chat(
     trace: options.Trace = None,
     json_file: options.Json = None,
     quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Talk with a model that need not fit in memory. From a pipe, a line is a turn."""
     console = stderr_console(quiet)

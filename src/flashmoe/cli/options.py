@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from flashmoe.cli.logs import show_logs
+
 Model = Annotated[
     str, typer.Argument(help="A GGUF file (or the first of a split set), hf:ORG/REPO[:FILE], or demo.")
 ]
@@ -58,3 +60,7 @@ Verify = Annotated[
 Trace = Annotated[Path | None, typer.Option("--trace", help="Record the routing to a .safetensors file.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the report to a file.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Nothing but the text.")]
+Verbose = Annotated[
+    bool,
+    typer.Option("-v", "--verbose", callback=show_logs, help="Say on stderr what fell back or was retried."),
+]

@@ -51,6 +51,7 @@ def run(
     trace: options.Trace = None,
     json_file: options.Json = None,
     quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Generate text with a model that need not fit in memory."""
     text = _prompt(prompt, file)

@@ -79,6 +79,7 @@ def serve(
     save_cache: options.SaveCache = False,
     save_cache_size: options.SaveCacheSize = "4GiB",
     verify: options.Verify = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Serve a model to OpenAI's clients."""
     try:

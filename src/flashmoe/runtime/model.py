@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from flashmoe.engines.llamacpp.serving.options import ServerOptions
     from flashmoe.engines.llamacpp.serving.saved import SavedConversations
     from flashmoe.engines.llamacpp.serving.server import InnerServer
+
+_log = logging.getLogger(__name__)
 
 
 class Model:
@@ -315,6 +318,8 @@ class Model:
             self._server.cancel()
             self._saved.save(self._server)
         self._own_context()
+        if self.cache.staging.dropped:
+            _log.info("prefetches dropped before their end: %d", self.cache.staging.dropped)
         self._resources.close()
 
     def __enter__(self) -> Model:
