@@ -17,7 +17,7 @@ from flashmoe.cache.residency import equal_quota, make_residency
 from flashmoe.common import plugins
 from flashmoe.errors import FlashMoEError
 from flashmoe.learn.prefetch import train
-from flashmoe.prefetch import BUILTIN, ENTRY_POINTS, available, create
+from flashmoe.prefetch import BUILTIN, ENTRY_POINTS, available, create, of_routing_alone
 from flashmoe.prefetch.base import Predictor, PredictorError
 from flashmoe.prefetch.files import PredictorFile
 from flashmoe.prefetch.promoe import AHEAD as PROMOE_AHEAD
@@ -365,6 +365,7 @@ def test_names() -> None:
     assert create("none") is None
     assert available()[0] == "none"
     assert set(BUILTIN) <= set(available())
+    assert set(BUILTIN) - set(of_routing_alone()) == {"gate", "promoe"}
     for spec, message in (
         ("tabel", "unknown predictor 'tabel': use one of none, gate, table"),
         ("none:x.safetensors", "does not exist"),

@@ -38,6 +38,10 @@ class Predictor:
     """
 
     name: ClassVar[str] = ""
+    #: True for predictors that are made from a trained file (NAME:FILE).
+    needs_file: ClassVar[bool] = False
+    #: True for predictors that need the routers' inputs (`see`), which no trace has.
+    needs_hidden: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.n_layers = self.n_experts = self.top_k = 0

@@ -33,7 +33,6 @@ from flashmoe.runtime.layout import AUTO, check_layout
 from flashmoe.runtime.model import Model, Progress
 from flashmoe.runtime.options import LoadOptions, Opened
 from flashmoe.runtime.session import Session
-from flashmoe.simulate.what_if import UNTRAINED
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.hub import default_policy
 
@@ -208,7 +207,7 @@ def load(
             resources,
             prefetcher=prefetcher,
             layout=opened.layout,
-            alternatives=[default_policy(model), *UNTRAINED],
+            alternatives=[default_policy(model)],
             server_options=replace(
                 server,
                 cache_ram_mib=opened.conversations.cache_ram >> 20,

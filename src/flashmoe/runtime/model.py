@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe.cache.expert_cache import ExpertCache
+from flashmoe.cache.policies import suggested
 from flashmoe.cache.stats import CacheStats
 from flashmoe.engines.base import Engine, SamplingParams, TemplateEngine
 from flashmoe.errors import UsageError
@@ -61,7 +62,7 @@ class Model:
         self.engine, self.cache, self.catalog, self.prefetcher = engine, cache, catalog, prefetcher
         self.decoder = Decoder(engine, cache, prefetcher, self._own_context)
         self.budget_bytes, self.layout = budget_bytes, layout
-        self.alternatives = alternatives  # eviction policies that reports try
+        self.alternatives = alternatives  # eviction policies that reports try first
         self.progress, self._resources = progress, resources
         self._server_options = server_options
         self._server: InnerServer | None = None
@@ -301,7 +302,7 @@ class Model:
             experts=self.catalog.total_experts,
             expert_bytes=self.catalog.expert_bytes // self.catalog.total_experts,
             misses=what_if.larger,
-            others=lambda: what_if.others(self.alternatives),
+            others=lambda: what_if.others([*self.alternatives, *suggested()]),
             budget=self.budget_bytes,
             tiers=self.engine.tiers.figures() if self.engine.tiers else {},
             warm=(self.cache.warm.experts, self.cache.warm.bytes) if self.cache.warm else (0, 0),
