@@ -25,6 +25,7 @@ from flashmoe.bench.results import Round, make_row
 from flashmoe.bench.spec import DEFAULT_POLICY, POOL, BenchError, Job, Plan, Setting, Size
 from flashmoe.bench.tokens import ROUTINGS, make_tokens, vocabulary_size
 from flashmoe.cache.policies import create
+from flashmoe.common.machine import cores
 from flashmoe.errors import UsageError
 from flashmoe.routing.files import read as read_trace
 from flashmoe.storage.catalog import ExpertCatalog
@@ -156,7 +157,7 @@ class _Runner:
             n_ctx=n_ctx,
             n_ubatch=min(plan.n_ubatch, n_ctx),
             step=min(plan.n_ubatch, n_ctx),
-            threads=plan.threads or _physical_cores(),
+            threads=plan.threads or cores(),
             trace=self._trace,
             trace_start=plan.seed,
             verify=plan.verify,
@@ -269,12 +270,6 @@ def _run_child(command: list[str], job: str, timeout: float) -> dict[str, Any]:
 
 def _is_tokens(routing: str) -> bool:
     return routing in ROUTINGS or routing.startswith("text:")
-
-
-def _physical_cores() -> int:
-    import psutil
-
-    return psutil.cpu_count(logical=False) or 1
 
 
 @contextmanager

@@ -15,6 +15,11 @@ Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
 
 
+#: Layers between the last router that has spoken and the target, as predictors are trained and judged; 0: the token
+#: alone is known.
+AHEAD = (0, 1, 2, 4)
+
+
 class PredictorError(FlashMoEError):
     """A predictor that is unknown, damaged, or made for another model."""
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import psutil
 
 from flashmoe.cache import sizing
 from flashmoe.cache.expert_cache import ExpertCache
@@ -21,6 +20,7 @@ from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.pool import SlotPool
 from flashmoe.cache.residency import make_residency
 from flashmoe.common import memory
+from flashmoe.common.machine import cores
 from flashmoe.common.units import parse_bytes
 from flashmoe.engines.llamacpp.context import CACHE_TYPES
 from flashmoe.engines.llamacpp.engine import LlamaEngine
@@ -148,7 +148,7 @@ def load(
         vram=None if vram is None else str(vram),
         n_ctx=n_ctx,
         n_ubatch=n_ubatch,
-        threads=threads or psutil.cpu_count(logical=False) or 1,
+        threads=threads or cores(),
         all_logits=all_logits,
         parallel=parallel,
         cache_types=(cache_type_k, cache_type_v),

@@ -19,12 +19,9 @@ from flashmoe.cache.residency import make_residency
 from flashmoe.common.plotting import new_figure, save_figure
 from flashmoe.errors import UsageError
 from flashmoe.prefetch import create, needs_hidden, of_routing_alone
-from flashmoe.prefetch.base import Predictor, PredictorError
+from flashmoe.prefetch.base import AHEAD, Predictor, PredictorError
 from flashmoe.routing.trace import RoutingTrace
 from flashmoe.simulate.replay import shares
-
-#: Layers between the last router that has spoken and the target; 0: the token alone is known.
-AHEAD = (0, 1, 2, 4)
 
 
 @dataclass(frozen=True)
