@@ -123,6 +123,7 @@ class ProMoE(TextPredictor):
     """A trained network per layer and distance, from a file of `flashmoe train prefetch --kind promoe`."""
 
     name: ClassVar[str] = "promoe"
+    needs_file: ClassVar[bool] = True
 
     def __init__(self, file: str | Path | None = None, trained: PredictorFile | None = None) -> None:
         super().__init__()
