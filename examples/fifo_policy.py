@@ -26,7 +26,8 @@ class FifoState(NamedTuple):
     inserted: NDArray[np.float64]  # [L, E] step in which an expert came in
 
 
-# numba compiles these four, which have no annotations and exactly these arguments
+# numba compiles these two, which have no annotations and exactly these arguments; there are two more, see
+# flashmoe.cache.kernels.entries
 def record(st, res, layer, ids, n):
     """The distinct experts ids[:n] are requested; residency is still as before: slot_of >= 0 is a hit."""
     for i in range(n):
@@ -39,19 +40,11 @@ def victim(st, res, layer, g):
     return loops.lowest(st.inserted, res, layer, g)
 
 
-def evicted(st, res, layer, expert):
-    """An expert is about to lose its slot."""
-
-
-def begin(st):
-    """A sequence begins."""
-
-
 class Fifo(EvictionPolicy):
     """First in, first out."""
 
     name = "fifo"
-    kernels = loops.compiled(FifoState, record, victim, evicted, begin)
+    kernels = loops.compiled(FifoState, record, victim)
 
     def make_state(self, n_layers: int, n_experts: int) -> FifoState:
         return FifoState(np.zeros((n_layers, n_experts)))

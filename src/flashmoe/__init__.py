@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,9 @@ __all__ = [
     "load",
     "verify",
 ]
+
+# silent unless a program that uses this package, or --verbose, wants to see records
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 try:
     __version__ = version("flashmoe-ssd")

@@ -15,6 +15,7 @@ from flashmoe.cache import policies
 from flashmoe.cache.residency import check_residency, make_residency
 from flashmoe.common import plugins
 from flashmoe.errors import PolicyError
+from flashmoe.simulate.replay import parse_policies
 
 DOCS = Path(__file__).parents[2] / "docs" / "policies.md"
 
@@ -36,8 +37,16 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("plugin")
-def test_a_policy_from_an_entry_point() -> None:
+def test_a_policy_from_an_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "fifo" in policies.available()
+    assert "fifo" in parse_policies("all")
+    assert "fifo" not in policies.suggested()
+    made_by = type(policies.create("fifo"))
+    with monkeypatch.context() as patch:
+        patch.setattr(made_by, "needs_file", True)
+        patch.setattr(made_by, "suggested", True)
+        assert "fifo" not in parse_policies("all")
+        assert "fifo" in policies.suggested()
     policy = policies.create("fifo")
     policy.bind(make_residency(1, 8, [2]))
     ids = np.array([0, 1, 0, 2, 0, 1], np.int16).reshape(-1, 1, 1)
@@ -45,3 +54,8 @@ def test_a_policy_from_an_entry_point() -> None:
     check_residency(policy.residency)
     with pytest.raises((PolicyError, TypeError)):
         policies.create("broken")
+
+
+def test_what_the_built_in_policies_are() -> None:
+    assert set(policies.BUILTIN) - set(policies.without_file()) == {"flashmoe", "flashmoe+"}
+    assert set(policies.suggested()) == {"lfu-aged", "lfru", "lecar", "adaptive", "lru"}

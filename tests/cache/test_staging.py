@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import flashmoe
 from flashmoe.cache import sizing
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.cache.policies import create
 from flashmoe.cache.residency import check_residency
+from flashmoe.engines.llamacpp.library import Library
 from flashmoe.errors import ReadError
 from flashmoe.storage import reader as reader_module
 from flashmoe.storage.aio import ThreadQueue
@@ -102,7 +105,24 @@ def test_wrong_guesses_evict_nothing_and_are_counted(tiny: Tiny) -> None:
     c.close()
 
 
-def test_failed_prefetch_is_read_again_and_reported_then(tiny: Tiny) -> None:
+def test_dropped_prefetches_are_counted_and_logged(
+    demo: Path, lib: Library, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        caplog.at_level(logging.INFO, "flashmoe"),
+        flashmoe.load(demo, cache="50%", threads=1, n_ctx=64, prefetch="table", library=lib) as model,
+    ):
+        cache = model.cache
+        cache.prefetch(1, np.flatnonzero(cache.policy.residency.slot_of[1] < 0)[:2].tolist())
+        cache.staging.served(1)  # its router wanted others; nobody has looked whether the reads have ended
+        assert cache.staging.dropped == 2
+        assert not caplog.messages[-1].startswith("prefetches dropped")
+    assert caplog.messages[-1] == "prefetches dropped before their end: 2"
+
+
+def test_failed_prefetch_is_read_again_and_reported_then(
+    tiny: Tiny, caplog: pytest.LogCaptureFixture
+) -> None:
     c = Staged(tiny("gpt-oss"), 12, 2)
     with failing(Path("m"), [sector(c, 0, 4, 0)]):
         c.cache.prefetch(0, [4, 5])
@@ -111,6 +131,7 @@ def test_failed_prefetch_is_read_again_and_reported_then(tiny: Tiny) -> None:
             c.ensure(0, [4, 5])
         c.check_residency()
         assert not len(c.policy.residency.resident(0))
+    assert caplog.messages == ["a prefetch of expert 4 of layer 0 failed: reading it on demand"]
     c.ensure(0, [4, 5])
     c.close()
 

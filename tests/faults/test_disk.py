@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ import flashmoe
 from flashmoe.engines.base import SamplingParams
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.errors import ReadError
-from flashmoe.storage import direct
+from flashmoe.storage import aio, direct
 from flashmoe.storage import reader as reader_module
 from flashmoe.storage.aio import KernelQueue, ThreadQueue
 from tests.conftest import Tiny
@@ -52,19 +54,57 @@ def text_of(model: flashmoe.Model) -> str:
     return "".join(model.generate("hello world", max_tokens=8, sampling=GREEDY))
 
 
-def test_an_error_that_passes_is_not_noticed(model: flashmoe.Model, disk: Disk) -> None:
+def names_what_failed(message: str, model: flashmoe.Model) -> None:
+    """File, layer, expert, tensor and offset, and they belong together."""
+    found = re.search(r"\(reading expert (\d+) of layer (\d+), (\S+): (\d+) bytes at (\d+)\)", message)
+    assert found, message
+    expert, layer, offset = (int(found[i]) for i in (1, 2, 5))
+    plane = next(p for p in model.catalog.layers[layer].planes if p.tensor.name == found[3])
+    assert message.startswith(f"{model.catalog.gguf.files[0]}: ")
+    assert 0 <= offset - (plane.offset + expert * plane.stride) <= plane.nbytes - int(found[4])
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture, module: str) -> list[str]:
+    """What a module has warned of, messages."""
+    return [r.getMessage() for r in caplog.records if (r.name, r.levelno) == (module, logging.WARNING)]
+
+
+def test_an_error_that_passes_is_only_logged(
+    model: flashmoe.Model, disk: Disk, caplog: pytest.LogCaptureFixture
+) -> None:
     expected = text_of(model)
+    assert not caplog.records
     before = disk.fault(kind="error", times=3)["reads"]
     assert text_of(model) == expected
     assert disk.fault()["reads"] > before + 3
+    retried = warnings_of(caplog, "flashmoe.storage.direct") + warnings_of(caplog, "flashmoe.storage.aio")
+    assert len(retried) == 3
+    assert all("Input/output error" in m and str(disk.path) in m and "again" in m for m in retried)
+
+
+def test_what_fell_back_is_logged(
+    disk: Disk, lib: Library, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without O_DIRECT, or without io_submit, threads read."""
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "O_DIRECT", 0)
+        flashmoe.load(disk.path, cache="1", threads=1, n_ctx=128, library=lib).close()
+    assert any("no direct reads (O_DIRECT)" in m for m in warnings_of(caplog, "flashmoe.storage.direct"))
+    assert any("reading with threads" in m for m in warnings_of(caplog, "flashmoe.storage.aio"))
+    caplog.clear()
+    monkeypatch.setattr(aio, "_SYSCALLS", {})
+    flashmoe.load(disk.path, cache="1", threads=1, n_ctx=128, library=lib).close()
+    assert not warnings_of(caplog, "flashmoe.storage.direct")
+    assert any("no io_submit" in m for m in warnings_of(caplog, "flashmoe.storage.aio"))
 
 
 def test_an_error_that_stays_is_reported_and_goes_with_the_fault(model: flashmoe.Model, disk: Disk) -> None:
     expected = text_of(model)
     for skip in (0, 1, 7, 20):
         disk.fault(kind="error", skip=skip)
-        with pytest.raises(ReadError, match=r"reading at byte \d+ failed \(Input/output error\)"):
+        with pytest.raises(ReadError, match=r"reading at byte \d+ failed \(Input/output error\)") as failed:
             text_of(model)
+        names_what_failed(str(failed.value), model)
         disk.fault()
         assert text_of(model) == expected
 
@@ -104,8 +144,9 @@ def test_a_hanging_disk_is_reported_and_its_memory_is_left_alone(model: flashmoe
     expected = text_of(model)
     disk.fault(kind="hang")
     for _ in range(3):
-        with pytest.raises(ReadError, match="has not answered for"):
+        with pytest.raises(ReadError, match="has not answered for") as failed:
             text_of(model)
+        names_what_failed(str(failed.value), model)
     assert disk.fault()["held"]  # it answers now: late bytes arrive where nobody reads any more
     assert text_of(model) == expected
     assert not model.cache.reader._given_up

@@ -18,12 +18,11 @@ from flashmoe.cli.tables import of_predictors
 from flashmoe.common import plugins
 from flashmoe.errors import FlashMoEError
 from flashmoe.learn.prefetch import train
-from flashmoe.prefetch import BUILTIN, ENTRY_POINTS, available, create
-from flashmoe.prefetch.base import Predictor, PredictorError
+from flashmoe.prefetch import BUILTIN, ENTRY_POINTS, available, create, of_routing_alone
+from flashmoe.prefetch.base import AHEAD, Predictor, PredictorError
 from flashmoe.prefetch.files import PredictorFile
-from flashmoe.prefetch.promoe import AHEAD as PROMOE_AHEAD
 from flashmoe.prefetch.promoe import ProMoE
-from flashmoe.prefetch.table import AHEAD, SOURCES, Table, class_for
+from flashmoe.prefetch.table import SOURCES, Table, class_for
 from flashmoe.routing.trace import RoutingTrace
 from flashmoe.simulate.prefetch import judge, parse_predictors, plot, simulate_prefetch, tally
 from flashmoe.simulate.report import Simulation
@@ -48,7 +47,7 @@ def chained(tokens: int = 400, seed: int = 0, vocabulary: int = 12) -> RoutingTr
 def untrained(layers: int = LAYERS, experts: int = EXPERTS, k: int = K, seed: int = 0) -> PredictorFile:
     """A promoe of random weights."""
     rng = np.random.default_rng(seed)
-    c, r, h, v = len(PROMOE_AHEAD), 8, 8, 32
+    c, r, h, v = len(AHEAD), 8, 8, 32
     shapes = {
         "token": (v, r), "embed": (layers, experts, r), "w1": (c, layers, 3 * r, h), "b1": (c, layers, h),
         "w2": (c, layers, h, experts), "b2": (c, layers, experts),
@@ -56,7 +55,7 @@ def untrained(layers: int = LAYERS, experts: int = EXPERTS, k: int = K, seed: in
     arrays: dict[str, NDArray[Any]] = {
         name: rng.normal(0, 0.5, s).astype(np.float16) for name, s in shapes.items()
     }
-    constants = {"R": r, "H": h, "V": v, "decays": [0.5, 0.9], "ahead": list(PROMOE_AHEAD)}
+    constants = {"R": r, "H": h, "V": v, "decays": [0.5, 0.9], "ahead": list(AHEAD)}
     return PredictorFile("promoe", arrays, layers, experts, k, constants=constants, model={"name": "made up"})
 
 
@@ -345,7 +344,7 @@ def test_promoe_learns_and_computes_what_torch_does(tmp_path: Path) -> None:
     for layer in range(-1, LAYERS - 1):
         if layer >= 0:
             predictor.observe(layer, trace.expert_ids[LENGTH - 1, layer].astype(np.int32))
-        for c, ahead in enumerate(PROMOE_AHEAD):
+        for c, ahead in enumerate(AHEAD):
             target = layer + ahead if ahead else 3
             if (ahead == 0) == (layer < 0) and target < LAYERS:
                 predictor.predict(layer, target, out)
@@ -367,6 +366,7 @@ def test_names() -> None:
     assert create("none") is None
     assert available()[0] == "none"
     assert set(BUILTIN) <= set(available())
+    assert set(BUILTIN) - set(of_routing_alone()) == {"gate", "promoe"}
     for spec, message in (
         ("tabel", "unknown predictor 'tabel': use one of none, gate, table"),
         ("none:x.safetensors", "does not exist"),

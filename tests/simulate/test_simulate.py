@@ -13,17 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from flashmoe.cache.policies import BUILTIN, create
+from flashmoe.cache.policies import create, without_file
 from flashmoe.cache.residency import equal_quota, make_residency
 from flashmoe.cli.simulate import simulate as command
 from flashmoe.errors import FlashMoEError, PolicyError, UsageError
 from flashmoe.routing.trace import RoutingTrace
 from flashmoe.simulate import report
 from flashmoe.simulate.partition import lru_curves, weighted_quota
-from flashmoe.simulate.replay import LEARNED, Row, parse_capacities, parse_policies, replay, simulate
+from flashmoe.simulate.replay import Row, parse_capacities, parse_policies, replay, simulate
 from tests.simulate.traces import VALIDATION, made_up, real
 
-PLAIN = [name for name in BUILTIN if name not in LEARNED]
+PLAIN = without_file()
 
 
 def libcachesim_hits(name: str, requests: list[int], size: int) -> int:

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flashmoe
-from flashmoe.cache.policies import create
+from flashmoe.cache.policies import create, suggested
 from flashmoe.cache.policies.lru import Lru
 from flashmoe.cache.recent import IDS, RecentRouting
 from flashmoe.cache.residency import equal_quota, make_residency
 from flashmoe.cache.sizing import shares
 from flashmoe.simulate import what_if
-from flashmoe.simulate.what_if import MOST_REQUESTS, UNTRAINED, WhatIf
+from flashmoe.simulate.what_if import MOST_REQUESTS, WhatIf
 from tests.simulate.traces import made_up
 
 EXPERTS, LAYERS, K = 16, 3, 2
@@ -112,7 +112,7 @@ def test_nobody_waits_for_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_policy_is_begun_when_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(what_if, "MOST_SECONDS", -1.0)
-    assert run(RecentRouting(LAYERS, EXPERTS), 12).others(UNTRAINED) == {}
+    assert run(RecentRouting(LAYERS, EXPERTS), 12).others(suggested()) == {}
 
 
 def test_shares_that_hold_no_token() -> None:

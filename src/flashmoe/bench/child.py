@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import statistics
 import sys
@@ -199,7 +200,11 @@ def _only_result_on_stdout() -> Iterator[int]:
 def main() -> int:
     with _only_result_on_stdout() as stdout:
         try:
-            result = measure(Job.from_json(sys.stdin.read()))
+            job = Job.from_json(sys.stdin.read())
+            if job.verbose:
+                logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+                logging.getLogger("flashmoe").setLevel(logging.INFO)
+            result = measure(job)
         except FlashMoEError as error:
             result = {"error": str(error)}
         os.write(stdout, json.dumps(result).encode() + b"\n")

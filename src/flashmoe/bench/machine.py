@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,7 +11,7 @@ import psutil
 
 from flashmoe import __version__
 from flashmoe.bench.baseline import read_ahead
-from flashmoe.common.machine import file_system, processor
+from flashmoe.common.machine import cores, file_system, processor
 
 
 def describe(model: Path, library: str, threads: int) -> dict[str, Any]:
@@ -21,7 +20,7 @@ def describe(model: Path, library: str, threads: int) -> dict[str, Any]:
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "processor": processor(),
-        "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
+        "cores": cores(),
         "threads": threads,
         "ram_bytes": psutil.virtual_memory().total,
         "system": f"{platform.system()} {platform.release()}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import statistics
 import subprocess
@@ -24,12 +25,15 @@ from flashmoe.bench.results import Round, make_row
 from flashmoe.bench.spec import DEFAULT_POLICY, POOL, BenchError, Job, Plan, Setting, Size
 from flashmoe.bench.tokens import ROUTINGS, make_tokens, vocabulary_size
 from flashmoe.cache.policies import create
+from flashmoe.common.machine import cores
 from flashmoe.errors import UsageError
 from flashmoe.routing.files import read as read_trace
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.disk import read_ceiling
 from flashmoe.storage.gguf import read_gguf
 from flashmoe.storage.reader import ExpertReader
+
+_log = logging.getLogger(__name__)
 
 _ATTEMPTS = 3  # of a pair that something else disturbed
 _CONTEXT_STEP = 256
@@ -153,10 +157,11 @@ class _Runner:
             n_ctx=n_ctx,
             n_ubatch=min(plan.n_ubatch, n_ctx),
             step=min(plan.n_ubatch, n_ctx),
-            threads=plan.threads or _physical_cores(),
+            threads=plan.threads or cores(),
             trace=self._trace,
             trace_start=plan.seed,
             verify=plan.verify,
+            verbose=_log.isEnabledFor(logging.INFO),
         )
 
     def _measure_size(self, size: Size, files: OpponentFiles) -> list[dict[str, Any]]:
@@ -251,6 +256,8 @@ def _run_child(command: list[str], job: str, timeout: float) -> dict[str, Any]:
         child = subprocess.run(command, input=job, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
         return {"error": f"not done after {timeout:.0f} s"}
+    for line in child.stderr.splitlines():
+        _log.info("%s", line)
     lines = child.stdout.strip().splitlines()
     if child.returncode == 0 and lines:
         result: dict[str, Any] = json.loads(lines[-1])
@@ -263,12 +270,6 @@ def _run_child(command: list[str], job: str, timeout: float) -> dict[str, Any]:
 
 def _is_tokens(routing: str) -> bool:
     return routing in ROUTINGS or routing.startswith("text:")
-
-
-def _physical_cores() -> int:
-    import psutil
-
-    return psutil.cpu_count(logical=False) or 1
 
 
 @contextmanager

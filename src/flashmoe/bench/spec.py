@@ -57,6 +57,7 @@ class Job:
     save_cache: str | None = None
     verify: bool = False
     idle: float = 0.0  # seconds between loading and the prompt
+    verbose: bool = False  # log records to stderr
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -103,6 +103,7 @@ class SlotPool:
     def __init__(self, catalog: ExpertCatalog, slots: Sequence[int], reader: ExpertReader) -> None:
         align = max(file.align for file in reader.files)
         self._reader = reader
+        reader.describe = catalog.describe
         self._maps: list[mmap.mmap] = []
         #: Address and bytes of all its memory.
         self.regions: list[tuple[int, int]] = []

@@ -7,6 +7,7 @@ policy sees the same requests, hits and victims as it would without prefetching.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from flashmoe.cache.pool import SlotPool
 from flashmoe.cache.residency import Residency
 from flashmoe.storage.reader import ExpertReader, Ticket
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -49,6 +52,7 @@ class Staging:
     ) -> None:
         self._pool, self._reader = pool, reader
         self._wasted = 0
+        self.dropped = 0  # prefetches that were stopped before their end
         self._group = residency.group.tolist()
         self._first_slot = residency.group_start.tolist()
         self._staged: list[dict[int, Staged]] = [{} for _ in self._group]
@@ -92,6 +96,7 @@ class Staging:
         if entry is None:
             return None
         if entry.failed:  # whoever asks reads again, and gets the error
+            _log.warning("a prefetch of expert %d of layer %d failed: reading it on demand", expert, layer)
             self._cancel(layer, expert)
             return None
         del self._staged[layer][expert]
@@ -142,6 +147,7 @@ class Staging:
 
     def _cancel(self, layer: int, expert: int) -> None:
         entry = self._staged[layer].pop(expert)
+        self.dropped += not entry.complete
         self._stale[self._group[layer]].pop((layer, expert), None)
         self._reader.cancel(entry.first)
         self._reader.cancel(entry.last)

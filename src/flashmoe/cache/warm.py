@@ -6,6 +6,7 @@ policy it is a pool that fills by itself, with experts that it knows already.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from typing import NamedTuple
@@ -19,6 +20,8 @@ from flashmoe.common.signals import SafeLock
 from flashmoe.storage.reader import ExpertReader, Ticket
 
 Int32 = NDArray[np.int32]
+
+_log = logging.getLogger(__name__)
 
 _PAUSE = 0.002  # seconds between two looks at the drive
 _UNDER_WAY = (
@@ -121,6 +124,8 @@ class WarmStart:
         """Its reads have ended. Where one has failed, whoever asks for the expert reads again, and gets the error."""
         layer, expert, slot, ticket, nbytes = arrival
         self.bytes += ticket.bytes
+        if ticket.error:
+            _log.warning("warm start: expert %d of layer %d: %s", expert, layer, ticket.error)
         if ticket.error or not self._has_room(layer, expert):
             free_slot(self._residency, layer, slot)
             return

@@ -124,6 +124,7 @@ def run(
         typer.Option("--plot", help="Plot speed against memory, and the time line of one token, to a file."),
     ] = None,
     quiet: options.NoProgress = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Benchmark a model against stock llama.cpp: interleaved runs (A B A B), each in its own process."""
     if (ram is None) == (cache is None):

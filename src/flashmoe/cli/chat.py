@@ -32,6 +32,7 @@ def chat(
     trace: options.Trace = None,
     json_file: options.Json = None,
     quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Chat with a model that may be larger than memory. Piped input is read line by line, one message per line."""
     console = stderr_console(quiet)

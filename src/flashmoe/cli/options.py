@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flashmoe.cli.logs import show_logs
 from flashmoe.cli.report import JsonFile, nothing_else_on_stdout
 
 if TYPE_CHECKING:
@@ -168,3 +169,14 @@ class ModelOptions:
             verify=self.verify,
             **more,
         )
+
+
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "-v",
+        "--verbose",
+        callback=show_logs,
+        help="Report fallbacks and retries, and llama.cpp's warnings, on standard error.",
+    ),
+]

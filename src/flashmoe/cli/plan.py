@@ -6,12 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import psutil
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from flashmoe.cli import options
+from flashmoe.common.machine import cores
 from flashmoe.common.units import format_bytes, parse_bytes
 
 
@@ -54,9 +54,9 @@ def plan(
         curve = hit_curve(recorded, trace.stem, default_policy(""))
     else:
         curve = nearest(shipped(), catalog.gguf.name, catalog.n_experts, catalog.top_k)
-    cores = threads or psutil.cpu_count(logical=False) or 1
+    n_threads = threads or cores()
     drive = place or (catalog.gguf.files[0] if there else Path())
-    machine = measure(catalog, open_library(find_library()), cores, drive)
+    machine = measure(catalog, open_library(find_library()), n_threads, drive)
     made = make_plan(catalog, machine, curve, budgets, ctx_size)
     if json_file:
         json_file.write(asdict(made))

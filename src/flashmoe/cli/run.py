@@ -41,6 +41,7 @@ def run(
     trace: options.Trace = None,
     json_file: options.Json = None,
     quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Generate text with a model that may be larger than memory."""
     text = _prompt(prompt, file)

@@ -71,6 +71,7 @@ def serve(
     sampling: SamplingOptions = _SAMPLING,
     chat_options: ChatOptions = _CHAT,
     json_file: options.Json = None,
+    verbose: options.Verbose = False,
 ) -> None:
     """Serve a model through an OpenAI-compatible HTTP API."""
     try:

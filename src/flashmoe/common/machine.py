@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 from pathlib import Path
@@ -16,6 +17,11 @@ def processor() -> str:
     except OSError:
         match = None
     return match[1] if match else platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Physical cores, as many compute threads as are worth starting; logical ones where these cannot be told."""
+    return psutil.cpu_count(logical=False) or os.cpu_count() or 1
 
 
 def file_system(path: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -33,6 +33,11 @@ class Registry(Generic[T]):
         own = [*self.also, *self.builtin]
         return own + sorted({point.name for point in entry_points(group=self.group)} - set(own))
 
+    def names(self, wanted: Callable[[Any], bool]) -> list[str]:
+        """Names of those that are `wanted`, asked with what makes them: the class, or another callable."""
+        own = (name for name in self.available() if name not in self.also)
+        return [name for name in own if wanted(self.find(name))]
+
     def parse(self, spec: str) -> tuple[str, dict[str, Any]]:
         """The name in a spec, and the options it stands for. Raises `error` where its file is missing."""
         name, _, file = spec.partition(":")
@@ -49,7 +54,7 @@ class Registry(Generic[T]):
         """Make what a spec says. Raises `error` for an unknown name, a missing file, or options it does not have."""
         name, given = self.parse(spec)
         options |= given
-        factory = self._find(name)
+        factory = self.find(name)
         try:
             inspect.signature(factory).bind(**options)
         except TypeError as error:
@@ -64,7 +69,8 @@ class Registry(Generic[T]):
             )
         return made
 
-    def _find(self, name: str) -> Any:
+    def find(self, name: str) -> Any:
+        """What makes those of a name. Raises `error` for an unknown name."""
         if name in self.builtin:
             module, _, attribute = self.builtin[name].partition(":")
             return getattr(importlib.import_module(f"{self.package}.{module}"), attribute)

@@ -10,12 +10,12 @@ import numpy as np
 
 from flashmoe.errors import TraceError, UsageError
 from flashmoe.learn.train import Plan
-from flashmoe.prefetch.base import Predictor
+from flashmoe.prefetch.base import AHEAD, Predictor
 from flashmoe.prefetch.files import PredictorFile
 from flashmoe.prefetch.table import Table
 from flashmoe.routing.files import split
 from flashmoe.routing.trace import RoutingTrace
-from flashmoe.simulate.prefetch import AHEAD, judge
+from flashmoe.simulate.prefetch import judge
 
 KINDS = ("table", "promoe")
 JUDGED = 3000  # held-out tokens that the report judges, at most
@@ -76,7 +76,7 @@ def _table(trace: RoutingTrace, plan: Plan, progress: Progress | None) -> dict[s
     """One pass (or more, with `plan.epochs`) of the table's own learning."""
     table = Table()
     table.bind(trace.n_layers, trace.num_experts, trace.top_k)
-    starts = np.r_[True, trace.sequence_id[1:] != trace.sequence_id[:-1]]
+    starts = trace.begins()
     epochs = plan.epochs or 1
     for epoch in range(epochs):
         for a in range(0, trace.n_tokens, 1000):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flashmoe.learn.train import Plan
-from flashmoe.prefetch.promoe import AHEAD
+from flashmoe.prefetch.base import AHEAD
 from flashmoe.routing.trace import RoutingTrace
 
 DECAYS = (0.5, 0.9)

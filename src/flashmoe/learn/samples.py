@@ -116,7 +116,7 @@ class Samples:
         self.ids, self.n_experts = trace.expert_ids, trace.num_experts
         self.decay = None if decays is None else np.array(decays, np.float32)
         n_tokens, n_layers, _ = self.ids.shape
-        self.starts: NDArray[np.bool_] = np.r_[True, trace.sequence_id[1:] != trace.sequence_id[:-1]]
+        self.starts: NDArray[np.bool_] = trace.begins()
         self.present: NDArray[np.bool_] = np.any(self.ids >= 0, axis=2)
         self.clocks = np.cumsum(self.present, axis=0).astype(np.int64)  # [T, L] accesses of the layer so far
         self.n_segments = -(-n_tokens // SEGMENT)

@@ -16,7 +16,16 @@ from typing import Any
 from flashmoe.common.plugins import Registry
 from flashmoe.prefetch.base import Predictor, PredictorError
 
-__all__ = ["BUILTIN", "Predictor", "PredictorError", "available", "create", "create_all"]
+__all__ = [
+    "BUILTIN",
+    "Predictor",
+    "PredictorError",
+    "available",
+    "create",
+    "create_all",
+    "needs_hidden",
+    "of_routing_alone",
+]
 
 ENTRY_POINTS = "flashmoe.predictors"
 
@@ -37,6 +46,18 @@ _REGISTRY = Registry(Predictor, "predictor", PredictorError, __name__, BUILTIN, 
 def available() -> list[str]:
     """Names of all predictors: "none", then those built in, then those of other packages."""
     return _REGISTRY.available()
+
+
+def needs_hidden(spec: str) -> bool:
+    """Whether the predictor of a spec needs the routers' inputs. Raises PredictorError for an unknown name."""
+    return getattr(_REGISTRY.find(spec.partition(":")[0].strip()), "needs_hidden", False)
+
+
+def of_routing_alone() -> list[str]:
+    """Names of the predictors that need neither a trained file nor more than a trace has."""
+    return _REGISTRY.names(
+        lambda p: not (getattr(p, "needs_file", False) or getattr(p, "needs_hidden", False))
+    )
 
 
 def create_all(spec: str) -> list[Predictor]:

@@ -15,6 +15,11 @@ Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
 
 
+#: Layers between the last router that has spoken and the target, as predictors are trained and judged; 0: the token
+#: alone is known.
+AHEAD = (0, 1, 2, 4)
+
+
 class PredictorError(FlashMoEError):
     """A predictor that is unknown, damaged, or made for another model."""
 
@@ -38,6 +43,10 @@ class Predictor:
     """
 
     name: ClassVar[str] = ""
+    #: True for predictors that are made from a trained file (NAME:FILE).
+    needs_file: ClassVar[bool] = False
+    #: True for predictors that need the routers' inputs (`see`), which no trace has.
+    needs_hidden: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.n_layers = self.n_experts = self.top_k = 0

@@ -65,6 +65,7 @@ class Gate(Predictor):
     """Applies the model's own routers ahead of time. Nothing is learned, nothing is kept between steps."""
 
     name = "gate"
+    needs_hidden = True
 
     def __init__(self) -> None:
         super().__init__()

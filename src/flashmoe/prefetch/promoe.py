@@ -21,12 +21,10 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from flashmoe.prefetch.base import Float32, Int32, PredictorError
+from flashmoe.prefetch.base import AHEAD, Float32, Int32, PredictorError
 from flashmoe.prefetch.batch import MicroBatch, TextPredictor
 from flashmoe.prefetch.files import PredictorFile
 
-#: Layers between the one whose state is read and the target; 0: the token alone.
-AHEAD = (0, 1, 2, 4)
 RECENT = 64  # tokens of a micro-batch that the averages need
 
 
@@ -125,6 +123,7 @@ class ProMoE(TextPredictor):
     """A trained network per layer and distance, from a file of `flashmoe train prefetch --kind promoe`."""
 
     name: ClassVar[str] = "promoe"
+    needs_file: ClassVar[bool] = True
 
     def __init__(self, file: str | Path | None = None, trained: PredictorFile | None = None) -> None:
         super().__init__()

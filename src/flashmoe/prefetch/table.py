@@ -31,14 +31,12 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from flashmoe.prefetch.base import Float32, Int32, PredictorError
+from flashmoe.prefetch.base import AHEAD, Float32, Int32, PredictorError
 from flashmoe.prefetch.batch import MicroBatch, TextPredictor
 from flashmoe.prefetch.files import PredictorFile
 
-#: Classes: layers between the last one observed and the target; 0 stands for the token alone.
-AHEAD = (0, 1, 2, 4)
-#: Where each class looks: d > 0: d layers behind the target, this token; d <= 0: -d layers ahead of the target, the
-#: token before; NONE: nowhere.
+#: Where each class (one for each distance of AHEAD) looks: d > 0: d layers behind the target, this token; d <= 0: -d
+#: layers ahead of the target, the token before; NONE: nowhere.
 NONE = 99
 SOURCES = ((0, -3, -6, NONE), (1, 2, 3, 0), (2, 3, 4, 0), (4, 5, 6, 0))
 MATRICES = 64 << 20  # most bytes of matrices: models of many experts use fewer sources

@@ -129,7 +129,7 @@ def merge(traces: Sequence[RoutingTrace]) -> RoutingTrace:
             )
     sequence, step, n_sequences, n_steps = [], [], 0, 0
     for trace in traces:
-        begins = np.r_[True, trace.sequence_id[1:] != trace.sequence_id[:-1]]
+        begins = trace.begins()
         sequence.append(n_sequences + np.cumsum(begins) - 1)
         step.append(trace.step - trace.step[0] + n_steps)
         n_sequences, n_steps = int(sequence[-1][-1]) + 1, int(step[-1][-1]) + 1
@@ -161,7 +161,7 @@ def split(trace: RoutingTrace, share: float, seed: int | None = None) -> tuple[R
     """
     if not 0 < share < 1:
         raise TraceError(f"the share must lie between 0 and 1, got {share}")
-    begins = np.r_[True, trace.sequence_id[1:] != trace.sequence_id[:-1]]
+    begins = trace.begins()
     run = np.cumsum(begins) - 1
     sizes = np.bincount(run)
     if len(sizes) == 1:

@@ -71,7 +71,7 @@ def overlap(ids: NDArray[np.int16], begins: NDArray[np.bool_]) -> float:
 
 def layer_statistics(trace: RoutingTrace) -> list[LayerStatistics]:
     """Statistics of each layer, in order."""
-    begins = np.r_[True, trace.sequence_id[1:] != trace.sequence_id[:-1]]
+    begins = trace.begins()
     rows = []
     for layer in range(trace.n_layers):
         ids = np.ascontiguousarray(trace.expert_ids[:, layer])
@@ -102,7 +102,7 @@ def layer_statistics(trace: RoutingTrace) -> list[LayerStatistics]:
 
 def summary(trace: RoutingTrace) -> dict[str, object]:
     """The trace as a whole: shape, phases, sequences, whose routing it is."""
-    lengths = np.bincount(np.cumsum(np.r_[True, trace.sequence_id[1:] != trace.sequence_id[:-1]]) - 1)
+    lengths = np.bincount(np.cumsum(trace.begins()) - 1)
     return {
         "model": dict(trace.model),
         "tokens": trace.n_tokens,

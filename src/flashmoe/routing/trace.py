@@ -30,9 +30,9 @@ from safetensors.numpy import save
 from flashmoe.common.files import write_atomically
 from flashmoe.errors import TraceError
 from flashmoe.storage.arrays import read_safetensors
+from flashmoe.storage.catalog import MAX_EXPERTS
 
 DECODE, PREFILL = 0, 1
-MAX_EXPERTS = 1 << 15  # of a layer: ids have 16 bits
 FORMAT = "flashmoe-routing-trace"
 VERSION = "1"
 
@@ -120,21 +120,21 @@ class RoutingTrace:
     @property
     def n_sequences(self) -> int:
         """Number of sequences."""
-        return int(self._sequence_begins().sum())
+        return int(self.begins().sum())
 
-    def _sequence_begins(self) -> NDArray[np.bool_]:
+    def begins(self) -> NDArray[np.bool_]:
         """[T] True at the first token of each sequence."""
         return np.r_[True, self.sequence_id[1:] != self.sequence_id[:-1]]
 
     def steps(self) -> NDArray[np.int64]:
         """Offsets int64 [N+1] of the N steps; a new sequence always begins a new step."""
-        begins = np.r_[True, self.step[1:] != self.step[:-1]] | self._sequence_begins()
+        begins = np.r_[True, self.step[1:] != self.step[:-1]] | self.begins()
         return np.r_[np.flatnonzero(begins), self.n_tokens].astype(np.int64)
 
     def starts(self, cold: bool = False) -> NDArray[np.uint8]:
         """Per step uint8 [N]: 1 (2 with `cold`) where a sequence begins, else 0. For
         EvictionPolicy.replay."""
-        return self._sequence_begins()[self.steps()[:-1]].astype(np.uint8) * (2 if cold else 1)
+        return self.begins()[self.steps()[:-1]].astype(np.uint8) * (2 if cold else 1)
 
     def rows(self, keep: NDArray[Any]) -> RoutingTrace:
         """The tokens chosen by a mask or an ascending index array, as a trace of their own."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+
 from flashmoe.errors import ModelError, UsageError
 from flashmoe.storage.catalog import ExpertCatalog
+
+_log = logging.getLogger(__name__)
 
 #: `plain`: the file's. `repacked`: those that llama.cpp's default chooses for this processor.
 LAYOUTS = (AUTO, PLAIN, REPACKED) = ("auto", "plain", "repacked")
@@ -35,4 +39,13 @@ def choose_layout(asked: str, catalog: ExpertCatalog, share: float, packed: bool
         )
     if asked != AUTO:
         return asked
-    return REPACKED if (packed or share >= _PAYS_FROM) and not wrong else PLAIN
+    chosen = REPACKED if (packed or share >= _PAYS_FROM) and not wrong else PLAIN
+    _log.info(
+        "layout %s: %s%.0f %% of the experts in memory, repacking pays from %.0f %%%s",
+        chosen,
+        "a pack file, " if packed else "",
+        100 * share,
+        100 * _PAYS_FROM,
+        ", but llama.cpp's repacked kernels are wrong for this architecture" if wrong else "",
+    )
+    return chosen

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import psutil
 
 from flashmoe.cache import sizing
 from flashmoe.cache.expert_cache import ExpertCache
@@ -22,6 +21,7 @@ from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.pool import SlotPool
 from flashmoe.cache.residency import make_residency
 from flashmoe.common import memory
+from flashmoe.common.machine import cores
 from flashmoe.common.signals import run_apart
 from flashmoe.common.units import parse_bytes
 from flashmoe.engines.llamacpp.engine import LlamaEngine
@@ -34,7 +34,6 @@ from flashmoe.runtime.model import Model, Progress
 from flashmoe.runtime.opening import Loading, Opened
 from flashmoe.runtime.options import LLAMACPP, TRANSFORMERS, LoadOptions
 from flashmoe.runtime.session import Session
-from flashmoe.simulate.what_if import UNTRAINED
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.hub import default_policy
 
@@ -111,7 +110,7 @@ def _load(
         model=model,
         options=options,
         limit=limit,
-        threads=options.threads or psutil.cpu_count(logical=False) or 1,
+        threads=options.threads or cores(),
         projector_bytes=projector_bytes(server.mmproj) if server.mmproj else 0,
         policy=make_policy,
         check=lambda catalog: evict.check_model(catalog.identity),
@@ -162,7 +161,7 @@ def _load(
             resources,
             prefetcher=prefetcher,
             layout=opened.layout,
-            alternatives=[default_policy(model), *UNTRAINED],
+            alternatives=[default_policy(model)],
             server_options=replace(
                 server,
                 cache_ram_mib=opened.conversations.cache_ram >> 20,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe.cache.expert_cache import ExpertCache
+from flashmoe.cache.policies import suggested
 from flashmoe.cache.stats import CacheStats
 from flashmoe.engines.base import Engine, SamplingParams, TemplateEngine
 from flashmoe.errors import UsageError
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from flashmoe.engines.llamacpp.serving.options import ServerOptions
     from flashmoe.engines.llamacpp.serving.saved import SavedConversations
     from flashmoe.engines.llamacpp.serving.server import InnerServer
+
+_log = logging.getLogger(__name__)
 
 
 class Model:
@@ -58,7 +62,7 @@ class Model:
         self.engine, self.cache, self.catalog, self.prefetcher = engine, cache, catalog, prefetcher
         self.decoder = Decoder(engine, cache, prefetcher, self._own_context)
         self.budget_bytes, self.layout = budget_bytes, layout
-        self.alternatives = alternatives  # eviction policies that reports try
+        self.alternatives = alternatives  # eviction policies that reports try first
         self.progress, self._resources = progress, resources
         self._server_options = server_options
         self._server: InnerServer | None = None
@@ -298,7 +302,7 @@ class Model:
             experts=self.catalog.total_experts,
             expert_bytes=self.catalog.expert_bytes // self.catalog.total_experts,
             misses=what_if.larger,
-            others=lambda: what_if.others(self.alternatives),
+            others=lambda: what_if.others([*self.alternatives, *suggested()]),
             budget=self.budget_bytes,
             tiers=self.engine.tiers.figures() if self.engine.tiers else {},
             warm=(self.cache.warm.experts, self.cache.warm.bytes) if self.cache.warm else (0, 0),
@@ -315,6 +319,8 @@ class Model:
             self._server.cancel()
             self._saved.save(self._server)
         self._own_context()
+        if self.cache.staging.dropped:
+            _log.info("prefetches dropped before their end: %d", self.cache.staging.dropped)
         self._resources.close()
 
     def __enter__(self) -> Model:

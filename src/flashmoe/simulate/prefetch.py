@@ -16,16 +16,10 @@ from flashmoe.cache.policies import create as create_policy
 from flashmoe.cache.residency import make_residency
 from flashmoe.common.plotting import new_figure, save_figure
 from flashmoe.errors import UsageError
-from flashmoe.prefetch import BUILTIN, create
-from flashmoe.prefetch.base import Predictor, PredictorError
+from flashmoe.prefetch import create, needs_hidden, of_routing_alone
+from flashmoe.prefetch.base import AHEAD, Predictor, PredictorError
 from flashmoe.routing.trace import RoutingTrace
 from flashmoe.simulate.replay import shares
-
-#: Layers between the last router that has spoken and the target; 0: the token alone is known.
-AHEAD = (0, 1, 2, 4)
-#: Predictors that are made from a trained file, and that need more than a trace has.
-LEARNED = ("promoe",)
-LIVE_ONLY = ("gate",)
 
 
 @dataclass(frozen=True)
@@ -86,14 +80,14 @@ def parse_predictors(text: str) -> list[str]:
     specs: list[str] = []
     for spec in (part.strip() for part in text.split(",") if part.strip()):
         if spec == "all":
-            specs += [name for name in BUILTIN if name not in (*LEARNED, *LIVE_ONLY)]
+            specs += of_routing_alone()
         else:
             specs.append(spec)
     specs = [spec for spec in dict.fromkeys(specs) if spec != "none"]
     if not specs:
         raise UsageError("no predictor given: use --prefetch all, or names such as table,promoe:FILE")
     for spec in specs:
-        if spec.partition(":")[0] in LIVE_ONLY:
+        if needs_hidden(spec):
             raise UsageError(
                 f"predictor {spec!r} needs the hidden state, which no trace has: use flashmoe bench"
             )

@@ -9,15 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe.cache.policies import BUILTIN, create
+from flashmoe.cache.policies import create, without_file
 from flashmoe.cache.policies.base import EvictionPolicy, Replay
 from flashmoe.cache.residency import PARTITIONS, equal_quota, make_residency
 from flashmoe.errors import FlashMoEError, UsageError
 from flashmoe.routing.trace import RoutingTrace
 from flashmoe.simulate.partition import weighted_quota
-
-#: Policies that are made from a trained file.
-LEARNED = ("flashmoe", "flashmoe+")
 
 
 @dataclass(frozen=True)
@@ -35,11 +32,11 @@ class Row:
 
 
 def parse_policies(text: str) -> list[str]:
-    """Specs of a comma-separated list; "all" stands for every built-in policy that needs no file."""
+    """Specs of a comma-separated list; "all" stands for every policy that needs no file."""
     specs: list[str] = []
     for spec in (part.strip() for part in text.split(",") if part.strip()):
         if spec == "all":
-            specs += [name for name in BUILTIN if name not in LEARNED]
+            specs += without_file()
         else:
             specs.append(spec)
     if not specs:

@@ -20,8 +20,6 @@ from flashmoe.cache.recent import RecentRouting
 from flashmoe.cache.residency import make_residency
 from flashmoe.cache.sizing import shares
 
-#: Worth trying: they need no training, and lead on some real trace (docs/policies.md).
-UNTRAINED = ("lfu-aged", "lfru", "lecar", "adaptive", "lru")
 MOST_REQUESTS = 8192  # replayed: 512 tokens of 16 layers, in 30 to 60 ms
 MOST_SECONDS = 0.5  # after which no other policy is begun
 PIECE = 256  # requests: a millisecond

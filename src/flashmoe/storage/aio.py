@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes as C
 import errno
+import logging
 import os
 import platform
 import struct
@@ -19,6 +20,8 @@ from queue import Empty, SimpleQueue
 from typing import NamedTuple, Protocol
 
 from flashmoe.storage.direct import DirectFile
+
+_log = logging.getLogger(__name__)
 
 _THREADS = 4
 
@@ -141,6 +144,7 @@ class KernelQueue:
         self._under_way: dict[int, tuple[int, Read, int]] = {}  # block -> number, read, bytes wanted at least
         self._patient: ThreadQueue | None = None  # for what cannot go this way, or has failed
         self._with_patience = 0  # reads that it has
+        self._refusal_logged = False
 
     def start(self, reads: list[tuple[int, Read]]) -> None:
         """See ReadQueue."""
@@ -165,7 +169,12 @@ class KernelQueue:
             left = C.addressof(self._pointers) + 8 * done
             try:
                 done += self._checked(self._submit, self._context, len(started) - done, left)
-            except OSError:  # this one is refused: the plain way knows whether for good, and says why
+            except (
+                OSError
+            ) as error:  # this one is refused: the plain way knows whether for good, and says why
+                if not self._refusal_logged:  # some systems refuse all
+                    _log.warning("io_submit refuses reads (%s): such are left to threads", error.strerror)
+                    self._refusal_logged = True
                 number, read, _ = self._release(started[done])
                 self._read_plainly(number, read)
                 done += 1
@@ -204,6 +213,13 @@ class KernelQueue:
             if result >= wanted:
                 ended.append((number, None))
             else:  # an error or a short read: the plain way retries, goes on, or says what is wrong
+                _log.warning(
+                    "%s: a read of %d bytes at byte %d ended with %s: reading again",
+                    self._files[read.file].path,
+                    read.nbytes,
+                    read.offset,
+                    f"{result} bytes" if result >= 0 else os.strerror(-result),
+                )
                 self._read_plainly(number, read)
         return ended
 
@@ -238,6 +254,8 @@ def open_queue(files: list[DirectFile]) -> ReadQueue:
     if all(file.direct for file in files):
         try:
             return KernelQueue(files)
-        except OSError:
-            pass
+        except OSError as error:
+            _log.warning("no io_submit on this system (%s): reading with threads", error.strerror)
+    else:
+        _log.warning("not all files can be read directly: reading with threads")
     return ThreadQueue(files)

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from flashmoe.errors import ModelError
-from flashmoe.storage.aio import Place
+from flashmoe.storage.aio import Place, Read
 from flashmoe.storage.checkpoint import Checkpoint
 from flashmoe.storage.gguf import GGUF, TensorInfo
 
@@ -184,6 +184,17 @@ class ExpertCatalog:
         if router is not None:
             known["router_sha256"] = _content_hash(router)
         return known
+
+    def describe(self, read: Read) -> str:
+        """Layer, expert and tensor that a read is of; "" where it is of none. Slow: for errors."""
+        for number, layer in enumerate(self.layers):
+            for plane in layer.planes:
+                for expert in range(layer.n_experts):
+                    for extent in plane.extents(expert):
+                        within = extent.offset <= read.offset < extent.offset + extent.nbytes
+                        if extent.file == read.file and within:
+                            return f"expert {expert} of layer {number}, {plane.tensor.name}"
+        return ""
 
     def only(self, tensors: Container[str]) -> ExpertCatalog:
         """The layers whose planes are in `tensors`: engines skip blocks that they do not run (token prediction)."""

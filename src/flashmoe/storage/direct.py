@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import os
 import threading
 import time
@@ -13,6 +14,8 @@ from pathlib import Path
 
 from flashmoe.errors import ReadError
 from flashmoe.storage.addresses import reserve
+
+_log = logging.getLogger(__name__)
 
 RETRIES = 3
 _TRANSIENT = (errno.EIO, errno.EAGAIN, errno.EINTR)
@@ -61,6 +64,8 @@ class DirectFile:
             if error.errno != errno.EINVAL:
                 raise ReadError(f"{path}: cannot be opened ({error.strerror})") from None
             self.fd, self.direct = os.open(path, os.O_RDONLY), False
+        if not self.direct:
+            _log.warning("%s: no direct reads (O_DIRECT) here: reading through the page cache", path)
         with ExitStack() as undo:
             undo.callback(self.close)
             self.align_memory, self.align = _direct_alignment(path) if self.direct else (1, 1)
@@ -123,6 +128,14 @@ class DirectFile:
                     raise ReadError(
                         f"{self.path}: reading at byte {offset} failed ({error.strerror})"
                     ) from None
+                _log.warning(
+                    "%s: reading at byte %d failed (%s): trying again, %d of %d",
+                    self.path,
+                    offset + done,
+                    error.strerror,
+                    failures,
+                    RETRIES,
+                )
                 time.sleep(0.01 * 2**failures)
                 continue
             # a direct read may stop short: go on from the last whole unit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import os
 import random
 import statistics
@@ -20,6 +21,8 @@ from flashmoe.common.units import format_bytes
 from flashmoe.errors import ReadError
 from flashmoe.storage.addresses import reserve_huge
 from flashmoe.storage.reader import ExpertReader, Read
+
+_log = logging.getLogger(__name__)
 
 _SAMPLE_BYTES = 32 << 20
 _ROUNDS = 3
@@ -69,6 +72,7 @@ def tune(reader: ExpertReader, read_bytes: int) -> None:
     """Let the reader do what was fastest for reads of `read_bytes`, if that has been measured on its device."""
     if _worth_measuring(reader) and (drive := _read_notes().get(_key(reader, read_bytes))):
         reader.tune(drive.depth, drive.chunk)
+        _log.info("reads on this drive: %s (measured before)", drive)
 
 
 def _worth_measuring(reader: ExpertReader) -> bool:

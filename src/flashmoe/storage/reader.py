@@ -36,6 +36,8 @@ _LEAST_ASIDE, _MOST_ASIDE = 4, 32
 
 #: Looks at the bytes of a read, which are at an address: what is wrong with them.
 Check = Callable[[Read, int], ReadError | None]
+#: What a read is for, in words; "" where that is not known.
+Describe = Callable[[Read], str]
 
 
 class Ticket:
@@ -97,6 +99,8 @@ class ExpertReader:
         self._kept = 0  # of them, for demand reads
         self._lent: dict[int, tuple[int, int]] = {}  # read under way -> its buffer, where in it the bytes go
         self._check: Check | None = None
+        #: Names in errors what could not be read.
+        self.describe: Describe = lambda _: ""
         #: Of benchmarks.
         self.observer: ReadObserver | None = None
         with ExitStack() as undo:
@@ -226,12 +230,19 @@ class ExpertReader:
                 file.close()
 
     def _give_up(self, ticket: Ticket) -> None:
-        ticket.pending -= len(self._withdraw(ticket))
+        waiting = self._withdraw(ticket)
+        ticket.pending -= len(waiting)
         self._given_up = {number: read for number, (_, read) in self._under_way.items()}
+        read = next(read for owner, read in (*self._under_way.values(), *waiting) if owner is ticket)
         ticket.error = ReadError(
-            f"{self.files[0].path}: the drive has not answered for {PATIENCE:.0f} s; check the drive and its cable, "
+            f"{self.files[read.file].path}: the drive has not answered for {PATIENCE:.0f} s"
+            f"{self._named(read)}; check the drive and its cable, "
             "the network where it is a remote one, and try again"
         )
+
+    def _named(self, read: Read) -> str:
+        what = self.describe(read)
+        return f" (reading {what}: {read.nbytes} bytes at {read.offset})" if what else ""
 
     def _is_free(self, read: Read) -> bool:
         """Whether no read that was given up may still write where this one would."""
@@ -322,7 +333,9 @@ class ExpertReader:
             buffer, address = self._lent.pop(number, (0, read.address))
             if buffer or self._check:
                 self._pump()  # the drive goes on meanwhile
-            if not error and number not in self._given_up:
+            if isinstance(error, ReadError):
+                error = ReadError(f"{error}{self._named(read)}")
+            elif not error and number not in self._given_up:
                 error = self._take_in(read, address)
             if buffer:
                 self._aside.append(buffer)

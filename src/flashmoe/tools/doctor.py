@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from flashmoe.common.machine import file_system, processor
+from flashmoe.common.machine import cores, file_system, processor
 from flashmoe.common.memory import default_ram, memory_limit
 from flashmoe.common.units import format_bytes
 from flashmoe.engines.llamacpp.library import find_library, open_library
@@ -80,10 +80,12 @@ def processor_features() -> Check:
     """Cores, and the instructions that llama.cpp's kernels want. Raises LibraryError."""
     line = open_library(find_library()).llama_print_system_info().decode(errors="replace")
     features = sorted({name for name, on in re.findall(r"(\w+) = (\d+)", line) if on != "0"})
-    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    physical = cores()
     usable = len(os.sched_getaffinity(0))
-    facts = {"processor": processor(), "cores": cores, "usable": usable, "features": features}
-    text = f"{processor()}, {cores} cores; llama.cpp uses {', '.join(features) or 'no special instructions'}"
+    facts = {"processor": processor(), "cores": physical, "usable": usable, "features": features}
+    text = (
+        f"{processor()}, {physical} cores; llama.cpp uses {', '.join(features) or 'no special instructions'}"
+    )
     wanted = {"x86_64": "AVX2", "aarch64": "NEON"}.get(platform.machine())
     if wanted and wanted not in features:
         return Check(
@@ -93,8 +95,8 @@ def processor_features() -> Check:
             f"{wanted} is missing: slow; in a virtual machine, pass the host's CPU on",
             facts,
         )
-    if usable < cores:
-        return Check("processor", ADVICE, text, f"this process may use {usable} of {cores} cores", facts)
+    if usable < physical:
+        return Check("processor", ADVICE, text, f"this process may use {usable} of {physical} cores", facts)
     return Check("processor", OK, text, facts=facts)
 
 

@@ -1,16 +1,16 @@
-"""The compiled entry points of an eviction policy, made of its four kernels.
+"""The compiled entry points of an eviction policy, made of its kernels.
 
-A policy is four kernels over its own state (a NamedTuple class of arrays) and the pool's `Residency`:
+A policy is up to four kernels over its own state (a NamedTuple class of arrays) and the pool's `Residency`:
 
     record(st, res, layer, ids, n)   the distinct experts ids[:n] of a layer are requested; residency is still
                                      as before the access (slot_of >= 0: a hit). Called once per access.
     victim(st, res, layer, g)        slot to evict: of this layer, or with layer < 0 of any layer in size
                                      group g; -1 where `evictable` allows none.
-    evicted(st, res, layer, expert)  the expert is about to lose its slot.
-    begin(st)                        a sequence begins.
+    evicted(st, res, layer, expert)  the expert is about to lose its slot. May be left out.
+    begin(st)                        a sequence begins. May be left out.
 
 They return numbers, never raise, and allocate nothing; what must allocate goes into a function of its own, which
-`allocating` decorates. `compiled(State, ...)` makes the entry points of a policy of them: the loops find the four
+`allocating` decorates. `compiled(State, ...)` makes the entry points of a policy of them: the loops find the
 kernels by the type of the state they are given, which numba resolves while compiling: no pointers, no Python.
 """
 
@@ -28,7 +28,7 @@ from numba import njit
 from flashmoe.cache import residency
 from flashmoe.cache.kernels.loops import access_each_loop, access_loop, rank_loop, release_loop, window_loop
 from flashmoe.cache.kernels.replay import replay_loop
-from flashmoe.cache.kernels.rules import RULES, begin_rule
+from flashmoe.cache.kernels.rules import RULES, begin_rule, ignore_begin, ignore_eviction
 from flashmoe.cache.kernels.slots import allocating, evictable, lean, lowest
 from flashmoe.common import compiled as native
 from flashmoe.common.compiled import pinned
@@ -54,10 +54,10 @@ def compiled(
     state: type,
     record: Callable[..., Any],
     victim: Callable[..., Any],
-    evicted: Callable[..., Any],
-    begin: Callable[..., Any],
+    evicted: Callable[..., Any] = ignore_eviction,
+    begin: Callable[..., Any] = ignore_begin,
 ) -> Kernels:
-    """The entry points of a policy from its four kernels (plain functions with the argument names above).
+    """The entry points of a policy from its kernels (plain functions with the argument names above).
 
     They are kept on disk: a second start compiles nothing, and a change of the sources compiles afresh. The name
     of the state's class must be its own: numba names compiled code after it.

@@ -1,4 +1,4 @@
-"""A policy's four kernels, called by name: numba finds them by the type of the state while it compiles."""
+"""A policy's kernels, called by name: numba finds them by the type of the state while it compiles."""
 
 from __future__ import annotations
 
@@ -25,6 +25,15 @@ def evicted_rule(st, res, layer, expert):
 
 def begin_rule(st):
     raise NotImplementedError
+
+
+# what a policy that leaves out one of these two kernels gets
+def ignore_eviction(st, res, layer, expert):
+    pass
+
+
+def ignore_begin(st):
+    pass
 
 
 _LEAN: Any = {"_nrt": False}  # numba's types do not know this option

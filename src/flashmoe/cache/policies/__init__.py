@@ -17,7 +17,16 @@ from flashmoe.cache.policies.base import EvictionPolicy, Kernels, Replay
 from flashmoe.common.plugins import Registry
 from flashmoe.errors import PolicyError
 
-__all__ = ["BUILTIN", "EvictionPolicy", "Kernels", "Replay", "available", "create"]
+__all__ = [
+    "BUILTIN",
+    "EvictionPolicy",
+    "Kernels",
+    "Replay",
+    "available",
+    "create",
+    "suggested",
+    "without_file",
+]
 
 ENTRY_POINTS = "flashmoe.policies"
 
@@ -44,6 +53,16 @@ _REGISTRY = Registry(EvictionPolicy, "policy", PolicyError, __name__, BUILTIN, E
 def available() -> list[str]:
     """Names of all policies: built in first, then those of other packages."""
     return _REGISTRY.available()
+
+
+def without_file() -> list[str]:
+    """Names of the policies that need no trained file."""
+    return _REGISTRY.names(lambda policy: not getattr(policy, "needs_file", False))
+
+
+def suggested() -> list[str]:
+    """Names of the policies that are worth trying where another does badly."""
+    return _REGISTRY.names(lambda policy: getattr(policy, "suggested", False))
 
 
 def create(spec: str, **options: Any) -> EvictionPolicy:

@@ -127,19 +127,12 @@ def victim(st, res, layer, g):
     return loops.lowest(st.score[best], res, layer, g)
 
 
-def evicted(st, res, layer, expert):
-    pass
-
-
-def begin(st):
-    pass
-
-
 class Adaptive(EvictionPolicy):
     """The best of lru, lfu-aged and, from a file of `flashmoe train policy`, flashmoe+."""
 
     name = "adaptive"
-    kernels = loops.compiled(AdaptiveState, record, victim, evicted, begin)
+    suggested = True
+    kernels = loops.compiled(AdaptiveState, record, victim)
 
     fixed = frozenset({"members", "learned"})
 

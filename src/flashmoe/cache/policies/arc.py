@@ -149,15 +149,11 @@ def evicted(st, res, layer, expert):
         st.where[layer, expert] = NOWHERE
 
 
-def begin(st):
-    pass
-
-
 class Arc(EvictionPolicy):
     """Adaptive replacement cache."""
 
     name = "arc"
-    kernels = loops.compiled(ArcState, record, victim, evicted, begin)
+    kernels = loops.compiled(ArcState, record, victim, evicted)
 
     def make_state(self, n_layers: int, n_experts: int) -> ArcState:
         """See EvictionPolicy."""

@@ -58,6 +58,10 @@ class EvictionPolicy:
 
     name: ClassVar[str] = ""
     kernels: ClassVar[Kernels]
+    #: True for policies that are made from a trained file (NAME:FILE).
+    needs_file: ClassVar[bool] = False
+    #: True for policies that a run's report tries on its last requests: without training they lead on some real trace.
+    suggested: ClassVar[bool] = False
     #: True for policies that know the future: simulator only.
     oracle: ClassVar[bool] = False
     #: Arrays of the state that an option or a trained file sets: no part of what is saved.

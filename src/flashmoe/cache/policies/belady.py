@@ -38,14 +38,6 @@ def victim(st, res, layer, g):
     return loops.lowest(st.score, res, layer, g)
 
 
-def evicted(st, res, layer, expert):
-    pass
-
-
-def begin(st):
-    pass
-
-
 @njit(cache=True)
 def requests_of(ids, first, n_experts, uses, begin):
     """Fill uses and begin (see BeladyState) from ids [T, L, k] and step offsets [N+1]; returns the number of
@@ -81,7 +73,7 @@ class Belady(EvictionPolicy):
     """Farthest next use. Knows only traces: `replay`, not `access`."""
 
     name = "belady"
-    kernels = loops.compiled(BeladyState, record, victim, evicted, begin)
+    kernels = loops.compiled(BeladyState, record, victim)
     oracle = True
 
     def make_state(self, n_layers: int, n_experts: int) -> BeladyState:

@@ -110,10 +110,6 @@ def victim(st, res, layer, g):
     return loops.lowest(st.score, res, layer, g)
 
 
-def evicted(st, res, layer, expert):
-    pass
-
-
 def begin(st):
     st.last[:] = -1
     st.counts[:] = 0.0
@@ -123,7 +119,7 @@ class Flashmoe(LearnedPolicy):
     """The paper's policy, from a file of `flashmoe train policy --kind flashmoe`."""
 
     name = "flashmoe"
-    kernels = loops.compiled(FlashmoeState, record, victim, evicted, begin)
+    kernels = loops.compiled(FlashmoeState, record, victim, begin=begin)
 
     def __init__(self, file: str | Path | None = None, trained: PolicyFile | None = None) -> None:
         super().__init__(file, trained)

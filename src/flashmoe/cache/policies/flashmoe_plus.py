@@ -186,14 +186,6 @@ def victim(st, res, layer, g):
     return loops.lowest(st.score, res, layer, g)
 
 
-def evicted(st, res, layer, expert):
-    pass
-
-
-def begin(st):
-    pass
-
-
 def empty_state() -> FlashmoePlusState:
     """A state of no layers, where a policy that may contain this one does not."""
     dims = {"embed": 3, "w1": 3, "b1": 2, "w2": 4, "b2": 3, "v1": 3, "c1": 2, "v2": 3, "v0": 3, "c2": 2}
@@ -217,7 +209,7 @@ class FlashmoePlus(LearnedPolicy):
     """Chances of the next uses, from a file of `flashmoe train policy --kind flashmoe+`."""
 
     name = "flashmoe+"
-    kernels = loops.compiled(FlashmoePlusState, record, victim, evicted, begin)
+    kernels = loops.compiled(FlashmoePlusState, record, victim)
 
     def __init__(self, file: str | Path | None = None, trained: PolicyFile | None = None) -> None:
         super().__init__(file, trained)

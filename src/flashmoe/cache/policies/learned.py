@@ -41,6 +41,7 @@ class PolicyFile(TrainedFile):
 class LearnedPolicy(EvictionPolicy):
     """A policy made from a trained file."""
 
+    needs_file = True
     weights: dict[str, NDArray[np.float32]]
 
     def __init__(self, file: str | Path | None = None, trained: PolicyFile | None = None) -> None:

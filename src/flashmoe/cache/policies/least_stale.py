@@ -47,19 +47,11 @@ def victim(st, res, layer, g):
     return loops.lowest(st.score, res, layer, g)
 
 
-def evicted(st, res, layer, expert):
-    pass
-
-
-def begin(st):
-    pass
-
-
 class LeastStale(EvictionPolicy):
     """Stale before fresh, far before near, first in first out."""
 
     name = "least-stale"
-    kernels = loops.compiled(LeastStaleState, record, victim, evicted, begin)
+    kernels = loops.compiled(LeastStaleState, record, victim)
 
     def make_state(self, n_layers: int, n_experts: int) -> LeastStaleState:
         """See EvictionPolicy."""

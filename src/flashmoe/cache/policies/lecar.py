@@ -83,6 +83,7 @@ class LeCaR(EvictionPolicy):
     """LRU and LFU, weighted by regret, per layer."""
 
     name = "lecar"
+    suggested = True
     kernels = loops.compiled(LeCaRState, record, victim, evicted, begin)
 
     def __init__(self, seed: int = 1) -> None:

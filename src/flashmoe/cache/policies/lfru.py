@@ -36,10 +36,6 @@ def victim(st, res, layer, g):
     return loops.lowest(st.score, res, layer, g)
 
 
-def evicted(st, res, layer, expert):
-    pass
-
-
 def begin(st):
     st.counts[:] = 0.0
 
@@ -48,7 +44,8 @@ class Lfru(EvictionPolicy):
     """Evict the smallest (count + 1) / (age + 1): both seldom and long ago."""
 
     name = "lfru"
-    kernels = loops.compiled(LfruState, record, victim, evicted, begin)
+    suggested = True
+    kernels = loops.compiled(LfruState, record, victim, begin=begin)
 
     def make_state(self, n_layers: int, n_experts: int) -> LfruState:
         """See EvictionPolicy."""

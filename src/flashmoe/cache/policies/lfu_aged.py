@@ -49,20 +49,13 @@ def victim(st, res, layer, g):
     return loops.lowest(st.score, res, layer, g)
 
 
-def evicted(st, res, layer, expert):
-    pass
-
-
-def begin(st):
-    pass
-
-
 class LfuAged(EvictionPolicy):
     """Exponential moving average of requests; decay 0..1 per step of the layer, nearer to 1 remembers
     longer."""
 
     name = "lfu-aged"
-    kernels = loops.compiled(LfuAgedState, record, victim, evicted, begin)
+    suggested = True
+    kernels = loops.compiled(LfuAgedState, record, victim)
     fixed = frozenset({"decay"})
 
     def __init__(self, decay: float = 0.97) -> None:

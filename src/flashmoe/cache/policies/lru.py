@@ -26,19 +26,12 @@ def victim(st, res, layer, g):
     return loops.lowest(st.last, res, layer, g)
 
 
-def evicted(st, res, layer, expert):
-    pass
-
-
-def begin(st):
-    pass
-
-
 class Lru(EvictionPolicy):
     """Least recently used, the baseline of every comparison."""
 
     name = "lru"
-    kernels = loops.compiled(LruState, record, victim, evicted, begin)
+    suggested = True
+    kernels = loops.compiled(LruState, record, victim)
 
     def make_state(self, n_layers: int, n_experts: int) -> LruState:
         """See EvictionPolicy."""

@@ -57,10 +57,6 @@ def victim(st, res, layer, g):
     return loops.lowest(st.score, res, layer, g)
 
 
-def evicted(st, res, layer, expert):
-    pass
-
-
 def begin(st):
     norm = 0.0
     for layer in range(st.eam.shape[0]):
@@ -86,7 +82,7 @@ class MoEInfinity(EvictionPolicy):
     """Sequence-level activation matrices. size: entries of the collection (the paper: about 120)."""
 
     name = "moe-infinity"
-    kernels = loops.compiled(MoEInfinityState, record, victim, evicted, begin)
+    kernels = loops.compiled(MoEInfinityState, record, victim, begin=begin)
 
     def __init__(self, size: int = 120) -> None:
         super().__init__()

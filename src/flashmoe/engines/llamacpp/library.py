@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes as C
 import importlib.util
+import logging
 import os
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,10 @@ from typing import Any
 from flashmoe.engines.llamacpp import abi
 from flashmoe.engines.llamacpp.abi import f32, flag, i32, ptr, u32
 from flashmoe.errors import LibraryError
+
+_log = logging.getLogger("flashmoe.llama.cpp")
+# ggml_log_level: warnings and errors, and what continues the line before
+_LEVELS, _CONTINUED = {3: logging.WARNING, 4: logging.ERROR}, 5
 
 ENVIRONMENT = "FLASHMOE_LIBLLAMA"
 _SUFFIXES = (".so", ".dylib", ".dll")
@@ -119,6 +124,7 @@ class Library:
         self._declare("llama_init_from_model", ptr, ptr, self.build.context_params)
         abi.self_check(self, self.build)
         self.messages: list[str] = []
+        self._level = 0  # of the last line, as `logging` has it
         self._log = abi.LOG_CALLBACK(self._on_log)
         self.llama_log_set(self._log, None)
         self.llama_backend_init()
@@ -158,9 +164,15 @@ class Library:
         )
 
     def _on_log(self, level: int, text: bytes | None, _data: Any) -> None:
-        error, continued = 4, 5
-        if text and level in (error, continued):
-            self.messages = [*self.messages[-19:], text.decode("utf-8", errors="replace").strip()]
+        """Called in whatever thread the library logs. Its calls release Python's lock, but for those that start its
+        server, when the server's own log takes the place of this one, and end it, when nothing is logged."""
+        if level != _CONTINUED:
+            self._level = _LEVELS.get(level, 0)
+        line = text.decode("utf-8", errors="replace").strip() if text and self._level else ""
+        if line:
+            _log.log(self._level, "%s", line)
+            if self._level == logging.ERROR:
+                self.messages = [*self.messages[-19:], line]
 
 
 def _load(path: Path) -> list[C.CDLL]:

@@ -6,6 +6,7 @@ The proof itself, `flashmoe.tools.self_test`, loads a model: it runs in a child 
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from contextlib import suppress
@@ -15,6 +16,8 @@ from flashmoe.common.files import cache_folder, write_atomically
 from flashmoe.engines.llamacpp import abi
 from flashmoe.engines.llamacpp.library import Library, find_library, open_library
 from flashmoe.errors import LibraryError
+
+_log = logging.getLogger(__name__)
 
 _TIMEOUT = 120
 _PROOF = 3  # counts what is proven: a library that has shown less is proven again
@@ -30,6 +33,7 @@ def prove(library: Path) -> None:
     except (OSError, ValueError, TypeError):
         proven = []
     if fact in proven:
+        _log.info("%s: has passed the self-test before", library)
         return
     command = [sys.executable, "-m", "flashmoe.tools.self_test", str(library)]
     try:
@@ -43,6 +47,7 @@ def prove(library: Path) -> None:
         raise LibraryError(
             f"{library}: this llama.cpp library does not work with the slot pool ({failure}); builds that do: {known}"
         )
+    _log.info("%s: has passed the self-test", library)
     with suppress(OSError):  # a home that cannot be written: proven again next time
         write_atomically(notes, json.dumps([*proven, fact], indent=1).encode())
 
