@@ -109,7 +109,7 @@ def test_change_of_another_module(tmp_path: Path) -> None:
         assert python(tmp_path, "import caller") == [results, compiled], new
 
 
-#: Prints, by policy: what `release` returns where nothing is resident (of lru only: it takes a second to compile), a sum
+#: Prints, by policy: what `release` returns where nothing is resident (of lru only: it takes long to compile), a sum
 #: over the state after a sequence has begun, and which entry points were compiled.
 POLICIES = """
 import json
