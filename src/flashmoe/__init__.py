@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from flashmoe.errors import FlashMoEError
@@ -16,14 +15,21 @@ if TYPE_CHECKING:
 
 __all__ = ["Conversation", "FlashMoEError", "Model", "SamplingParams", "Verdict", "load", "verify"]
 
-try:
-    __version__ = version("flashmoe-ssd")
-except PackageNotFoundError:  # run from a source tree that is not installed
-    __version__ = "0"
+__version__: str
 
 
 def __getattr__(name: str) -> Any:
     """Import the engine only when it is used: errors and file formats load without numba."""
+    if name == "__version__":
+        from importlib.metadata import (  # it takes an eighth of the time of `--help`
+            PackageNotFoundError,
+            version,
+        )
+
+        try:
+            return version("flashmoe-ssd")
+        except PackageNotFoundError:  # run from a source tree that is not installed
+            return "0"
     if name == "load":
         from flashmoe.runtime.load import load
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 from rich.console import Console
 
@@ -13,7 +12,9 @@ from flashmoe.cli.progress import stderr_console
 from flashmoe.cli.report import write_json
 from flashmoe.common.units import parse_bytes
 from flashmoe.errors import UsageError
-from flashmoe.routing.trace import RoutingTrace
+
+if TYPE_CHECKING:
+    from flashmoe.routing.trace import RoutingTrace
 
 
 def simulate(
@@ -60,6 +61,8 @@ def simulate(
 ) -> None:
     """Replay a trace through eviction policies: hit rates, the gap to the oracle, bytes and tokens per
     second."""
+    import numpy as np
+
     from flashmoe.routing.files import read
     from flashmoe.simulate import report
     from flashmoe.simulate.replay import parse_capacities, parse_policies, simulate

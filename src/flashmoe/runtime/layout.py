@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from flashmoe.errors import ModelError, UsageError
-from flashmoe.storage.catalog import ExpertCatalog
+
+if TYPE_CHECKING:
+    from flashmoe.storage.catalog import (
+        ExpertCatalog,  # imports numpy, which the command line's help can do without
+    )
 
 #: `plain`: the file's. `repacked`: those that llama.cpp's default chooses for this processor.
 LAYOUTS = (AUTO, PLAIN, REPACKED) = ("auto", "plain", "repacked")
