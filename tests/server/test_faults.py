@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx2 as httpx
 import pytest
@@ -26,6 +28,7 @@ ARRIVED = threading.Semaphore(0)  # of the events of "steps", those that the cli
 
 async def misbehave(request: web.Request) -> web.StreamResponse:
     """What the path says."""
+    ASKED.set()
     what = request.path.rpartition("/")[2]
     if what == "completions":
         return web.json_response(ERROR, status=500)
@@ -42,7 +45,6 @@ async def misbehave(request: web.Request) -> web.StreamResponse:
         close(request, None)
         await asyncio.sleep(1)
     if what == "slow":
-        ASKED.set()
         for _ in range(int(100 * float(request.query["seconds"]))):
             await asyncio.sleep(0.01)
             if request.transport is None or request.transport.is_closing():
@@ -124,9 +126,10 @@ def test_backend_that_is_gone(pool: Model, tmp_path: Path) -> None:
 def test_hang_up_is_passed_on(front: Running) -> None:
     """Before the backend has begun to answer."""
     ASKED.clear(), LEFT.clear()
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{front.url}/slow?seconds=600", timeout=0.2)
-    assert ASKED.is_set()
+    address = urlsplit(front.url)
+    with socket.create_connection((address.hostname or "", address.port or 0)) as client:
+        client.sendall(b"POST /slow?seconds=600 HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n")
+        assert ASKED.wait(60)
     assert LEFT.wait(60)  # a small part of the time that the answer would take
 
 
@@ -153,11 +156,18 @@ def test_queue_has_an_end(front: Running) -> None:
 
 
 @contextmanager
-def ending(front: Running, path: str, seconds: float = 0.2) -> Iterator[httpx.Response]:
-    """The response to a request under way when the server is told to end."""
-    threading.Timer(seconds, setattr, (front.server, "should_exit", True)).start()
+def ending(front: Running, path: str) -> Iterator[httpx.Response]:
+    """The response to a request under way, at the backend, when the server is told to end."""
+
+    def end() -> None:
+        front.server.should_exit = ASKED.wait(60)
+
+    ASKED.clear()
+    thread = threading.Thread(target=end)
+    thread.start()
     with httpx.stream("POST", front.url + path) as answer:
         yield answer
+    thread.join()
 
 
 def test_end_in_order(pool: Model, backend: Backend) -> None:
