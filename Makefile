@@ -1,6 +1,8 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+# files of tests are spread over the cores; more than four processes would want more memory than most machines have
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile
 
 .PHONY: demo test test-fast lint docs
 
@@ -9,11 +11,11 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(PYTHON) -m tests.kernels
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest $(PARALLEL) --durations=25
 
 # what most changes need, in a minute and a half
 test-fast: $(STAMP)
-	$(PYTHON) -m pytest tests/cache tests/prefetch tests/routing tests/simulate tests/storage tests/test_floors.py tests/test_budget.py tests/test_session.py
+	$(PYTHON) -m pytest $(PARALLEL) tests/cache tests/prefetch tests/routing tests/simulate tests/storage tests/test_floors.py tests/test_budget.py tests/test_session.py
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -13,37 +13,55 @@ from multiprocessing import get_context
 import numpy as np
 
 from flashmoe.cache import policies
+from flashmoe.cache.policies import EvictionPolicy
 from flashmoe.cache.residency import make_residency
-from flashmoe.prefetch import create_all
+from flashmoe.routing.trace import RoutingTrace
 from flashmoe.runtime.load import compile_policy
 from flashmoe.storage.hub import DEMO, default_policy
 
 LAYERS, EXPERTS, K = 8, 32, 4  # the bundled model's, for its trained policy
-PREDICTORS = ("table", "moe-infinity")  # those that need no file
 
 
-def compile_all(spec: str) -> None:
+def policy_of(name: str) -> EvictionPolicy:
+    """A policy; those that learn with the bundled weights, or with random ones."""
+    if name == "flashmoe":
+        from tests.learn.test_learned import policy_of, untrained
+
+        return policy_of(untrained(name, LAYERS, EXPERTS, K))
+    return policies.create(default_policy(DEMO) if name == "flashmoe+" else name)
+
+
+def compile_policies(name: str) -> None:
     """All entry points of a policy: the runtime's and the simulator's."""
-    policy = policies.create(spec)
+    policy = policy_of(name)
     if not policy.oracle:
         compile_policy(policy, LAYERS, EXPERTS, ranking=True)
     policy.bind(make_residency(LAYERS, EXPERTS, np.full(LAYERS, K, np.int32)))
     policy.replay(np.zeros((1, LAYERS, K), np.int16))
 
 
-def compile_predictor(spec: str) -> None:
-    """What a predictor compiles when it is fitted to a model."""
-    for predictor in create_all(spec):
-        predictor.bind(LAYERS, EXPERTS, K)
+def compile_predictor(name: str) -> None:
+    """What a predictor compiles, in prompts and while decoding, and what judges it."""
+    from flashmoe.simulate.prefetch import judge
+    from tests.prefetch.test_predictors import make
+
+    ids = np.arange(4 * LAYERS * K, dtype=np.int16).reshape(4, LAYERS, K) % EXPERTS
+    steps, tokens = np.array([0, 0, 1, 2], np.int32), np.arange(4, dtype=np.int32)
+    trace = RoutingTrace(ids, EXPERTS, token_id=tokens, step=steps)
+    judge(trace, make(name, LAYERS, EXPERTS, K), [LAYERS * EXPERTS])
+
+
+def compile_callback() -> None:
+    """The compiled half of the eval callback, and what llama.cpp's server calls: compiled when they are imported."""
+    import flashmoe.engines.llamacpp.serving.borrow  # noqa: F401
 
 
 def main() -> None:
     """The longest first, so that all cores end at about the same time."""
-    untrained = [name for name in policies.BUILTIN if not name.startswith("flashmoe")]
-    order = sorted([*untrained, default_policy(DEMO)], key=lambda name: name not in ("adaptive", "arc"))
+    order = sorted(policies.BUILTIN, key=lambda name: name not in ("adaptive", "arc"))
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        running = [pool.submit(compile_all, spec) for spec in order]
-        running += [pool.submit(compile_predictor, spec) for spec in PREDICTORS]
+        running = [pool.submit(compile_callback), *(pool.submit(compile_policies, name) for name in order)]
+        running += [pool.submit(compile_predictor, name) for name in ("table", "moe-infinity", "promoe")]
         for future in running:
             future.result()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from flashmoe.errors import FlashMoEError
@@ -30,14 +29,21 @@ __all__ = [
 # silent unless a program that uses this package, or --verbose, wants to see records
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
-try:
-    __version__ = version("flashmoe-ssd")
-except PackageNotFoundError:  # run from a source tree that is not installed
-    __version__ = "0"
+__version__: str
 
 
 def __getattr__(name: str) -> Any:
     """Import the engine only when it is used: errors and file formats load without numba."""
+    if name == "__version__":
+        from importlib.metadata import (  # it takes an eighth of the time of `--help`
+            PackageNotFoundError,
+            version,
+        )
+
+        try:
+            return version("flashmoe-ssd")
+        except PackageNotFoundError:  # run from a source tree that is not installed
+            return "0"
     if name == "load":
         from flashmoe.runtime.load import load
 

@@ -9,7 +9,7 @@ import warnings
 
 import typer
 
-from flashmoe import __version__
+import flashmoe
 from flashmoe.cli import bench, chat, doctor, pack, plan, run, serve, simulate, trace, train, verify
 from flashmoe.cli.progress import print_error, stderr_console
 from flashmoe.errors import FlashMoEError, FlashMoEWarning
@@ -40,7 +40,7 @@ def _root(
     show_version: bool = typer.Option(False, "--version", help="Show the version and exit.", is_eager=True),
 ) -> None:
     if show_version:
-        print(f"flashmoe {__version__}")
+        print(f"flashmoe {flashmoe.__version__}")
         raise typer.Exit
 
 

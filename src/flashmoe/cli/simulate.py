@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 from rich.console import Console
 
@@ -14,7 +13,9 @@ from flashmoe.cli.progress import stderr_console
 from flashmoe.cli.report import JsonFile
 from flashmoe.common.units import parse_bytes
 from flashmoe.errors import UsageError
-from flashmoe.routing.trace import RoutingTrace
+
+if TYPE_CHECKING:
+    from flashmoe.routing.trace import RoutingTrace
 
 
 def simulate(
@@ -83,6 +84,8 @@ def simulate(
     quiet: options.Silent = False,
 ) -> None:
     """Simulate eviction policies on a routing trace: hit rates, gap to the oracle, bytes and tokens per second."""
+    import numpy as np
+
     from flashmoe.cli import tables
     from flashmoe.routing.files import read
     from flashmoe.simulate import report

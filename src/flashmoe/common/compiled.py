@@ -13,6 +13,8 @@ import numpy as np
 from numba import typeof, types
 from numba.extending import intrinsic
 
+from flashmoe.common.kept import fields
+
 _KINDS: dict[str, Any] = {}  # name of a kind of tuple -> its type; read while numba compiles
 
 
@@ -38,6 +40,11 @@ def _numbers(value: Any) -> Any:
     else:
         for part in value:
             yield from _numbers(part)
+
+
+def layout(kind: str) -> tuple[str, tuple[Any, ...]]:
+    """Types and names in the tuples of a kind: what code that has been compiled with `pinned` relies on."""
+    return str(_KINDS[kind]), tuple(fields(_KINDS[kind]))
 
 
 @intrinsic(prefer_literal=True)

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from flashmoe.cache.policies import flashmoe, flashmoe_plus
+from flashmoe.common.kept import kept
 from flashmoe.routing.trace import RoutingTrace
 
 SEGMENT = 64
@@ -33,7 +33,7 @@ class Batch(NamedTuple):
     first: NDArray[np.bool_]  # [B] first row of its segment
 
 
-@njit(cache=True, nogil=True)
+@kept(nogil=True)
 def _take(ids, t, layer, buffer):  # type: ignore[no-untyped-def]
     n = 0
     for j in range(ids.shape[2]):
@@ -43,7 +43,7 @@ def _take(ids, t, layer, buffer):  # type: ignore[no-untyped-def]
     return n
 
 
-@njit(cache=True, nogil=True)
+@kept(nogil=True)
 def _next_uses(ids, clocks, segment, out):  # type: ignore[no-untyped-def]
     """Fill out [S, L, E] with the layer step of each expert's first use after a segment."""
     following = np.full(out.shape[1:], NEVER, np.int64)
@@ -56,7 +56,7 @@ def _next_uses(ids, clocks, segment, out):  # type: ignore[no-untyped-def]
                 following[layer, buffer[i]] = clocks[t, layer]
 
 
-@njit(cache=True, nogil=True)
+@kept(nogil=True)
 def _distances(ids, clocks, a, b, following, out, row):  # type: ignore[no-untyped-def]
     """Fill out [L, B, E] from `row` on with the steps from each token a..b-1 to the next use of each
     expert."""
@@ -69,7 +69,7 @@ def _distances(ids, clocks, a, b, following, out, row):  # type: ignore[no-untyp
                 following[layer, buffer[i]] = clocks[t, layer]
 
 
-@njit(cache=True, nogil=True)
+@kept(nogil=True)
 def walk_plus(ids, clocks, a, b, average, last, decay, inputs, recency, picked, row):  # type: ignore[no-untyped-def]
     """Observe tokens a..b-1; where inputs has rows, write those after each token from `row` on."""
     buffer = np.empty(ids.shape[2], np.int32)
@@ -90,7 +90,7 @@ def walk_plus(ids, clocks, a, b, average, last, decay, inputs, recency, picked, 
                 picked[layer, at, buffer[i]] = 1.0
 
 
-@njit(cache=True, nogil=True)
+@kept(nogil=True)
 def walk_paper(ids, clocks, starts, a, b, last, count, inputs, row):  # type: ignore[no-untyped-def]
     """The same for the paper's features [L, B, 2E]."""
     buffer = np.empty(ids.shape[2], np.int32)

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from flashmoe.common.kept import kept
 from flashmoe.prefetch.base import Float32, Int32, Predictor
 
 
@@ -29,7 +29,7 @@ class Router(NamedTuple):
     )
 
 
-@njit(cache=True, fastmath=True, nogil=True)
+@kept(fastmath=True, nogil=True)
 def score(
     weights: Any,
     bias: Any,

@@ -17,32 +17,33 @@ from numba import njit
 from flashmoe.cache.policies import moe_infinity as policy
 from flashmoe.cache.policies.moe_infinity import MoEInfinityState
 from flashmoe.cache.saved import Limits
+from flashmoe.common.kept import kept
 from flashmoe.prefetch.base import Float32, Int32, Predictor
 
 note = njit(policy.record)
 start = njit(policy.begin)
 
 
-@njit(cache=True)
+@kept()
 def watch(st, layer, ids):
     """Count requests of a layer, ids int32 [n], -1: none."""
     n = 0
-    kept = np.empty(ids.shape[0], np.int32)
+    valid = np.empty(ids.shape[0], np.int32)
     for e in ids:
         if 0 <= e < st.eam.shape[1]:
-            kept[n] = e
+            valid[n] = e
             n += 1
-    note(st, None, layer, kept, n)
+    note(st, None, layer, valid, n)
 
 
-@njit(cache=True)
+@kept()
 def forget(st):
     """A sequence begins: the one that ended joins the collection."""
     start(st)
     st.nearest[0] = -1
 
 
-@njit(cache=True)
+@kept()
 def foresee(st, target, k, out):
     """Fill out [E] with chances of a layer."""
     nearest = st.nearest[0]

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from flashmoe.common.kept import kept
 from flashmoe.prefetch.base import AHEAD, Float32, Int32, PredictorError
 from flashmoe.prefetch.batch import MicroBatch, TextPredictor
 from flashmoe.prefetch.files import PredictorFile
@@ -43,7 +43,7 @@ class ProMoEState(NamedTuple):
     b2: NDArray[np.float32]  # [C, L, E]
 
 
-@njit(cache=True, fastmath=True)
+@kept(fastmath=True)
 def begin(st, token):
     """A step begins: the token before joins the averages."""
     if st.now[0] > 0:
@@ -58,7 +58,7 @@ def begin(st, token):
         st.stream[0] = np.float32(0.0)
 
 
-@njit(cache=True, fastmath=True)
+@kept(fastmath=True)
 def watch(st, layer, ids):
     """Predictor.observe; ids int32 [n], -1: none."""
     n = 0
@@ -76,7 +76,7 @@ def watch(st, layer, ids):
     st.now[0] = layer + 1
 
 
-@njit(cache=True, fastmath=True)
+@kept(fastmath=True)
 def foresee(st, layer, target, out):
     """Predictor.predict."""
     c = 0
@@ -103,14 +103,14 @@ def foresee(st, layer, target, out):
         out[e] = np.float32(1.0) / (np.float32(1.0) + math.exp(-z))
 
 
-@njit(cache=True)
+@kept()
 def forget(st):
     """A sequence begins: there are no tokens before."""
     st.average[:] = np.float32(0.0)
     st.now[0] = -1
 
 
-@njit(cache=True)
+@kept()
 def watch_text(st, ids, tokens):
     """Follow text: ids int32 [T, L, k], tokens int32 [T]."""
     for t in range(ids.shape[0]):

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from numba import njit
 
 from flashmoe.cache.policies.base import EvictionPolicy
+from flashmoe.common.kept import kept
 from flashmoe.prefetch.base import Int32, Predictor
 
 LEAST_CHANCE = 0.7
@@ -29,7 +29,7 @@ _LEAST_RIGHT = 0.05  # right guesses per layer and step that make a predictor wo
 _SLEEP = 8  # when none is, one step of so many is still looked at
 
 
-@njit(cache=True, nogil=True)
+@kept(nogil=True)
 def choose(
     chances: Any, slot_of: Any, kept: Any, asked: Any, experts: Any, bins: Any
 ) -> Any:  # pragma: no cover - compiled
@@ -56,7 +56,7 @@ def choose(
     return found, min(worth, MOST)
 
 
-@njit(cache=True, nogil=True)
+@kept(nogil=True)
 def learn(
     ids: Any, experts: Any, bins: Any, found: Any, worth: Any, kept: Any, asked: Any
 ) -> Any:  # pragma: no cover - compiled

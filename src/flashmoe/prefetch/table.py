@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from flashmoe.common.kept import kept
 from flashmoe.prefetch.base import AHEAD, Float32, Int32, PredictorError
 from flashmoe.prefetch.batch import MicroBatch, TextPredictor
 from flashmoe.prefetch.files import PredictorFile
@@ -72,7 +72,7 @@ class TableState(NamedTuple):
     now: NDArray[np.int64]  # [3] row of the token, -1 none; its occurrences before; tokens so far
 
 
-@njit(cache=True)
+@kept()
 def find(st, token):
     """Row of a token, which takes one where it has none: a free one, or that of the rarest of a few."""
     n_rows = st.row.shape[1]
@@ -94,7 +94,7 @@ def find(st, token):
     return rarest
 
 
-@njit(cache=True, fastmath=True)
+@kept(fastmath=True)
 def begin(st, token):
     """A step begins: the token's row, and what it says of each layer."""
     n_layers, _, n_experts = st.feature.shape
@@ -133,7 +133,7 @@ def begin(st, token):
     st.now[2] += 1
 
 
-@njit(cache=True)
+@kept()
 def source(st, c, i, target):
     """(0 this token or 1 the one before, layer) of a source of a class; layer -1 where there is none."""
     d = SOURCES[c][i]
@@ -142,7 +142,7 @@ def source(st, c, i, target):
     return (0 if d > 0 else 1), target - d
 
 
-@njit(cache=True, fastmath=True)
+@kept(fastmath=True)
 def rate(st, c, target, out):
     """Fill out [E] with the chances of a layer by one class."""
     n_experts = out.shape[0]
@@ -165,7 +165,7 @@ def rate(st, c, target, out):
         out[e] = np.float32(1.0) / (np.float32(1.0) + math.exp(-z))
 
 
-@njit(cache=True)
+@kept()
 def class_for(layer, target):
     """The class that knows most among those whose sources lie in layers 0..layer."""
     if layer >= 0:
@@ -175,13 +175,13 @@ def class_for(layer, target):
     return 0
 
 
-@njit(cache=True)
+@kept()
 def foresee(st, layer, target, out):
     """Predictor.predict."""
     rate(st, class_for(layer, target), target, out)
 
 
-@njit(cache=True, fastmath=True)
+@kept(fastmath=True)
 def learn(st, c, layer, wanted, chance):
     """One step of gradient descent of one class; wanted float32 [E] is 1 for what was picked; chance: scratch."""
     n_experts = wanted.shape[0]
@@ -214,7 +214,7 @@ def learn(st, c, layer, wanted, chance):
                     row[e] = min(max(row[e] + change[e], -32767), 32767)
 
 
-@njit(cache=True, fastmath=True)
+@kept(fastmath=True)
 def describe(st, layer):
     """Bring the features of frequency up to date."""
     for e in range(st.average.shape[2]):
@@ -224,7 +224,7 @@ def describe(st, layer):
         st.feature[layer, 3, e] = math.log(st.average[2, layer, e] + np.float32(1e-2)) - usual
 
 
-@njit(cache=True, fastmath=True)
+@kept(fastmath=True)
 def watch(st, layer, ids, follow):
     """Predictor.observe: learn from what a layer picked, ids int32 [n]; without `follow` only count it."""
     n_experts = st.feature.shape[2]
@@ -254,13 +254,13 @@ def watch(st, layer, ids, follow):
                 st.counts[st.now[0], layer, st.picked[0, layer, j]] += 1
 
 
-@njit(cache=True)
+@kept()
 def forget(st):
     """A sequence begins: there is no token before."""
     st.picked[:, :, st.picked.shape[2] - 1] = 0
 
 
-@njit(cache=True)
+@kept()
 def watch_text(st, ids, tokens, starts, first):
     """Learn from text token by token: ids int32 [T, L, k] (-1: none), tokens int32 [T], starts uint8 [T]: 1 where
     a sequence begins. Tokens before `first` are only counted."""

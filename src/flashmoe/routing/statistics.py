@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from flashmoe.common.kept import kept
 from flashmoe.common.plotting import new_figure, save_figure
 from flashmoe.routing.trace import PREFILL, RoutingTrace
 
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
-@njit(cache=True)
+@kept()
 def reuse_histogram(
     ids: NDArray[np.int16], n_experts: int
 ) -> NDArray[np.int64]:  # pragma: no cover - compiled

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import logging
+from typing import TYPE_CHECKING
 
 from flashmoe.errors import ModelError, UsageError
-from flashmoe.storage.catalog import ExpertCatalog
+
+if TYPE_CHECKING:
+    from flashmoe.storage.catalog import (
+        ExpertCatalog,  # imports numpy, which the command line's help can do without
+    )
 
 _log = logging.getLogger(__name__)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import heapq
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from flashmoe.common.kept import kept
 from flashmoe.errors import UsageError
 from flashmoe.routing.trace import RoutingTrace
 
 
-@njit(cache=True)
+@kept()
 def _lru_hits(ids, n_experts, hits):
     """Fill hits[c] with the LRU hits of one layer's ids [T, k] at capacity c, 0..E (Mattson's stack
     algorithm).

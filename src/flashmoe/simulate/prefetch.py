@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import njit
 
 from flashmoe.cache.policies import create as create_policy
 from flashmoe.cache.residency import make_residency
+from flashmoe.common.kept import kept
 from flashmoe.common.plotting import new_figure, save_figure
 from flashmoe.errors import UsageError
 from flashmoe.prefetch import create, needs_hidden, of_routing_alone
@@ -37,7 +37,7 @@ class PrefetchRow:
     policy: str
 
 
-@njit(cache=True)
+@kept()
 def tally(chance, ids, absent, order, counts):
     """Judge one prediction. chance float32 [E] (destroyed); ids int [k], -1: none; absent uint8 [P, E]: 1 where pool
     p does not hold the expert; order int [M] scratch; counts int64 [P + 1, M + 1, 2] += (picked among the first g

@@ -16,22 +16,18 @@ kernels by the type of the state they are given, which numba resolves while comp
 
 from __future__ import annotations
 
-import hashlib
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
-from flashmoe.cache import residency
+from flashmoe.cache.kernels import rules
 from flashmoe.cache.kernels.loops import access_each_loop, access_loop, rank_loop, release_loop, window_loop
 from flashmoe.cache.kernels.replay import replay_loop
 from flashmoe.cache.kernels.rules import RULES, begin_rule, ignore_begin, ignore_eviction
 from flashmoe.cache.kernels.slots import allocating, evictable, lean, lowest
-from flashmoe.common import compiled as native
-from flashmoe.common.compiled import pinned
+from flashmoe.common.compiled import layout, pinned
+from flashmoe.common.kept import kept, source
 
 __all__ = ["Kernels", "allocating", "compiled", "evictable", "lean", "lowest"]
 
@@ -59,23 +55,27 @@ def compiled(
 ) -> Kernels:
     """The entry points of a policy from its kernels (plain functions with the argument names above).
 
-    They are kept on disk: a second start compiles nothing, and a change of the sources compiles afresh. The name
-    of the state's class must be its own: numba names compiled code after it.
+    They are kept on disk: a second start compiles nothing, and a change of what they are made of compiles afresh. The
+    name of the state's class must be its own: numba names compiled code after it.
     """
     for other in RULES:
         if other is not state and other.__name__ == state.__name__:
             raise ValueError(f"{other} has the same name: numba's symbols would clash, choose another")
     RULES[state] = {"record": record, "victim": victim, "evicted": evicted, "begin": begin}
-    version = _version(state)  # numba keeps compiled code by what a function closes over
     kind = state.__name__
 
     def keep(function: Callable[..., Any]) -> Any:
         # a file of its own on disk: what it names must be there to import when it is read again
         function.__qualname__ = f"{state.__module__}.{kind}.{function.__name__}"
-        return njit(cache=True)(function)
+        return kept(also=addressed if function is access else reached)(function)
+
+    def reached():  # by the loops, through the type of the state
+        return source(rules), record, victim, evicted, begin
+
+    def addressed():
+        return *reached(), layout(kind), layout(REQUEST)
 
     def access(pool, request, layer, n):
-        _ = version
         st, res = pinned(pool, kind)
         ids, slots_out, miss_expert, miss_slot = pinned(request, REQUEST)
         misses = access_loop(st, res, layer, ids[:n], slots_out[:n], miss_expert, miss_slot)
@@ -87,19 +87,15 @@ def compiled(
         return (distinct - misses) << 32 | misses
 
     def access_each(st, res, layer, ids, slots_out, miss_expert, miss_slot):
-        _ = version
         return access_each_loop(st, res, layer, ids, slots_out, miss_expert, miss_slot)
 
     def window(st, res, tokens, k):
-        _ = version
         window_loop(st, res, tokens, k)
 
     def release(st, res, layer, expert):
-        _ = version
         return release_loop(st, res, layer, expert)
 
     def replay(st, res, ids, first, starts, bits, requests, hits):
-        _ = version
         longest = 1
         for s in range(first.shape[0] - 1):
             longest = max(longest, first[s + 1] - first[s])
@@ -108,26 +104,10 @@ def compiled(
         return replay_loop(st, res, ids, first, starts, bits, requests, hits, scratch, once)
 
     def start(st):
-        _ = version
         begin_rule(st)
 
     def rank(st, res, order):
-        _ = version
         return rank_loop(st, res, order)
 
     entries = (access, access_each, window, release, replay, start, rank)
     return Kernels(*(keep(entry) for entry in entries))
-
-
-def _version(state: type) -> int:
-    """Of the sources that a policy is compiled from: this folder, the pool's arrays, the module of its state."""
-    own = getattr(sys.modules[state.__module__], "__file__", None)
-    shared = [Path(module.__file__ or "") for module in (residency, native)]
-    files = [*Path(__file__).parent.glob("*.py"), *shared, *([Path(own)] if own else [])]
-    digest = hashlib.sha256()
-    for file in sorted(set(files)):
-        try:
-            digest.update(file.read_bytes())
-        except OSError:  # sources that are not files of their own do not change either
-            continue
-    return int.from_bytes(digest.digest()[:7], "little")

@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from flashmoe.cache.kernels import entries as loops
 from flashmoe.cache.policies.base import EvictionPolicy
+from flashmoe.common.kept import kept
 from flashmoe.errors import PolicyError
 
 
@@ -38,7 +38,7 @@ def victim(st, res, layer, g):
     return loops.lowest(st.score, res, layer, g)
 
 
-@njit(cache=True)
+@kept()
 def requests_of(ids, first, n_experts, uses, begin):
     """Fill uses and begin (see BeladyState) from ids [T, L, k] and step offsets [N+1]; returns the number of
     uses."""

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, njit, types
+from numba import carray, types
 from numba.extending import intrinsic
 
+from flashmoe.common.kept import kept, kept_callback
 from flashmoe.engines.llamacpp.abi import Tensor
 
 ROUTER_WEIGHTS = (
@@ -146,7 +147,7 @@ def _call(_typing: Any, _function: Any, _node: Any, _ask: Any) -> Any:
     return types.uint8(types.int64, types.int64, types.uint8), generate
 
 
-@njit(cache=True)
+@kept()
 def _block_of(tensor: Any, prefix: Any) -> Any:  # pragma: no cover - compiled
     """The number that follows `prefix` in a tensor's name, -1 for any other name ("... (reshaped)" among them)."""
     name = carray(_bytes_at(tensor), _NAME_END)
@@ -163,12 +164,12 @@ def _block_of(tensor: Any, prefix: Any) -> Any:  # pragma: no cover - compiled
     return -1
 
 
-@njit(cache=True)
+@kept()
 def _read(address: Any) -> Any:  # pragma: no cover - compiled
     return carray(int64_at(address), 1)[0]
 
 
-@njit(cache=True)
+@kept()
 def _copy_ids(ids: Any, buffer: Any, back: Any) -> Any:  # pragma: no cover - compiled
     """Copy the ids between their tensor, whose rows lie apart (it is a view), and the buffer."""
     top_k, tokens, stride = _read(ids + _NE0), _read(ids + _NE1), _read(ids + _NB1)
@@ -182,7 +183,7 @@ def _copy_ids(ids: Any, buffer: Any, back: Any) -> Any:  # pragma: no cover - co
                 packed[token * top_k + i] = row[i]
 
 
-@njit(cache=True)
+@kept()
 def ask_python(control: Any, node: Any, why: Any) -> Any:  # pragma: no cover - compiled
     """Call Python's half; whether it has succeeded."""
     control[_OUTCOME] = NOT_RETURNED
@@ -190,7 +191,7 @@ def ask_python(control: Any, node: Any, why: Any) -> Any:  # pragma: no cover - 
     return control[_OUTCOME] == RETURNED
 
 
-@cfunc(types.int32(types.int64, types.int64), cache=True)
+@kept_callback(types.int32(types.int64, types.int64))
 def end_graph(address: Any, thread: Any) -> Any:  # pragma: no cover - compiled
     """A thread has evaluated a graph: 0 where it is not this Control's, 1 where it succeeded, -1 where it failed."""
     control = carray(int64_at(address), _FIELDS)
@@ -213,7 +214,7 @@ def end_graph(address: Any, thread: Any) -> Any:  # pragma: no cover - compiled
     return 1 if succeeded and not failed else -1
 
 
-@njit(cache=True)
+@kept()
 def _gathers_tokens(node: Any) -> Any:  # pragma: no cover - compiled
     """Whether a node gathers rows by the graph's token ids."""
     ids = _read(node + _SOURCE1)
@@ -226,7 +227,7 @@ def _gathers_tokens(node: Any) -> Any:  # pragma: no cover - compiled
     return name[_NAME + len(_TOKENS_NAME)] == 0
 
 
-@njit(cache=True)
+@kept()
 def _begin(control: Any, address: Any, node: Any) -> Any:  # pragma: no cover - compiled
     """The graph that begins gathers its tokens' embeddings at `node`: tell Python, unless it has nothing to say."""
     ids = _read(node + _SOURCE1)
@@ -238,7 +239,7 @@ def _begin(control: Any, address: Any, node: Any) -> Any:  # pragma: no cover - 
     return ask_python(control, node, BEGIN)
 
 
-@njit(cache=True)
+@kept()
 def _hit(control: Any, ids: Any, n: Any) -> Any:  # pragma: no cover - compiled
     """Have a layer's `n` ids in the buffer made resident without Python: whether they all are.
 
@@ -267,7 +268,7 @@ def _hit(control: Any, ids: Any, n: Any) -> Any:  # pragma: no cover - compiled
     return True
 
 
-@njit(cache=True)
+@kept()
 def _is_late(control: Any, node: Any) -> Any:  # pragma: no cover - compiled
     """Whether a node is the input of the last product of a layer whose reads are still under way."""
     if control[_PENDING] == 0 or control[_LATE_LENGTH] == 0:
@@ -275,7 +276,7 @@ def _is_late(control: Any, node: Any) -> Any:  # pragma: no cover - compiled
     return _block_of(node, carray(_bytes_at(control[_LATE]), control[_LATE_LENGTH])) >= 0
 
 
-@njit(cache=True)
+@kept()
 def _find_logits(control: Any, node: Any) -> Any:  # pragma: no cover - compiled
     """From the gathered weights back to the router's product and its input."""
     control[_LOGITS] = control[_HIDDEN] = 0
@@ -289,7 +290,7 @@ def _find_logits(control: Any, node: Any) -> Any:  # pragma: no cover - compiled
             return
 
 
-@cfunc(types.uint8(types.int64, types.uint8, types.int64), cache=True)
+@kept_callback(types.uint8(types.int64, types.uint8, types.int64))
 def on_node(node: Any, ask: Any, address: Any) -> Any:  # pragma: no cover - compiled
     """ggml_backend_sched_eval_callback; its user data is the address of a Control."""
     control = carray(int64_at(address), _FIELDS)

@@ -22,9 +22,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import binding, ir
-from numba import carray, cfunc, types
+from numba import carray, types
 from numba.extending import intrinsic
 
+from flashmoe.common.kept import kept_callback
 from flashmoe.engines.llamacpp.callback import end_graph, int64_at
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.serving.imports import ImportSlot, import_slots
@@ -88,17 +89,17 @@ def _status(_typing: Any, _function: Any, _first: Any, _second: Any) -> Any:
     return types.int32(types.int64, types.int64, types.int64), generate
 
 
-@cfunc(types.int64(), cache=True)
+@kept_callback(types.int64())
 def _give_model() -> Any:  # pragma: no cover - compiled
     return carray(int64_at(_lent()), _LENT)[_OFFERED_MODEL]  # type: ignore[call-arg]
 
 
-@cfunc(types.int64(), cache=True)
+@kept_callback(types.int64())
 def _give_context() -> Any:  # pragma: no cover - compiled
     return carray(int64_at(_lent()), _LENT)[_OFFERED_CONTEXT]  # type: ignore[call-arg]
 
 
-@cfunc(types.void(types.int64), cache=True)
+@kept_callback(types.void(types.int64))
 def _free_model(model: Any) -> None:  # pragma: no cover - compiled
     cells = carray(int64_at(_lent()), _LENT + _ROW * _MOST)  # type: ignore[call-arg]
     for i in range(_MOST):
@@ -107,7 +108,7 @@ def _free_model(model: Any) -> None:  # pragma: no cover - compiled
     _free(cells[_OWN_FREE_MODEL], model)
 
 
-@cfunc(types.void(types.int64), cache=True)
+@kept_callback(types.void(types.int64))
 def _free_context(context: Any) -> None:  # pragma: no cover - compiled
     cells = carray(int64_at(_lent()), _LENT + _ROW * _MOST)  # type: ignore[call-arg]
     for i in range(_MOST):
@@ -150,7 +151,7 @@ def _is_end_at(_typing: Any, _function: Any, _vocabulary: Any, _token: Any) -> A
     return types.uint8(types.int64, types.int64, types.int32), generate
 
 
-@cfunc(types.void(types.int64, types.int32), cache=True)
+@kept_callback(types.void(types.int64, types.int32))
 def _accept(sampler: Any, token: Any) -> None:  # pragma: no cover - compiled
     cells = carray(int64_at(_lent()), _LENT)  # type: ignore[call-arg]
     name: Any = _name_at(cells[_OWN_NAME], sampler)  # type: ignore[call-arg]
@@ -164,7 +165,7 @@ def _accept(sampler: Any, token: Any) -> None:  # pragma: no cover - compiled
     _accept_at(cells[_OWN_ACCEPT], sampler, token)  # type: ignore[call-arg]
 
 
-@cfunc(types.int32(types.int64, types.int64), cache=True)
+@kept_callback(types.int32(types.int64, types.int64))
 def _compute(scheduler: Any, graph: Any) -> Any:  # pragma: no cover - compiled
     cells = carray(int64_at(_lent()), _LENT + _ROW * _MOST)  # type: ignore[call-arg]
     status = _status(cells[_OWN_COMPUTE], scheduler, graph)  # type: ignore[call-arg]

@@ -1,6 +1,6 @@
 """What a prompt should leave in the cache: hit rates of the tokens that follow it, by rule.
 
-python scripts/after_prompt.py validation.safetensors --capacity 12.5%,25%,50%
+python scripts/experiments/after_prompt.py validation.safetensors --capacity 12.5%,25%,50%
 
 Each sequence of a trace that is long enough is a prompt, except for its last tokens, which are decoded. Rules:
 

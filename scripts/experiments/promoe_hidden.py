@@ -1,6 +1,6 @@
 """ProMoE's predictor as in the paper, from hidden states, on the demo model under the transformers engine.
 
-    python scripts/promoe_hidden.py TRACE [MINUTES, default 2]
+    python scripts/experiments/promoe_hidden.py TRACE [MINUTES, default 2]
 
 TRACE is a routing trace of the demo model; its texts are evaluated again, by Hugging Face's OLMoE with the demo's
 weights (unpacked from the GGUF into a checkpoint), and the input of every router is kept. Networks of two layers learn

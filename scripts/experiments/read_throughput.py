@@ -1,6 +1,6 @@
 """How near demand reads come to the drive's own speed: experts that miss, against plain direct reads of the same sizes.
 
-    python scripts/read_throughput.py MODEL [--rounds 7] [--json FILE]
+    python scripts/experiments/read_throughput.py MODEL [--rounds 7] [--json FILE]
 
 In turns, one block of each per round: the expert cache is asked for 8 absent experts of a layer, layer after layer, and
 waits for each layer; the same reads (files, offsets and lengths) by 1, 2, 4 and 8 threads with O_DIRECT and preadv, all

@@ -1,6 +1,6 @@
 """How far `flashmoe plan` is from measured runs: tokens/s of both at the same budgets.
 
-    python scripts/plan_error.py MODEL [--ram 75%,50%,25%] [--routing TRACE] [--pairs 2] [--json FILE]
+    python scripts/experiments/plan_error.py MODEL [--ram 75%,50%,25%] [--routing TRACE] [--pairs 2] [--json FILE]
 
 The plan comes first, then `flashmoe bench` at the same budgets, and the plan again: a drive whose speed changes shows
 in the difference of the two.

@@ -1,6 +1,6 @@
 """What `--verify` costs: the same with and without it, in turns.
 
-    python scripts/verify_cost.py MODEL [--rounds 30] [--sessions 6] [--json FILE]
+    python scripts/experiments/verify_cost.py MODEL [--rounds 30] [--sessions 6] [--json FILE]
 
 Reads alone: a block is 8 experts of every layer, drawn at random, a layer at a time and each layer waited for, as for a
 token that misses all of them; in every round the same block is read plainly, and as the first reads of a session that

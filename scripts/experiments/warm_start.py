@@ -1,6 +1,6 @@
 """What `--save-cache` is worth: the first tokens of a session after a cold and after a warm start, in pairs.
 
-    python scripts/warm_start.py MODEL TRACE [--ram 50%,25%] [--pairs 4] [--idle 0,3] [--json FILE]
+    python scripts/experiments/warm_start.py MODEL TRACE [--ram 50%,25%] [--pairs 4] [--idle 0,3] [--json FILE]
 
 A session of 16 + 112 tokens, routed by the first tokens of TRACE, leaves its cache. Then sessions of 16 + 32 tokens,
 routed by later tokens of it (--start), are run cold and warm in turns, in a process each; --idle seconds pass between

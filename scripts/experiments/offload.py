@@ -1,6 +1,6 @@
 """FlashMoE's transformers engine against accelerate's disk offload: the same checkpoint under the same memory limit.
 
-    python scripts/offload.py FOLDER [RAM, default 5GiB] [TURNS, default 2]
+    python scripts/experiments/offload.py FOLDER [RAM, default 5GiB] [TURNS, default 2]
 
 Each run is a process of its own in a memory cgroup (page cache included), in turns; the page cache is dropped before.
 Needs the right to make a cgroup. Accelerate gets all layers on disk and the ends of the model in memory. Prints

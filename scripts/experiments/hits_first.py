@@ -1,6 +1,6 @@
 """What it gains, under the transformers engine on the CPU, to compute resident experts while the others are read.
 
-    python scripts/hits_first.py FOLDER [CACHE, default 50%] [PAIRS, default 60]
+    python scripts/experiments/hits_first.py FOLDER [CACHE, default 50%] [PAIRS, default 60]
 
 Random tokens are decoded one by one, in turns: as the engine does, and with all experts computed when all are in.
 FOLDER is a checkpoint, for example from `scripts/make_checkpoint.py FOLDER olmoe-4`.

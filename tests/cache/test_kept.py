@@ -1,0 +1,179 @@
+"""Compiled code on disk: a second start compiles nothing, a change compiles all that it changes and no more."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+SOURCE = Path(__file__).parents[2] / "src"
+
+#: Prints, of a function that calls another module's: its result, and whether it was compiled.
+CALLER = """
+import json
+import numpy as np
+from flashmoe.common.kept import kept, kept_callback
+import callee
+from callee import Pair, double
+
+@kept()
+def own(x):
+    return double(x) + callee.OFFSET
+
+@kept()
+def apart(pair):
+    return pair.left[0] - pair.right[0]
+
+@kept_callback("int64(int64)")
+def back(x):
+    return own(x)
+
+class Later:
+    pair = Pair(np.array([5]), np.array([3]))
+
+results = [own(10), int(apart(Later.pair)), back.ctypes(10)]
+compiled = [bool(f.stats.cache_misses) for f in (own, apart)] + [not back.cache_hits]
+print(json.dumps([results, compiled]))
+"""
+CALLEE = """
+from typing import Any, NamedTuple
+from numba import njit
+
+OFFSET, FACTOR = 1, 2
+
+class Pair(NamedTuple):
+    left: Any
+    right: Any
+
+def times(x, factor):
+    return factor * x
+
+times = njit(times)
+
+@njit
+def double(x):
+    return times(x, FACTOR)
+"""
+
+
+def python(folder: Path, program: str) -> Any:
+    """What a program prints that finds its modules in a folder and keeps compiled code there."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{folder}:{SOURCE}",
+        "NUMBA_CACHE_DIR": str(folder / "compiled"),
+        "PYTHONDONTWRITEBYTECODE": "1",  # two edits of a size within a second would look the same
+    }
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+#: Edits of the callee, one after the other, and what then comes out: results, and what was compiled.
+EDITS: tuple[tuple[str, str, list[int], list[bool]], ...] = (
+    ("@njit\n", "\n\n# a comment\n@njit\n", [21, 2, 21], [False, False, False]),
+    (
+        "OFFSET, FACTOR = 1, 2",
+        "OFFSET, FACTOR = 5, 2",
+        [25, 2, 25],
+        [True, False, True],
+    ),  # named by the caller
+    (
+        "OFFSET, FACTOR = 5, 2",
+        "OFFSET, FACTOR = 5, 3",
+        [35, 2, 35],
+        [True, False, True],
+    ),  # named by the callee
+    ("factor * x", "factor * x * x", [305, 2, 305], [True, False, True]),  # in the callee's callee
+    ("times = njit(times)", "times = njit(times, fastmath=True)", [305, 2, 305], [True, False, True]),
+    ("    left: Any\n    right: Any", "    right: Any\n    left: Any", [305, -2, 305], [False, True, False]),
+)
+
+
+def test_change_of_another_module(tmp_path: Path) -> None:
+    (tmp_path / "caller.py").write_text(CALLER)
+    (tmp_path / "callee.py").write_text(CALLEE)
+    assert python(tmp_path, "import caller") == [[21, 2, 21], [True, True, True]]
+    for old, new, results, compiled in EDITS:
+        edit(tmp_path / "callee.py", old, new)
+        assert python(tmp_path, "import caller") == [results, compiled], new
+
+
+#: Prints, by policy: what `release` returns where nothing is resident (of lru only: it takes long to compile), a sum
+#: over the state after a sequence has begun, and which entry points were compiled.
+POLICIES = """
+import json
+import numpy as np
+from flashmoe.cache.policies import create
+from flashmoe.cache.residency import make_residency
+found = {}
+for name in ("lru", "lfu", "lecar"):
+    policy = create(name)
+    policy.bind(make_residency(2, 8, [4, 4]))
+    policy.begin_sequence()
+    missing = policy.release(0, 0) if name == "lru" else None
+    entries = {"begin": policy.kernels.begin, "release": policy.kernels.release}
+    compiled = [entry for entry, kernel in entries.items() if kernel.stats.cache_misses]
+    found[name] = [missing, sum(float(array.sum()) for array in policy.state().values()), compiled]
+print(json.dumps(found))
+"""
+
+
+def test_change_of_a_policy_or_of_what_policies_share(tmp_path: Path) -> None:
+    package = tmp_path / "flashmoe"
+    shutil.copytree(SOURCE / "flashmoe", package, ignore=shutil.ignore_patterns("__pycache__", "data"))
+    policies = package / "cache/policies"
+    first = python(tmp_path, POLICIES)
+    assert {name: found[2] for name, found in first.items()} == {
+        "lru": ["begin", "release"], "lfu": ["begin"], "lecar": ["begin"],
+    }  # fmt: skip
+    kept: dict[str, Any] = {name: [*found[:2], []] for name, found in first.items()}
+
+    edit(policies / "lru.py", "def begin(st):\n    pass", "def begin(st):\n    st.last[0, 0] += 7.0")
+    edit(
+        policies / "base.py",
+        "        return self._res",
+        "        assert self._state\n        return self._res",
+    )
+    assert python(tmp_path, POLICIES) == {**kept, "lru": [-1, kept["lru"][1] + 7, ["begin", "release"]]}
+    kept["lru"][1] += 7
+
+    edit(policies / "lfu.py", "COUNT = float(1 << 36)", "COUNT = float(1 << 35)")  # lecar's too
+    recompiled = {name: [*found[:2], [] if name == "lru" else ["begin"]] for name, found in kept.items()}
+    assert python(tmp_path, POLICIES) == recompiled
+
+    at = "slot = res.slot_of[layer, expert]\n    if slot < 0:\n        return -"
+    edit(package / "cache/kernels/loops.py", at + "1", at + "2")
+    assert python(tmp_path, POLICIES) == {**kept, "lru": [-2, kept["lru"][1], ["release"]]}
+
+
+#: All entry points of two policies, as the runtime and the simulator call them.
+SECOND_START = """
+import numpy as np
+from flashmoe.cache.policies import create
+from flashmoe.cache.residency import make_residency
+misses = 0
+for name in ("lru", "lfu-aged"):
+    policy = create(name)
+    policy.bind(make_residency(2, 8, [4, 4]))
+    policy.replay(np.arange(8, dtype=np.int16).reshape(2, 2, 2))
+    policy.access(0, np.zeros(2, np.int32), *(np.zeros(2, np.int32) for _ in range(3)))
+    misses += sum(sum(k.stats.cache_misses.values()) for k in (policy.kernels.access, policy.kernels.replay))
+print(misses)
+"""
+
+
+def test_a_second_start_does_not_compile() -> None:
+    for _ in range(2):
+        run = subprocess.run([sys.executable, "-c", SECOND_START], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "0", run.stderr
