@@ -139,7 +139,9 @@ def test_change_of_a_policy_or_of_what_policies_share(tmp_path: Path) -> None:
     }  # fmt: skip
     kept: dict[str, Any] = {name: [*found[:2], []] for name, found in first.items()}
 
-    edit(policies / "lru.py", "def begin(st):\n    pass", "def begin(st):\n    st.last[0, 0] += 7.0")
+    begin = "def begin(st):\n    st.last[0, 0] += 7.0\n\n\ndef victim"
+    edit(policies / "lru.py", "def victim", begin)
+    edit(policies / "lru.py", "record, victim)", "record, victim, begin=begin)")
     edit(
         policies / "base.py",
         "        return self._res",
