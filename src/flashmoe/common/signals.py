@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 
 Result = TypeVar("Result")
 
-_LOOK = 0.1  # seconds between looks for signals that were held back
+_LOOK = 0.1  # seconds between looks for signals
 _ASK = 0.05  # seconds between requests to end
 
 
@@ -142,8 +142,8 @@ class _Job(Generic[Result]):
         self.ended = True
         self._waiting.release()
 
-    def wait(self, seconds: float = -1) -> None:
-        """Until it has ended; handlers may raise meanwhile."""
+    def wait(self, seconds: float) -> None:
+        """Until it has ended, or so long; handlers may raise meanwhile."""
         if not self.ended:
             self._waiting.acquire(timeout=seconds)
 
@@ -178,7 +178,8 @@ def run_apart(function: Callable[[], Result], interrupt: Callable[[], None]) -> 
     job = _Job(function)
     try:
         _worker.jobs.put(job)
-        job.wait()
+        while not job.ended:  # a signal that arrives just before a wait begins does not end it
+            job.wait(_LOOK)
     except BaseException:
         if not job.ended:
             _end(_worker, job, interrupt)

@@ -195,6 +195,10 @@ class Engine(Protocol):
         """Forget tokens from position `n_past` on, or more; returns how many are left."""
         ...
 
+    def enter_thread(self) -> None:
+        """Let the calling thread compute with the engine's number of threads, where each thread has its own."""
+        ...
+
     def close(self) -> None:
         """Free everything."""
         ...

@@ -80,6 +80,7 @@ def load(
     try:
         # whole, or not at all: where a handler of a signal raises, it ends at the next report of progress
         run_apart(lambda: loaded.append(_load(model, wanted, report_progress, library)), interrupted.set)
+        loaded[0].engine.enter_thread()
         return loaded[0]
     except BaseException:
         for opened in loaded:

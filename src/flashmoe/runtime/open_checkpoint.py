@@ -95,6 +95,7 @@ def open_checkpoint(loading: Loading, stack: ExitStack) -> Opened:
         checkpoint.folder,
         n_ctx=context,
         n_ubatch=step,
+        threads=loading.threads,
         all_logits=options.all_logits,
         front=front,
     )

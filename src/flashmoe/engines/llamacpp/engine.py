@@ -258,6 +258,9 @@ class LlamaEngine:
     def is_end(self, token: int) -> bool:
         return bool(self._lib.llama_vocab_is_eog(self._vocab, token))
 
+    def enter_thread(self) -> None:
+        """Nothing: the context has the number of threads."""
+
     def close(self) -> None:
         """Free the context; the model is its loader's."""
         self._context.close()

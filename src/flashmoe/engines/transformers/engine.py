@@ -50,6 +50,7 @@ class TransformersEngine:
         *,
         n_ctx: int,
         n_ubatch: int,
+        threads: int,
         all_logits: bool = False,
         front: Front | None = None,
     ) -> None:
@@ -59,7 +60,7 @@ class TransformersEngine:
         """
         self.model = model
         self._catalog, self._experts, self._folder, self._all_logits = catalog, experts, folder, all_logits
-        self.n_ctx, self.n_ubatch = n_ctx, n_ubatch
+        self.n_ctx, self.n_ubatch, self._threads = n_ctx, n_ubatch, threads
         self.n_vocab = int(model.get_output_embeddings().weight.shape[0])
         self._routing = Routing(catalog.top_k)
         self._tokenizer = open_tokenizer(folder)
@@ -191,6 +192,9 @@ class TransformersEngine:
         except Exception as error:  # templates raise what they like
             raise ModelError(f"the model's chat template does not take these messages ({error})") from None
         return text
+
+    def enter_thread(self) -> None:
+        torch.set_num_threads(self._threads)
 
     def close(self) -> None:
         """End the use of the pool; the model cannot be run any more."""
