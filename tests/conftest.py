@@ -28,7 +28,7 @@ Tiny = Callable[[str], Path]
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Notes (drives, proven libraries, downloads) go to a folder of this session's own."""
+    """Notes (drives, tested libraries, downloads) go to a folder of this session's own."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
@@ -52,7 +52,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.fixture(scope="session")
 def lib() -> Library:
-    """The installed llama.cpp library, not proven by the probe: these tests are the proof."""
+    """The installed llama.cpp library, without the self-test: these tests are one."""
     return open_library(find_library())
 
 

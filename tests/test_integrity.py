@@ -20,7 +20,7 @@ from flashmoe.storage import checksums as checksums_module
 from flashmoe.storage import reader as reader_module
 from flashmoe.storage.aio import KernelQueue, ThreadQueue
 from flashmoe.storage.catalog import ExpertCatalog
-from flashmoe.storage.checksums import Slice, find_sums, slices_of, sums_path
+from flashmoe.storage.checksums import Slice, checksums_path, find_checksums, slices_of
 from flashmoe.storage.gguf import read_gguf
 from flashmoe.storage.pack import find_pack
 from flashmoe.tools.packing import make_pack
@@ -67,19 +67,19 @@ def test_checksums_are_taken_once_and_compared_from_then_on(model: Path) -> None
     seen: list[tuple[str, int, int]] = []
     first = flashmoe.verify(model, lambda *progress: seen.append(progress))
     assert (first.written, first.damaged, first.pack) == (True, (), None)
-    assert first.sums == sums_path(read_gguf(model)) == model.with_suffix(".flashsums")
+    assert first.checksums == checksums_path(read_gguf(model)) == model.with_suffix(".flashsums")
     assert seen[-1] == ("verify", first.read_bytes, first.read_bytes)
     assert first.read_bytes == catalog_of(model).expert_bytes
-    before = first.sums.read_bytes()
+    before = first.checksums.read_bytes()
     second = flashmoe.verify(model)
     assert (second.written, second.damaged) == (False, ())
-    assert first.sums.read_bytes() == before
+    assert first.checksums.read_bytes() == before
 
 
 def test_any_flipped_bit_is_found_and_named(model: Path) -> None:
     flashmoe.verify(model)
     places = list(slices_of(catalog_of(model)))
-    layers = {p.tensor.name: i for i, layer in enumerate(catalog_of(model).layers) for p in layer.planes}
+    layers = {p.tensor.name: i for i, layer in enumerate(catalog_of(model).layers) for p in layer.weights}
 
     @settings(max_examples=20)
     @given(place=st.sampled_from(places), bit=st.integers(0, 1 << 20))
@@ -160,7 +160,7 @@ def test_a_prefetched_expert_is_checked(demo: Path, tmp_path: Path, lib: Library
     path = Path(shutil.copy(demo, tmp_path / "m.gguf"))
     flashmoe.verify(path)
     layer = catalog_of(path).layers[1]
-    flip(path, pick(path, layer.planes[-1].tensor.name, 5))
+    flip(path, pick(path, layer.weights[-1].tensor.name, 5))
     with flashmoe.load(path, cache="50%", threads=1, n_ctx=64, verify=True, library=lib) as loaded:
         cache = loaded.cache
         cache.prefetch(1, [4, 5])
@@ -177,11 +177,11 @@ def test_a_prefetched_expert_is_checked(demo: Path, tmp_path: Path, lib: Library
 def test_reads_in_pieces_are_whole_again_where_they_are_checked(model: Path) -> None:
     flashmoe.verify(model)
     catalog = catalog_of(model)
-    sums = find_sums(catalog)
-    assert sums
+    checksums = find_checksums(catalog)
+    assert checksums
     reader = reader_module.ExpertReader([model])
     reader.tune(4, 512)
-    reader.check(checksums_module.FirstReads(catalog, [model], sums))
+    reader.check(checksums_module.FirstReads(catalog, [model], checksums))
     place = pick(model, "blk.0.ffn_up_exps.weight", 2)
     memory = np.zeros(place.nbytes + 8192, np.uint8)
     read = reader_module.Read(0, place.offset, place.nbytes, memory.ctypes.data + 4096)
@@ -207,12 +207,12 @@ def test_packs_are_checked_by_their_own_sums(packed: Path, lib: Library) -> None
     flashmoe.verify(packed)
     pack = find_pack(catalog)
     assert pack
-    layer, plane = next(
-        (i, p) for i, x in enumerate(catalog.layers) for p in x.planes if p.tensor.name in pack.planes
+    layer, weight = next(
+        (i, p) for i, x in enumerate(catalog.layers) for p in x.weights if p.tensor.name in pack.weights
     )
-    tensor = plane.tensor.name
-    offset, stride = pack.planes[tensor]
-    flip(pack.path, Slice(tensor, 5, 0, offset + 5 * stride, plane.nbytes))
+    tensor = weight.tensor.name
+    offset, stride = pack.weights[tensor]
+    flip(pack.path, Slice(tensor, 5, 0, offset + 5 * stride, weight.nbytes))
     verdict = flashmoe.verify(packed)
     assert verdict.damaged == ()
     assert verdict.pack_damaged == ((layer, 5, tensor),)
@@ -258,7 +258,7 @@ def test_checksums_of_another_model_are_refused(model: Path, tiny: Tiny, lib: Li
 
 @pytest.mark.parametrize("content", [b"", b"x" * 100, b"\xff" * 8 + b"{}"])
 def test_damaged_checksums(content: bytes, model: Path) -> None:
-    sums_path(read_gguf(model)).write_bytes(content)
+    checksums_path(read_gguf(model)).write_bytes(content)
     with pytest.raises(ModelError, match=r"m\.flashsums: damaged; delete it"):
         flashmoe.verify(model)
 

@@ -47,9 +47,9 @@ def test_the_time_of_a_token(tiny: Tiny) -> None:
         missed = catalog.top_k * (1 - row.hit_rate)
         assert row.hit_rate == pytest.approx(CURVE.at(row.capacity))
         assert row.read_bytes_per_token == pytest.approx(experts * (1 - row.hit_rate))
-        planes = len(catalog.layers[0].planes)
+        weights = len(catalog.layers[0].weights)
         assert row.read_seconds_per_token == pytest.approx(
-            row.read_bytes_per_token / MACHINE.read_rate(missed * planes) / 1e9
+            row.read_bytes_per_token / MACHINE.read_rate(missed * weights) / 1e9
         )
         assert row.compute_seconds_per_token == pytest.approx(active / 1e10 + 1e-4 * len(catalog.layers))
         assert row.tokens_per_second == pytest.approx(

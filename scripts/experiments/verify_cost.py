@@ -22,7 +22,7 @@ import typer
 import flashmoe
 from flashmoe.storage.addresses import reserve_huge
 from flashmoe.storage.catalog import ExpertCatalog
-from flashmoe.storage.checksums import FirstReads, needed_sums
+from flashmoe.storage.checksums import FirstReads, needed_checksums
 from flashmoe.storage.disk import tune
 from flashmoe.storage.gguf import read_gguf
 from flashmoe.storage.reader import ExpertReader, Read
@@ -39,13 +39,13 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     catalog = ExpertCatalog.from_gguf(read_gguf(model))
-    files, sums = catalog.gguf.files, needed_sums(catalog, {})
+    files, checksums = catalog.gguf.files, needed_checksums(catalog, {})
     readers = {"plain": ExpertReader(files), "checked": ExpertReader(files)}
     for reader in readers.values():
         tune(reader, catalog.read_bytes)
-    planes = [p for layer in catalog.layers for p in layer.planes]
-    stride = (max(p.nbytes for p in planes) // UNIT + 3) * UNIT
-    most = MISSES * max(len(layer.planes) for layer in catalog.layers)
+    weights = [p for layer in catalog.layers for p in layer.weights]
+    stride = (max(p.nbytes for p in weights) // UNIT + 3) * UNIT
+    most = MISSES * max(len(layer.weights) for layer in catalog.layers)
     memory, start = reserve_huge(most * stride)
     for reader in readers.values():
         reader.keep(memory)
@@ -55,7 +55,7 @@ def main(
         batches = []
         for layer in catalog.layers:
             experts = draw.choice(layer.n_experts, MISSES, replace=False).tolist()
-            slices = [(p, p.offset + e * p.stride) for e in experts for p in layer.planes]
+            slices = [(p, p.offset + e * p.stride) for e in experts for p in layer.weights]
             batches.append(
                 [
                     Read(p.file, offset, p.nbytes, start + i * stride + UNIT + offset % UNIT)
@@ -71,7 +71,7 @@ def main(
         for name in names:
             reader = readers[name]
             if name == "checked":
-                reader.check(FirstReads(catalog, files, sums))
+                reader.check(FirstReads(catalog, files, checksums))
             began = time.perf_counter()
             for batch in batches:
                 reader.wait(reader.demand(batch))

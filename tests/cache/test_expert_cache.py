@@ -66,9 +66,9 @@ class Checked:
         assert len(set(owner.values())) == len(owner)  # different experts, different slots
         for expert, slot in owner.items():
             for window in (*self.pool.windows[layer], *self.pool.tables(layer)):
-                there = ctypes.string_at(window.address + slot * window.stride, window.plane.nbytes)
-                wanted = np.ascontiguousarray(self.tensors[window.plane.tensor.name][expert]).tobytes()
-                assert there == wanted, (window.plane.tensor.name, expert, slot)
+                there = ctypes.string_at(window.address + slot * window.stride, window.weight.nbytes)
+                wanted = np.ascontiguousarray(self.tensors[window.weight.tensor.name][expert]).tobytes()
+                assert there == wanted, (window.weight.tensor.name, expert, slot)
         self.check_residency()
 
     def check_residency(self) -> None:
@@ -103,8 +103,8 @@ def failing(path: Path, ranges: list[tuple[int, int]]) -> Iterator[None]:
         yield
 
 
-def sector(checked: Checked, layer: int, expert: int, plane: int) -> tuple[int, int]:
-    where = checked.catalog.layers[layer].planes[plane]
+def sector(checked: Checked, layer: int, expert: int, weight: int) -> tuple[int, int]:
+    where = checked.catalog.layers[layer].weights[weight]
     return where.offset + expert * where.nbytes, where.offset + (expert + 1) * where.nbytes
 
 
@@ -152,7 +152,7 @@ requests = st.lists(
     st.tuples(
         st.integers(0, 3),  # layer
         st.lists(st.integers(0, 11), min_size=1, max_size=8),  # experts, repeats allowed
-        st.none() | st.tuples(st.integers(0, 11), st.integers(0, 2)),  # expert and plane that cannot be read
+        st.none() | st.tuples(st.integers(0, 11), st.integers(0, 2)),  # expert and weight that cannot be read
     ),
     max_size=25,
 )

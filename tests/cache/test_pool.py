@@ -1,4 +1,4 @@
-"""The pool's windows hold exactly the file's bytes, whatever the alignment, the format or the number of planes."""
+"""The pool's windows hold exactly the file's bytes, whatever the alignment, the format or the number of weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import pytest
 
-from flashmoe.cache.pool import SlotPool, Window, plane_layout, slot_bytes
+from flashmoe.cache.pool import SlotPool, Window, slot_bytes, slot_layout
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.gguf import read_gguf
 from flashmoe.storage.reader import ExpertReader
@@ -35,7 +35,7 @@ def pool_of(path: Path, slots_per_group: int) -> Iterator[tuple[ExpertCatalog, E
 
 def in_slot(window: Window, slot: int) -> bytes:
     """What the engine's kernels see of one expert."""
-    return ctypes.string_at(window.address + slot * window.stride, window.plane.nbytes)
+    return ctypes.string_at(window.address + slot * window.stride, window.weight.nbytes)
 
 
 @pytest.mark.parametrize("name", AWKWARD)
@@ -52,8 +52,8 @@ def test_every_expert_arrives_whole(name: str, tiny: Tiny) -> None:
                     pool.fill_tables(index, expert, slot)
                 for expert, slot in zip(experts, slots, strict=True):
                     for window in (*pool.windows[index], *pool.tables(index)):
-                        original = np.ascontiguousarray(theirs[window.plane.tensor.name][expert]).tobytes()
-                        assert in_slot(window, slot) == original, (window.plane.tensor.name, expert)
+                        original = np.ascontiguousarray(theirs[window.weight.tensor.name][expert]).tobytes()
+                        assert in_slot(window, slot) == original, (window.weight.tensor.name, expert)
 
 
 def test_parts_of_a_split_model(tiny: Tiny, tmp_path: Path) -> None:
@@ -62,12 +62,12 @@ def test_parts_of_a_split_model(tiny: Tiny, tmp_path: Path) -> None:
     theirs = {t.name: t.data for t in gguf.GGUFReader(path).tensors}
     files = split(path, 4)
     with pool_of(files[0], 2) as (catalog, reader, pool):
-        assert len({p.file for layer in catalog.layers for p in layer.planes}) > 1
+        assert len({p.file for layer in catalog.layers for p in layer.weights}) > 1
         for index, layer in enumerate(catalog.layers):
             reader.wait(reader.demand(pool.reads(index, layer.n_experts - 1, 1)))
             pool.fill_tables(index, layer.n_experts - 1, 1)
             for window in (*pool.windows[index], *pool.tables(index)):
-                original = np.ascontiguousarray(theirs[window.plane.tensor.name][-1]).tobytes()
+                original = np.ascontiguousarray(theirs[window.weight.tensor.name][-1]).tobytes()
                 assert in_slot(window, 1) == original
 
 
@@ -77,16 +77,16 @@ def test_slots_and_their_slack_do_not_overlap(name: str, align: int, tiny: Tiny)
     """Reads may write up to `align` - 1 bytes before and after a slice: that must stay within its own slot."""
     catalog = ExpertCatalog.from_gguf(read_gguf(tiny(name)))
     for layer in catalog.layers:
-        for plane in layer.planes:
-            layout = plane_layout(plane, align)
+        for weight in layer.weights:
+            layout = slot_layout(weight, align)
             assert layout.stride % max(align, 32) == 0
             assert layout.shift % 32 == 0  # the kernels want aligned rows
             for expert in range(layer.n_experts):
-                offset = plane.offset + expert * plane.nbytes
+                offset = weight.offset + expert * weight.nbytes
                 head = offset % align
-                tail = -(head + plane.nbytes) % align
+                tail = -(head + weight.nbytes) % align
                 assert layout.shift - head >= 0
-                assert layout.shift + plane.nbytes + tail <= layout.stride
+                assert layout.shift + weight.nbytes + tail <= layout.stride
     sizes = slot_bytes(catalog, align)
     assert len(sizes) == max(catalog.groups) + 1
     for layer, group in zip(catalog.layers, catalog.groups, strict=True):
@@ -96,11 +96,11 @@ def test_slots_and_their_slack_do_not_overlap(name: str, align: int, tiny: Tiny)
 def test_whole_pages_read_in_place(tiny: Tiny) -> None:
     """Slices of whole pages at page-aligned offsets need no slack."""
     catalog = ExpertCatalog.from_gguf(read_gguf(tiny("aligned")))
-    planes = [p for layer in catalog.layers for p in layer.planes if p.nbytes % 4096 == 0]
-    assert planes
-    for plane in planes:
-        assert plane_layout(plane, 4096).shift == 0
-        assert plane_layout(plane, 4096).stride == plane.nbytes
+    weights = [p for layer in catalog.layers for p in layer.weights if p.nbytes % 4096 == 0]
+    assert weights
+    for weight in weights:
+        assert slot_layout(weight, 4096).shift == 0
+        assert slot_layout(weight, 4096).stride == weight.nbytes
 
 
 def test_regions_do_not_overlap(tiny: Tiny) -> None:
@@ -108,7 +108,7 @@ def test_regions_do_not_overlap(tiny: Tiny) -> None:
         spans: dict[tuple[object, ...], tuple[int, int]] = {}
         for index, group in enumerate(catalog.groups):
             for number, window in enumerate(pool.windows[index]):
-                layout = plane_layout(window.plane, max(f.align for f in pool._reader.files))
+                layout = slot_layout(window.weight, max(f.align for f in pool._reader.files))
                 start = window.address - layout.shift
                 spans[(group, number)] = (start, start + 7 * window.stride)
             for number, window in enumerate(pool.tables(index)):
@@ -157,17 +157,17 @@ def test_close_stops_prefaulting(tiny: Tiny) -> None:
 def test_what_is_placed_starts_on_a_cache_line_and_has_no_slack(tiny: Tiny) -> None:
     catalog = ExpertCatalog.from_gguf(read_gguf(tiny("olmoe")))
     moved: list[tuple[int, int]] = []
-    name = catalog.layers[0].planes[0].tensor.name
+    name = catalog.layers[0].weights[0].tensor.name
     placed = catalog.placed({name: lambda source, slot: moved.append((source, slot))})
-    planes = [p for layer in placed.layers for p in layer.planes if p.place]
-    assert [p.tensor.name for p in planes] == [name]
-    assert placed.largest_placed == planes[0].nbytes
+    weights = [p for layer in placed.layers for p in layer.weights if p.place]
+    assert [p.tensor.name for p in weights] == [name]
+    assert placed.largest_placed == weights[0].nbytes
     assert catalog.largest_placed == 0
-    layout = plane_layout(planes[0], 4096)
+    layout = slot_layout(weights[0], 4096)
     assert (layout.shift, layout.stride % 64) == (0, 0)
-    assert planes[0].nbytes <= layout.stride < planes[0].nbytes + 64
+    assert weights[0].nbytes <= layout.stride < weights[0].nbytes + 64
     reader = ExpertReader(placed.gguf.files)
-    reader.set_aside(placed.largest_placed)
+    reader.reserve_bounce_buffers(placed.largest_placed)
     pool = SlotPool(placed, [3] * (max(placed.groups) + 1), reader)
     reader.wait(reader.demand(pool.reads(0, 2, 1)))
     window = pool.windows[0][0]

@@ -125,8 +125,8 @@ class Stage:
                     return
                 for expert, slot in zip(experts, slots, strict=True):
                     for window in pool.windows[layer]:
-                        there = ctypes.string_at(window.address + slot * window.stride, window.plane.nbytes)
-                        assert there == self.bytes[window.plane.tensor.name][expert].tobytes()
+                        there = ctypes.string_at(window.address + slot * window.stride, window.weight.nbytes)
+                        assert there == self.bytes[window.weight.tensor.name][expert].tobytes()
 
     def _settled(self, cache: ExpertCache) -> None:
         """Every slot is the policy's or staging's, once."""

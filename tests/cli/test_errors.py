@@ -83,7 +83,7 @@ def test_model_that_lacks_a_tensor(tmp_path: Path, tiny: Tiny) -> None:
     fails(1, "llama.cpp cannot load this model .*blk.1.attn_q.weight", path)
 
 
-def test_expert_that_lacks_a_plane(tmp_path: Path, tiny: Tiny) -> None:
+def test_expert_that_lacks_a_weight(tmp_path: Path, tiny: Tiny) -> None:
     path = renamed(tiny("olmoe"), tmp_path / "m.gguf", b"blk.1.ffn_up_exps", b"blk.1.ffn_zz_exps")
     fails(1, "llama.cpp cannot load this model .*ffn_up_exps", path)
 

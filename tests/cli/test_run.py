@@ -256,7 +256,7 @@ def test_routing_can_be_recorded(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_home_that_cannot_be_written(tiny: Tiny, tmp_path: Path) -> None:
-    """Notes are a convenience: without them the library is proven anew."""
+    """Notes are a convenience: without them the library is tested anew."""
     (tmp_path / "file").write_text("not a folder")
     result = own_process(
         *("run", tiny("llama"), "-p", PROMPT, "-n", 2, "-t", 1, "--cache", "50%"),

@@ -14,9 +14,9 @@ import pytest
 
 from flashmoe.engines.llamacpp import abi, library
 from flashmoe.engines.llamacpp.library import ENVIRONMENT, Library, find_library
-from flashmoe.engines.llamacpp.tested import prove
+from flashmoe.engines.llamacpp.tested import self_test
 from flashmoe.errors import LibraryError
-from flashmoe.tools import self_test as probe
+from flashmoe.tools import self_test as module
 
 
 def other_build(lib: Library) -> abi.Build:
@@ -159,19 +159,19 @@ def test_probe_proves_the_installed_library_once(
     notes: Path, lib: Library, demo: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert demo.is_file()
-    prove(lib.path)
+    self_test(lib.path)
     (fact,) = json.loads(notes.read_text())
     assert str(lib.path) in fact
 
     def again(*_: object, **__: object) -> None:
-        raise AssertionError("proven again")
+        raise AssertionError("tested again")
 
     monkeypatch.setattr(subprocess, "run", again)
-    prove(lib.path)
+    self_test(lib.path)
 
 
 @pytest.mark.parametrize("content", ["", "{", "null", "{}", "\x00"])
-def test_damaged_notes_mean_not_proven(
+def test_damaged_notes_mean_not_tested(
     content: str, notes: Path, lib: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     notes.parent.mkdir()
@@ -183,7 +183,7 @@ def test_damaged_notes_mean_not_proven(
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", child)
-    prove(lib.path)
+    self_test(lib.path)
     assert len(asked) == 1
     assert len(json.loads(notes.read_text())) == 1
 
@@ -204,7 +204,7 @@ def test_library_that_fails_its_probe(
         subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, status, "", stderr)
     )
     with pytest.raises(LibraryError, match=f"does not work with the slot pool .*{reason}"):
-        prove(lib.path)
+        self_test(lib.path)
     assert not notes.exists()
 
 
@@ -214,14 +214,14 @@ def test_library_that_hangs_in_its_probe(notes: Path, lib: Library, monkeypatch:
 
     monkeypatch.setattr(subprocess, "run", hang)
     with pytest.raises(LibraryError, match="no answer"):
-        prove(lib.path)
+        self_test(lib.path)
     assert not notes.exists()
 
 
 def test_probe_notices_other_logits(lib: Library, demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert demo.is_file()
-    assert probe.compare(lib.path)
-    decode, calls = probe._decode, iter(range(10**6))
+    assert module.compare(lib.path)
+    decode, calls = module._decode, iter(range(10**6))
 
     def off_by_one(context: Any, tokens: list[int]) -> Any:
         logits = decode(context, tokens)
@@ -229,5 +229,5 @@ def test_probe_notices_other_logits(lib: Library, demo: Path, monkeypatch: pytes
             logits[0] += 1
         return logits
 
-    monkeypatch.setattr(probe, "_decode", off_by_one)
-    assert not probe.compare(lib.path)
+    monkeypatch.setattr(module, "_decode", off_by_one)
+    assert not module.compare(lib.path)

@@ -26,7 +26,7 @@ from tests.conftest import Tiny
 from tests.engines.reference import CONTEXT, Reference, evaluate, prompt
 from tests.models import split
 
-MIXED = "olmoe"  # some of its planes are repacked by the processors that repack at all, some are not
+MIXED = "olmoe"  # some of its weights are repacked by the processors that repack at all, some are not
 
 
 def catalog_of(path: Path) -> ExpertCatalog:
@@ -129,9 +129,9 @@ def test_pack_is_used_and_exact(cache: str, model: Path, lib: Library, library: 
 def test_reads_of_a_pack_are_not_repacked_again(model: Path, lib: Library, library: None) -> None:
     make_pack(model)
     with flashmoe.load(model, cache="1", n_ctx=CONTEXT, threads=1, library=lib) as loaded:
-        planes = [plane for layer in loaded.catalog.layers for plane in layer.planes]
-        assert not any(plane.place for plane in planes)
-        assert {plane.file for plane in planes} == {0, 1}  # what is not repacked stays in the model
+        weights = [weight for layer in loaded.catalog.layers for weight in layer.weights]
+        assert not any(weight.place for weight in weights)
+        assert {weight.file for weight in weights} == {0, 1}  # what is not repacked stays in the model
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -147,7 +147,7 @@ def test_pack_of_another_processor_is_refused_and_made_again(
 ) -> None:
     pack, _ = make_pack(model)
     data = bytearray(pack.path.read_bytes())
-    offset, _ = min(pack.planes.values())
+    offset, _ = min(pack.weights.values())
     data[offset : offset + 64] = data[
         offset + 64 : offset + 128
     ]  # the first expert is interleaved in another way
@@ -172,10 +172,10 @@ def test_pack_of_the_same_model_with_other_weights_is_refused(
     model: Path, lib: Library, library: None
 ) -> None:
     make_pack(model)
-    plane = next(p for p in catalog_of(model).layers[0].planes)
+    weight = next(p for p in catalog_of(model).layers[0].weights)
     data = bytearray(model.read_bytes())
     # as after fine-tuning: header and size are equal
-    data[plane.offset : plane.offset + plane.nbytes] = bytes(plane.nbytes)
+    data[weight.offset : weight.offset + weight.nbytes] = bytes(weight.nbytes)
     model.write_bytes(data)
     with pytest.raises(ModelError, match="another processor|another model"):
         flashmoe.load(model, cache="100%", library=lib)
@@ -213,11 +213,11 @@ def test_any_damaged_expert_is_found_by_its_checksum(model: Path, library: None)
     done: list[int] = []
     assert pack.damaged(catalog, done.append) == []
     assert done == sorted(done)
-    for plane, expert, offset in list(pack_module._slices(catalog, pack))[::7]:
+    for weight, expert, offset in list(pack_module._slices(catalog, pack))[::7]:
         data = bytearray(whole)
-        data[offset + 7 * expert % plane.nbytes] ^= 1
+        data[offset + 7 * expert % weight.nbytes] ^= 1
         pack.path.write_bytes(data)
-        assert pack.damaged(catalog, lambda _: None) == [(plane.tensor.name, expert)]
+        assert pack.damaged(catalog, lambda _: None) == [(weight.tensor.name, expert)]
 
 
 def test_nothing_to_pack(tiny: Tiny, tmp_path: Path, library: None) -> None:
@@ -261,14 +261,14 @@ def test_folder_that_cannot_be_written(model: Path, library: None, monkeypatch: 
 
 
 def test_pack_lies_behind_pages(model: Path, library: None) -> None:
-    """Direct reads want whole pages; an expert's planes are neighbours."""
+    """Direct reads want whole pages; an expert's weights are neighbours."""
     pack, _ = make_pack(model)
     for layer in catalog_of(model).layers:
-        planes = [p for p in layer.planes if p.tensor.name in pack.planes]
+        weights = [p for p in layer.weights if p.tensor.name in pack.weights]
         end = None
-        for plane in planes:
-            offset, stride = pack.planes[plane.tensor.name]
+        for weight in weights:
+            offset, stride = pack.weights[weight.tensor.name]
             assert offset % 4096 == stride % 4096 == 0
             assert end in (None, offset)
-            end = offset + -(-plane.nbytes // 4096) * 4096
+            end = offset + -(-weight.nbytes // 4096) * 4096
     assert find_pack(catalog_of(model)) == pack

@@ -39,7 +39,7 @@ def model(
 ) -> Iterator[flashmoe.Model]:
     """A model on the disk that reads an expert for almost every token."""
     monkeypatch.setattr(direct, "_direct_alignment", lambda _: (4, 512))  # FUSE takes any address
-    monkeypatch.setattr(reader_module, "PATIENCE", 0.3)
+    monkeypatch.setattr(reader_module, "TIMEOUT", 0.3)
     monkeypatch.setattr(reader_module, "_LAST_LOOK", 0.2)
     if request.param == "threads":
         monkeypatch.setattr(reader_module, "open_queue", ThreadQueue)
@@ -58,9 +58,9 @@ def names_what_failed(message: str, model: flashmoe.Model) -> None:
     found = re.search(r"\(reading expert (\d+) of layer (\d+), (\S+): (\d+) bytes at (\d+)\)", message)
     assert found, message
     expert, layer, offset = (int(found[i]) for i in (1, 2, 5))
-    plane = next(p for p in model.catalog.layers[layer].planes if p.tensor.name == found[3])
+    weight = next(p for p in model.catalog.layers[layer].weights if p.tensor.name == found[3])
     assert message.startswith(f"{model.catalog.gguf.files[0]}: ")
-    assert 0 <= offset - (plane.offset + expert * plane.stride) <= plane.nbytes - int(found[4])
+    assert 0 <= offset - (weight.offset + expert * weight.stride) <= weight.nbytes - int(found[4])
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture, module: str) -> list[str]:
@@ -133,10 +133,10 @@ def test_a_prefetch_that_fails_is_read_again_on_demand(model: flashmoe.Model, di
     disk.fault()
     slot = int(cache.ensure(0, np.array([absent[0]], np.int32))[0])
     there = np.ctypeslib.as_array(
-        (ctypes.c_uint8 * window.plane.nbytes).from_address(window.address + slot * window.stride)
+        (ctypes.c_uint8 * window.weight.nbytes).from_address(window.address + slot * window.stride)
     )
-    start = window.plane.offset + absent[0] * window.plane.nbytes
-    assert there.tobytes() == disk.path.read_bytes()[start : start + window.plane.nbytes]
+    start = window.weight.offset + absent[0] * window.weight.nbytes
+    assert there.tobytes() == disk.path.read_bytes()[start : start + window.weight.nbytes]
 
 
 def test_a_hanging_disk_is_reported_and_its_memory_is_left_alone(model: flashmoe.Model, disk: Disk) -> None:

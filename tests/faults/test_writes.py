@@ -80,7 +80,7 @@ def test_reports_on_a_full_disk(small: Path, tiny: Tiny, tmp_path: Path) -> None
 
 
 def test_notes_on_a_full_disk_are_done_without(small: Path, tiny: Tiny) -> None:
-    """The notes of the drive and of proven libraries: made again next time."""
+    """The notes of the drive and of tested libraries: made again next time."""
     (small / "ballast").write_bytes(bytes(SIZE))
     run = ("run", tiny("llama"), "-p", "hello", "-n", 2, "-t", 1, "--cache", "50%", "-q")
     assert own_process(*run, env={"XDG_CACHE_HOME": str(small)}).status == 0

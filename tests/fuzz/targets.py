@@ -24,7 +24,7 @@ from flashmoe.prefetch.table import Table
 from flashmoe.routing.files import read as read_trace
 from flashmoe.runtime.session import Session
 from flashmoe.storage.catalog import ExpertCatalog
-from flashmoe.storage.checksums import find_sums, no_sums, write_sums
+from flashmoe.storage.checksums import find_checksums, no_checksums, write_checksums
 from flashmoe.storage.direct import DirectFile
 from flashmoe.storage.gguf import parse_part, read_gguf
 from flashmoe.storage.pack import find_pack, write_pack
@@ -124,12 +124,12 @@ def _catalog_beside(path: Path) -> ExpertCatalog:
 
 
 def _placed(catalog: ExpertCatalog) -> ExpertCatalog:
-    """As if the engine repacked the first planes: their bytes stay as they are."""
+    """As if the engine repacked the first weights: their bytes stay as they are."""
 
     def place(nbytes: int, source: int, slot: int) -> None:
         ctypes.memmove(slot, source, nbytes)
 
-    first = [layer.planes[0] for layer in catalog.layers]
+    first = [layer.weights[0] for layer in catalog.layers]
     return catalog.placed({p.tensor.name: partial(place, p.nbytes) for p in first})
 
 
@@ -140,14 +140,14 @@ def _pack(path: Path) -> None:
     files = [DirectFile(catalog.gguf.files[0]), DirectFile(path)]
     try:
         pack.apply(catalog, files)
-        pack.sums(catalog)
+        pack.checksums(catalog)
     finally:
         for file in files:
             file.close()
 
 
 def _sums(path: Path) -> None:
-    assert find_sums(_catalog_beside(path))
+    assert find_checksums(_catalog_beside(path))
 
 
 def _beside(model: Path) -> dict[str, bytes]:
@@ -162,7 +162,7 @@ def _beside(model: Path) -> dict[str, bytes]:
     file = DirectFile(model)
     write_pack(_placed(catalog), [file], lambda *_: None)
     file.close()
-    write_sums(catalog, no_sums(catalog))
+    write_checksums(catalog, no_checksums(catalog))
     return {
         kind: model.with_suffix(kind).read_bytes() for kind in (".safetensors", ".flashpack", ".flashsums")
     }

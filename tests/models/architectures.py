@@ -68,7 +68,7 @@ DENSE = Spec(
 ARCHITECTURES: dict[str, Spec] = {
     "llama": Spec(
         "llama",
-        "Mixtral: 8 experts, top 2, one format per plane",
+        "Mixtral: 8 experts, top 2, one format per weight",
         (ATTN + MOE,) * 3,
         quants=("Q4_0 Q4_0 Q8_0", "Q5_0 Q8_0 F16", "F32"),
         keys="feed_forward_length=96",
@@ -326,7 +326,7 @@ ARCHITECTURES: dict[str, Spec] = {
     ),
     "nemotron_h_moe": Spec(
         "nemotron_h_moe",
-        "no gate plane; experts in a smaller latent space; top-k and sizes differ by layer; Mamba-2",
+        "no gate weight; experts in a smaller latent space; top-k and sizes differ by layer; Mamba-2",
         (
             MAMBA2,
             NEMOTRON + "ffn_up_exps:L,X,E ffn_down_exps:X,L,E",

@@ -29,7 +29,7 @@ class Spec:
     about: str
     layers: tuple[str, ...]
     quants: tuple[str, ...] = ("Q4_0", "Q8_0")
-    """Per MoE layer, in turn: one format for all planes, or gate, up and down; fused: gate_up and down."""
+    """Per MoE layer, in turn: one format for all weights, or gate, up and down; fused: gate_up and down."""
     sizes: str = ""
     """`letter=number` items over `SIZES`."""
     keys: str = ""
@@ -82,14 +82,14 @@ def _parse(items: str) -> dict[str, Any]:
 
 
 def _expand(items: str, prefix: str, dims: dict[str, int], formats: tuple[str, ...]) -> Iterator[tuple]:
-    rest, *planes = formats
+    rest, *weights = formats
     for item in items.split():
         name, letters = item.split(":")
         shape = tuple(int(x) if x.isdigit() else dims[x] for x in letters.split(","))
         kind = rest
         if name.endswith("exps") and len(shape) == 3:
-            order = ("gate", "up", "down") if len(planes) == 3 else ("gate", "down")
-            kind = planes[0] if len(planes) == 1 else planes[order.index(name.split("_")[1])]
+            order = ("gate", "up", "down") if len(weights) == 3 else ("gate", "down")
+            kind = weights[0] if len(weights) == 1 else weights[order.index(name.split("_")[1])]
         full = name[:-1] if name.endswith(".") else name if "." in name else name + ".weight"
         yield prefix + full, shape, kind
 

@@ -31,7 +31,7 @@ def disk(tmp_path: Path, tiny: Tiny) -> Iterator[Disk]:
 def model(disk: Disk, lib: Library, monkeypatch: pytest.MonkeyPatch) -> Iterator[flashmoe.Model]:
     """A model on the disk that reads an expert for almost every token."""
     monkeypatch.setattr(direct, "_direct_alignment", lambda _: (4, 512))  # FUSE takes any address
-    monkeypatch.setattr(reader_module, "PATIENCE", 0.3)
+    monkeypatch.setattr(reader_module, "TIMEOUT", 0.3)
     with flashmoe.load(
         disk.path, cache="60%", threads=1, n_ctx=128, library=lib, parallel=PARALLEL, layout="plain"
     ) as loaded:

@@ -1,4 +1,4 @@
-"""The catalog of experts: planes, tables, size groups, and models that cannot be served."""
+"""The catalog of experts: weights, tables, size groups, and models that cannot be served."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ def test_slices_are_those_of_the_gguf_package(name: str, tiny: Tiny) -> None:
     """Every expert tensor is found, and expert e's slice is where the tensor's e-th matrix is."""
     catalog, data = catalog_of(tiny(name)), tiny(name).read_bytes()
     theirs = {t.name: t for t in gguf.GGUFReader(tiny(name)).tensors}
-    found = {p.tensor.name for layer in catalog.layers for p in (*layer.planes, *layer.tables)}
+    found = {p.tensor.name for layer in catalog.layers for p in (*layer.weights, *layer.tables)}
     assert found == {n for n in theirs if "_exps." in n and "norm" not in n}
     for layer in catalog.layers:
-        for plane in (*layer.planes, *layer.tables):
-            rows = theirs[plane.tensor.name].data
+        for weight in (*layer.weights, *layer.tables):
+            rows = theirs[weight.tensor.name].data
             assert len(rows) == layer.n_experts
             for expert in (0, layer.n_experts - 1):
-                start = plane.offset + expert * plane.nbytes
-                assert data[start : start + plane.nbytes] == np.ascontiguousarray(rows[expert]).tobytes()
-    expert_bytes = sum(theirs[p.tensor.name].n_bytes for layer in catalog.layers for p in layer.planes)
+                start = weight.offset + expert * weight.nbytes
+                assert data[start : start + weight.nbytes] == np.ascontiguousarray(rows[expert]).tobytes()
+    expert_bytes = sum(theirs[p.tensor.name].n_bytes for layer in catalog.layers for p in layer.weights)
     assert catalog.expert_bytes == expert_bytes
     assert catalog.dense_bytes == sum(t.n_bytes for t in theirs.values()) - expert_bytes
 
 
 def names(catalog: ExpertCatalog, layer: int) -> list[str]:
-    return [p.tensor.name.split(".", 2)[2] for p in catalog.layers[layer].planes]
+    return [p.tensor.name.split(".", 2)[2] for p in catalog.layers[layer].weights]
 
 
-def test_planes_and_tables(tiny: Tiny) -> None:
+def test_weights_and_tables(tiny: Tiny) -> None:
     separate = catalog_of(tiny("llama"))
     assert names(separate, 0) == ["ffn_up_exps.weight", "ffn_gate_exps.weight", "ffn_down_exps.weight"]
     assert separate.layers[0].tables == ()
@@ -81,7 +81,7 @@ def test_layers_of_equal_slices_share_a_group(tiny: Tiny) -> None:
 def test_only_drops_layers_that_are_not_loaded(tiny: Tiny) -> None:
     catalog = catalog_of(tiny("glm4moe"))
     assert [layer.block for layer in catalog.layers] == [1, 2, 3]  # the last is the prediction layer
-    loaded = {p.tensor.name for layer in catalog.layers[:2] for p in layer.planes}
+    loaded = {p.tensor.name for layer in catalog.layers[:2] for p in layer.weights}
     assert [layer.block for layer in catalog.only(loaded).layers] == [1, 2]
 
 
@@ -148,7 +148,7 @@ def test_metadata_that_makes_no_sense(key: str, value: object, tiny: Tiny) -> No
         ExpertCatalog.from_gguf(GGUF(model.files, metadata, model.tensors, model.parts))
 
 
-def test_planes_that_do_not_fit_together(tiny: Tiny) -> None:
+def test_weights_that_do_not_fit_together(tiny: Tiny) -> None:
     model = read_gguf(tiny("olmoe"))
     name = "blk.2.ffn_up_exps.weight"
     for shape in ((64, 96, 15), (64, 96)):

@@ -300,9 +300,9 @@ def inverted(memory: np.ndarray, batch: list[Read]) -> bool:
 def test_placed_reads(reader: ExpertReader, offsets: list[int], cancelled: set[int]) -> None:
     """More of them than buffers, demanded and prefetched, some cancelled, beside reads that are not placed."""
     memory = np.zeros(len(offsets) * 8192 + 8192, np.uint8)
-    if not reader._aside:
-        assert 0 < reader.set_aside(4096) < 1 << 20
-    free = len(reader._aside)
+    if not reader._bounce:
+        assert 0 < reader.reserve_bounce_buffers(4096) < 1 << 20
+    free = len(reader._bounce)
     batch = [Read(0, offset, 4096, memory.ctypes.data + 8192 * i, invert) for i, offset in enumerate(offsets)]
     tickets = [(reader.demand if i % 3 else reader.prefetch)([read]) for i, read in enumerate(batch)]
     cancelled &= set(range(0, len(batch), 3))
@@ -312,11 +312,11 @@ def test_placed_reads(reader: ExpertReader, offsets: list[int], cancelled: set[i
         reader.promote(ticket)
         reader.wait(ticket)
     assert inverted(memory, [read for i, read in enumerate(batch) if i not in cancelled])
-    assert len(reader._aside) == free
+    assert len(reader._bounce) == free
 
 
 def test_placed_reads_that_fail_are_not_placed(reader: ExpertReader, memory: np.ndarray) -> None:
-    reader.set_aside(4096)
+    reader.reserve_bounce_buffers(4096)
     placed: list[int] = []
     for _ in range(40):  # more than there are buffers: each comes back
         bad = Read(0, len(CONTENT) + 8192, 4096, memory.ctypes.data, lambda *at: placed.append(1))
@@ -334,7 +334,7 @@ def test_prefetches_leave_buffers_to_demand_reads(
     reader, queue = held
     monkeypatch.setattr(queue, "depth", 1000)
     reader.tune(1000, 0)
-    reader.set_aside(4096)
+    reader.reserve_bounce_buffers(4096)
     ahead = [Read(0, 4096 * i, 4096, memory.ctypes.data + 8192 * i, invert) for i in range(64)]
     reader.prefetch(ahead)
     started = len(queue.started)

@@ -1,6 +1,6 @@
 """One measurement in a process of its own: python -m flashmoe.bench.child, a Job as JSON in, the result as JSON out.
 
-Alone in its process so that a memory limit, page faults and processor time are the measurement's and nobody else's.
+Alone in its process so that a memory limit, page faults and processor time are the measurement's alone.
 """
 
 from __future__ import annotations

@@ -74,9 +74,9 @@ def load_between(before: Sample, after: Sample) -> Load:
     return Load(seconds, others / seconds, max(0.0, after.stolen - before.stolen) / seconds)
 
 
-def wait_until_quiet(patience: float = 20.0, window: float = 1.0) -> Load | None:
-    """Wait until others leave the machine alone for a moment; the last load seen where `patience` runs out."""
-    deadline = time.monotonic() + patience
+def wait_until_quiet(timeout: float = 20.0, window: float = 1.0) -> Load | None:
+    """Wait until others leave the machine alone for a moment; the last load seen where `timeout` runs out."""
+    deadline = time.monotonic() + timeout
     while True:
         before = sample()
         time.sleep(window)

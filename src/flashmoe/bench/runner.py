@@ -281,7 +281,7 @@ def _ended_by_signals() -> Iterator[None]:
 
     try:
         before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
-    except ValueError:  # not the main thread: signals are somebody else's
+    except ValueError:  # not the main thread: signals are handled elsewhere
         yield
         return
     try:

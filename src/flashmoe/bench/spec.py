@@ -106,7 +106,9 @@ class Plan:
     seed: int = 0
     verify: bool = False
     timeout: float = 1800.0
-    library: Path | None = field(default=None)  # to use unproven; default: the one that is found and proven
+    library: Path | None = field(
+        default=None
+    )  # without the self-test; default: the one that is found and tested
 
     def __post_init__(self) -> None:
         for name in self.baselines:

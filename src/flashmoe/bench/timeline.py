@@ -28,9 +28,9 @@ class Timeline:
         self.spans: list[dict[str, Any]] = []
         self._cache = cache
         self._ranges = [
-            (plane.file, plane.offset, plane.offset + plane.nbytes * layer.n_experts, number)
+            (weight.file, weight.offset, weight.offset + weight.nbytes * layer.n_experts, number)
             for number, layer in enumerate(catalog.layers)
-            for plane in layer.planes
+            for weight in layer.weights
         ]
         self._reads: dict[int, tuple[Read, bool, float]] = {}
         self._began = self._computing = self._entered = self._waiting = 0.0

@@ -52,7 +52,7 @@ class ExpertCache:
         self.warm: WarmStart | None = None
         self.recent = RecentRouting(residency.n_layers, residency.n_experts)
         self._first_slot = [int(residency.group_start[g]) for g in residency.group]
-        self._bytes = [sum(w.plane.nbytes for w in windows) for windows in pool.windows]
+        self._bytes = [sum(w.weight.nbytes for w in windows) for windows in pool.windows]
         self._lock = SafeLock()
         self._under_way: tuple[list[Ticket], int, list[int]] | None = None  # reads, layer, experts
         #: Of benchmarks. While there is one, every request comes to `ensure`.
@@ -154,7 +154,7 @@ class ExpertCache:
     ) -> Int32:
         """Make the experts `ids` (int32 [n] or [tokens, top_k], may repeat) of a layer resident and complete.
 
-        With `leave_last` the last plane (down) may still be under way: call `finish` before it is used. `meanwhile` is
+        With `leave_last` the last weight (down) may still be under way: call `finish` before it is used. `meanwhile` is
         called once the reads are queued, before they are waited for. `each` is called with every expert and its slot
         as soon as its bytes are in, the residents first: what it does happens while the others are read.
         `requested`: what the `compiled_request` for these ids has returned, where it was made.
@@ -347,7 +347,7 @@ class ExpertCache:
         meanwhile: Callable[[], None] | None,
         tickets: list[Ticket],
     ) -> None:
-        """Read experts into slots, plane by plane over all of them: what is needed first comes first.
+        """Read experts into slots, tensor by tensor over all of them: what is needed first comes first.
 
         absent: (expert, slot); staged: experts that were prefetched, perhaps not to the end; admitted: experts that are
         resident only if everything succeeds; tickets: gets all reads.
@@ -357,11 +357,11 @@ class ExpertCache:
         now = [entry.first for entry in incomplete]
         later = [entry.last for entry in incomplete]
         reads = [self.pool.reads(layer, expert, slot - first) for expert, slot in absent]
-        planes = list(zip(*reads, strict=True))
-        if planes:
-            first_planes = [read for plane in planes[:-1] for read in plane]
+        weights = list(zip(*reads, strict=True))
+        if weights:
+            first_weights = [read for weight in weights[:-1] for read in weight]
             began = time.perf_counter()
-            demanded = self.reader.demand_in_order([first_planes, planes[-1]], tickets)
+            demanded = self.reader.demand_in_order([first_weights, weights[-1]], tickets)
             stats.stall_seconds += (
                 time.perf_counter() - began
             )  # starting reads can mean waiting for the drive

@@ -1,9 +1,9 @@
 """The slot pool: anonymous memory that the engine takes for its expert tensors.
 
-For every size group of layers and every plane there is one *region*: slots of a fixed stride. So there is for every
-table per expert (biases, scales). The engine sees, for a layer's plane, `address + slot * stride`. Direct reads want
-aligned file offsets, and a slice begins anywhere: so each plane is shifted inside its slot by its own misalignment, and
-what alignment adds falls into the slot's slack.
+For every size group of layers and every expert tensor (weights, and tables: biases, scales) there is one *region*:
+slots of a fixed stride. The engine sees `address + slot * stride` for a layer's tensor. Direct reads want aligned
+offsets, and a slice begins anywhere: so each weight is shifted inside its slot by its own misalignment, and what
+alignment adds falls into the slot's slack.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe.storage.addresses import reserve_huge
-from flashmoe.storage.catalog import ExpertCatalog, Plane
+from flashmoe.storage.catalog import ExpertCatalog, ExpertTensor
 from flashmoe.storage.reader import ExpertReader, Read
 
 _PREFAULT_STEP = 2 << 20  # small: page faults of other threads may have to wait for its end
@@ -32,69 +32,69 @@ _CACHE_LINE = 64
 
 @dataclass(frozen=True)
 class Window:
-    """A plane or table of one layer in the pool: slot s of the layer's group is at `address + s * stride`."""
+    """A weight or table of one layer in the pool: slot s of the layer's group is at `address + s * stride`."""
 
-    plane: Plane
+    weight: ExpertTensor
     address: int
     stride: int
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a plane's slices lie in a slot: `shift` bytes after its start; the slot is `stride` bytes long."""
+    """Where a weight's slices lie in a slot: `shift` bytes after its start; the slot is `stride` bytes long."""
 
     shift: int
     stride: int
 
 
-def plane_layout(plane: Plane, align: int) -> Layout:
-    """The layout of one plane under direct reads in units of `align` bytes.
+def slot_layout(weight: ExpertTensor, align: int) -> Layout:
+    """The layout of one weight under direct reads in units of `align` bytes.
 
     Where all slices are equally misaligned, reads land in place. Otherwise the slot has slack on both sides; the
     reads land in place if the drive takes such addresses, and go through a bounce buffer if not. What the engine has
     to place is not read into the slot at all.
     """
-    if plane.place:
-        return Layout(0, -(-plane.nbytes // _CACHE_LINE) * _CACHE_LINE)
+    if weight.place:
+        return Layout(0, -(-weight.nbytes // _CACHE_LINE) * _CACHE_LINE)
     unit = max(align, _TENSOR_ALIGNMENT)
-    equal = plane.misalignment(unit)
-    shift, slack = (unit + plane.phase, unit) if equal is None else (equal, 0)
-    return Layout(shift, -(-(shift + plane.nbytes + slack) // unit) * unit)
+    equal = weight.misalignment(unit)
+    shift, slack = (unit + weight.phase, unit) if equal is None else (equal, 0)
+    return Layout(shift, -(-(shift + weight.nbytes + slack) // unit) * unit)
 
 
 @dataclass(frozen=True)
 class Region:
-    """Slots of a fixed stride that all layers of a size group share, for one plane or table of each."""
+    """Slots of a fixed stride that all layers of a size group share, for one weight or table of each."""
 
     stride: int
-    members: tuple[tuple[int, Plane, int], ...]  # layer, its plane, and where in a slot that begins
+    members: tuple[tuple[int, ExpertTensor, int], ...]  # layer, its weight, and where in a slot that begins
 
 
 def _regions(catalog: ExpertCatalog, align: int) -> tuple[list[list[Region]], list[list[Region]]]:
-    """What a pool is made of: regions of planes, and regions of tables per expert, of each size group."""
+    """What a pool is made of: regions of weights, and regions of tables per expert, of each size group."""
     n_groups = max(catalog.groups) + 1
-    planes: list[list[Region]] = [[] for _ in range(n_groups)]
+    weights: list[list[Region]] = [[] for _ in range(n_groups)]
     tables: list[list[Region]] = [[] for _ in range(n_groups)]
     for group in range(n_groups):
         members = [(i, catalog.layers[i]) for i, g in enumerate(catalog.groups) if g == group]
-        for index in range(len(members[0][1].planes)):
+        for index in range(len(members[0][1].weights)):
             layouts = [
-                (i, layer.planes[index], plane_layout(layer.planes[index], align)) for i, layer in members
+                (i, layer.weights[index], slot_layout(layer.weights[index], align)) for i, layer in members
             ]
             stride = max(layout.stride for _, _, layout in layouts)
-            planes[group].append(Region(stride, tuple((i, p, layout.shift) for i, p, layout in layouts)))
-        alike: dict[tuple[int, int], list[tuple[int, Plane, int]]] = {}
+            weights[group].append(Region(stride, tuple((i, p, layout.shift) for i, p, layout in layouts)))
+        alike: dict[tuple[int, int], list[tuple[int, ExpertTensor, int]]] = {}
         for i, layer in members:
             for index, table in enumerate(layer.tables):
                 alike.setdefault((index, table.nbytes), []).append((i, table, 0))
         tables[group] = [Region(nbytes, tuple(found)) for (_, nbytes), found in alike.items()]
-    return planes, tables
+    return weights, tables
 
 
 def slot_bytes(catalog: ExpertCatalog, align: int) -> list[int]:
-    """Bytes of one slot (all its planes and tables) in each size group."""
-    planes, tables = _regions(catalog, align)
-    return [sum(r.stride for r in (*p, *t)) for p, t in zip(planes, tables, strict=True)]
+    """Bytes of one slot (all its weights and tables) in each size group."""
+    weights, tables = _regions(catalog, align)
+    return [sum(r.stride for r in (*p, *t)) for p, t in zip(weights, tables, strict=True)]
 
 
 class SlotPool:
@@ -111,12 +111,12 @@ class SlotPool:
         self._prefault: threading.Thread | None = None
         self.windows: list[list[Window]] = [[] for _ in catalog.layers]
         self._tables: list[list[tuple[Window, NDArray[np.uint8]]]] = [[] for _ in catalog.layers]
-        planes, tables = _regions(catalog, align)
-        for n, regions in zip(slots, planes, strict=True):
+        weights, tables = _regions(catalog, align)
+        for n, regions in zip(slots, weights, strict=True):
             for region in regions:
                 base = self._reserve(n * region.stride)
-                for layer, plane, shift in region.members:
-                    self.windows[layer].append(Window(plane, base + shift, region.stride))
+                for layer, weight, shift in region.members:
+                    self.windows[layer].append(Window(weight, base + shift, region.stride))
         for n, regions in zip(slots, tables, strict=True):
             for region in regions:
                 base = self._reserve(n * region.stride)
@@ -158,11 +158,11 @@ class SlotPool:
             done += _PREFAULT_STEP
 
     def reads(self, layer: int, expert: int, slot: int) -> list[Read]:
-        """What must be read to fill `slot` (numbered in the layer's group) with an expert, plane by plane."""
+        """What must be read to fill `slot` (numbered in the layer's group) with an expert, tensor by tensor."""
         return [
             Read(file, offset, nbytes, window.address + slot * window.stride + at, place)
             for window in self.windows[layer]
-            for file, offset, nbytes, at, place in window.plane.extents(expert)
+            for file, offset, nbytes, at, place in window.weight.extents(expert)
         ]
 
     def tables(self, layer: int) -> list[Window]:

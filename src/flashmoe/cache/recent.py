@@ -11,7 +11,7 @@ IDS = 4096  # kept of each layer: 512 tokens of 8 experts
 
 
 class RecentRouting:
-    """A ring of each layer's last requests. Noting them takes a microsecond; all else waits until somebody asks."""
+    """A ring of each layer's last requests. Noting them takes a microsecond; all else waits for a query."""
 
     def __init__(self, n_layers: int, n_experts: int) -> None:
         self.n_experts = n_experts

@@ -94,7 +94,7 @@ def make_residency(
 ) -> Residency:
     """An empty pool with S = sum(quota) + sum(spare) slots.
 
-    quota: [L] slots of each layer, 1..E (with partition "global" only the sums over the groups matter).
+    quota: [L] slots of each layer, 1..E (with partition "global" only the checksums over the groups matter).
     group: [L] size group of each layer, numbered 0..G-1 without gaps; None means one group.
     spare: [G] further slots at the end of each group that no policy knows: see `exchange` (default: none).
     Raises ValueError for shapes, quotas or groups that make no sense.
@@ -154,7 +154,7 @@ def exchange(res: Residency, layer: int, expert: int, slot: int) -> int:
 
 
 def renumber(res: Residency, layer: int, experts: NDArray[np.int64], slots: NDArray[np.int32]) -> None:
-    """Put all resident `experts` of a layer into other `slots`, which nobody else owns."""
+    """Put all resident `experts` of a layer into other `slots`, which have no other owner."""
     old = res.slot_of[layer, experts]
     place = res.place[old]
     res.owner[old] = res.pin[old] = -1
@@ -164,7 +164,7 @@ def renumber(res: Residency, layer: int, experts: NDArray[np.int64], slots: NDAr
 
 
 def take_free_slot(res: Residency, layer: int) -> int:
-    """A free slot of a layer's group, from now on neither free nor anybody's; there must be one."""
+    """A free slot of a layer's group, from now on neither free nor owned; there must be one."""
     group = int(res.group[layer])
     res.free_count[group] -= 1
     return int(res.free[res.group_start[group] + res.free_count[group]])
@@ -178,7 +178,7 @@ def free_slot(res: Residency, layer: int, slot: int) -> None:
 
 
 def admit(res: Residency, layer: int, expert: int, slot: int) -> None:
-    """Let an absent expert have a slot that is nobody's."""
+    """Let an absent expert have a slot without an owner."""
     used = int(res.used[layer])
     res.slot_of[layer, expert] = slot
     res.owner[slot] = layer * res.n_experts + expert

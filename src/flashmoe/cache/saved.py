@@ -14,7 +14,7 @@ Limits = tuple[Any, Any]
 _LARGEST = 1e18  # its square is still a float32: sums of products that overflow are not numbers, and compare with none
 
 
-def take_back(
+def load_state(
     own: Mapping[str, NDArray[Any]], saved: Mapping[str, NDArray[Any]], limits: Mapping[str, Limits]
 ) -> str:
     """Copy saved arrays into those of the same names in `own`; or change nothing, and say which one does not fit.

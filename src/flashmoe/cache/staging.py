@@ -24,8 +24,8 @@ class Staged:
     """A prefetched expert: complete, under way or still queued."""
 
     slot: int
-    first: Ticket  # all planes but the last
-    last: Ticket  # the last plane (down)
+    first: Ticket  # all weights but the last
+    last: Ticket  # the last weight (down)
 
     @property
     def complete(self) -> bool:
@@ -95,7 +95,7 @@ class Staging:
         entry = self._staged[layer].get(expert)
         if entry is None:
             return None
-        if entry.failed:  # whoever asks reads again, and gets the error
+        if entry.failed:  # the request reads again, and gets the error
             _log.warning("a prefetch of expert %d of layer %d failed: reading it on demand", expert, layer)
             self._cancel(layer, expert)
             return None

@@ -30,7 +30,7 @@ _UNDER_WAY = (
 
 
 class _Arrival(NamedTuple):
-    """An expert on its way into a slot that is neither free nor anybody's."""
+    """An expert on its way into a slot that is neither free nor owned by an expert."""
 
     layer: int
     expert: int
@@ -121,7 +121,7 @@ class WarmStart:
         return bool(self._under_way)
 
     def _arrive(self, arrival: _Arrival) -> None:
-        """Its reads have ended. Where one has failed, whoever asks for the expert reads again, and gets the error."""
+        """Its reads have ended. Where one has failed, the expert's next request reads again, and gets the error."""
         layer, expert, slot, ticket, nbytes = arrival
         self.bytes += ticket.bytes
         if ticket.error:

@@ -57,14 +57,14 @@ def run(
         loaded = load(model, options=asked, progress=progress.update)
         with loaded:
             chosen = sampling.sampling()
-            pieces = (
+            stream = (
                 _answer(loaded, text, n_predict, chosen)
                 if chat
                 else loaded.generate(text, max_tokens=n_predict, sampling=chosen)
             )
             made: list[str] = []
             try:
-                for piece in pieces:
+                for piece in stream:
                     progress.stop()
                     made.append(piece)
                     sys.stdout.write(piece)

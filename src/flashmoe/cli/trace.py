@@ -94,12 +94,12 @@ def record(
             with Progress(*columns, console=console, transient=True) as bar:
                 task = bar.add_task("prompts", total=len(todo), completed=done)
                 for prompt in todo[done:]:
-                    pieces = (
+                    stream = (
                         loaded.generate(prompt, max_tokens=n_predict, sampling=chosen)
                         if isinstance(prompt, str)
                         else loaded.chat(prompt, max_tokens=n_predict, sampling=chosen)
                     )
-                    for _ in pieces:
+                    for _ in stream:
                         pass
                     complete = len(recorder)
                     bar.update(task, advance=1, description=f"{len(recorder)} tokens")

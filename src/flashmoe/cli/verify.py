@@ -37,7 +37,7 @@ def verify(
         )
     if verdict.written:
         console.print(
-            f"{verdict.sums}: checksums of {verdict.total_experts} experts written ({rate}); "
+            f"{verdict.checksums}: checksums of {verdict.total_experts} experts written ({rate}); "
             "run with --verify to compare each when it is first read", highlight=False,
         )  # fmt: skip
     else:

@@ -1,4 +1,4 @@
-"""Small files of our own: where they are kept, and how they are written so that nobody reads half of one."""
+"""Small files of our own: where they are kept, and how they are written so that half a file is never read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _folder(variable: str, default: str) -> Path:
 def write_atomically(path: Path, data: bytes, *, private: bool = False) -> None:
     """Replace `path` with `data` as a whole, or leave it as it was; folders are made. Raises OSError.
 
-    private: nobody but the user may read it.
+    private: only the user may read it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.parent / f".{secrets.token_hex(8)}.part"

@@ -59,7 +59,7 @@ class Registry(Generic[T]):
             inspect.signature(factory).bind(**options)
         except TypeError as error:
             raise self.error(f"{self.noun} {name!r} cannot be made from {spec!r}: {error}") from None
-        except ValueError:  # a callable that does not say what it takes
+        except ValueError:  # a callable without a signature
             pass
         made = factory(**options)
         if not isinstance(made, self.kind):

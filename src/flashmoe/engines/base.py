@@ -157,7 +157,7 @@ class Engine(Protocol):
         ...
 
     def record(self, recorder: RoutingObserver | None) -> None:
-        """Let `recorder` see every layer's routing from here on; whoever calls `decode` ends its steps."""
+        """Let `recorder` see every layer's routing from here on; the caller of `decode` ends its steps."""
         ...
 
     def prefetch(self, prefetcher: Prefetcher) -> None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe.cache.saved import Limits, take_back
+from flashmoe.cache.saved import Limits, load_state
 from flashmoe.errors import FlashMoEError
 
 Int32 = NDArray[np.int32]
@@ -123,7 +123,7 @@ class Predictor:
     def load_state(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Take back what `state` gave. Raises PredictorError for arrays of another predictor or shape, or such as it
         would never give, and then changes nothing."""
-        if wrong := take_back(self._state._asdict(), arrays, self.limits()):
+        if wrong := load_state(self._state._asdict(), arrays, self.limits()):
             raise PredictorError(f"saved state does not fit predictor {self.name!r} ({wrong})")
 
     def limits(self) -> dict[str, Limits]:

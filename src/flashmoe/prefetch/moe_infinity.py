@@ -25,7 +25,7 @@ start = njit(policy.begin)
 
 
 @kept()
-def watch(st, layer, ids):
+def observe(st, layer, ids):
     """Count requests of a layer, ids int32 [n], -1: none."""
     n = 0
     valid = np.empty(ids.shape[0], np.int32)
@@ -37,14 +37,14 @@ def watch(st, layer, ids):
 
 
 @kept()
-def forget(st):
+def reset(st):
     """A sequence begins: the one that ended joins the collection."""
     start(st)
     st.nearest[0] = -1
 
 
 @kept()
-def foresee(st, target, k, out):
+def predict(st, target, k, out):
     """Fill out [E] with chances of a layer."""
     nearest = st.nearest[0]
     total = 0.0
@@ -68,29 +68,29 @@ class MoEInfinity(Predictor):
         """See Predictor."""
         state: Any = policy.MoEInfinity(self.size).make_state(n_layers, n_experts)
         compiled = policy.MoEInfinity(1).make_state(1, 1)
-        watch(compiled, 0, np.zeros(1, np.int32))
-        forget(compiled)
-        foresee(compiled, 0, 1, np.zeros(1, np.float32))
+        observe(compiled, 0, np.zeros(1, np.int32))
+        reset(compiled)
+        predict(compiled, 0, 1, np.zeros(1, np.float32))
         return state
 
     def begin_sequence(self) -> None:
         """See Predictor."""
-        forget(self._state)
+        reset(self._state)
 
     def begin_step(self, token: int) -> None:
         """See Predictor. Tokens say nothing here."""
 
     def observe(self, layer: int, ids: Int32) -> None:
         """See Predictor."""
-        watch(self._state, layer, ids)
+        observe(self._state, layer, ids)
 
     def observe_many(self, layer: int, ids: Int32, tokens: Int32) -> None:
         """See Predictor."""
-        watch(self._state, layer, np.ascontiguousarray(ids).ravel())
+        observe(self._state, layer, np.ascontiguousarray(ids).ravel())
 
     def predict(self, layer: int, target: int, out: Float32) -> None:
         """See Predictor."""
-        foresee(self._state, target, self.top_k, out)
+        predict(self._state, target, self.top_k, out)
 
     def limits(self) -> dict[str, Limits]:
         """See Predictor."""

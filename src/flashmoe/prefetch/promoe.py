@@ -59,14 +59,14 @@ def begin(st, token):
 
 
 @kept(fastmath=True)
-def watch(st, layer, ids):
+def observe(st, layer, ids):
     """Predictor.observe; ids int32 [n], -1: none."""
     n = 0
     for e in ids:
         n += 0 <= e < st.embed.shape[1]
     if n == 0:
         return
-    for m in range(max(st.now[0], 0), layer):  # layers that nobody spoke of
+    for m in range(max(st.now[0], 0), layer):  # layers that were not observed
         st.stream[m + 1] = st.stream[m]
     st.stream[layer + 1] = st.stream[layer]
     for e in ids:
@@ -77,7 +77,7 @@ def watch(st, layer, ids):
 
 
 @kept(fastmath=True)
-def foresee(st, layer, target, out):
+def predict(st, layer, target, out):
     """Predictor.predict."""
     c = 0
     if layer >= 0:
@@ -104,19 +104,19 @@ def foresee(st, layer, target, out):
 
 
 @kept()
-def forget(st):
+def reset(st):
     """A sequence begins: there are no tokens before."""
     st.average[:] = np.float32(0.0)
     st.now[0] = -1
 
 
 @kept()
-def watch_text(st, ids, tokens):
+def observe_text(st, ids, tokens):
     """Follow text: ids int32 [T, L, k], tokens int32 [T]."""
     for t in range(ids.shape[0]):
         begin(st, tokens[t])
         for layer in range(ids.shape[1]):
-            watch(st, layer, ids[t, layer])
+            observe(st, layer, ids[t, layer])
 
 
 class ProMoE(TextPredictor):
@@ -169,17 +169,17 @@ class ProMoE(TextPredictor):
             **self.weights,
         )
         none = np.full((1, n_layers, top_k), -1, np.int32)
-        watch_text(state, none, none[:, 0, 0])  # compile before the first token waits for it
-        watch(state, 0, none[0, 0])
+        observe_text(state, none, none[:, 0, 0])  # compile before the first token waits for it
+        observe(state, 0, none[0, 0])
         begin(state, -1)
-        foresee(state, -1, 0, np.zeros(n_experts, np.float32))
-        forget(state)
+        predict(state, -1, 0, np.zeros(n_experts, np.float32))
+        reset(state)
         return state
 
     def begin_sequence(self) -> None:
         """See Predictor."""
         self._settle()
-        forget(self._state)
+        reset(self._state)
 
     def begin_step(self, token: int) -> None:
         """See Predictor."""
@@ -188,15 +188,15 @@ class ProMoE(TextPredictor):
 
     def observe(self, layer: int, ids: Int32) -> None:
         """See Predictor."""
-        watch(self._state, layer, ids)
+        observe(self._state, layer, ids)
 
     def follow(self, batch: MicroBatch) -> None:
         """See TextPredictor."""
-        watch_text(self._state, *batch.take(RECENT))
+        observe_text(self._state, *batch.take(RECENT))
 
     def predict(self, layer: int, target: int, out: Float32) -> None:
         """See Predictor."""
-        foresee(self._state, layer, target, out)
+        predict(self._state, layer, target, out)
 
     def state(self) -> dict[str, NDArray[Any]]:
         """See Predictor; the networks stay in their file."""

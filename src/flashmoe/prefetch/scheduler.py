@@ -93,7 +93,7 @@ class Prefetcher:
     """Feeds a predictor with the routing and prefetches what it is sure enough of while single tokens are decoded.
 
     Given several predictors (`auto`), it keeps the first that is worth asking on this text, and tries them in turn
-    until one is; when none is, it hardly asks any more. Until one has proved itself those after it learn as well.
+    until one is; when none is, it hardly asks any more. Until one has been useful those after it learn as well.
     """
 
     def __init__(self, predictors: Sequence[Predictor], cache: Ahead) -> None:

@@ -176,7 +176,7 @@ def class_for(layer, target):
 
 
 @kept()
-def foresee(st, layer, target, out):
+def predict(st, layer, target, out):
     """Predictor.predict."""
     rate(st, class_for(layer, target), target, out)
 
@@ -225,7 +225,7 @@ def describe(st, layer):
 
 
 @kept(fastmath=True)
-def watch(st, layer, ids, follow):
+def observe(st, layer, ids, follow):
     """Predictor.observe: learn from what a layer picked, ids int32 [n]; without `follow` only count it."""
     n_experts = st.feature.shape[2]
     k = st.picked.shape[2] - 1
@@ -255,21 +255,21 @@ def watch(st, layer, ids, follow):
 
 
 @kept()
-def forget(st):
+def reset(st):
     """A sequence begins: there is no token before."""
     st.picked[:, :, st.picked.shape[2] - 1] = 0
 
 
 @kept()
-def watch_text(st, ids, tokens, starts, first):
+def observe_text(st, ids, tokens, starts, first):
     """Learn from text token by token: ids int32 [T, L, k] (-1: none), tokens int32 [T], starts uint8 [T]: 1 where
     a sequence begins. Tokens before `first` are only counted."""
     for t in range(ids.shape[0]):
         if starts[t] > 0:
-            forget(st)
+            reset(st)
         begin(st, tokens[t])
         for layer in range(ids.shape[1]):
-            watch(st, layer, ids[t, layer], t >= first)
+            observe(st, layer, ids[t, layer], t >= first)
 
 
 def cold(n_layers: int, n_experts: int, top_k: int, rows: int) -> TableState:
@@ -329,11 +329,11 @@ class Table(TextPredictor):
         memory = min(self.memory, self._most - sum(array.nbytes for array in least) + 2 * PROBES * row)
         rows = min(max(int(memory // row), 2 * PROBES), 1 << 17)
         compiled = cold(1, 1, 1, 2 * PROBES)  # so that the first token does not wait for the compiler
-        watch_text(compiled, np.zeros((1, 1, 1), np.int32), np.zeros(1, np.int32), np.ones(1, np.uint8), 0)
+        observe_text(compiled, np.zeros((1, 1, 1), np.int32), np.zeros(1, np.int32), np.ones(1, np.uint8), 0)
         begin(compiled, 0)
-        watch(compiled, 0, np.zeros(1, np.int32), True)
-        foresee(compiled, -1, 0, np.zeros(1, np.float32))
-        forget(compiled)
+        observe(compiled, 0, np.zeros(1, np.int32), True)
+        predict(compiled, -1, 0, np.zeros(1, np.float32))
+        reset(compiled)
         state = cold(n_layers, n_experts, top_k, rows)
         if self.trained is not None:
             self.trained.check_shape(n_layers, n_experts, top_k)
@@ -343,7 +343,7 @@ class Table(TextPredictor):
     def begin_sequence(self) -> None:
         """See Predictor."""
         self._settle()
-        forget(self._state)
+        reset(self._state)
 
     def begin_step(self, token: int) -> None:
         """See Predictor."""
@@ -352,17 +352,17 @@ class Table(TextPredictor):
 
     def observe(self, layer: int, ids: Int32) -> None:
         """See Predictor."""
-        watch(self._state, layer, ids, True)
+        observe(self._state, layer, ids, True)
 
     def follow(self, batch: MicroBatch) -> None:
         """See TextPredictor. The last PROMPT tokens are learned from as single ones are, of those before only the
         counts are kept, which takes a tenth of the time."""
         ids, tokens = batch.take()
-        watch_text(self._state, ids, tokens, np.zeros(len(ids), np.uint8), len(ids) - PROMPT)
+        observe_text(self._state, ids, tokens, np.zeros(len(ids), np.uint8), len(ids) - PROMPT)
 
     def predict(self, layer: int, target: int, out: Float32) -> None:
         """See Predictor."""
-        foresee(self._state, layer, target, out)
+        predict(self._state, layer, target, out)
 
     def learn_text(self, ids: NDArray[Any], tokens: NDArray[Any], starts: NDArray[Any]) -> None:
         """Learn from recorded routing: ids [T, L, k], tokens [T] (-1: unknown), starts [T]: 1 where a sequence
@@ -371,7 +371,7 @@ class Table(TextPredictor):
         text, words, begins = (
             np.ascontiguousarray(a, kind) for a, kind in zip((ids, tokens, starts), kinds, strict=True)
         )
-        watch_text(self._state, text, words, begins, 0)
+        observe_text(self._state, text, words, begins, 0)
 
     # Saved without the rows of the token table that are free ----------------------------------------------
 

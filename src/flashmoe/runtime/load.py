@@ -59,7 +59,7 @@ def load(
             the transformers engine the folder of a safetensors checkpoint, or "hf:organisation/repository".
         options: how to load it; or the fields of `LoadOptions` by name, as in `load("demo", ram="1GiB")`.
         progress: called with "load" or "prefill", how much is done, and of how much.
-        library: a llama.cpp library to use unproven (default: the one that is found, tested once by
+        library: a llama.cpp library to use without the self-test (default: the one that is found, tested once by
             `flashmoe.tools.self_test`).
         given: the fields of `LoadOptions`, where `options` is not given.
 

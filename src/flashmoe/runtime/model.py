@@ -286,7 +286,7 @@ class Model:
     def report(self, text: str = "", pause: Callable[[], None] = lambda: None) -> Report:
         """The figures so far; `text` is passed through. Measures the drive where that has not been done before.
 
-        pause: called after every millisecond of replaying, by whoever asks while the model is at work.
+        pause: called after every millisecond of replaying; for callers that run while the model is at work.
         """
         so_far = self.telemetry
         what_if = WhatIf(self.cache.recent, self.cache.policy, self.catalog.top_k, pause)

@@ -68,7 +68,7 @@ def open_checkpoint(loading: Loading, stack: ExitStack) -> Opened:
     model = load_dense(checkpoint, skeleton, layout, reader.files, lambda n: loading.progress(n, dense))
     if device is not None:
         model.to(device.place)
-    aside = reader.set_aside(catalog.largest_placed) if catalog.largest_placed else 0
+    aside = reader.reserve_bounce_buffers(catalog.largest_placed) if catalog.largest_placed else 0
     promised = aside + loading.prepare(catalog)
     if limit and device is None:
         if options.n_ctx is None:

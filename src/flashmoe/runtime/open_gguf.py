@@ -19,7 +19,7 @@ from flashmoe.runtime.layout import PACKED, PLAIN, REPACKED, choose_layout
 from flashmoe.runtime.opening import Loading, Opened
 from flashmoe.runtime.options import LoadOptions
 from flashmoe.storage.catalog import ExpertCatalog
-from flashmoe.storage.checksums import FirstReads, needed_sums
+from flashmoe.storage.checksums import FirstReads, needed_checksums
 from flashmoe.storage.disk import tune
 from flashmoe.storage.gguf import read_gguf
 from flashmoe.storage.hub import resolve
@@ -39,7 +39,7 @@ def open_gguf(loading: Loading, stack: ExitStack, library: Library | None) -> Op
     trained = catalog.gguf.arch_int("context_length", budget.DEFAULT_CONTEXT)
     budget.check_context(options.n_ctx, trained)
     pack = find_pack(catalog) if options.layout != PLAIN else None
-    sums = needed_sums(catalog, pack.sums(catalog) if pack else {}) if options.verify else None
+    checksums = needed_checksums(catalog, pack.checksums(catalog) if pack else {}) if options.verify else None
     reader = ExpertReader([*catalog.gguf.files, pack.path] if pack else catalog.gguf.files)
     stack.callback(reader.close)
     tune(reader, catalog.read_bytes)
@@ -63,9 +63,9 @@ def open_gguf(loading: Loading, stack: ExitStack, library: Library | None) -> Op
     )
     stack.callback(loaded.close)
     catalog = pack.apply(loaded.catalog, reader.files) if pack else loaded.catalog
-    if sums:
-        reader.check(FirstReads(catalog, [file.path for file in reader.files], sums))
-    aside = reader.set_aside(catalog.largest_placed) if catalog.largest_placed else 0
+    if checksums:
+        reader.check(FirstReads(catalog, [file.path for file in reader.files], checksums))
+    aside = reader.reserve_bounce_buffers(catalog.largest_placed) if catalog.largest_placed else 0
     promised = (
         aside
         + loading.prepare(catalog)

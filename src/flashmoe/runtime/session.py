@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from flashmoe.cache.policies.base import EvictionPolicy
-from flashmoe.cache.saved import take_back
+from flashmoe.cache.saved import load_state
 from flashmoe.common.files import cache_folder, write_atomically
 from flashmoe.errors import FlashMoEError, FlashMoEWarning, PolicyError
 from flashmoe.prefetch import Predictor, PredictorError
@@ -107,7 +107,7 @@ class Session:
         ranked = self._ranked(arrays)
         residency = self._policy.residency
         clocks = {"step": residency.step, "accesses": residency.accesses}
-        if wrong := take_back(clocks, arrays, dict.fromkeys(clocks, (0, _MOST_STEPS))):
+        if wrong := load_state(clocks, arrays, dict.fromkeys(clocks, (0, _MOST_STEPS))):
             raise ValueError(wrong)
         try:
             self._policy.load_state(_starting(arrays, _POLICY))
@@ -126,7 +126,7 @@ class Session:
     def _ranked(self, arrays: Arrays) -> NDArray[np.int32]:
         """The residents, each of which must exist, once."""
         ranked = np.empty_like(self._policy.residency.slot_of)
-        if wrong := take_back({"experts": ranked}, arrays, {"experts": (-1, ranked.shape[1] - 1)}):
+        if wrong := load_state({"experts": ranked}, arrays, {"experts": (-1, ranked.shape[1] - 1)}):
             raise ValueError(wrong)
         for layer, row in zip(self._catalog.layers, ranked, strict=True):
             experts = row[row >= 0]

@@ -1,7 +1,7 @@
 """Request bodies: read whole, in time and within a limit, and looked into where the backend would not survive them.
 
 The front buffers a request before it passes it on, as reverse proxies do: a client that sends slowly occupies none of
-the backend's threads, and a body that is refused has reached nobody.
+the backend's threads, and a body that is refused has not reached the backend.
 """
 
 from __future__ import annotations

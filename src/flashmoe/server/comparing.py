@@ -1,4 +1,4 @@
-"""The hit rate of the last minutes against LRU's and Belady's, and what would help: replayed while somebody asks."""
+"""The hit rate of the last minutes against LRU's and Belady's, and what would help: replayed while a client asks."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Live telemetry for dashboards: `GET /flashmoe/info`, `/flashmoe/live` (one frame), `/flashmoe/live/stream` (SSE).
 
-A frame has counters since the start, so that whoever reads two of them has the rates between, and the map of the pool:
+A frame has counters since the start, so that the difference of two frames gives rates, and the map of the pool:
 one byte for each expert, layer after layer, base64. Bit 0: resident; bit 1: used since the last frame of this stream;
-bit 2: missed since then. What is used is noted only while somebody watches.
+bit 2: missed since then. What is used is noted only while a client is connected.
 """
 
 from __future__ import annotations

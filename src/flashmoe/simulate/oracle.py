@@ -2,7 +2,7 @@
 
 A prompt reads most experts anyhow, and its requests do not count here; what Belady would keep for their sake (see
 policies/belady.py) are hits lost to the tokens after it. Without prompts the two are the same. Like Belady's, it is the
-best within a layer's share; what layers lend each other around prompts is nobody's plan.
+best within a layer's share; what layers lend each other around prompts is not planned by it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ _NEVER = 1 << 40  # later than any request
 
 
 class DecodeOracle(Belady):
-    """Replays what it was told by `foresee`, in one go or in pieces, from whatever its pool holds."""
+    """Replays what it was told by `set_future`, in one go or in pieces, from whatever its pool holds."""
 
     oracle = False  # a replay does not look at its trace itself
 
-    def foresee(self, ids: NDArray[np.int16], first: NDArray[np.int64], decode: NDArray[np.bool_]) -> None:
+    def set_future(self, ids: NDArray[np.int16], first: NDArray[np.int64], decode: NDArray[np.bool_]) -> None:
         """All that will be replayed: ids [T, L, k], its steps [N+1], and which of them decode [N]."""
         n_layers, n_experts = self.residency.n_layers, self.residency.n_experts
         requests = self.requests(first, ids.shape[2])

@@ -1,7 +1,7 @@
 """Hit rates of decoding over what a runtime was asked for lately: its own, and what LRU and an oracle would have had.
 
 The runtime's is counted as it runs. The others are replays of the same steps, prompts and their windows among them,
-from the experts that were resident when these began: the simulator's loops, in pieces, so that whoever runs them can
+from the experts that were resident when these began: the simulator's loops, in parts, so that the caller can
 pause in between.
 """
 
@@ -125,7 +125,7 @@ def compare(blocks: Sequence[Block], quota: NDArray[np.int32]) -> Iterator[Compa
     for policy in (Lru(), oracle):
         policy.bind(_holding(make_residency(n_layers, n_experts, quota.copy()), resident))
         if policy is oracle:
-            oracle.foresee(ids, first, decode)
+            oracle.set_future(ids, first, decode)
             yield None
         requests = hits = 0
         for start, end in _pieces(sizes * ids[0].size):

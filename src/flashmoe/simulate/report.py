@@ -18,7 +18,7 @@ R = TypeVar("R")
 class Machine:
     """What a prediction assumes."""
 
-    expert_bytes: float  # of one expert, all planes, averaged over the layers
+    expert_bytes: float  # of one expert, all weights, averaged over the layers
     drive_bytes_per_second: float | None = None  # of direct reads
     compute_seconds_per_token: float = 0.0  # with all experts in RAM
 

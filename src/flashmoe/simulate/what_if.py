@@ -26,7 +26,7 @@ PIECE = 256  # requests: a millisecond
 
 
 class _NotCompiled(Exception):
-    """Somebody would have to wait for the compiler."""
+    """A replay would have to wait for the compiler."""
 
 
 class _Refuse(event.Listener):

@@ -1,7 +1,7 @@
-"""Queues of reads that run while nobody looks: Linux's own asynchronous I/O, and threads where that does not work.
+"""Queues of reads that run on their own: Linux's own asynchronous I/O, and threads where that does not work.
 
 With `KernelQueue` a batch of reads costs one system call, no thread wakes up while they run, and their ends are
-collected when somebody waits: where every core computes, a thread that wakes up for a read costs more than the read.
+collected by the thread that waits: where every core computes, waking up a thread for a read costs more than the read.
 It needs direct I/O; a read of a buffered file would happen inside the submitting call.
 """
 
@@ -87,7 +87,7 @@ class ThreadQueue:
             error: Exception | None = None
             try:
                 self._files[read.file].read_enclosing(read.address, read.offset, read.nbytes)
-            except Exception as caught:  # handed to whoever waits
+            except Exception as caught:  # handed to the thread that waits
                 error = caught
             self._done.put((number, error))
 
@@ -139,11 +139,11 @@ class KernelQueue:
         self._pointers = (C.c_uint64 * _DEPTH)()
         self._events = C.create_string_buffer(_DEPTH * _EVENT.size)
         self._seen = memoryview(self._events)
-        self._patience = (C.c_long * 2)()  # struct timespec
+        self._timeout = (C.c_long * 2)()  # struct timespec
         self._free = list(range(_DEPTH))
         self._under_way: dict[int, tuple[int, Read, int]] = {}  # block -> number, read, bytes wanted at least
-        self._patient: ThreadQueue | None = None  # for what cannot go this way, or has failed
-        self._with_patience = 0  # reads that it has
+        self._fallback: ThreadQueue | None = None  # for what cannot go this way, or has failed
+        self._fallen_back = 0  # reads that it has
         self._refusal_logged = False
 
     def start(self, reads: list[tuple[int, Read]]) -> None:
@@ -185,27 +185,27 @@ class KernelQueue:
         until = time.monotonic() + timeout
         while True:
             left = max(0.0, until - time.monotonic())
-            both = self._under_way and self._with_patience
+            both = self._under_way and self._fallen_back
             if self._under_way:
                 ended += self._events_of(min(left, _TURN) if both else left, least)
-            if self._patient and self._with_patience:
-                done = self._patient.collect(0 if both or ended else left)
-                self._with_patience -= len(done)
+            if self._fallback and self._fallen_back:
+                done = self._fallback.collect(0 if both or ended else left)
+                self._fallen_back -= len(done)
                 ended += done
             if ended or not left:
                 return ended
 
     def _events_of(self, timeout: float, least: int) -> list[Done]:
         """Reads that have ended well; others are handed on."""
-        self._patience[0] = int(timeout)
-        self._patience[1] = int(timeout % 1 * 1e9)
+        self._timeout[0] = int(timeout)
+        self._timeout[1] = int(timeout % 1 * 1e9)
         count = self._checked(
             self._getevents,
             self._context,
             min(least, len(self._under_way)) if timeout > 0 else 0,
             _DEPTH,
             C.addressof(self._events),
-            C.addressof(self._patience),
+            C.addressof(self._timeout),
         )
         ended: list[Done] = []
         for index, result in _EVENT.iter_unpack(self._seen[: count * _EVENT.size]):
@@ -226,18 +226,18 @@ class KernelQueue:
     def close(self) -> None:
         """See ReadQueue."""
         self._call(self._destroy, self._context, 0, 0, 0, 0)
-        if self._patient:
-            self._patient.close()
+        if self._fallback:
+            self._fallback.close()
 
     def _release(self, index: int) -> tuple[int, Read, int]:
         self._free.append(index)
         return self._under_way.pop(index)
 
     def _read_plainly(self, number: int, read: Read) -> None:
-        if self._patient is None:
-            self._patient = ThreadQueue(self._files)
-        self._with_patience += 1
-        self._patient.start([(number, read)])
+        if self._fallback is None:
+            self._fallback = ThreadQueue(self._files)
+        self._fallen_back += 1
+        self._fallback.start([(number, read)])
 
     def _checked(self, number: int, a: int, b: int = 0, c: int = 0, d: int = 0, e: int = 0) -> int:
         """A system call, repeated when a signal interrupts it. Raises OSError."""

@@ -1,6 +1,6 @@
-"""The expert catalog: for every (layer, expert, plane) the bytes in the model's files.
+"""The expert catalog: for every (layer, expert, weight) the bytes in the model's files.
 
-A *plane* is one expert tensor of a layer (up, gate, down, or a fused gate_up); an expert's slice of it is contiguous.
+The expert tensors of a layer are up, gate and down, or a fused gate_up; an expert's slice of each is contiguous.
 A *table* is a per-expert bias or scale: too small to stream, so it stays resident and is copied into the slot.
 """
 
@@ -22,11 +22,11 @@ from flashmoe.storage.gguf import GGUF, TensorInfo
 
 _MOST_HASHED = 64 << 20  # bytes of a router; no real one has as many
 MAX_EXPERTS = 1 << 14  # of a layer; far beyond all models, and ids stay within 16 bits
-# up and gate are multiplied first, down last: the order in which a slot's planes are read
-_PLANES = ("ffn_up_exps", "ffn_gate_exps", "ffn_gate_up_exps", "ffn_down_exps")
-_EXPERT_TENSOR = re.compile(rf"blk\.(\d+)\.({'|'.join(_PLANES)})\.(weight|bias|scale)")
+# up and gate are multiplied first, down last: the order in which a slot's weights are read
+_ORDER = ("ffn_up_exps", "ffn_gate_exps", "ffn_gate_up_exps", "ffn_down_exps")
+_EXPERT_TENSOR = re.compile(rf"blk\.(\d+)\.({'|'.join(_ORDER)})\.(weight|bias|scale)")
 # The same pattern for the engine's tensor overrides
-EXPERTS_PATTERN = rf"^blk\.[0-9]+\.({'|'.join(_PLANES)})\.(weight|bias|scale)$"
+EXPERTS_PATTERN = rf"^blk\.[0-9]+\.({'|'.join(_ORDER)})\.(weight|bias|scale)$"
 TOKEN_TABLE = "token_embd.weight"
 _WORTH_STREAMING = 32 << 20  # bytes of a token embedding
 
@@ -42,7 +42,7 @@ class Extent(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plane:
+class ExpertTensor:
     """One expert tensor: expert e's slice is `nbytes` bytes at `offset + e * stride` of file number `file`.
 
     Where the engine keeps slices in a layout of its own, as long as the file's, `place` puts one into a slot.
@@ -80,13 +80,13 @@ class ExpertLayer:
 
     block: int
     n_experts: int
-    planes: tuple[Plane, ...]
-    tables: tuple[Plane, ...]
+    weights: tuple[ExpertTensor, ...]
+    tables: tuple[ExpertTensor, ...]
 
     @property
     def expert_bytes(self) -> int:
         """Bytes read from the file when one expert misses."""
-        return sum(plane.nbytes for plane in self.planes)
+        return sum(weight.nbytes for weight in self.weights)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class ExpertCatalog:
 
     @cached_property
     def dense_bytes(self) -> int:
-        """Bytes of everything that stays in RAM: all tensors but the planes and a streamed token embedding."""
+        """Bytes of everything that stays in RAM: all tensors but experts' weights and a streamed token embedding."""
         streamed = self.expert_bytes + (self.token_table.nbytes if self.token_table else 0)
         return sum(t.nbytes for t in self.source.tensors.values()) - streamed
 
@@ -146,12 +146,12 @@ class ExpertCatalog:
     @cached_property
     def largest_placed(self) -> int:
         """Bytes of the largest read that has to be placed; 0 without any."""
-        return max((p.placed_bytes for layer in self.layers for p in layer.planes), default=0)
+        return max((p.placed_bytes for layer in self.layers for p in layer.weights), default=0)
 
     @cached_property
     def read_bytes(self) -> int:
-        """Bytes of a read from the drive: an expert's slice of a plane, as they usually are."""
-        return int(statistics.median(plane.nbytes for layer in self.layers for plane in layer.planes))
+        """Bytes of a read from the drive: an expert's slice of a weight, as they usually are."""
+        return int(statistics.median(weight.nbytes for layer in self.layers for weight in layer.weights))
 
     @cached_property
     def total_experts(self) -> int:
@@ -159,10 +159,10 @@ class ExpertCatalog:
 
     @cached_property
     def groups(self) -> tuple[int, ...]:
-        """Group of each layer: layers whose planes have the same sizes share slots."""
+        """Group of each layer: layers whose weights have the same sizes share slots."""
         numbers: dict[tuple[int, ...], int] = {}
         return tuple(
-            numbers.setdefault(tuple(p.nbytes for p in layer.planes), len(numbers)) for layer in self.layers
+            numbers.setdefault(tuple(p.nbytes for p in layer.weights), len(numbers)) for layer in self.layers
         )
 
     @cached_property
@@ -188,25 +188,25 @@ class ExpertCatalog:
     def describe(self, read: Read) -> str:
         """Layer, expert and tensor that a read is of; "" where it is of none. Slow: for errors."""
         for number, layer in enumerate(self.layers):
-            for plane in layer.planes:
+            for weight in layer.weights:
                 for expert in range(layer.n_experts):
-                    for extent in plane.extents(expert):
+                    for extent in weight.extents(expert):
                         within = extent.offset <= read.offset < extent.offset + extent.nbytes
                         if extent.file == read.file and within:
-                            return f"expert {expert} of layer {number}, {plane.tensor.name}"
+                            return f"expert {expert} of layer {number}, {weight.tensor.name}"
         return ""
 
     def only(self, tensors: Container[str]) -> ExpertCatalog:
-        """The layers whose planes are in `tensors`: engines skip blocks that they do not run (token prediction)."""
-        kept = tuple(layer for layer in self.layers if all(p.tensor.name in tensors for p in layer.planes))
+        """The layers whose weights are in `tensors`: engines skip blocks that they do not run (token prediction)."""
+        kept = tuple(layer for layer in self.layers if all(p.tensor.name in tensors for p in layer.weights))
         return replace(self, layers=kept)
 
     def placed(self, places: Mapping[str, Place]) -> ExpertCatalog:
-        """The same catalog, where the planes named in `places` get into slots that way."""
+        """The same catalog, where the weights named in `places` get into slots that way."""
 
         def with_places(layer: ExpertLayer) -> ExpertLayer:
-            planes = (replace(p, place=places.get(p.tensor.name)) for p in layer.planes)
-            return replace(layer, planes=tuple(planes))
+            weights = (replace(p, place=places.get(p.tensor.name)) for p in layer.weights)
+            return replace(layer, weights=tuple(weights))
 
         return replace(self, layers=tuple(map(with_places, self.layers)))
 
@@ -218,7 +218,7 @@ class ExpertCatalog:
         for tensor in gguf.tensors.values():
             match = _EXPERT_TENSOR.fullmatch(tensor.name)
             if match:
-                found[int(match[1])].append((_PLANES.index(match[2]), tensor))
+                found[int(match[1])].append((_ORDER.index(match[2]), tensor))
         if not found:
             raise ModelError(
                 f"{name}: a dense model ({gguf.architecture or 'unknown architecture'}), it has no experts to stream; "
@@ -270,14 +270,16 @@ def _largest(gguf: GGUF, key: str) -> Any:
 
 def _layer(block: int, tensors: Iterable[tuple[int, TensorInfo]], files: dict) -> ExpertLayer:
     ordered = [tensor for _, tensor in sorted(tensors, key=lambda item: (item[0], item[1].name))]
-    weights = [t for t in ordered if t.name.endswith(".weight")]
-    if not weights or len({t.shape[-1] for t in ordered}) != 1 or any(len(t.shape) != 3 for t in weights):
+    large = [t for t in ordered if t.name.endswith(".weight")]
+    if not large or len({t.shape[-1] for t in ordered}) != 1 or any(len(t.shape) != 3 for t in large):
         raise ModelError(f"{ordered[0].file}: the expert tensors of block {block} do not fit together")
-    n = weights[0].shape[-1]
-    planes = {t.name: Plane(t, files[t.file], t.nbytes // n, t.offset, t.nbytes // n) for t in ordered}
+    n = large[0].shape[-1]
+    experts = {
+        t.name: ExpertTensor(t, files[t.file], t.nbytes // n, t.offset, t.nbytes // n) for t in ordered
+    }
     return ExpertLayer(
         block,
         n,
-        tuple(planes[t.name] for t in weights),
-        tuple(plane for name, plane in planes.items() if not name.endswith(".weight")),
+        tuple(experts[t.name] for t in large),
+        tuple(table for name, table in experts.items() if not name.endswith(".weight")),
     )

@@ -21,14 +21,14 @@ from flashmoe.common.files import write_atomically
 from flashmoe.errors import FlashMoEError, ModelError, ReadError, UsageError
 from flashmoe.storage.aio import Read
 from flashmoe.storage.arrays import read_safetensors
-from flashmoe.storage.catalog import MAX_EXPERTS, ExpertCatalog, Plane
+from flashmoe.storage.catalog import MAX_EXPERTS, ExpertCatalog, ExpertTensor
 from flashmoe.storage.gguf import GGUF, header_digest
 from flashmoe.storage.reader import ExpertReader
 
 _FORMAT = "1"
 
 #: Checksum of every expert's slice, uint64 [experts], by the tensor's name.
-Sums = Mapping[str, NDArray[np.uint64]]
+Checksums = Mapping[str, NDArray[np.uint64]]
 
 
 class Slice(NamedTuple):
@@ -44,14 +44,14 @@ class Slice(NamedTuple):
 def slices_of(catalog: ExpertCatalog) -> Iterator[Slice]:
     """Every slice of a model, tensor by tensor."""
     for layer in catalog.layers:
-        for p in layer.planes:
+        for p in layer.weights:
             for expert in range(layer.n_experts):
                 yield Slice(p.tensor.name, expert, p.file, p.offset + expert * p.stride, p.nbytes)
 
 
-def no_sums(catalog: ExpertCatalog) -> dict[str, NDArray[np.uint64]]:
+def no_checksums(catalog: ExpertCatalog) -> dict[str, NDArray[np.uint64]]:
     """Zeros, of the shape of a model's checksums."""
-    return {p.tensor.name: np.zeros(x.n_experts, np.uint64) for x in catalog.layers for p in x.planes}
+    return {p.tensor.name: np.zeros(x.n_experts, np.uint64) for x in catalog.layers for p in x.weights}
 
 
 def checksum(address: int, nbytes: int) -> int:
@@ -59,18 +59,18 @@ def checksum(address: int, nbytes: int) -> int:
     return xxh3_64_intdigest((ctypes.c_char * nbytes).from_address(address))
 
 
-def take_sums(
-    files: Sequence[Path], slices: Iterable[Slice], sums: Sums, progress: Callable[[int], None]
+def take_checksums(
+    files: Sequence[Path], slices: Iterable[Slice], checksums: Checksums, progress: Callable[[int], None]
 ) -> None:
-    """Read slices and put their checksums into `sums`; `progress` gets the bytes done so far. Raises ReadError."""
+    """Read slices and put their checksums into `checksums`; `progress` gets the bytes done so far. Raises ReadError."""
     todo = list(slices)
     reader = ExpertReader(files)
     try:
-        reader.set_aside(max(s.nbytes for s in todo))
+        reader.reserve_bounce_buffers(max(s.nbytes for s in todo))
 
         def note(source: int, number: int) -> None:
             s = todo[number]
-            sums[s.tensor][s.expert] = checksum(source, s.nbytes)
+            checksums[s.tensor][s.expert] = checksum(source, s.nbytes)
 
         done = 0
         for _, group in groupby(enumerate(todo), lambda item: item[1].tensor):
@@ -82,39 +82,39 @@ def take_sums(
         reader.close()
 
 
-def differences(found: Sums, expected: Sums) -> list[tuple[str, int]]:
+def differences(found: Checksums, expected: Checksums) -> list[tuple[str, int]]:
     """(tensor, expert) of the slices whose checksums differ."""
     return [(name, int(e)) for name in found for e in np.flatnonzero(found[name] != expected[name])]
 
 
-def sums_path(gguf: GGUF) -> Path:
+def checksums_path(gguf: GGUF) -> Path:
     """Where a model's checksums are: beside its first file."""
     return gguf.files[0].with_suffix(".flashsums")
 
 
-def find_sums(catalog: ExpertCatalog) -> Sums | None:
+def find_checksums(catalog: ExpertCatalog) -> Checksums | None:
     """The model's checksums, if they have been taken. Raises ModelError for a file that is damaged or another's."""
-    path = sums_path(catalog.gguf)
+    path = checksums_path(catalog.gguf)
     try:
-        metadata, sums = read_safetensors(path)
+        metadata, checksums = read_safetensors(path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
         raise ModelError(f"{path}: damaged; delete it, and run `flashmoe verify MODEL`") from None
-    shape = {name: (array.shape, array.dtype) for name, array in sums.items()}
-    mine = {name: (array.shape, array.dtype) for name, array in no_sums(catalog).items()}
+    shape = {name: (array.shape, array.dtype) for name, array in checksums.items()}
+    mine = {name: (array.shape, array.dtype) for name, array in no_checksums(catalog).items()}
     if metadata != _metadata(catalog) or shape != mine:
         raise ModelError(
             f"{path}: of another model than {catalog.gguf.files[0].name}; delete it, and run `flashmoe verify MODEL`"
         )
-    return sums
+    return checksums
 
 
-def write_sums(catalog: ExpertCatalog, sums: Sums) -> None:
+def write_checksums(catalog: ExpertCatalog, checksums: Checksums) -> None:
     """Write a model's checksums, whole or not at all. Raises FlashMoEError where they cannot be written."""
-    path = sums_path(catalog.gguf)
+    path = checksums_path(catalog.gguf)
     try:
-        write_atomically(path, save(dict(sums), _metadata(catalog)))
+        write_atomically(path, save(dict(checksums), _metadata(catalog)))
     except OSError as error:
         raise FlashMoEError(
             f"{path}: cannot be written ({error.strerror}); checksums lie beside their model: "
@@ -127,31 +127,33 @@ def _metadata(catalog: ExpertCatalog) -> dict[str, str]:
     return {"flashmoe_sums": _FORMAT, "header_sha256": header_digest(catalog.gguf), "router_sha256": router}
 
 
-def needed_sums(catalog: ExpertCatalog, packed: Sums) -> Sums:
+def needed_checksums(catalog: ExpertCatalog, packed: Checksums) -> Checksums:
     """Checksums of every slice that a session reads: `packed` of what lies in a pack file, the model's of the rest.
 
     Raises UsageError where they have not been taken, ModelError where they cannot be used.
     """
-    if all(p.tensor.name in packed for layer in catalog.layers for p in layer.planes):
+    if all(p.tensor.name in packed for layer in catalog.layers for p in layer.weights):
         return packed
-    sums = find_sums(catalog)
-    if sums is None:
+    checksums = find_checksums(catalog)
+    if checksums is None:
         name = catalog.gguf.files[0]
         raise UsageError(f"{name}: no checksums to compare with; take them once with `flashmoe verify MODEL`")
-    return {**sums, **packed}
+    return {**checksums, **packed}
 
 
 class FirstReads:
     """Compares every slice with its checksum when it is read for the first time: a check for ExpertReader."""
 
-    def __init__(self, catalog: ExpertCatalog, files: Sequence[Path], sums: Sums) -> None:
-        """`files`: by number, as the catalog's planes name them; what is beyond the model's own is a pack."""
-        self._planes = [(i, p, sums[p.tensor.name]) for i, x in enumerate(catalog.layers) for p in x.planes]
+    def __init__(self, catalog: ExpertCatalog, files: Sequence[Path], checksums: Checksums) -> None:
+        """`files`: by number, as the catalog's weights name them; what is beyond the model's own is a pack."""
+        self._weights = [
+            (i, p, checksums[p.tensor.name]) for i, x in enumerate(catalog.layers) for p in x.weights
+        ]
         self._files, self._packs = files, files[len(catalog.gguf.files) :]
-        #: (file, offset) of a slice that has not been seen -> number of its plane and expert
+        #: (file, offset) of a slice that has not been seen -> number of its weight and expert
         self._unseen = {
             (p.file, p.offset + expert * p.stride): MAX_EXPERTS * number + expert
-            for number, (_, p, known) in enumerate(self._planes)
+            for number, (_, p, known) in enumerate(self._weights)
             for expert in range(len(known))
         }
 
@@ -161,16 +163,16 @@ class FirstReads:
         if found is None:
             return None
         number, expert = divmod(found, MAX_EXPERTS)
-        layer, plane, sums = self._planes[number]
-        if checksum(address, read.nbytes) == int(sums[expert]):
+        layer, weight, checksums = self._weights[number]
+        if checksum(address, read.nbytes) == int(checksums[expert]):
             return None
         self._unseen[read.file, read.offset] = found
-        return ReadError(self._message(layer, plane, expert))
+        return ReadError(self._message(layer, weight, expert))
 
-    def _message(self, layer: int, plane: Plane, expert: int) -> str:
-        path = self._files[plane.file]
+    def _message(self, layer: int, weight: ExpertTensor, expert: int) -> str:
+        path = self._files[weight.file]
         then = "make it again with `flashmoe pack MODEL`" if path in self._packs else "get the model again"
         return (
-            f"{path}: expert {expert} of layer {layer} ({plane.tensor.name}) is damaged: "
+            f"{path}: expert {expert} of layer {layer} ({weight.tensor.name}) is damaged: "
             f"its checksum is not what it was; check the drive, and {then}"
         )

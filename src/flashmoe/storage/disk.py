@@ -30,9 +30,11 @@ _MOST_SECONDS = 2.0  # no further round after that
 _SLOTS = 8
 _SECONDS = 0.15  # for one rate
 _LEAST_FILE = 256 << 20  # smaller files tell nothing about a drive
-#: Reads under way and bytes per read (0: whole planes) that are tried; the first is what a reader does untold.
+#: Reads under way and bytes per read (0: whole weights) that are tried; the first is what a reader does untold.
 _TRIED = ((128, 0), (8, 0), (2, 0), (128, 512 << 10), (8, 512 << 10))
-_BETTER = 1.1  # so much faster must another way be, in every round: somebody else may use the drive meanwhile
+_BETTER = (
+    1.1  # so much faster must another way be, in every round: other programs may use the drive meanwhile
+)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Pack files: a copy of a model's experts in the layouts that the engine's kernels want on this processor.
 
-MODEL.flashpack, beside MODEL.gguf: magic, header (JSON), a checksum (storage.sums) for every slice, the experts, each
-one's repacked planes one after the other, in whole pages. Planes that the engine does not repack stay in the model.
+MODEL.flashpack, beside MODEL.gguf: magic, header (JSON), a checksum (storage.checksums) for every slice, the experts,
+each one's repacked weights one after the other, in whole pages. What the engine does not repack stays in the model.
 
 Layouts depend on the processor and on the engine's build, and no name for them is to be trusted: a pack fits if some of
 its experts are what the engine makes of the model's, byte for byte.
@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from flashmoe.common.units import format_bytes
 from flashmoe.errors import FlashMoEError, ModelError
-from flashmoe.storage.catalog import ExpertCatalog, Plane
-from flashmoe.storage.checksums import Slice, Sums, checksum, differences, no_sums, take_sums
+from flashmoe.storage.catalog import ExpertCatalog, ExpertTensor
+from flashmoe.storage.checksums import Checksums, Slice, checksum, differences, no_checksums, take_checksums
 from flashmoe.storage.direct import DirectFile
 from flashmoe.storage.gguf import GGUF, header_digest
 
@@ -40,64 +40,64 @@ Bytes = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Pack:
-    """A pack file: where each repacked plane begins, and how far apart an expert's slices of it are."""
+    """A pack file: where each repacked weight begins, and how far apart an expert's slices of it are."""
 
     path: Path
-    planes: Mapping[str, tuple[int, int]]
-    checksums: int  # offset of the table, uint64 for every slice, in the order of the file
+    weights: Mapping[str, tuple[int, int]]
+    checksums_at: int  # offset of the table, uint64 for every slice, in the order of the file
     size: int
 
     def apply(self, catalog: ExpertCatalog, files: Sequence[DirectFile]) -> ExpertCatalog:
-        """The catalog with its repacked planes in this file, the last of `files`.
+        """The catalog with its repacked weights in this file, the last of `files`.
 
         `catalog` knows how the engine places them. Raises ModelError where that is not what the pack has.
         """
-        placed = {p.tensor.name for layer in catalog.layers for p in layer.planes if p.place}
-        known = {p.tensor.name for layer in catalog.layers for p in layer.planes}
-        if placed != known & self.planes.keys() or not all(self._fits(*s, files) for s in _samples(catalog)):
+        placed = {p.tensor.name for layer in catalog.layers for p in layer.weights if p.place}
+        known = {p.tensor.name for layer in catalog.layers for p in layer.weights}
+        if placed != known & self.weights.keys() or not all(self._fits(*s, files) for s in _samples(catalog)):
             raise ModelError(
                 f"{self.path}: made for another processor or another build of llama.cpp; "
                 "make it again with `flashmoe pack MODEL`, delete it, or use --layout plain"
             )
 
-        def packed(plane: Plane) -> Plane:
-            if not plane.place:
-                return plane
-            offset, stride = self.planes[plane.tensor.name]
-            return replace(plane, file=len(files) - 1, offset=offset, stride=stride, place=None)
+        def packed(weight: ExpertTensor) -> ExpertTensor:
+            if not weight.place:
+                return weight
+            offset, stride = self.weights[weight.tensor.name]
+            return replace(weight, file=len(files) - 1, offset=offset, stride=stride, place=None)
 
-        layers = (replace(x, planes=tuple(map(packed, x.planes))) for x in catalog.layers)
+        layers = (replace(x, weights=tuple(map(packed, x.weights))) for x in catalog.layers)
         return replace(catalog, layers=tuple(layers))
 
-    def _fits(self, plane: Plane, expert: int, files: Sequence[DirectFile]) -> bool:
-        offset, stride = self.planes[plane.tensor.name]
-        found = np.empty(plane.nbytes, np.uint8)
+    def _fits(self, weight: ExpertTensor, expert: int, files: Sequence[DirectFile]) -> bool:
+        offset, stride = self.weights[weight.tensor.name]
+        found = np.empty(weight.nbytes, np.uint8)
         files[-1].read_exact(found.ctypes.data, offset + expert * stride, found.nbytes)
-        return np.array_equal(found, _repacked(plane, expert, files[plane.file]))
+        return np.array_equal(found, _repacked(weight, expert, files[weight.file]))
 
-    def sums(self, catalog: ExpertCatalog) -> Sums:
+    def checksums(self, catalog: ExpertCatalog) -> Checksums:
         """The checksums of the slices that are in the pack. Raises ReadError."""
         slices = list(_slices(catalog, self))
         table = np.empty(len(slices), np.uint64)
         file = DirectFile(self.path)
         try:
-            file.read_exact(table.ctypes.data, self.checksums, table.nbytes)
+            file.read_exact(table.ctypes.data, self.checksums_at, table.nbytes)
         finally:
             file.close()
-        sums = {name: array for name, array in no_sums(catalog).items() if name in self.planes}
-        for (plane, expert, _), known in zip(slices, table, strict=True):
-            sums[plane.tensor.name][expert] = known
-        return sums
+        checksums = {name: array for name, array in no_checksums(catalog).items() if name in self.weights}
+        for (weight, expert, _), known in zip(slices, table, strict=True):
+            checksums[weight.tensor.name][expert] = known
+        return checksums
 
     def damaged(self, catalog: ExpertCatalog, progress: Callable[[int], None]) -> list[tuple[str, int]]:
         """(tensor, expert) of slices that are not as they were written; `progress` gets the bytes done, of `size`.
 
         Raises ReadError.
         """
-        expected = self.sums(catalog)
+        expected = self.checksums(catalog)
         found = {name: np.zeros_like(array) for name, array in expected.items()}
         slices = (Slice(p.tensor.name, e, 0, offset, p.nbytes) for p, e, offset in _slices(catalog, self))
-        take_sums([self.path], slices, found, progress)
+        take_checksums([self.path], slices, found, progress)
         return differences(found, expected)
 
 
@@ -138,12 +138,12 @@ def find_pack(catalog: ExpertCatalog) -> Pack | None:
 def write_pack(
     catalog: ExpertCatalog, files: Sequence[DirectFile], progress: Callable[[int, int], None]
 ) -> Pack:
-    """Write the model's pack, whole or not at all; `catalog` knows which planes are placed, and how.
+    """Write the model's pack, whole or not at all; `catalog` knows which weights are placed, and how.
 
     progress: called with the bytes written and to be written. Raises ModelError where the engine repacks nothing, and
     FlashMoEError where the file cannot be written.
     """
-    names = {p.tensor.name for layer in catalog.layers for p in layer.planes if p.place}
+    names = {p.tensor.name for layer in catalog.layers for p in layer.weights if p.place}
     path = pack_path(catalog.gguf)
     if not names:
         raise ModelError(
@@ -160,14 +160,14 @@ def write_pack(
         with os.fdopen(handle, "wb") as file:
             file.write(header)
             table = []
-            for plane, expert, offset in _slices(catalog, pack):
-                data = _repacked(plane, expert, files[plane.file])
+            for weight, expert, offset in _slices(catalog, pack):
+                data = _repacked(weight, expert, files[weight.file])
                 table.append(checksum(data.ctypes.data, data.nbytes))
                 file.seek(offset)
                 file.write(data.data)
                 progress(offset, pack.size)
             file.truncate(pack.size)
-            file.seek(pack.checksums)
+            file.seek(pack.checksums_at)
             file.write(np.array(table, np.uint64).tobytes())
             file.flush()
             os.fsync(file.fileno())
@@ -186,47 +186,47 @@ def write_pack(
     return pack
 
 
-def _slices(catalog: ExpertCatalog, pack: Pack) -> Iterator[tuple[Plane, int, int]]:
-    """(plane, expert, offset) of everything in a pack, in the order of the file."""
+def _slices(catalog: ExpertCatalog, pack: Pack) -> Iterator[tuple[ExpertTensor, int, int]]:
+    """(weight, expert, offset) of everything in a pack, in the order of the file."""
     for layer in catalog.layers:
-        planes = [p for p in layer.planes if p.tensor.name in pack.planes]
+        weights = [p for p in layer.weights if p.tensor.name in pack.weights]
         for expert in range(layer.n_experts):
-            for plane in planes:
-                offset, stride = pack.planes[plane.tensor.name]
-                yield plane, expert, offset + expert * stride
+            for weight in weights:
+                offset, stride = pack.weights[weight.tensor.name]
+                yield weight, expert, offset + expert * stride
 
 
-def _samples(catalog: ExpertCatalog) -> Iterator[tuple[Plane, int]]:
-    """Some placed planes of some experts: of all kinds, and from all over the model."""
+def _samples(catalog: ExpertCatalog) -> Iterator[tuple[ExpertTensor, int]]:
+    """Some placed weights of some experts: of all kinds, and from all over the model."""
     everywhere = [(layer, expert) for layer in catalog.layers for expert in range(layer.n_experts)]
-    kinds = {tuple((p.tensor.type, p.tensor.shape) for p in x.planes): (x, 0) for x in catalog.layers}
+    kinds = {tuple((p.tensor.type, p.tensor.shape) for p in x.weights): (x, 0) for x in catalog.layers}
     for layer, expert in [*kinds.values(), *everywhere[:: max(1, len(everywhere) // _SAMPLES)]]:
-        yield from ((plane, expert) for plane in layer.planes if plane.place)
+        yield from ((weight, expert) for weight in layer.weights if weight.place)
 
 
-def _repacked(plane: Plane, expert: int, file: DirectFile) -> Bytes:
-    """An expert's slice of a plane of the model, as the engine places it."""
-    plain, placed = np.empty(plane.nbytes, np.uint8), np.empty(plane.nbytes, np.uint8)
-    file.read_exact(plain.ctypes.data, plane.offset + expert * plane.stride, plane.nbytes)
-    assert plane.place
-    plane.place(plain.ctypes.data, placed.ctypes.data)
+def _repacked(weight: ExpertTensor, expert: int, file: DirectFile) -> Bytes:
+    """An expert's slice of a weight of the model, as the engine places it."""
+    plain, placed = np.empty(weight.nbytes, np.uint8), np.empty(weight.nbytes, np.uint8)
+    file.read_exact(plain.ctypes.data, weight.offset + expert * weight.stride, weight.nbytes)
+    assert weight.place
+    weight.place(plain.ctypes.data, placed.ctypes.data)
     return placed
 
 
 def _plan(path: Path, catalog: ExpertCatalog, names: Collection[str], header: int) -> Pack:
-    """Where everything is in a pack of the planes `names` behind a header of that many bytes."""
+    """Where everything is in a pack of the weights `names` behind a header of that many bytes."""
     checksums = _pages(header)
-    chosen_of = [[p for p in layer.planes if p.tensor.name in names] for layer in catalog.layers]
+    chosen_of = [[p for p in layer.weights if p.tensor.name in names] for layer in catalog.layers]
     slices = sum(len(chosen) * x.n_experts for chosen, x in zip(chosen_of, catalog.layers, strict=True))
     offset = checksums + _pages(8 * slices)
-    planes = {}
+    weights = {}
     for chosen, layer in zip(chosen_of, catalog.layers, strict=True):
         stride, start = sum(_pages(p.nbytes) for p in chosen), offset
-        for plane in chosen:
-            planes[plane.tensor.name] = start, stride
-            start += _pages(plane.nbytes)
+        for weight in chosen:
+            weights[weight.tensor.name] = start, stride
+            start += _pages(weight.nbytes)
         offset += stride * layer.n_experts
-    return Pack(path, planes, checksums, offset)
+    return Pack(path, weights, checksums, offset)
 
 
 def _pages(nbytes: int) -> int:

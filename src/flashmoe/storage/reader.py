@@ -20,7 +20,7 @@ from flashmoe.storage.direct import DirectFile
 
 __all__ = ["ExpertReader", "Read", "Ticket"]
 
-PATIENCE = 30.0  # seconds without an answer after which a drive counts as hanging
+TIMEOUT = 30.0  # seconds without an answer after which a drive counts as hanging
 _CHECKED_DEPTH = 8  # reads under way
 _LAST_LOOK = 1.0  # seconds; this process may have been stopped meanwhile, not the drive
 _LOOK = 0.1  # seconds between looks for signals
@@ -30,8 +30,8 @@ _ABANDONED: list[ExpertReader] = []
 
 # Buffers for reads that are placed: enough to keep a drive busy, few enough that the reads end one after the other, so
 # that one is placed while others run
-_ASIDE_BYTES = 5 << 20
-_LEAST_ASIDE, _MOST_ASIDE = 4, 32
+_BOUNCE_BYTES = 5 << 20
+_LEAST_BOUNCE, _MOST_BOUNCE = 4, 32
 
 
 #: Looks at the bytes of a read, which are at an address: what is wrong with them.
@@ -81,7 +81,7 @@ class ExpertReader:
     """Reads from a model's files without a thread of its own in the way (see storage.aio).
 
     Reads make progress on their own as far as the queue is deep; beyond that, whenever a method is called. Reads with a
-    `place` go to buffers set aside for them; the bytes are placed by whoever sees that they are in. Thread-safe.
+    `place` go to bounce buffers; the bytes are placed by the thread that sees that they are in. Thread-safe.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -93,9 +93,9 @@ class ExpertReader:
         self._number = 0
         self._depth, self._chunk = sys.maxsize, 0
         self._heard = time.monotonic()  # when the drive has last answered, or was last asked
-        self._given_up: dict[int, Read] = {}  # under way, and nobody waits any more
+        self._given_up: dict[int, Read] = {}  # under way, and not waited for any more
         self._memory: list[object] = []
-        self._aside: list[int] = []  # addresses of free buffers
+        self._bounce: list[int] = []  # addresses of free buffers
         self._kept = 0  # of them, for demand reads
         self._lent: dict[int, tuple[int, int]] = {}  # read under way -> its buffer, where in it the bytes go
         self._check: Check | None = None
@@ -120,21 +120,21 @@ class ExpertReader:
         """Whether every file is read past the page cache."""
         return all(file.direct for file in self.files)
 
-    def set_aside(self, nbytes: int) -> int:
+    def reserve_bounce_buffers(self, nbytes: int) -> int:
         """Make buffers for reads with a `place`, of up to `nbytes` each; the memory that they take. Call it once."""
         unit = 2 * max(file.align for file in self.files)
         size = -(-(nbytes + unit) // PAGESIZE) * PAGESIZE
-        count = max(_LEAST_ASIDE, min(_MOST_ASIDE, _ASIDE_BYTES // size))
+        count = max(_LEAST_BOUNCE, min(_MOST_BOUNCE, _BOUNCE_BYTES // size))
         memory, start = reserve_huge(count * size)
         self.keep(memory)
-        self._aside = [start + i * size for i in range(count)]
+        self._bounce = [start + i * size for i in range(count)]
         self._kept = count // 4
         return count * size
 
     def check(self, check: Check) -> None:
-        """Let `check` see the bytes of every read before anybody uses them; call it after `tune`.
+        """Let `check` see the bytes of every read before they are used; call it after `tune`.
 
-        Reads are whole planes from here on, and few enough at once that some end while others run: a drive may answer
+        Reads are whole weights from here on, and few enough at once that some end while others run: a drive may answer
         all that it was asked together, and would have nothing to read while their bytes are checked.
         """
         self._check, self._depth = check, min(self._depth, _CHECKED_DEPTH)
@@ -155,7 +155,7 @@ class ExpertReader:
         return self._submit(batches, self._demand, tickets)
 
     def prefetch(self, reads: Sequence[Read]) -> Ticket:
-        """Queue reads that nobody waits for yet: they start when no demand read is queued or under way."""
+        """Queue reads that are not waited for yet: they start when no demand read is queued or under way."""
         return self._submit([reads], self._prefetch)[0]
 
     def promote(self, ticket: Ticket) -> None:
@@ -194,7 +194,7 @@ class ExpertReader:
             file.check_unchanged()
 
     def settle(self, ticket: Ticket) -> None:
-        """Return when the reads of a ticket have ended, well or not, or the drive is silent for PATIENCE seconds.
+        """Return when the reads of a ticket have ended, well or not, or the drive is silent for TIMEOUT seconds.
 
         In the latter case the ticket has failed. What has not begun never will; what has begun may still end, and until
         then nothing else is read into its memory: its slots may be given to others.
@@ -207,7 +207,7 @@ class ExpertReader:
         with self._lock:
             if ticket.done:
                 return True
-            left = self._heard + PATIENCE - time.monotonic()
+            left = self._heard + TIMEOUT - time.monotonic()
             # bytes that are to be looked at or placed are so while others come in
             least = 1 if self._demand or self._lent or self._check else ticket.pending
             if not self._collect(min(left, _LOOK) if left > 0 else _LAST_LOOK, least) and left <= 0:
@@ -220,7 +220,7 @@ class ExpertReader:
             self._demand.clear()
             self._prefetch.clear()
             while self._under_way:
-                left = self._heard + PATIENCE - time.monotonic()
+                left = self._heard + TIMEOUT - time.monotonic()
                 if not self._collect(max(left, _LAST_LOOK)) and left <= 0:
                     _ABANDONED.append(self)
                     return
@@ -235,7 +235,7 @@ class ExpertReader:
         self._given_up = {number: read for number, (_, read) in self._under_way.items()}
         read = next(read for owner, read in (*self._under_way.values(), *waiting) if owner is ticket)
         ticket.error = ReadError(
-            f"{self.files[read.file].path}: the drive has not answered for {PATIENCE:.0f} s"
+            f"{self.files[read.file].path}: the drive has not answered for {TIMEOUT:.0f} s"
             f"{self._named(read)}; check the drive and its cable, "
             "the network where it is a remote one, and try again"
         )
@@ -281,7 +281,7 @@ class ExpertReader:
             if queue is self._prefetch and self._urgent:
                 break
             kept, blocked = 0 if queue is self._demand else self._kept, []
-            while queue and room > 0 and (queue[0][1].place is None or len(self._aside) > kept):
+            while queue and room > 0 and (queue[0][1].place is None or len(self._bounce) > kept):
                 ticket, read = queue.popleft()
                 if self._given_up and not self._is_free(read):
                     blocked.append((ticket, read))
@@ -315,7 +315,7 @@ class ExpertReader:
         """The read to start: one that is placed goes to a buffer."""
         if read.place is None:
             return read
-        buffer = self._aside.pop()
+        buffer = self._bounce.pop()
         address = buffer + read.offset % self.files[read.file].align
         self._lent[self._number] = buffer, address
         return read._replace(address=address)
@@ -338,7 +338,7 @@ class ExpertReader:
             elif not error and number not in self._given_up:
                 error = self._take_in(read, address)
             if buffer:
-                self._aside.append(buffer)
+                self._bounce.append(buffer)
             self._given_up.pop(number, None)
             ticket.pending -= 1
             ticket.bytes += 0 if error else read.nbytes

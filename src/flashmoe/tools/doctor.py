@@ -20,7 +20,7 @@ from flashmoe.common.machine import cores, file_system, processor
 from flashmoe.common.memory import default_ram, memory_limit
 from flashmoe.common.units import format_bytes
 from flashmoe.engines.llamacpp.library import find_library, open_library
-from flashmoe.engines.llamacpp.tested import prove
+from flashmoe.engines.llamacpp.tested import self_test
 from flashmoe.errors import FlashMoEError, UsageError
 from flashmoe.storage.aio import KernelQueue
 from flashmoe.storage.disk import rate, sample
@@ -68,12 +68,12 @@ def system() -> Check:
 
 
 def library() -> Check:
-    """The llama.cpp library: found, of a known build, and proven. Raises LibraryError."""
+    """The llama.cpp library: found, of a known build, and tested. Raises LibraryError."""
     path = find_library()
     lib = open_library(path)
-    prove(path)
+    self_test(path)
     facts = {"path": str(path), "build": lib.build.name, "openmp": lib.openmp}
-    return Check("library", OK, f"{lib.build.name}, proven with the slot pool", facts=facts)
+    return Check("library", OK, f"{lib.build.name}, has passed the self-test with the slot pool", facts=facts)
 
 
 def processor_features() -> Check:

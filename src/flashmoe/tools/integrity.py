@@ -10,13 +10,13 @@ from typing import Any
 
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.checksums import (
+    checksums_path,
     differences,
-    find_sums,
-    no_sums,
+    find_checksums,
+    no_checksums,
     slices_of,
-    sums_path,
-    take_sums,
-    write_sums,
+    take_checksums,
+    write_checksums,
 )
 from flashmoe.storage.gguf import read_gguf
 from flashmoe.storage.hub import resolve
@@ -28,7 +28,7 @@ class Verdict:
     """What `verify` has found. damaged: (layer, expert, tensor) of every slice that differs from its checksum."""
 
     model: Path
-    sums: Path
+    checksums: Path
     written: bool  # the checksums have been taken just now: there was nothing to compare with
     total_experts: int
     read_bytes: int
@@ -46,7 +46,7 @@ class Verdict:
         return {
             **vars(self),
             "model": str(self.model),
-            "sums": str(self.sums),
+            "checksums": str(self.checksums),
             "pack": str(self.pack) if self.pack else None,
             "damaged": named(self.damaged),
             "pack_damaged": named(self.pack_damaged),
@@ -68,14 +68,16 @@ def verify(model: str | Path, progress: Callable[[str, int, int], None] = lambda
         FlashMoEError: the checksums cannot be written.
     """
     catalog = ExpertCatalog.from_gguf(read_gguf(resolve(model)))
-    known, pack = find_sums(catalog), find_pack(catalog)
-    layers = {p.tensor.name: i for i, layer in enumerate(catalog.layers) for p in layer.planes}
+    known, pack = find_checksums(catalog), find_pack(catalog)
+    layers = {p.tensor.name: i for i, layer in enumerate(catalog.layers) for p in layer.weights}
     total = catalog.expert_bytes + (pack.size if pack else 0)
     started = time.monotonic()
-    found = no_sums(catalog)
-    take_sums(catalog.gguf.files, slices_of(catalog), found, lambda done: progress("verify", done, total))
+    found = no_checksums(catalog)
+    take_checksums(
+        catalog.gguf.files, slices_of(catalog), found, lambda done: progress("verify", done, total)
+    )
     if known is None:
-        write_sums(catalog, found)
+        write_checksums(catalog, found)
     at_fault = (
         pack.damaged(catalog, lambda n: progress("verify", catalog.expert_bytes + n, total)) if pack else []
     )
@@ -85,7 +87,7 @@ def verify(model: str | Path, progress: Callable[[str, int, int], None] = lambda
 
     return Verdict(
         model=catalog.gguf.files[0],
-        sums=sums_path(catalog.gguf),
+        checksums=checksums_path(catalog.gguf),
         written=known is None,
         total_experts=catalog.total_experts,
         read_bytes=total,

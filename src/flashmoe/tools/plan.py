@@ -90,7 +90,7 @@ def measure(catalog: ExpertCatalog, lib: Library, threads: int, place: Path) -> 
     active = active_bytes(catalog)
     most = [name for name, n in active.items() if n > 0.02 * sum(active.values())]
     compute = {name: product_rate(lib, name, threads) for name in most}
-    size = int(np.median([plane.nbytes for layer in catalog.layers for plane in layer.planes]))
+    size = int(np.median([weight.nbytes for layer in catalog.layers for weight in layer.weights]))
     size = max(ALIGN, size // ALIGN * ALIGN)
     with sample(place) as path:
         reader = ExpertReader([path])
@@ -102,16 +102,16 @@ def measure(catalog: ExpertCatalog, lib: Library, threads: int, place: Path) -> 
 
 def active_bytes(catalog: ExpertCatalog) -> Counter[str]:
     """Bytes of weights that a token is multiplied with, by type."""
-    planes = {p.tensor.name for layer in catalog.layers for p in layer.planes}
+    weights = {p.tensor.name for layer in catalog.layers for p in layer.weights}
     tensors = catalog.gguf.tensors
     active: Counter[str] = Counter()
     for name, tensor in tensors.items():
         looked_up = name == "token_embd.weight" and "output.weight" in tensors
-        if name not in planes and not looked_up and len(tensor.shape) > 1:
+        if name not in weights and not looked_up and len(tensor.shape) > 1:
             active[tensor.type] += tensor.nbytes
     for layer in catalog.layers:
-        for plane in layer.planes:
-            active[plane.tensor.type] += plane.nbytes * catalog.top_k
+        for weight in layer.weights:
+            active[weight.tensor.type] += weight.nbytes * catalog.top_k
     return active
 
 
@@ -170,8 +170,8 @@ def make_plan(
     active = active_bytes(catalog)
     kinds = Counter[str]()
     for layer in catalog.layers:
-        for plane in layer.planes:
-            kinds[plane.tensor.type] += plane.tensor.nbytes
+        for weight in layer.weights:
+            kinds[weight.tensor.type] += weight.tensor.nbytes
     return Plan(
         model=gguf.files[0].name,
         architecture=gguf.architecture,
@@ -203,9 +203,9 @@ def _row(
         n / machine.compute.get(name, slowest) / 1e9 for name, n in active_bytes(catalog).items()
     )
     missed = catalog.top_k * (1 - hit_rate)
-    planes = len(catalog.layers[0].planes)
+    weights = len(catalog.layers[0].weights)
     per_token = missed * sum(layer.expert_bytes for layer in catalog.layers)
-    read = per_token / machine.read_rate(missed * planes) / 1e9
+    read = per_token / machine.read_rate(missed * weights) / 1e9
     return Row(
         budget_bytes=ram,
         context=context,

@@ -1,4 +1,4 @@
-"""Proof that the slot pool works with a library: the bundled model's logits, pooled, equal the stock engine's.
+"""The self-test of a library with the slot pool: the bundled model's logits, pooled, equal the stock engine's.
 
 python -m flashmoe.tools.self_test LIBRARY, which `engines.llamacpp.tested` runs once per library file, in a child
 process, because a wrong layout crashes.

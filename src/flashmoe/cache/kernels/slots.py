@@ -17,7 +17,7 @@ _njit: Any = numba.njit  # its types do not know the option `_nrt`
 _inner: Any = {"_nrt": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 lean = _njit(**_inner)
 inlined = _njit(**_inner, forceinline=True)
-loose = _njit(**_inner, fastmath=True)  # sums in any order, so that they use vector instructions
+loose = _njit(**_inner, fastmath=True)  # checksums in any order, so that they use vector instructions
 allocating = _njit(_nrt=True)
 
 
@@ -66,7 +66,7 @@ def pop_free(res, g):
 
 @inlined
 def put(res, layer, expert, slot):
-    """Give a slot (owned by nobody, on no stack) to an expert."""
+    """Give a slot (without an owner, on no stack) to an expert."""
     res.slot_of[layer, expert] = slot
     res.owner[slot] = layer * res.slot_of.shape[1] + expert
     res.members[layer, res.used[layer]] = expert
@@ -76,7 +76,7 @@ def put(res, layer, expert, slot):
 
 @inlined
 def drop(res, slot):
-    """Take a slot from its expert; the slot is then owned by nobody and on no stack."""
+    """Take a slot from its expert; the slot then has no owner and is on no stack."""
     key = res.owner[slot]
     layer = key // res.slot_of.shape[1]
     res.slot_of[layer, key % res.slot_of.shape[1]] = -1
@@ -90,7 +90,7 @@ def drop(res, slot):
 
 @inlined
 def push_free(res, slot):
-    """Put a slot that nobody owns on the free stack of its group."""
+    """Put a slot without an owner on the free stack of its group."""
     g = 0
     while slot >= res.group_start[g + 1]:
         g += 1

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from flashmoe.cache.kernels.entries import REQUEST, Kernels
 from flashmoe.cache.kernels.loops import window_size
 from flashmoe.cache.residency import Residency
-from flashmoe.cache.saved import Limits, take_back
+from flashmoe.cache.saved import Limits, load_state
 from flashmoe.common.compiled import Pinned
 from flashmoe.errors import PolicyError
 
@@ -238,7 +238,7 @@ class EvictionPolicy:
     def load_state(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Take back what `state` gave. Raises PolicyError for arrays of another policy or shape, or such as it would
         never give, and then changes nothing."""
-        if wrong := take_back(self._changing(), arrays, self.limits()):
+        if wrong := load_state(self._changing(), arrays, self.limits()):
             raise PolicyError(f"saved state does not fit policy {self.name!r} ({wrong})")
 
     def limits(self) -> dict[str, Limits]:

@@ -2,7 +2,7 @@
 
 Public structs (llama.h, ggml.h) and one private interface (ggml-backend-impl.h: buffer types) are declared here as
 ctypes structures. They change between builds, and a wrong one crashes: so builds are looked up by version, checked
-against what the library's own functions return (`self_check`), and proven once (`tested.py`).
+against what the library's own functions return (`self_check`), and tested once (`tested.py`).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ too (`_hit`); else it calls Python. Where reads for a layer's last product (down
 once more when that product's input is ready. Python touches no struct: after a layer's products the processor's caches
 hold weights, and every line of Python costs several times more than in a loop.
 
-Where the library's own server evaluates (serving/), nobody announces a graph: the gathering of the tokens' embeddings,
+Where the library's own server evaluates (serving/), graphs are not announced: the gathering of the tokens' embeddings,
 the first thing in it, does.
 """
 

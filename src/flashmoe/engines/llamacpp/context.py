@@ -99,7 +99,7 @@ class Context:
         self._pool = self._lib.ggml_threadpool_new(C.byref(params))
         self._lib.llama_attach_threadpool(self._pointer, self._pool, self._pool)
 
-    def take_back(self) -> None:
+    def reclaim(self) -> None:
         """The library's server has used it: end what it has set. It has freed the threads that it had attached."""
         self._lib.llama_set_embeddings(self._pointer, False)
         self._embedding = False

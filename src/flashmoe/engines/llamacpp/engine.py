@@ -81,7 +81,7 @@ class LlamaEngine:
         self._hook.cache = cache
 
     def record(self, recorder: RoutingObserver | None) -> None:
-        """Let `recorder` see every layer's routing from here on; whoever calls `decode` ends its steps."""
+        """Let `recorder` see every layer's routing from here on; the caller of `decode` ends its steps."""
         self._hook.record(recorder)
 
     def prefetch(self, prefetcher: Prefetcher) -> None:
@@ -169,7 +169,7 @@ class LlamaEngine:
         self._hook.collect()
         self._serving = False
         self._lib.keep_log()
-        self._context.take_back()
+        self._context.reclaim()
         self.rewind(0)
 
     @contextmanager
@@ -209,7 +209,7 @@ class LlamaEngine:
 
     def _decode(self, tokens: Sequence[int], embed: bool) -> None:
         self._hook.begin(tokens, embed=embed)
-        with self._hook.watch():
+        with self._hook.evaluating():
             status = self._context.decode(tokens, embed=embed)
         if self._hook.error or status:
             raise self._hook.error or ModelError(

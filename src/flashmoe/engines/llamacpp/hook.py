@@ -220,7 +220,7 @@ class RouterHook:
         self._control.stop = 1
 
     @contextmanager
-    def watch(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
         """Around an evaluation: afterwards `error` has what went wrong inside."""
         self.error, self._control.outcome = None, RETURNED
         yield
@@ -239,7 +239,7 @@ class RouterHook:
             return
         with self._collecting:
             self._count_hits()
-        if self._control.done > 0:  # misses of a compiled request that nobody came to read
+        if self._control.done > 0:  # misses of a compiled request that were never read
             self._step.cache.withdraw(self._layer_of_block[self._control.block], self._control.done)
             self._control.done = -1
         if self._step.cache.pending:
@@ -292,7 +292,7 @@ class RouterHook:
                 control.outcome = RETURNED
         except BaseException as error:  # nothing may leave a C callback
             self.error = self.error or error
-            if why == END:  # nobody is left to ask
+            if why == END:  # no caller is left to raise it
                 self._on_error(error)
                 self.error = None
         return int(self.error is None)

@@ -44,7 +44,7 @@ class Inspection:
         if self._kind in self._seen:
             return False
         self._tensors = self._model.layer_of_tensor()
-        self._last = {self._model.last_plane(layer): layer for layer in set(self._tensors.values())}
+        self._last = {self._model.last_weight(layer): layer for layer in set(self._tensors.values())}
         self._complete = True
         self._renamed = {}
         self._late_inputs.clear()

@@ -49,8 +49,8 @@ class LoadedModel:
             )
             self.catalog = catalog.only(self._buffer.tensors)
             for layer in self.catalog.layers:
-                for plane in (*layer.planes, *layer.tables):
-                    self._set_shape(plane.tensor.name, plane.tensor.shape)
+                for weight in (*layer.weights, *layer.tables):
+                    self._set_shape(weight.tensor.name, weight.tensor.shape)
             table = catalog.token_table
             if table and table.name in self._buffer.tensors:
                 self.token_table = TokenTable(table, files[catalog.gguf.files.index(table.file)])
@@ -69,7 +69,7 @@ class LoadedModel:
         repack: bool,
     ) -> None:
         """Let the library load the model, but for the experts and a token embedding that is read on demand."""
-        experts = {p.tensor.name for layer in catalog.layers for p in (*layer.planes, *layer.tables)}
+        experts = {p.tensor.name for layer in catalog.layers for p in (*layer.weights, *layer.tables)}
         table = catalog.token_table
         holes = experts | {table.name} if table else experts
         file = VirtualFile(segments(catalog.gguf, files, holes), progress)
@@ -92,8 +92,8 @@ class LoadedModel:
         self._buffer.seal()
 
     def _repack(self, repacker: Repacker) -> None:
-        planes = [plane.tensor.name for layer in self.catalog.layers for plane in layer.planes]
-        tensors = {name: self._buffer.tensors[name] for name in planes}
+        weights = [weight.tensor.name for layer in self.catalog.layers for weight in layer.weights]
+        tensors = {name: self._buffer.tensors[name] for name in weights}
         self.catalog = self.catalog.placed(
             {name: repacker.place(tensor) for name, tensor in tensors.items() if repacker.adopt(tensor)}
         )
@@ -106,7 +106,7 @@ class LoadedModel:
 
     def _point(self, window: Window, slots: int) -> None:
         """The expert axis, the last one of the tensor, becomes the slot axis."""
-        name, shape = window.plane.tensor.name, window.plane.tensor.shape
+        name, shape = window.weight.tensor.name, window.weight.tensor.shape
         tensor, axis = self._buffer.tensors[name], len(shape) - 1
         if tensor.extra:
             slots = max(slots, 2)  # the kernels for repacked experts insist on a third dimension
@@ -122,9 +122,9 @@ class LoadedModel:
     def layer_of_tensor(self) -> dict[int, int]:
         """Address of every expert tensor -> number of its layer, to recognise them in a graph."""
         return {
-            C.addressof(self._buffer.tensors[plane.tensor.name]): i
+            C.addressof(self._buffer.tensors[weight.tensor.name]): i
             for i, layer in enumerate(self.catalog.layers)
-            for plane in (*layer.planes, *layer.tables)
+            for weight in (*layer.weights, *layer.tables)
         }
 
     @property
@@ -132,9 +132,9 @@ class LoadedModel:
         """Address of the token embedding's tensor where its rows are read on demand, else 0."""
         return C.addressof(self._buffer.tensors[self.token_table.name]) if self.token_table else 0
 
-    def last_plane(self, layer: int) -> int:
+    def last_weight(self, layer: int) -> int:
         """Address of the tensor that a layer multiplies last (down)."""
-        return C.addressof(self._buffer.tensors[self.catalog.layers[layer].planes[-1].tensor.name])
+        return C.addressof(self._buffer.tensors[self.catalog.layers[layer].weights[-1].tensor.name])
 
     def close(self) -> None:
         if self.pointer:

@@ -102,7 +102,7 @@ def placed(lib: Library, catalog: ExpertCatalog) -> Iterator[ExpertCatalog]:
     """A catalog that knows what the engine would repack, and how, without loading the model."""
     types = {name: number for number, (name, _, _) in TYPES.items()}
     repacker = Repacker(lib)
-    tensors = [p.tensor for layer in catalog.layers for p in layer.planes]
+    tensors = [p.tensor for layer in catalog.layers for p in layer.weights]
     context = lib.ggml_init(abi.InitParams((len(tensors) + 1) * lib.ggml_tensor_overhead(), None, True))
     try:
         places = {}

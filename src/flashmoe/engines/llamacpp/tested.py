@@ -1,6 +1,6 @@
-"""Asks for the proof that the slot pool works with a library, once per library file.
+"""Runs the self-test of a library with the slot pool, once per library file.
 
-The proof itself, `flashmoe.tools.self_test`, loads a model: it runs in a child process, because a wrong layout crashes.
+It is `flashmoe.tools.self_test`, which loads a model: it runs in a child process, because a wrong layout crashes.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from flashmoe.errors import LibraryError
 _log = logging.getLogger(__name__)
 
 _TIMEOUT = 120
-_PROOF = 3  # counts what is proven: a library that has shown less is proven again
+_VERSION = 4  # of the self-test: a library that has passed an earlier one is tested again
 
 
-def prove(library: Path) -> None:
-    """Run the proof for this library file unless it has been run before. Raises LibraryError where it fails."""
+def self_test(library: Path) -> None:
+    """Run the self-test of this library file unless it has passed before. Raises LibraryError where it fails."""
     stat = library.stat()
-    fact = f"{library}:{stat.st_size}:{stat.st_mtime_ns}:{_PROOF}"
+    fact = f"{library}:{stat.st_size}:{stat.st_mtime_ns}:{_VERSION}"
     notes = cache_folder() / "libraries.json"
     try:
-        proven = list(json.loads(notes.read_text()))
+        passed = list(json.loads(notes.read_text()))
     except (OSError, ValueError, TypeError):
-        proven = []
-    if fact in proven:
+        passed = []
+    if fact in passed:
         _log.info("%s: has passed the self-test before", library)
         return
     command = [sys.executable, "-m", "flashmoe.tools.self_test", str(library)]
@@ -48,12 +48,12 @@ def prove(library: Path) -> None:
             f"{library}: this llama.cpp library does not work with the slot pool ({failure}); builds that do: {known}"
         )
     _log.info("%s: has passed the self-test", library)
-    with suppress(OSError):  # a home that cannot be written: proven again next time
-        write_atomically(notes, json.dumps([*proven, fact], indent=1).encode())
+    with suppress(OSError):  # a home that cannot be written: tested again next time
+        write_atomically(notes, json.dumps([*passed, fact], indent=1).encode())
 
 
 def tested_library() -> Library:
-    """The llama.cpp library, after it has shown once that the pool works with it. Raises LibraryError."""
+    """The llama.cpp library, after it has passed the self-test once. Raises LibraryError."""
     path = find_library()
-    prove(path)
+    self_test(path)
     return open_library(path)

@@ -21,7 +21,7 @@ import torch
 from flashmoe.engines.transformers.skeleton import Skeleton
 from flashmoe.errors import ModelError
 from flashmoe.storage.aio import Place
-from flashmoe.storage.catalog import MAX_EXPERTS, ExpertCatalog, ExpertLayer, Extent, Plane
+from flashmoe.storage.catalog import MAX_EXPERTS, ExpertCatalog, ExpertLayer, ExpertTensor, Extent
 from flashmoe.storage.checkpoint import DTYPES, Checkpoint
 from flashmoe.storage.gguf import TensorInfo
 
@@ -32,8 +32,8 @@ TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat
 
 
 @dataclass(frozen=True)
-class ScatteredPlane(Plane):
-    """A plane whose slices are anywhere in the files: `where[e]` are the extents of expert e's."""
+class ScatteredTensor(ExpertTensor):
+    """A weight whose slices are anywhere in the files: `where[e]` are the extents of expert e's."""
 
     where: tuple[tuple[Extent, ...], ...] = ()
     #: Whether the library itself would have each slice in memory as it lies in the file, and not a copy.
@@ -79,11 +79,11 @@ def read_layout(checkpoint: Checkpoint, skeleton: Skeleton) -> Layout:
     }
     found, converters, dense = _assign(checkpoint, skeleton.model, set(wanted))
     files = {path: i for i, path in enumerate(checkpoint.files)}
-    planes = {
-        name: _plane(checkpoint, name, parameter, found.get(name, {}), converters.get(name), files)
+    weights = {
+        name: _weight(checkpoint, name, parameter, found.get(name, {}), converters.get(name), files)
         for name, parameter in wanted.items()
     }
-    types = {plane.tensor.type for plane in planes.values()}
+    types = {weight.tensor.type for weight in weights.values()}
     if len(types) != 1 or not types <= TORCH_DTYPES.keys():
         raise ModelError(
             f"{checkpoint.folder}: experts of the types {', '.join(sorted(types))}; the transformers engine runs "
@@ -95,7 +95,7 @@ def read_layout(checkpoint: Checkpoint, skeleton: Skeleton) -> Layout:
         block = next((int(part) for part in name.split(".") if part.isdigit()), number)
         if not skeleton.top_k <= count <= MAX_EXPERTS:
             raise ModelError(f"{checkpoint.folder}: {count} experts, {skeleton.top_k} of them per token")
-        own = tuple(planes[f"{name}.{weight}"] for weight in skeleton.streamed(name))
+        own = tuple(weights[f"{name}.{weight}"] for weight in skeleton.streamed(name))
         layers.append(ExpertLayer(block, count, own, ()))
     used = {tensor for sources in found.values() for names in sources.values() for tensor in names}
     catalog = ExpertCatalog(checkpoint.only(used | set(dense)), tuple(layers), skeleton.top_k)
@@ -142,10 +142,10 @@ def _assign(
     return found, converters, dense
 
 
-def _plane(
+def _weight(
     checkpoint: Checkpoint, name: str, parameter: Any, found: _Sources, converter: Any, files: dict[Any, int]
-) -> ScatteredPlane:
-    """The plane of one weight, [experts, rows, columns]. Raises ModelError."""
+) -> ScatteredTensor:
+    """One weight of all experts, [experts, rows, columns]. Raises ModelError."""
     count, *shape = parameter.shape
     operations = converter.operations if converter else []
     kinds = [(type(op).__name__, getattr(op, "dim", None)) for op in operations]
@@ -195,7 +195,7 @@ def _plane(
         place = _copy(size)
         where = [[piece for extent in extents for piece in _pieces(extent)] for extents in where]
     first = where[0][0]
-    return ScatteredPlane(
+    return ScatteredTensor(
         TensorInfo(
             name, tuple(parameter.shape), kind, checkpoint.files[first.file], first.offset, count * size
         ),

@@ -119,7 +119,7 @@ class DeviceSlots:
             views = {}
             for index, window in enumerate(windows):
                 # layers that share slots may begin at different places of a cache line
-                stride = (-(-window.plane.nbytes // _CACHE_LINE) + 1) * _CACHE_LINE
+                stride = (-(-window.weight.nbytes // _CACHE_LINE) + 1) * _CACHE_LINE
                 if (group, index) not in regions:
                     regions[group, index] = torch.empty(
                         slots[group] * stride + _CACHE_LINE, dtype=torch.uint8, device=device.place
@@ -141,21 +141,21 @@ class DeviceSlots:
 
 
 def _name(window: Window) -> str:
-    return window.plane.tensor.name.rpartition(".")[2]
+    return window.weight.tensor.name.rpartition(".")[2]
 
 
 def _host_view(window: Window, slots: int) -> torch.Tensor:
-    nbytes = (slots - 1) * window.stride + window.plane.nbytes
+    nbytes = (slots - 1) * window.stride + window.weight.nbytes
     memory = (ctypes.c_char * nbytes).from_address(window.address)
     return _view(torch.frombuffer(memory, dtype=torch.uint8), window, slots, window.stride)
 
 
 def _view(raw: torch.Tensor, window: Window, slots: int, stride: int) -> torch.Tensor:
     """Bytes as a tensor [slots, rows, columns]."""
-    info = window.plane.tensor
+    info = window.weight.tensor
     dtype = TORCH_DTYPES[info.type]
     rows, columns = info.shape[1], info.shape[2]
-    count = ((slots - 1) * stride + window.plane.nbytes) // dtype.itemsize
+    count = ((slots - 1) * stride + window.weight.nbytes) // dtype.itemsize
     flat = raw[: count * dtype.itemsize].view(dtype)
     return flat.as_strided(
         (slots, rows, columns), (stride // dtype.itemsize, columns, 1), flat.storage_offset()

@@ -3,7 +3,7 @@
 const RESIDENT = 1, USED = 2, MISSED = 4;
 const FADE = 0.78; // of a flash, from frame to frame
 const FADE_MISSED = 0.6; // what a miss read is in memory, and that is what the map should show
-const DIM = 0.02; // a flash that nobody sees any more
+const DIM = 0.02; // a flash that cannot be seen any more
 const LEAST = 5; // CSS pixels of a cell; below, the map is turned
 
 export class HeatMap {

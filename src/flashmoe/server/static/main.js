@@ -51,7 +51,7 @@ function seen() {
 for (;;) {
   await seen();
   const watching = new AbortController();
-  const hide = () => document.hidden && watching.abort(); // nobody looks: the server need not note what is used
+  const hide = () => document.hidden && watching.abort(); // a hidden page: the server need not note what is used
   document.addEventListener("visibilitychange", hide);
   try {
     await follow(watching.signal);
