@@ -16,6 +16,7 @@ from flashmoe.engines.llamacpp import abi, library
 from flashmoe.engines.llamacpp.library import ENVIRONMENT, Library, find_library
 from flashmoe.engines.llamacpp.tested import self_test
 from flashmoe.errors import LibraryError
+from flashmoe.storage import gguf
 from flashmoe.tools import self_test as module
 
 
@@ -231,3 +232,18 @@ def test_probe_notices_other_logits(lib: Library, demo: Path, monkeypatch: pytes
 
     monkeypatch.setattr(module, "_decode", off_by_one)
     assert not module.compare(lib.path)
+
+
+def test_types_are_those_of_the_library(lib: Library) -> None:
+    """All that a file can hold, and no more: beyond them the library's own table ends."""
+    name, block, size = (lib._find(f"ggml_{what}") for what in ("type_name", "blck_size", "type_size"))
+    name.restype, block.restype, size.restype = ctypes.c_char_p, ctypes.c_int64, ctypes.c_size_t
+    of_intermediates = "Q8_1"
+    known = {
+        number: (name(number).decode().upper(), block(number), size(number))
+        for number in range(max(gguf.TYPES) + 1)
+        if size(number)
+    }
+    assert {number: kind for number, kind in known.items() if kind[0] != of_intermediates} == gguf.TYPES
+    following = name(max(gguf.TYPES) + 1)
+    assert following is None or not following.isascii() or not following.decode().isidentifier()

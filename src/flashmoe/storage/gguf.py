@@ -64,7 +64,13 @@ TYPES: dict[int, tuple[str, int, int]] = {
     39: ("MXFP4", 32, 17),
     40: ("NVFP4", 64, 36),
     41: ("Q1_0", 128, 18),
+    42: ("Q2_0", 64, 18),
 }
+
+
+def type_number(name: str) -> int:
+    """ggml's number of a type."""
+    return next(number for number, (other, _, _) in TYPES.items() if other == name)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from flashmoe.engines.llamacpp.library import Library
 from flashmoe.errors import LibraryError
 from flashmoe.storage.aio import Place
 from flashmoe.storage.catalog import ExpertCatalog
-from flashmoe.storage.gguf import TYPES
+from flashmoe.storage.gguf import TYPES, type_number
 
 _CPU_DEVICE, _F32, _I32 = 0, 0, 26  # GGML_BACKEND_DEVICE_TYPE_CPU, GGML_TYPE_F32, GGML_TYPE_I32
 _WEIGHTS = 1  # GGML_BACKEND_BUFFER_USAGE_WEIGHTS
@@ -100,14 +100,13 @@ class Repacker:
 @contextmanager
 def placed(lib: Library, catalog: ExpertCatalog) -> Iterator[ExpertCatalog]:
     """A catalog that knows what the engine would repack, and how, without loading the model."""
-    types = {name: number for number, (name, _, _) in TYPES.items()}
     repacker = Repacker(lib)
     tensors = [p.tensor for layer in catalog.layers for p in layer.weights]
     context = lib.ggml_init(abi.InitParams((len(tensors) + 1) * lib.ggml_tensor_overhead(), None, True))
     try:
         places = {}
         for info in tensors:
-            address = lib.ggml_new_tensor_3d(context, types[info.type], *info.shape)
+            address = lib.ggml_new_tensor_3d(context, type_number(info.type), *info.shape)
             tensor = Tensor.from_address(address)
             if repacker.adopt(tensor):
                 places[info.name] = repacker.place(tensor)

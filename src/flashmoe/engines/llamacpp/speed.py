@@ -8,7 +8,7 @@ from typing import Any
 
 from flashmoe.engines.llamacpp.abi import InitParams
 from flashmoe.engines.llamacpp.library import Library
-from flashmoe.storage.gguf import TYPES
+from flashmoe.storage.gguf import TYPES, type_number
 
 _COLUMNS = 2048
 _BYTES = 192 << 20  # beyond the caches: weights come from memory, as they do when a model runs
@@ -17,7 +17,8 @@ _RUNS = 3
 
 def product_rate(lib: Library, type_name: str, threads: int) -> float:
     """1e9 bytes of weights of a type that are multiplied per second, as one token is decoded. About 0.1 s."""
-    number, (_, block, block_bytes) = next((n, t) for n, t in TYPES.items() if t[0] == type_name)
+    number = type_number(type_name)
+    _, block, block_bytes = TYPES[number]
     rows = _BYTES // (_COLUMNS // block * block_bytes)
     weights = rows * (_COLUMNS // block) * block_bytes
     void, size = C.c_void_p, C.c_size_t

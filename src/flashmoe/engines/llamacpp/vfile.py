@@ -14,9 +14,8 @@ from typing import NamedTuple
 
 from flashmoe.errors import LibraryError
 from flashmoe.storage.direct import DirectFile
-from flashmoe.storage.gguf import GGUF, MAGIC, TYPES
+from flashmoe.storage.gguf import GGUF, MAGIC, type_number
 
-_TYPE_NUMBERS = {name: number for number, (name, _, _) in TYPES.items()}
 _STREAM_BUFFER = (
     256 << 10
 )  # after a seek, the C library reads from a multiple of it: larger wastes, smaller calls more
@@ -61,7 +60,7 @@ def _joined_header(gguf: GGUF, files: Sequence[DirectFile]) -> tuple[bytes, dict
             name = t.name.encode()
             infos.append(struct.pack("<Q", len(name)) + name)
             infos.append(
-                struct.pack(f"<I{len(t.shape)}QIQ", len(t.shape), *t.shape, _TYPE_NUMBERS[t.type], offset)
+                struct.pack(f"<I{len(t.shape)}QIQ", len(t.shape), *t.shape, type_number(t.type), offset)
             )
             starts[t.name] = offset
             offset += -(-t.nbytes // first.alignment) * first.alignment
