@@ -79,13 +79,21 @@ def test_prefetched_expert_is_a_hit_and_reads_nothing(tiny: Tiny) -> None:
 
 def test_unfinished_prefetch_is_a_late_hit(tiny: Tiny) -> None:
     c = Staged(tiny("gpt-oss"), 12, 3)
-    c.cache.prefetch(0, [4])  # nobody looks whether it has ended before `ensure` asks for it
+    c.cache.prefetch(0, [4])  # not looked at before `ensure` asks for it
     c.reader._queue.depth = 0  # nothing starts from here on
     c.cache.prefetch(0, [4, 5])
     c.reader._queue.depth = 4
     c.ensure(0, [5, 7])
     stats = c.cache.stats["prefill"]
     assert (stats.late_hits, stats.misses) == (1, 1)
+    c.close()
+
+
+def test_experts_that_only_larger_layers_have_are_no_guesses(tiny: Tiny) -> None:
+    c = Staged(tiny("gpt-oss"), 12, 3)
+    c.pool.n_experts[1] = 5
+    c.cache.prefetch(1, [7, 4, 5])
+    assert list(c.cache.staging._staged[1]) == [4]
     c.close()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flashmoe.cache.residency import make_residency
-from flashmoe.prefetch import PredictorError, create_all
+from flashmoe.prefetch import PredictorError, create_all, scheduler
 from flashmoe.prefetch.base import Float32, Int32, Predictor
 from flashmoe.prefetch.scheduler import MOST, Prefetcher
 
@@ -55,6 +55,7 @@ class Wishes:
         quota = np.full(LAYERS, TOP_K, np.int32)
         self.policy = SimpleNamespace(residency=make_residency(LAYERS, EXPERTS, quota))
         self.asked: list[tuple[int, list[int]]] = []
+        self.seconds_per_miss = 1.0
 
     def prefetch(self, layer: int, experts: list[int]) -> None:
         self.asked.append((layer, experts))
@@ -126,13 +127,48 @@ def test_auto_teaches_the_others_until_one_has_proved_itself() -> None:
     assert 0 < first.learned < second.learned == 40 * LAYERS
 
 
-def test_a_predictor_that_becomes_right_is_used_again() -> None:
+def test_a_predictor_that_becomes_right_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "time", SimpleNamespace(perf_counter=lambda: 0.0))
     cache = Wishes()
     prefetcher = Prefetcher([Scripted(lambda t, layer: (wrong if t < 100 else right)(t, layer))], cache)  # type: ignore[arg-type]
     decode(prefetcher, range(100))
     before = sum(len(experts) for _, experts in cache.asked)
     decode(prefetcher, range(100, 900))
     assert sum(len(experts) for _, experts in cache.asked) - before > 400 * LAYERS
+
+
+def test_right_guesses_that_take_longer_than_the_waits_they_save_stop() -> None:
+    """A clock that goes on only while a predictor is asked, and a little with each token."""
+    now = 0.0
+    cache = Wishes()
+
+    class Slow(Scripted):
+        def predict(self, layer: int, target: int, out: Float32) -> None:
+            nonlocal now
+            now += 0.001
+            super().predict(layer, target, out)
+
+    predictor = Slow(right)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "time", SimpleNamespace(perf_counter=lambda: now))
+        prefetcher = Prefetcher([predictor], cache)  # type: ignore[arg-type]
+
+        def asked(tokens: range) -> int:
+            nonlocal now
+            before = predictor.predicted
+            for token in tokens:
+                now += 0.010
+                decode(prefetcher, range(token, token + 1))
+            return predictor.predicted - before
+
+        cache.seconds_per_miss = 0.001  # two right guesses of each layer
+        assert asked(range(100)) == 100 * LAYERS
+        cache.seconds_per_miss = 0.0001
+        asked(range(100, 130))
+        assert asked(range(130, 430)) <= 0.02 * 300 * 10 * 1.1  # 2 % of the time
+        cache.seconds_per_miss = 0.01  # the drive has become slow
+        asked(range(430, 530))
+        assert asked(range(530, 560)) == 30 * LAYERS
 
 
 def test_residents_are_not_prefetched() -> None:

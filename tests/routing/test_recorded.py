@@ -22,6 +22,7 @@ from flashmoe.runtime.model import Model
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.gguf import read_gguf
 from flashmoe.storage.hub import DEMO, default_policy
+from tests.conftest import Tiny
 from tests.learn.test_learned import untrained
 
 PROMPTS = ("Tell me a story about a king and his three sons.", "The bread was cold, and nobody came.")
@@ -83,6 +84,30 @@ def test_hits_of_the_runtime_are_the_simulator_s(name: str, lib: Library, demo: 
     assert at == len(calls)
     assert (trace.phase == PREFILL).any()
     assert result.hits.sum() == counted > 0
+
+
+def test_layers_that_pick_fewer_experts_than_others(lib: Library, tiny: Tiny) -> None:
+    """A trace and what the report's advice looks at have -1 in the place of further experts."""
+    with flashmoe.load(
+        tiny("nemotron_h_moe"), cache="60%", n_ctx=128, threads=1, prefetch="none", trace=True, library=lib
+    ) as model:
+        text = list(model.generate(PROMPTS[0], max_tokens=12, sampling=SamplingParams(temperature=0)))
+        assert model.recorder is not None
+        trace = model.recorder.trace()
+        recent, _ = model.cache.recent.last(model.catalog.top_k)
+        picked = [(trace.expert_ids[:, layer] >= 0).sum(axis=1) for layer in range(trace.n_layers)]
+        assert len({int(n.max()) for n in picked}) > 1
+        decoded = trace.expert_ids[trace.phase != PREFILL]
+        assert np.array_equal(recent[-len(decoded) :], decoded)
+
+        class Broken:
+            def add(self, *_: Any) -> None:
+                raise ValueError("no room")
+
+        model.decoder.engine.record(Broken())
+        with pytest.warns(flashmoe.errors.FlashMoEWarning, match="recording .* has ended: no room"):
+            again = list(model.generate(PROMPTS[0], max_tokens=12, sampling=SamplingParams(temperature=0)))
+        assert again == text
 
 
 @pytest.fixture

@@ -241,6 +241,7 @@ class ExpertCache:
                 self._plan(layer + 1, np.flatnonzero(residency.slot_of[layer + 1] < 0).tolist())
             if meanwhile:
                 meanwhile()
+            self.reader.go_on()
 
         with self._releasing(layer, placed.admitted) as tickets:
             tickets += [ticket for _, entry in placed.staged for ticket in (entry.first, entry.last)]
@@ -261,6 +262,12 @@ class ExpertCache:
         with self._lock:
             if self._prefetching:
                 self._plan(layer, experts)
+
+    @property
+    def seconds_per_miss(self) -> float:
+        """What an expert that is missing while decoding has been waited for, on average."""
+        stats = self.stats["decode"]
+        return stats.stall_seconds / max(1, stats.misses + stats.late_hits)
 
     def _plan(self, layer: int, experts: Sequence[int]) -> None:
         self.staging.plan(layer, experts)

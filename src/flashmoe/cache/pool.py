@@ -104,6 +104,8 @@ class SlotPool:
         align = max(file.align for file in reader.files)
         self._reader = reader
         reader.describe = catalog.describe
+        #: Experts of each layer.
+        self.n_experts = [layer.n_experts for layer in catalog.layers]
         self._maps: list[mmap.mmap] = []
         #: Address and bytes of all its memory.
         self.regions: list[tuple[int, int]] = []
@@ -127,6 +129,10 @@ class SlotPool:
 
     def _reserve(self, nbytes: int) -> int:
         memory, address = reserve_huge(nbytes)
+        if hasattr(
+            mmap, "MADV_DONTFORK"
+        ):  # a forked process would get page tables of gigabytes, and never use them
+            memory.madvise(mmap.MADV_DONTFORK)
         self._maps.append(memory)
         self._reader.keep(memory)
         self.regions.append((address, nbytes))

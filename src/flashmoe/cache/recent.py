@@ -18,7 +18,8 @@ class RecentRouting:
         #: The ring [L, IDS] and where its next ids go [L]: compiled code notes requests as `add` does.
         self.ids = np.full((n_layers, IDS), -1, np.int16)
         self.at = np.zeros(n_layers, np.int64)
-        self._tokens = 0
+        self._top_k = np.zeros(n_layers, np.int64)  # of each layer
+        self._tokens = self._step = 0
         self._begun: deque[int] = deque(maxlen=IDS)  # tokens noted when a sequence began
 
     def begin_sequence(self) -> None:
@@ -28,10 +29,13 @@ class RecentRouting:
     def begin_step(self, tokens: int) -> None:
         """The layers are about to be asked for the experts of so many tokens."""
         self._tokens += tokens
+        self._step = tokens
 
     def add(self, layer: int, ids: NDArray[np.int32]) -> None:
         """A layer was asked for the experts `ids` [tokens * k] of a step."""
         at, n = int(self.at[layer]), len(ids)
+        if self._step:
+            self._top_k[layer] = max(self._top_k[layer], n // self._step)
         if at + n > IDS:
             at = 0
         if n <= IDS:
@@ -39,12 +43,16 @@ class RecentRouting:
             self.at[layer] = at + n
 
     def last(self, top_k: int) -> tuple[NDArray[np.int16], NDArray[np.bool_]]:
-        """The ids [T, L, k] of the last tokens, oldest first, and at which of them a sequence begins [T]."""
+        """The ids [T, L, k] of the last tokens, oldest first, and at which of them a sequence begins [T].
+
+        A layer that picks fewer experts than `top_k` has -1 in the place of others.
+        """
         whole = IDS // top_k
-        rows = self.ids[:, : whole * top_k].reshape(-1, whole, top_k)
-        ordered = np.stack(
-            [np.roll(own, -(at // top_k), axis=0) for own, at in zip(rows, self.at.tolist(), strict=True)]
-        )
+        ordered = np.full((len(self.ids), whole, top_k), -1, np.int16)
+        for layer, (at, own) in enumerate(zip(self.at.tolist(), self._top_k.tolist(), strict=True)):
+            k = own or top_k
+            rows = self.ids[layer, : IDS // k * k].reshape(-1, k)
+            ordered[layer, :, :k] = np.roll(rows, -(at // k), axis=0)[-whole:]
         noted = int((ordered[:, :, 0] >= 0).sum(axis=1).min())
         begins = np.zeros(noted, np.bool_)
         first = self._tokens - noted

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,10 @@ from flashmoe.storage.catalog import ExpertCatalog
 # whose read has to end although it is wanted no more. Every further one would cost more hits than it brings
 SPARE = 4
 _MOST_SPARE = 0.03  # of the slots
+#: Sizes of micro-batches to choose from, in tokens, and llama.cpp's own.
+UBATCHES = (64, 128, 256, 512, 1024, 2048, 4096)
+USUAL_UBATCH = 512
+_LITTLE = 0.05  # of the experts that a decoded token asks for
 
 
 def micro_batch(catalog: ExpertCatalog, slots: Sequence[int], wished: int, sequences: int = 1) -> int:
@@ -33,6 +38,39 @@ def micro_batch(catalog: ExpertCatalog, slots: Sequence[int], wished: int, seque
     if fitting < sequences:
         fitting -= 1
     return min(wished, fitting)
+
+
+def prompt_reads(catalog: ExpertCatalog, tokens: int) -> float:
+    """Distinct experts that a layer of a micro-batch asks for, per token: what a prompt reads with an empty pool.
+
+    With experts picked evenly; real routers ask for fewer.
+    """
+    n = catalog.n_experts
+    return n * (1 - (1 - catalog.top_k / n) ** tokens) / tokens
+
+
+def default_ubatch(catalog: ExpertCatalog) -> int:
+    """Tokens of a micro-batch where its buffers cost no slots: a prompt's token reads little beside a decoded one."""
+    few = _LITTLE * catalog.top_k
+    return next((n for n in UBATCHES if n >= USUAL_UBATCH and prompt_reads(catalog, n) <= few), UBATCHES[-1])
+
+
+def best_ubatch(
+    catalog: ExpertCatalog, slots_with: Callable[[int], Sequence[int]], candidates: Sequence[int]
+) -> int:
+    """The candidate with which a token of a prompt and a decoded one read the fewest experts together.
+
+    slots_with: the slots of each size group that a micro-batch of so many tokens leaves; none where it leaves too few.
+    """
+
+    def reads(tokens: int) -> float:
+        slots = slots_with(tokens)
+        if not slots or micro_batch(catalog, slots, tokens) < tokens:
+            return float("inf")
+        absent = 1 - min(1.0, sum(slots) / catalog.total_experts)
+        return absent * (prompt_reads(catalog, tokens) + catalog.top_k)
+
+    return min(candidates, key=lambda tokens: (reads(tokens), abs(math.log2(tokens / USUAL_UBATCH))))
 
 
 def parse_cache(text: str, catalog: ExpertCatalog, align: int) -> list[int]:

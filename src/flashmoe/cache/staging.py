@@ -71,7 +71,11 @@ class Staging:
         return entries + ending + [slot for group in self._free for slot in group]
 
     def plan(self, layer: int, experts: Sequence[int]) -> None:
-        """Prefetch `experts` of a layer, the likeliest first, as far as there are slots; forget others not begun."""
+        """Prefetch `experts` of a layer, the likeliest first, as far as there are slots; forget others not begun.
+
+        Experts that only larger layers have are left out.
+        """
+        experts = [expert for expert in experts if expert < self._pool.n_experts[layer]]
         staged = self._staged[layer]
         for expert in [e for e, entry in staged.items() if e not in experts and not entry.started]:
             self._cancel(layer, expert)

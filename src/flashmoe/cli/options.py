@@ -74,12 +74,27 @@ CacheTypeK = Annotated[
     str, typer.Option("-ctk", "--cache-type-k", help="Data type of the KV cache for K: f16, q8_0, ...")
 ]
 CacheTypeV = Annotated[str, typer.Option("-ctv", "--cache-type-v", help="Data type of the KV cache for V.")]
+_UBATCH_HELP = "Physical batch size: maximum prompt tokens evaluated together"
+
+
+def _tokens_or_auto(text: str) -> int | None:
+    try:
+        return None if text == "auto" else int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a number of tokens nor auto") from None
+
+
 Ubatch = Annotated[
-    int,
+    int | None,
     typer.Option(
-        "-ub", "--ubatch-size", help="Physical batch size: maximum prompt tokens evaluated together."
+        "-ub",
+        "--ubatch-size",
+        metavar="TOKENS",
+        parser=_tokens_or_auto,
+        help=f"{_UBATCH_HELP} (default: auto, which weighs reads of prompts against slots).",
     ),
 ]
+PairedUbatch = Annotated[int, typer.Option("-ub", "--ubatch-size", help=f"{_UBATCH_HELP}, of both programs.")]
 Threads = Annotated[
     int | None,
     typer.Option("-t", "--threads", help="Number of threads for computation (default: physical cores)."),
@@ -126,7 +141,7 @@ NoProgress = Annotated[bool, typer.Option("-q", "--quiet", help="Show no progres
 class ComputeOptions:
     """How a model is evaluated, where a command loads it in several ways."""
 
-    ubatch: Ubatch = 512
+    ubatch: PairedUbatch = 512
     threads: Threads = None
     verify: Verify = False
 
@@ -141,7 +156,7 @@ class ModelOptions:
     prefetch: Prefetch = "auto"
     layout: Layout = "auto"
     ctx_size: CtxSize = None
-    ubatch: Ubatch = 512
+    ubatch: Ubatch = None
     threads: Threads = None
     cache_type_k: CacheTypeK = "f16"
     cache_type_v: CacheTypeV = "f16"

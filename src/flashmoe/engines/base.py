@@ -105,6 +105,11 @@ class Tiers(Protocol):
         """`ExpertCache.prefetch` for experts that the device does not have."""
         ...
 
+    @property
+    def seconds_per_miss(self) -> float:
+        """`ExpertCache.seconds_per_miss` of the cache in RAM."""
+        ...
+
     def begin_sequence(self) -> None:
         """A new prompt or conversation begins."""
         ...

@@ -7,6 +7,7 @@ the routing and reads ahead.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe.cache.expert_cache import ExpertCache
+from flashmoe.errors import FlashMoEWarning
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import RoutingObserver
 
@@ -72,8 +74,13 @@ class LayerStep:
     def record(self, layer: int, ids: Int32, weights: Callable[[], NDArray[np.float32]]) -> None:
         """The router of a layer has picked `ids`, int32 [tokens, top_k], with `weights` of the same shape."""
         recorder = self.recorder  # another thread may take it away
-        if recorder is not None:
+        if recorder is None:
+            return
+        try:
             recorder.add(layer, ids, weights())
+        except Exception as error:  # an evaluation does not fail because it is looked at
+            self.recorder = None
+            warnings.warn(f"recording of the routing has ended: {error}", FlashMoEWarning, stacklevel=2)
 
     def serve(
         self,

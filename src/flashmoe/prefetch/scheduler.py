@@ -4,11 +4,13 @@ When a layer's router has spoken, and while its own reads are under way, the lik
 are not resident are queued. They are read while the engine computes; demand reads go before them (storage.reader),
 what the next router contradicts is dropped, and a wrong guess evicts nothing (cache.staging). What is left to decide
 is whether a guess is worth a read: its chance must reach `LEAST_CHANCE`, and a chance is what this predictor's guesses
-of that confidence have been worth on this very text, not what it says.
+of that confidence have been worth on this very text, not what it says. And whether asking is worth its time: that is
+charged against the waits that right guesses have saved.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -26,7 +28,8 @@ _PRIOR = 12.0  # guesses that the predictor's own word counts for
 _FORGET = 400.0  # guesses a bin remembers
 _TRIAL = 12  # steps after which a predictor is judged, again and again
 _LEAST_RIGHT = 0.05  # right guesses per layer and step that make a predictor worth asking
-_SLEEP = 8  # when none is, one step of so many is still looked at
+_SLEEP = 8  # when none is, one step of so many is still looked at, or fewer:
+_MOST_OF_TIME = 0.02  # that looking takes then
 
 
 @kept(nogil=True)
@@ -88,6 +91,11 @@ class Ahead(Protocol):
         """See `ExpertCache.prefetch`."""
         ...
 
+    @property
+    def seconds_per_miss(self) -> float:
+        """See `ExpertCache.seconds_per_miss`."""
+        ...
+
 
 class Prefetcher:
     """Feeds a predictor with the routing and prefetches what it is sure enough of while single tokens are decoded.
@@ -118,6 +126,9 @@ class Prefetcher:
         """From here on another predictor is asked, or the same one in another light."""
         self._kept, self._asked = np.zeros(_BINS), np.zeros(_BINS)
         self._step, self._right, self._asleep = 0, 0, False
+        self._looked, self._spent = 0, 0.0  # steps looked at since it was judged, and seconds spent on asking
+        self._judged = 0, time.perf_counter()  # the step, and when that was
+        self._pause = _SLEEP
 
     @property
     def predictor(self) -> Predictor:
@@ -140,8 +151,9 @@ class Prefetcher:
             self._tokens = np.array(tokens, np.int32)
             return
         self._step += 1
-        if self._step % _TRIAL == 0:
+        if self._looked >= (1 if self._asleep else _TRIAL):
             self._judge()
+        self._looked += self._looks
         for predictor in self._learning:
             predictor.begin_step(tokens[0])
         self._guess(-1)
@@ -163,14 +175,21 @@ class Prefetcher:
             )
         self._guess(layer)
 
+    @property
+    def _looks(self) -> bool:
+        """Whether the predictor is asked in the present step."""
+        return not self._asleep or self._step % self._pause == 0
+
     def _guess(self, layer: int) -> None:
         """Prefetch for the layer after `layer`."""
         target = layer + 1
         if target == self._layers or self._used[target] == self._n_experts:
             return
-        if self._asleep and self._step % _SLEEP:
+        if not self._looks:
             return
+        began = time.perf_counter()
         self.predictor.predict(layer, target, self._chances)
+        self._spent += time.perf_counter() - began
         experts = self._experts[target]
         found, worth = choose(
             self._chances, self._slot_of[target], self._kept, self._asked, experts, self._bins[target]
@@ -179,9 +198,12 @@ class Prefetcher:
         self._cache.prefetch(target, experts[:worth].tolist())
 
     def _judge(self) -> None:
-        looked_at = _TRIAL // _SLEEP if self._asleep else _TRIAL
-        useful = self._right >= _LEAST_RIGHT * self._layers * looked_at
-        self._right = 0
+        now = time.perf_counter()
+        allowed = _MOST_OF_TIME * (now - self._judged[1]) / max(1, self._step - self._judged[0])  # of a step
+        self._pause = max(_SLEEP, int(self._spent / max(1, self._looked) / allowed) if allowed else 0)
+        useful = self._right >= _LEAST_RIGHT * self._layers * self._looked
+        useful = useful and self._spent < self._right * self._cache.seconds_per_miss
+        self._right, self._looked, self._spent, self._judged = 0, 0, 0.0, (self._step, now)
         if useful:
             self._asleep = False
             self._learning = [self.predictor]

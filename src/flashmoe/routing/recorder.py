@@ -56,17 +56,18 @@ class Recorder:
     def add(self, layer: int, ids: NDArray[Any], weights: NDArray[Any] | None = None) -> None:
         """What layer 0..L-1 routed in this step: ids [n, k] (any integer type), weights [n, k] or None.
 
-        A layer that saw fewer tokens than others of the step saw the last ones.
+        A layer that saw fewer tokens than others of the step saw the last ones. One that picks fewer experts than k has
+        -1 in the place of others.
         """
-        n = len(ids)
+        n, k = ids.shape
         if n > self._rows:
             if self._pos + n > len(self._ids):
                 self._grow(self._pos + n)
             self._rows = n
         end = self._pos + self._rows
-        self._ids[end - n : end, layer] = ids
+        self._ids[end - n : end, layer, :k] = ids
         if weights is not None and self._weights is not None:
-            self._weights[end - n : end, layer] = weights
+            self._weights[end - n : end, layer, :k] = weights
 
     def end_step(self, tokens: Any = -1, phase: int = DECODE, sequence: Any = 0) -> None:
         """Close a step: its n tokens (int or [n]), DECODE or PREFILL, its sequence (int or [n])."""

@@ -45,6 +45,7 @@ def open_checkpoint(loading: Loading, stack: ExitStack) -> Opened:
     trained = getattr(text, "max_position_embeddings", None) or budget.DEFAULT_CONTEXT
     budget.check_context(options.n_ctx, trained)
     context = options.n_ctx or min(trained, budget.DEFAULT_CONTEXT)
+    wished = options.n_ubatch or sizing.USUAL_UBATCH
     outputs = text.vocab_size if options.all_logits else 0
     each = token_bytes(text, layout.dtype.itemsize)
 
@@ -54,7 +55,7 @@ def open_checkpoint(loading: Loading, stack: ExitStack) -> Opened:
 
     front = None
     if device is not None:
-        fixed = catalog.dense_bytes + context * each + scratch(min(options.n_ubatch, context))
+        fixed = catalog.dense_bytes + context * each + scratch(min(wished, context))
         there = device_slots(str(options.vram), catalog, device.free_bytes(), fixed)
         front = Front(device, there, loading.policy())
     reader = ExpertReader(checkpoint.files)
@@ -75,7 +76,7 @@ def open_checkpoint(loading: Loading, stack: ExitStack) -> Opened:
             left = limit - memory.status_bytes("VmRSS") - promised - budget.RESERVE
             context = budget.default_context(context, budget.SMALL_CONTEXT * each, left)
         promised += context * each
-    step = min(options.n_ubatch, context)
+    step = min(wished, context)
     if limit:
         while True:
             used = memory.status_bytes("VmRSS") + promised + scratch(step) + budget.RESERVE

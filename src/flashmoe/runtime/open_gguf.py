@@ -26,9 +26,6 @@ from flashmoe.storage.hub import resolve
 from flashmoe.storage.pack import find_pack
 from flashmoe.storage.reader import ExpertReader
 
-SMALL_UBATCH = 64  # prompts are still read fast
-MOST_FOR_BUFFERS = 0.05  # of the pool's memory, where the micro-batch is larger
-
 
 def open_gguf(loading: Loading, stack: ExitStack, library: Library | None) -> Opened:
     """What is opened is closed by `stack`. Raises ModelError, BudgetError, PolicyError, LibraryError, UsageError."""
@@ -91,11 +88,13 @@ def open_gguf(loading: Loading, stack: ExitStack, library: Library | None) -> Op
     # some recurrent memories want as many tokens of each sequence in a micro-batch (an assertion of the library's)
     fit_step = partial(_step, catalog, whole=bool(loaded.recurrent))
     make = partial(make, n_ctx=context)
-    step = min(options.n_ubatch, context)
     if wanted is None:
+        step = options.n_ubatch or _best_step(make, catalog, context, whole - promised, align)
+        step = min(step, context)
         engine, slots, kept = _fit(make, catalog, fit_step, step, sequences, loading, align, promised)
         stack.callback(engine.close)
     else:
+        step = min(options.n_ubatch or sizing.default_ubatch(catalog), context)
         if not fit_step(wanted, step, sequences):
             sequences = 1
         step = fit_step(wanted, step, sequences)
@@ -124,6 +123,32 @@ def _context(
     taken = taken * budget.SMALL_CONTEXT // small
     context = options.n_ctx or budget.default_context(trained, taken * max(1, given), left)
     return context, given or budget.default_parallel(context, taken, left)
+
+
+def _best_step(
+    make: Callable[..., LlamaEngine], catalog: ExpertCatalog, context: int, limit: int, align: int
+) -> int:
+    """Tokens of a micro-batch under a budget of `limit` bytes: its compute buffers take the place of slots.
+
+    Buffers grow evenly with the micro-batch: two engines show how much.
+    """
+    candidates = [n for n in sizing.UBATCHES if n <= context]
+    if len(candidates) < 2:
+        return context
+    taken = []
+    few, many = candidates[0], min(sizing.USUAL_UBATCH, candidates[-1])
+    for n in (few, many):
+        engine, nbytes, _ = _measured(partial(make, n_ubatch=n))
+        engine.close()
+        taken.append(nbytes)
+    each = (taken[1] - taken[0]) / (many - few)
+    left = limit - memory.status_bytes("VmRSS") - budget.RESERVE - taken[0]
+
+    def slots_with(n: int) -> list[int]:
+        pool = left - int(each * (n - few))
+        return sizing.slots_for(catalog, pool, align) if pool >= sizing.least_pool(catalog, align) else []
+
+    return sizing.best_ubatch(catalog, slots_with, candidates)
 
 
 def _step(
@@ -164,9 +189,8 @@ def _fit(
     """The engine with the largest micro-batch up to `step` that leaves room for a pool, that pool's slots, and what
     the server may keep of conversations.
 
-    Compute buffers grow with the micro-batch: in a tight budget slots are worth more, and a small pool does not allow
-    a large micro-batch anyway. A pool that is too small for several sequences gets one. `promised`: bytes that others
-    have reserved and not touched. Raises BudgetError.
+    A small pool does not allow a large micro-batch. A pool that is too small for several sequences gets one.
+    `promised`: bytes that others have reserved and not touched. Raises BudgetError.
     """
     limit, options = loading.limit, loading.options
     hoped = max(limit - memory.status_bytes("VmRSS") - budget.RESERVE, sizing.least_pool(catalog, align))
@@ -184,9 +208,8 @@ def _fit(
             )
             used += kept.nbytes
             pool = budget.plan_pool(catalog, limit, used, align, memory.status_bytes("VmHWM"))
-            greedy = step > SMALL_UBATCH and to_come > MOST_FOR_BUFFERS * (limit - used)
             allowed = 0
-            if pool.slots and not greedy:
+            if pool.slots:
                 allowed = fit_step(pool.slots, step, sequences)
                 if allowed == step:
                     attempt.pop_all()

@@ -12,7 +12,6 @@ from flashmoe.errors import UsageError
 from flashmoe.runtime.layout import AUTO, REPACKED, check_layout
 
 ENGINES = (LLAMACPP, TRANSFORMERS) = ("llama.cpp", "transformers")
-DEFAULT_UBATCH = 512  # llama.cpp's own
 DEFAULT_SAVED = "4GiB"  # of conversations on the drive
 
 
@@ -32,7 +31,9 @@ class LoadOptions:
         "auto": repacked where that is faster. The results are llama.cpp's with the same layouts.
     n_ctx: context in tokens of one conversation (default: the model's, and less, down to 1024, where it would take more
         than a sixth of what the weights leave of the budget, or a third for 32768: slots are worth more).
-    n_ubatch: tokens evaluated at once while a prompt is read; the results are the engine's at the same value.
+    n_ubatch: most tokens evaluated at once while a prompt is read, fewer where the budget leaves no room for that many;
+        the results are the engine's at the same value. By default so many that a prompt's token and a decoded one
+        together read as few experts as possible (512 with the transformers engine).
     threads: compute threads (default: physical cores). all_logits: keep the logits of every token, not the last only.
     trace: record which experts every token is routed to, see `Model.recorder`.
     parallel: conversations that llama.cpp's server (`Model.server`) holds at once and evaluates together, each with
@@ -62,7 +63,7 @@ class LoadOptions:
     prefetch: str = "auto"
     layout: str = AUTO
     n_ctx: int | None = None
-    n_ubatch: int = DEFAULT_UBATCH
+    n_ubatch: int | None = None
     threads: int | None = None
     all_logits: bool = False
     trace: bool = False

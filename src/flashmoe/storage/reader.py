@@ -17,6 +17,7 @@ from flashmoe.errors import ReadError
 from flashmoe.storage.addresses import reserve_huge
 from flashmoe.storage.aio import Read, open_queue
 from flashmoe.storage.direct import DirectFile
+from flashmoe.storage.pump import Pump
 
 __all__ = ["ExpertReader", "Read", "Ticket"]
 
@@ -43,12 +44,13 @@ Describe = Callable[[Read], str]
 class Ticket:
     """A batch of reads under way; `ExpertReader.wait` returns when every byte is in."""
 
-    __slots__ = ("bytes", "error", "pending", "started")
+    __slots__ = ("bytes", "error", "files", "pending", "started")
 
     def __init__(self, reads: Sequence[Read]) -> None:
         self.pending = len(reads)
         self.started = False  # a read has begun
         self.bytes = 0  # read so far
+        self.files: set[int] = set()  # numbers of those that are read
         self.error: Exception | None = None  # the first
 
     @property
@@ -80,8 +82,9 @@ class ReadObserver(Protocol):
 class ExpertReader:
     """Reads from a model's files without a thread of its own in the way (see storage.aio).
 
-    Reads make progress on their own as far as the queue is deep; beyond that, whenever a method is called. Reads with a
-    `place` go to bounce buffers; the bytes are placed by the thread that sees that they are in. Thread-safe.
+    Reads make progress on their own as far as the queue is deep; beyond that, whenever a method is called, or in a
+    thread where the caller asks for that (`go_on`). Reads with a `place` go to bounce buffers; the bytes are placed by
+    the thread that sees that they are in. Thread-safe.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -99,6 +102,7 @@ class ExpertReader:
         self._kept = 0  # of them, for demand reads
         self._lent: dict[int, tuple[int, int]] = {}  # read under way -> its buffer, where in it the bytes go
         self._check: Check | None = None
+        self._background = Pump(self._go_on)
         #: Names in errors what could not be read.
         self.describe: Describe = lambda _: ""
         #: Of benchmarks.
@@ -190,8 +194,8 @@ class ExpertReader:
             self.observer.waited()
         if ticket.error:
             raise ticket.error
-        for file in self.files:
-            file.check_unchanged()
+        for number in ticket.files:
+            self.files[number].check_unchanged()
 
     def settle(self, ticket: Ticket) -> None:
         """Return when the reads of a ticket have ended, well or not, or the drive is silent for TIMEOUT seconds.
@@ -214,8 +218,20 @@ class ExpertReader:
                 self._give_up(ticket)
             return ticket.done
 
+    def go_on(self) -> None:
+        """Start what is queued as reads end, in a thread, until nothing is queued: the caller is about to compute."""
+        if self._prefetch:
+            self._background.start()
+
+    def _go_on(self) -> bool:
+        with self._lock:
+            if self._under_way:
+                self._collect(0)
+            return bool(self._prefetch and self._under_way)
+
     def close(self) -> None:
         """Drop what is queued, wait for what is under way as long as `settle` does, and close the files."""
+        self._background.close()
         with self._lock:
             self._demand.clear()
             self._prefetch.clear()
@@ -269,6 +285,7 @@ class ExpertReader:
             if known is not None:
                 known += tickets
             for ticket, reads in zip(tickets, batches, strict=True):
+                ticket.files = {read.file for read in reads}
                 queue.extend((ticket, read) for read in reads)
             self._pump()
         return tickets

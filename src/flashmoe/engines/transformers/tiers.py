@@ -64,6 +64,8 @@ class CopyQueue:
     def poll(self) -> None:
         """Nothing goes on by itself."""
 
+    go_on = poll
+
     def wait(self, ticket: Ticket) -> None:
         """All has been copied while the request was made: see `Tiers`."""
         assert ticket.done
@@ -113,6 +115,11 @@ class Tiers:
     def policy(self) -> EvictionPolicy:
         """Of the cache in RAM, for a Prefetcher."""
         return self._ram.policy
+
+    @property
+    def seconds_per_miss(self) -> float:
+        """Of the cache in RAM, for a Prefetcher."""
+        return self._ram.seconds_per_miss
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Read experts into RAM ahead of time, those aside that the device has."""
