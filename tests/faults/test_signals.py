@@ -18,6 +18,7 @@ from tests.conftest import Tiny
 from tests.faults.storm import Struck, handlers, load, logits_of, slots_in_use, storm
 
 ROUNDS = 60
+pytestmark = pytest.mark.timeout(300, method="thread")  # SIGALRM is one of the signals here
 
 
 @pytest.fixture(autouse=True)

@@ -207,7 +207,7 @@ class ExpertReader:
             pass
 
     def _look(self, ticket: Ticket) -> bool:
-        """Wait for a moment; whether the ticket is done."""
+        """Wait for a moment; whether the ticket is done, or has been given up."""
         with self._lock:
             if ticket.done:
                 return True
@@ -216,6 +216,7 @@ class ExpertReader:
             least = 1 if self._demand or self._lent or self._check else ticket.pending
             if not self._collect(min(left, _LOOK) if left > 0 else _LAST_LOOK, least) and left <= 0:
                 self._give_up(ticket)
+                return True
             return ticket.done
 
     def go_on(self) -> None:
