@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from flashmoe.cache.pool import SlotPool, Window, slot_bytes, slot_layout
+from flashmoe.storage import aio, direct
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.gguf import read_gguf
 from flashmoe.storage.reader import ExpertReader
@@ -54,6 +55,30 @@ def test_every_expert_arrives_whole(name: str, tiny: Tiny) -> None:
                     for window in (*pool.windows[index], *pool.tables(index)):
                         original = np.ascontiguousarray(theirs[window.weight.tensor.name][expert]).tobytes()
                         assert in_slot(window, slot) == original, (window.weight.tensor.name, expert)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt-oss", "gemma4", "qwen3moe"])
+def test_drives_that_want_whole_pages(name: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slices that do not meet the drive's alignment arrive beside their place and are moved, without a thread."""
+    monkeypatch.setattr(direct, "_direct_alignment", lambda _: (4096, 4096))
+    moved: list[int] = []
+    memmove = aio.C.memmove
+
+    def counted(target: int, source: int, nbytes: int) -> None:
+        moved.append(target - source)
+        memmove(target, source, nbytes)
+
+    test_every_expert_arrives_whole(name, tiny)
+    monkeypatch.setattr(aio.C, "memmove", counted)
+    with pool_of(tiny(name), 5) as (catalog, reader, pool):
+        if not isinstance(reader._queue, aio.KernelQueue):
+            pytest.skip("no direct reads here")
+        reader.tune(4, 4096)  # cut reads where that is possible
+        for layer in range(len(catalog.layers)):
+            reader.wait(reader.demand([read for slot in range(5) for read in pool.reads(layer, slot, slot)]))
+        assert reader._queue._fallback is None
+    assert moved
+    assert all(0 < distance < 4096 for distance in moved)
 
 
 def test_parts_of_a_split_model(tiny: Tiny, tmp_path: Path) -> None:

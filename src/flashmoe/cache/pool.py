@@ -166,9 +166,11 @@ class SlotPool:
     def reads(self, layer: int, expert: int, slot: int) -> list[Read]:
         """What must be read to fill `slot` (numbered in the layer's group) with an expert, tensor by tensor."""
         return [
-            Read(file, offset, nbytes, window.address + slot * window.stride + at, place)
+            Read(file, offset, nbytes, window.address + slot * window.stride + at, place, whole)
             for window in self.windows[layer]
-            for file, offset, nbytes, at, place in window.weight.extents(expert)
+            for extents in [window.weight.extents(expert)]
+            for whole in [len(extents) == 1]
+            for file, offset, nbytes, at, place in extents
         ]
 
     def tables(self, layer: int) -> list[Window]:

@@ -79,6 +79,14 @@ def learn(
     return right
 
 
+def compile_kernels() -> None:
+    """Let numba compile the scheduler's kernels before memory is counted and before the first token waits for it."""
+    chances, slot_of, seen = np.zeros(2, np.float32), np.zeros(2, np.int32), np.zeros(_BINS)
+    guesses, bins = np.zeros((1, _GUESSES), np.int32)[0], np.zeros((1, _GUESSES), np.int32)[0]
+    choose(chances, slot_of, seen, seen, guesses, bins)
+    learn(slot_of, guesses, bins, 0, 0, seen, seen)
+
+
 class Ahead(Protocol):
     """What reads ahead: an ExpertCache."""
 

@@ -27,7 +27,7 @@ from flashmoe.common.units import parse_bytes
 from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.serving.options import ServerOptions, projector_bytes
 from flashmoe.errors import FlashMoEError, FlashMoEWarning, UsageError
-from flashmoe.prefetch import Predictor
+from flashmoe.prefetch import Predictor, scheduler
 from flashmoe.prefetch import create_all as create_predictors
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.runtime.model import Model, Progress
@@ -103,6 +103,10 @@ def _load(
     def prepare(catalog: ExpertCatalog) -> int:
         """Compile what is compiled; the bytes that the predictors take."""
         compile_policy(evict, len(catalog.layers), catalog.n_experts, ranking=bool(options.save_cache))
+        if predictors:
+            scheduler.compile_kernels()
+        if options.engine == LLAMACPP:
+            import flashmoe.engines.llamacpp.serving.borrow  # noqa: F401 - compiles what the server borrows
         predictors[:] = _bind(predictors, catalog, limit if options.prefetch == "auto" else 0)
         memory.release_code()
         return sum(p.nbytes for p in predictors)
@@ -224,6 +228,8 @@ def compile_policy(policy: EvictionPolicy, n_layers: int, n_experts: int, *, ran
     ids, out = np.zeros(1, np.int32), np.zeros((3, 1), np.int32)
     policy.begin_sequence()
     policy.access(0, ids, out[0], out[1], out[2])
+    policy.request(ids, out[0], out[1], out[2])(0, 1)
+    policy.compiled_request(ids, out[0], out[1], out[2])
     policy.access_each(0, ids[np.newaxis], out[0], out[1], out[2])
     policy.window(1, 1)
     if ranking:

@@ -33,7 +33,9 @@ Place = Callable[[int, int], None]
 class Read(NamedTuple):
     """`nbytes` at `offset` of file number `file`, to memory at `address` (slack around it: see DirectFile).
 
-    With `place` the bytes are read aside, and `place` puts them to `address`: see ExpertReader.
+    With `place` the bytes are read aside, and `place` puts them to `address`: see ExpertReader. own_slot: the slack before
+    them is theirs alone and begins at a multiple of the file's unit, so that they may arrive before their place and be
+    moved, where the drive wants another address.
     """
 
     file: int
@@ -41,6 +43,7 @@ class Read(NamedTuple):
     nbytes: int
     address: int
     place: Place | None = None
+    own_slot: bool = False
 
 
 #: The end of a read: the number it was started with, and what went wrong.
@@ -141,7 +144,8 @@ class KernelQueue:
         self._seen = memoryview(self._events)
         self._timeout = (C.c_long * 2)()  # struct timespec
         self._free = list(range(_DEPTH))
-        self._under_way: dict[int, tuple[int, Read, int]] = {}  # block -> number, read, bytes wanted at least
+        # block -> number, read, bytes wanted at least, and how far before their place they arrive
+        self._under_way: dict[int, tuple[int, Read, int, int]] = {}
         self._fallback: ThreadQueue | None = None  # for what cannot go this way, or has failed
         self._fallen_back = 0  # reads that it has
         self._refusal_logged = False
@@ -152,16 +156,24 @@ class KernelQueue:
         for number, read in reads:
             file = self._files[read.file]
             head = read.offset % file.align
-            if (read.address - head) % file.align_memory:
+            early = (read.address - head) % file.align_memory
+            if early and not (read.own_slot and file.align_memory <= file.align):
                 self._read_plainly(number, read)
                 continue
             index = self._free.pop()
             length = -(-(head + read.nbytes) // file.align) * file.align
             block = _CONTROL_BLOCK.size * index
             _CONTROL_BLOCK.pack_into(
-                self._blocks, block, index, _PREAD, file.fd, read.address - head, length, read.offset - head
+                self._blocks,
+                block,
+                index,
+                _PREAD,
+                file.fd,
+                read.address - head - early,
+                length,
+                read.offset - head,
             )
-            self._under_way[index] = number, read, head + read.nbytes
+            self._under_way[index] = number, read, head + read.nbytes, early
             self._pointers[len(started)] = self._first + block
             started.append(index)
         done = 0
@@ -175,7 +187,7 @@ class KernelQueue:
                 if not self._refusal_logged:  # some systems refuse all
                     _log.warning("io_submit refuses reads (%s): such are left to threads", error.strerror)
                     self._refusal_logged = True
-                number, read, _ = self._release(started[done])
+                number, read, *_ = self._release(started[done])
                 self._read_plainly(number, read)
                 done += 1
 
@@ -209,8 +221,10 @@ class KernelQueue:
         )
         ended: list[Done] = []
         for index, result in _EVENT.iter_unpack(self._seen[: count * _EVENT.size]):
-            number, read, wanted = self._release(index)
+            number, read, wanted, early = self._release(index)
             if result >= wanted:
+                if early:
+                    C.memmove(read.address, read.address - early, read.nbytes)
                 ended.append((number, None))
             else:  # an error or a short read: the plain way retries, goes on, or says what is wrong
                 _log.warning(
@@ -229,7 +243,7 @@ class KernelQueue:
         if self._fallback:
             self._fallback.close()
 
-    def _release(self, index: int) -> tuple[int, Read, int]:
+    def _release(self, index: int) -> tuple[int, Read, int, int]:
         self._free.append(index)
         return self._under_way.pop(index)
 

@@ -322,7 +322,10 @@ class ExpertReader:
     def _pieces(self, read: Read) -> list[Read]:
         """A read, cut where the file's units end."""
         first, end = read.offset, read.offset + read.nbytes
-        unit = self.files[read.file].align
+        file = self.files[read.file]
+        unit = file.align
+        if (read.address - first % unit) % file.align_memory:  # it arrives elsewhere and is moved, as a whole
+            return [read]
         edges = [first, *range(first - first % unit + self._chunk, end, self._chunk), end]
         return [
             read._replace(offset=a, nbytes=b - a, address=read.address + a - first)
