@@ -69,10 +69,10 @@ def test_drives_that_want_whole_pages(name: str, tiny: Tiny, monkeypatch: pytest
         memmove(target, source, nbytes)
 
     test_every_expert_arrives_whole(name, tiny)
-    monkeypatch.setattr(aio.C, "memmove", counted)
     with pool_of(tiny(name), 5) as (catalog, reader, pool):
         if not isinstance(reader._queue, aio.KernelQueue):
             pytest.skip("no direct reads here")
+        monkeypatch.setattr(aio.C, "memmove", counted)
         reader.tune(4, 4096)  # cut reads where that is possible
         for layer in range(len(catalog.layers)):
             reader.wait(reader.demand([read for slot in range(5) for read in pool.reads(layer, slot, slot)]))

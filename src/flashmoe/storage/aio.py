@@ -33,9 +33,9 @@ Place = Callable[[int, int], None]
 class Read(NamedTuple):
     """`nbytes` at `offset` of file number `file`, to memory at `address` (slack around it: see DirectFile).
 
-    With `place` the bytes are read aside, and `place` puts them to `address`: see ExpertReader. own_slot: the slack before
-    them is theirs alone and begins at a multiple of the file's unit, so that they may arrive before their place and be
-    moved, where the drive wants another address.
+    With `place` the bytes are read aside, and `place` puts them to `address`: see ExpertReader. own_slot: the slack
+    before them is theirs alone and begins at a multiple of the file's unit, so that they may arrive before their place
+    and be moved, where the drive wants another address.
     """
 
     file: int
