@@ -94,6 +94,26 @@ def test_alignment_is_known(direct_file: DirectFile) -> None:
         assert direct_file.align_memory in (4, 512, 1024, 2048, 4096)
 
 
+def test_a_kernel_that_does_not_tell_has_the_drive_s_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A partition has its disk's; what is on no drive of its own has a page."""
+    path = tmp_path / "f"
+    path.write_bytes(CONTENT)
+    device = os.stat(path).st_dev
+    disk, devices = tmp_path / "sys/vda", tmp_path / "sys/block"
+    (disk / "vda1").mkdir(parents=True)
+    (disk / "queue").mkdir()
+    (disk / "queue/logical_block_size").write_text("512\n")
+    devices.mkdir()
+    monkeypatch.setattr(direct, "_BLOCK_DEVICES", devices)
+    assert direct._logical_block(path) == 4096
+    (devices / f"{os.major(device)}:{os.minor(device)}").symlink_to(disk / "vda1")
+    assert direct._logical_block(path) == 512
+    monkeypatch.setattr(direct.ctypes, "CDLL", lambda *_, **__: object())  # a C library without statx
+    assert direct._direct_alignment(path) == (512, 512)
+
+
 def test_alignment_where_the_kernel_does_not_tell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "f").write_bytes(CONTENT)
     monkeypatch.setattr(direct, "_direct_alignment", lambda _: (4096, 4096))

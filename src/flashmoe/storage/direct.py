@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from mmap import PAGESIZE
 from pathlib import Path
 
@@ -19,7 +19,8 @@ _log = logging.getLogger(__name__)
 
 RETRIES = 3
 _TRANSIENT = (errno.EIO, errno.EAGAIN, errno.EINTR)
-_FALLBACK_ALIGNMENT = 4096  # fits every common drive; used where the kernel does not tell (Linux before 6.1)
+_FALLBACK_ALIGNMENT = 4096  # fits every common drive; used where the kernel does not tell
+_BLOCK_DEVICES = Path("/sys/dev/block")
 
 
 class _Statx(ctypes.Structure):
@@ -33,7 +34,10 @@ class _Statx(ctypes.Structure):
 
 
 def _direct_alignment(path: Path) -> tuple[int, int]:
-    """(memory, offset) alignment in bytes for direct reads of `path`, from statx(2) STATX_DIOALIGN."""
+    """(memory, offset) alignment in bytes for direct reads of `path`, from statx(2) STATX_DIOALIGN.
+
+    Linux before 6.1 does not tell; then it is the drive's logical block, which such a kernel asks of addresses as well.
+    """
     at_fdcwd, statx_dioalign = -100, 0x2000
     result = _Statx()
     try:
@@ -43,8 +47,20 @@ def _direct_alignment(path: Path) -> tuple[int, int]:
     except AttributeError:  # not Linux, or a C library without statx
         status = -1
     if status != 0 or not result.mask & statx_dioalign or not result.dio_offset_align:
-        return _FALLBACK_ALIGNMENT, _FALLBACK_ALIGNMENT
+        block = _logical_block(path)
+        return block, block
     return result.dio_mem_align, result.dio_offset_align
+
+
+def _logical_block(path: Path) -> int:
+    """Bytes of a logical block of the drive that a file is on; a page where there is no such drive (network, btrfs)."""
+    with suppress(OSError, ValueError):
+        device = os.stat(path).st_dev
+        folder = (_BLOCK_DEVICES / f"{os.major(device)}:{os.minor(device)}").resolve(strict=True)
+        for place in (folder, folder.parent):  # a partition has the queue of its disk
+            if (queue := place / "queue/logical_block_size").exists():
+                return int(queue.read_text())
+    return _FALLBACK_ALIGNMENT
 
 
 class DirectFile:
