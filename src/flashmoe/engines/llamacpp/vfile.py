@@ -13,6 +13,7 @@ from collections.abc import Callable, Container, Sequence
 from typing import NamedTuple
 
 from flashmoe.errors import LibraryError
+from flashmoe.storage.ahead import ReadAhead
 from flashmoe.storage.direct import DirectFile
 from flashmoe.storage.gguf import GGUF, MAGIC, type_number
 
@@ -80,6 +81,7 @@ class VirtualFile:
         self._size = max(part.start + part.length for part in parts)
         self._progress = progress
         self._position = self._dense_read = 0
+        self._reads = ReadAhead()
         self.error: BaseException | None = None
         libc = C.CDLL(None, use_errno=True)
         if not hasattr(libc, "fopencookie"):
@@ -102,6 +104,7 @@ class VirtualFile:
 
     def close(self) -> None:
         self._fclose(self.stream)
+        self._reads.close()
 
     def _on_read(self, _cookie: int, buffer: int, wanted: int) -> int:
         try:
@@ -130,7 +133,7 @@ class VirtualFile:
         if isinstance(part.source, bytes):
             C.memmove(buffer, part.source[skip : skip + count], count)
         elif part.source is not None:
-            part.source.read_exact(buffer, part.offset + skip, count)
+            self._reads.copy(part.source, buffer, (part.offset, part.length), skip, count)
             self._dense_read += count
             self._progress(self._dense_read)
         return count
