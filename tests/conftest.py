@@ -11,6 +11,7 @@ import pytest
 
 from flashmoe.engines.llamacpp.library import Library, find_library, open_library
 from flashmoe.storage import hub
+from flashmoe.storage.aio import KernelQueue, Read
 from tests.models import make
 
 os.environ["GGML_NO_BACKTRACE"] = "1"  # an abort in the library must not start a debugger
@@ -54,6 +55,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 def lib() -> Library:
     """The installed llama.cpp library, without the self-test: these tests are one."""
     return open_library(find_library())
+
+
+@pytest.fixture
+def plain_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reads through DirectFile.read_enclosing, which can be made to fail."""
+
+    def start(self: KernelQueue, reads: list[tuple[int, Read]]) -> None:
+        for number, read in reads:
+            self._read_plainly(number, read)
+
+    monkeypatch.setattr(KernelQueue, "start", start)
 
 
 @pytest.fixture(scope="session")

@@ -299,7 +299,7 @@ def test_interrupt_in_the_middle(milliseconds: int, model: flashmoe.Model) -> No
     assert again.turn.reused > 0
 
 
-def test_read_error(model: flashmoe.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_error(model: flashmoe.Model, monkeypatch: pytest.MonkeyPatch, plain_reads: None) -> None:
     talk = talk_with(model)
     say(talk, "hello")
 

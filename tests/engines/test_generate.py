@@ -230,7 +230,7 @@ def test_file_truncated_underneath(lib: Library, tiny: Tiny, tmp_path: Path) -> 
 
 
 def test_read_error_in_the_middle(
-    lib: Library, tiny: Tiny, llama: Reference, monkeypatch: pytest.MonkeyPatch
+    lib: Library, tiny: Tiny, llama: Reference, monkeypatch: pytest.MonkeyPatch, plain_reads: None
 ) -> None:
     with opened(tiny("llama"), lib, "1") as model:
         expected = stock_text(model, llama)
@@ -252,7 +252,7 @@ def test_read_error_in_the_middle(
 
 
 def test_read_error_leaves_the_context_as_it_was(
-    lib: Library, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+    lib: Library, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, plain_reads: None
 ) -> None:
     with opened(tiny("llama"), lib, "1") as model:
         engine = model.engine
@@ -463,7 +463,9 @@ def test_context_taken_back_in_the_middle(lib: Library, tiny: Tiny, llama: Refer
     list(pieces)  # what was made until the model was closed
 
 
-def test_trace_after_a_failed_evaluation(lib: Library, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trace_after_a_failed_evaluation(
+    lib: Library, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, plain_reads: None
+) -> None:
     """What a failed one has noted is forgotten."""
 
     def recorded(after: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.cache.policies import suggested
 from flashmoe.cache.stats import CacheStats
+from flashmoe.common.signals import run_apart
 from flashmoe.engines.base import Engine, SamplingParams, TemplateEngine
 from flashmoe.errors import UsageError
 from flashmoe.prefetch.scheduler import Prefetcher
@@ -315,6 +316,9 @@ class Model:
 
     def close(self) -> None:
         """Free everything, and keep what `save_cache` asked for. The model cannot be used afterwards."""
+        run_apart(self._close, lambda: None)  # whole, whatever signals arrive meanwhile
+
+    def _close(self) -> None:
         if self._server is not None and self._saved:
             self._server.cancel()
             self._saved.save(self._server)
