@@ -5,6 +5,7 @@ python -m tests.faults.storm llama.cpp 1000        # or transformers; a figure f
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -111,25 +112,51 @@ def load(path: Path, **options: Any) -> flashmoe.Model:
     return flashmoe.load(path, cache="60%", threads=1, n_ctx=128, n_ubatch=8, policy="lru", **options)
 
 
-def main(kind: str, rounds: int) -> None:
+def forwards_of(model: flashmoe.Model) -> np.ndarray:
+    """Logits of Transformers' own model, called in the main thread, and with it the cache."""
+    import torch
+
+    with torch.inference_mode():
+        kept = [
+            model.engine.model(torch.arange(start, start + n)[None]).logits  # type: ignore[attr-defined]
+            for start, n in ((3, 8), (40, 8), (7, 1), (8, 1), (9, 1))
+        ]
+    return np.concatenate([found[0].float().numpy() for found in kept])
+
+
+def make_model(kind: str, folder: Path) -> tuple[Path, dict[str, Any]]:
+    """A tiny model, and how it is loaded."""
+    if kind in ("transformers", "forward"):
+        import torch
+
+        from tests.engines.transformers.models import make_checkpoint
+
+        path = make_checkpoint("olmoe", folder, torch.bfloat16)
+        return path, {"engine": "transformers", "prefetch": "none"}
+    from tests.models import make
+
+    path = make("olmoe", folder / "olmoe.gguf")
+    return path, {"prefetch": "table" if kind == "llama.cpp+table" else "none"}
+
+
+#: What is evaluated, or that a model is loaded.
+KINDS = ("llama.cpp", "llama.cpp+table", "transformers", "forward", "loading")
+
+
+def main(kind: str, rounds: int) -> dict[str, Any]:
+    evaluate = forwards_of if kind == "forward" else logits_of
     with tempfile.TemporaryDirectory() as folder:
-        if kind == "transformers":
-            import torch
-
-            from tests.engines.transformers.models import make_checkpoint
-
-            path = make_checkpoint("olmoe", Path(folder), torch.bfloat16)
-        else:
-            from tests.models import make
-
-            path = make("olmoe", Path(folder) / "olmoe.gguf")
-        with load(path, engine=kind) as model, handlers():
-            expected, slots = logits_of(model), slots_in_use(model)
-            print(dict(storm(lambda: logits_of(model), rounds)), flush=True)
-            print("logits equal:", np.array_equal(logits_of(model), expected))
-            print("slots known:", slots_in_use(model), "of", slots)
-    os._exit(0)
+        path, options = make_model(kind, Path(folder))
+        with load(path, **options) as model, handlers():
+            expected, slots = evaluate(model), slots_in_use(model)
+            if kind == "loading":
+                ended = storm(lambda: load(path, **options).close(), rounds)
+            else:
+                ended = storm(lambda: evaluate(model), rounds)
+            equal = np.array_equal(evaluate(model), expected)
+            return {"ended": ended, "equal": equal, "slots": slots_in_use(model), "slots_before": slots}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    print(json.dumps(main(sys.argv[1], int(sys.argv[2]))), flush=True)
+    os._exit(0)
