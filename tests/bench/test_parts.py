@@ -73,7 +73,7 @@ def test_kernel_threads_work_for_us() -> None:
 def test_another_program_is_seen() -> None:
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as spinning:
         try:
-            seen = quiet.wait_until_quiet(patience=0.0, window=1.0)
+            seen = quiet.wait_until_quiet(timeout=0.0, window=1.0)
         finally:
             spinning.kill()
     assert seen is not None
