@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from tests.models import make
 
 os.environ["GGML_NO_BACKTRACE"] = "1"  # an abort in the library must not start a debugger
 os.environ["HF_HUB_OFFLINE"] = "1"
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in the background: tests interrupt all the same
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 for name in ("FLASHMOE_LIBLLAMA", "LLAMA_ARG_THREADS"):
     os.environ.pop(name, None)
 
