@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import flashmoe
+from flashmoe.common.memory import status_bytes
 from flashmoe.engines.llamacpp.library import Library
 from tests.conftest import Tiny
 
@@ -118,7 +119,7 @@ def test_every_step_fails_once(tiny: Tiny, lib: Library, tmp_path: Path, alive: 
             path,
             library=lib,
             threads=1,
-            ram="1GiB",
+            ram=status_bytes("VmHWM") + (1 << 30),  # of this process, whatever it has done before
             layout="repacked",
             prefetch="table",
             parallel=0,
