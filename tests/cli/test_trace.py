@@ -20,7 +20,7 @@ def call(*arguments: object) -> str:
     if isinstance(result.exception, FlashMoEError):
         raise result.exception
     assert result.exit_code == 0, result.output
-    return result.output
+    return result.stdout if "-" in arguments else result.output  # with --json - all else is on standard error
 
 
 def test_import_info_split_merge(tmp_path: Path) -> None:
