@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ import pytest
 
 import flashmoe
 from flashmoe.engines.base import SamplingParams
+from flashmoe.engines.llamacpp.callback import PYTHON_CALLBACK
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.serving.options import ServerOptions
 from flashmoe.errors import FlashMoEError, ReadError, UsageError
@@ -293,6 +295,23 @@ def test_exception_in_the_hook(
                 with pytest.raises(type(error)):
                     text_of(model)
             assert text_of(model) == expected
+
+
+def test_a_callback_that_fails_before_its_first_line(lib: Library, tiny: Tiny) -> None:
+    """ctypes drops what it raises, and the library reports success: the logits would be those of half a graph."""
+    with opened(tiny("llama"), lib) as model:
+        model.engine.decode([65])
+        expected = model.engine.logits()
+        model.engine.rewind(0)
+        control = model.engine._hook._control  # type: ignore[attr-defined]
+        nothing, python = PYTHON_CALLBACK(lambda *_: 0), control.python
+        control.python = ctypes.cast(nothing, ctypes.c_void_p).value
+        with pytest.raises(flashmoe.FlashMoEError, match="interrupted"):
+            model.engine.decode([66] * model.engine.n_ubatch)
+        assert model.engine.past() == 0
+        control.python = python
+        model.engine.decode([65])
+        assert np.array_equal(model.engine.logits(), expected)
 
 
 def interrupt_inside(function: str, times: int) -> threading.Thread:

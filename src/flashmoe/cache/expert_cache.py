@@ -369,9 +369,8 @@ class ExpertCache:
             first_weights = [read for weight in weights[:-1] for read in weight]
             began = time.perf_counter()
             demanded = self.reader.demand_in_order([first_weights, weights[-1]], tickets)
-            stats.stall_seconds += (
-                time.perf_counter() - began
-            )  # starting reads can mean waiting for the drive
+            # starting reads can mean waiting for the drive
+            stats.stall_seconds += time.perf_counter() - began
             now, later = [*now, demanded[0]], [*later, demanded[1]]
         for expert, slot in (*absent, *((expert, entry.slot) for expert, entry in staged)):
             self.pool.fill_tables(layer, expert, slot - first)

@@ -28,6 +28,7 @@ from flashmoe.engines.llamacpp.callback import (
     END,
     LOOK,
     MOST_QUIET,
+    NOT_RETURNED,
     PYTHON_CALLBACK,
     RETURNED,
     Control,
@@ -224,7 +225,8 @@ class RouterHook:
         """Around an evaluation: afterwards `error` has what went wrong inside."""
         self.error, self._control.outcome = None, RETURNED
         yield
-        if self._control.stop and not self.error:
+        # ctypes swallows what is raised before the callback's first line; the library takes such an end for a success
+        if (self._control.stop or self._control.outcome == NOT_RETURNED) and not self.error:
             self.error = FlashMoEError("the evaluation was interrupted")
         self._control.thread = self._control.begun = 0
         self._settle()
