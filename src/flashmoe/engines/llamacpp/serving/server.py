@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import queue
 import secrets
-import shutil
 import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from flashmoe.engines.llamacpp.engine import LlamaEngine
@@ -59,24 +58,28 @@ class InnerServer:
         self._requests: dict[threading.Thread, threading.Event] = {}  # under way, and what cancels them
         #: What clients of the socket must send as their key.
         self.key = secrets.token_urlsafe(32)
-        self._folder = Path(tempfile.mkdtemp(prefix="flashmoe-"))
-        self.socket = str(self._folder / "http.sock")
         raise_thread_stacks()
         try:
-            params = _params(engine, options, self.socket, self.key)
-            control = engine.serve(on_prompt, on_graph, self._failed)
-            # the only reference to the library's object: it ends when that goes
-            self._server, self._give_back = lend(
-                engine.library,
-                engine.model_pointer,
-                engine.context_pointer,
-                control,
-                lambda: _start(engine, params),
-            )
+            with tempfile.TemporaryDirectory(prefix="flashmoe-") as folder:
+                path = f"{folder}/http.sock"
+                params = _params(engine, options, path, self.key)
+                control = engine.serve(on_prompt, on_graph, self._failed)
+
+                def start() -> Any:
+                    server = _start(engine, params)
+                    # the folder goes, and clients come this way: a process that is killed leaves nothing behind
+                    self._socket = os.open(path, os.O_PATH | os.O_CLOEXEC)
+                    return server
+
+                # the only reference to the library's object: it ends when that goes
+                self._server, self._give_back = lend(
+                    engine.library, engine.model_pointer, engine.context_pointer, control, start
+                )
         except BaseException:
             engine.unserve()
-            self._remove()
             raise
+        #: The path of its socket, for this process.
+        self.socket = f"/proc/self/fd/{self._socket}"
         engine.rewind(0)
         # its loop forgets an end that comes before it has begun: have it answer something first
         self.ask("GET", "/slots")
@@ -197,10 +200,7 @@ class InnerServer:
             self._server = None
         self._give_back()
         self._engine.unserve()
-        self._remove()
-
-    def _remove(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        os.close(self._socket)
 
 
 class _UnixConnection(http.client.HTTPConnection):
