@@ -7,8 +7,9 @@ import resource
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 from typing import TypeVar
+
+from flashmoe.common.memory import counts_promises
 
 _Result = TypeVar("_Result")
 
@@ -28,7 +29,7 @@ def on_large_stack(call: Callable[[], _Result]) -> _Result:
 def raise_thread_stacks() -> int:
     """Give the threads that are made from here on large stacks; returns their size in bytes, 0 where unknown."""
     size = _WANTED
-    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY or _counts_addresses():
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY or counts_promises():
         size = _MODEST
     try:
         libc = C.CDLL(None)
@@ -38,11 +39,3 @@ def raise_thread_stacks() -> int:
         return 0 if libc.pthread_setattr_default_np(attributes) else size
     except AttributeError:  # another libc than GNU's
         return 0
-
-
-def _counts_addresses() -> bool:
-    """Whether the system refuses to promise more memory than it has (vm.overcommit_memory = 2)."""
-    try:
-        return Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2"
-    except OSError:
-        return False

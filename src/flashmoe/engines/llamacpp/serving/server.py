@@ -12,12 +12,11 @@ import queue
 import secrets
 import shutil
 import socket
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
+from flashmoe.common.files import make_socket_folder
 from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.hook import Evaluated
 from flashmoe.engines.llamacpp.serving.borrow import lend
@@ -30,6 +29,7 @@ Event = dict[str, Any]
 
 _COMPUTE_ERROR = "Compute error."  # all that the server says of an evaluation that has failed
 _SHORT_TEXT = 1 << 16  # characters that are no danger anywhere
+_SOCKET = "http.sock"
 _THREADS = 4  # of its HTTP side, beside one for each slot; more are made as they are needed
 
 
@@ -59,8 +59,8 @@ class InnerServer:
         self._requests: dict[threading.Thread, threading.Event] = {}  # under way, and what cancels them
         #: What clients of the socket must send as their key.
         self.key = secrets.token_urlsafe(32)
-        self._folder = Path(tempfile.mkdtemp(prefix="flashmoe-"))
-        self.socket = str(self._folder / "http.sock")
+        self._folder = make_socket_folder(_SOCKET)
+        self.socket = str(self._folder / _SOCKET)
         raise_thread_stacks()
         try:
             params = _params(engine, options, self.socket, self.key)
