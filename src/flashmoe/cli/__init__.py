@@ -12,6 +12,7 @@ import typer
 import flashmoe
 from flashmoe.cli import bench, chat, doctor, pack, plan, run, serve, simulate, trace, train, verify
 from flashmoe.cli.progress import print_error, stderr_console
+from flashmoe.common.memory import spare_addresses
 from flashmoe.errors import FlashMoEError, FlashMoEWarning
 
 _python_warning = warnings.formatwarning
@@ -48,6 +49,7 @@ def main() -> None:
     """Entry point: an error that the user can mend is one line on stderr and exit status 1 or 2."""
     warnings.formatwarning = _warning
     _open_standard_streams()
+    spare_addresses()
     try:
         app()
     except FlashMoEError as error:

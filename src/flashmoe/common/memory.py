@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import re
 import resource
-import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,7 @@ import psutil
 from flashmoe.common.cgroup import groups
 
 DEFAULT_SHARE = 0.7  # of the memory that is available: the machine stays usable
+_M_ARENA_MAX = -8  # malloc.h
 _MADV_PAGEOUT = 21  # Linux 5.4; not in Python's mmap module
 
 
@@ -107,8 +109,19 @@ def counts_promises() -> bool:
 
 def default_ram() -> int:
     """The budget where none is given: a share of the memory available to this process."""
-    room = address_room()
-    return int(DEFAULT_SHARE * min(memory_left(), room[0] if room else sys.maxsize))
+    budget = int(DEFAULT_SHARE * memory_left())
+    if room := address_room():
+        budget = min(budget, status_bytes("VmRSS") + int(DEFAULT_SHARE * room[0]))
+    return budget
+
+
+def spare_addresses() -> None:
+    """Where addresses are limited, take fewer of them: each thread that allocates would reserve 64 MiB, and each one of
+    numpy's 32 MiB. Call it early."""
+    if address_room():
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        with suppress(AttributeError):  # another libc than GNU's
+            ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def _meminfo_bytes(field: str) -> int:

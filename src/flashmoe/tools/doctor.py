@@ -8,6 +8,7 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from flashmoe.common.machine import allowed_cores, cores, file_system, physical_
 from flashmoe.common.memory import address_room, default_ram, memory_left, memory_limit
 from flashmoe.common.units import format_bytes
 from flashmoe.engines.llamacpp.tested import tested_library
-from flashmoe.errors import FlashMoEError, UsageError
+from flashmoe.errors import FlashMoEError, ReadError, UsageError
 from flashmoe.storage.aio import KernelQueue
 from flashmoe.storage.disk import rate, sample
 from flashmoe.storage.reader import ExpertReader
@@ -168,24 +169,24 @@ def huge_pages() -> Check:
 
 def drive(place: Path) -> Check:
     """Direct reads at sizes and depths of experts. Raises ReadError."""
-    with sample(place) as path:
-        kind = file_system(place)
-        reader = ExpertReader([path])
+    kind = file_system(place)
+    facts: dict[str, Any] = {"file_system": kind}
+    with ExitStack() as stack:
         try:
-            facts: dict[str, Any] = {
-                "file_system": kind,
-                "direct": reader.direct,
-                "asynchronous": isinstance(reader._queue, KernelQueue),
-                "alignment_bytes": reader.files[0].align,
-            }
-            if not reader.direct:
-                text = f"{kind} at {place} does not offer direct reads"
-                return Check(
-                    "drive", ADVICE, text, "keep models on a local ext4, xfs or btrfs file system", facts
-                )
-            rates = {size: {depth: rate(reader, size, depth) for depth in DEPTHS} for size in SIZES}
-        finally:
-            reader.close()
+            path = stack.enter_context(sample(place, SIZES[-1]))
+        except ReadError as error:
+            return Check("drive", ADVICE, f"{kind}, not measured", str(error), facts)
+        reader = ExpertReader([path])
+        stack.callback(reader.close)
+        rates = _rates(reader)
+        facts |= {
+            "direct": reader.direct,
+            "asynchronous": isinstance(reader._queue, KernelQueue),
+            "alignment_bytes": reader.files[0].align,
+        }
+    if not reader.direct:
+        text = f"{kind} at {place} does not offer direct reads"
+        return Check("drive", ADVICE, text, "keep models on a local ext4, xfs or btrfs file system", facts)
     facts["bytes_per_second"] = {
         str(size): {str(depth): 1e9 * value for depth, value in row.items()} for size, row in rates.items()
     }
@@ -198,6 +199,18 @@ def drive(place: Path) -> Check:
             "drive", ADVICE, text, "that is slow: keep models on an NVMe drive of this machine", facts
         )
     return Check("drive", OK, text, facts=facts)
+
+
+def _rates(reader: ExpertReader) -> dict[int, dict[int, float]]:
+    """1e9 bytes per second by size and depth; none where the file system refuses direct reads, also the first of them.
+    Raises ReadError."""
+    rates: dict[int, dict[int, float]] = {}
+    for size in SIZES:
+        for depth in DEPTHS:
+            if not reader.direct:
+                return {}
+            rates.setdefault(size, {})[depth] = rate(reader, size, depth)
+    return rates
 
 
 def ceilings(rates: dict[int, dict[int, float]]) -> str:

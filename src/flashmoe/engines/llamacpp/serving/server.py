@@ -21,7 +21,7 @@ from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.hook import Evaluated
 from flashmoe.engines.llamacpp.serving.borrow import lend
 from flashmoe.engines.llamacpp.serving.options import ServerOptions
-from flashmoe.engines.llamacpp.stack import raise_thread_stacks
+from flashmoe.engines.llamacpp.stack import BYTES_PER_CHARACTER, check_threads, raise_thread_stacks
 from flashmoe.errors import LibraryError, ModelError, UsageError
 
 Request = dict[str, Any]
@@ -29,6 +29,7 @@ Event = dict[str, Any]
 
 _COMPUTE_ERROR = "Compute error."  # all that the server says of an evaluation that has failed
 _SHORT_TEXT = 1 << 16  # characters that are no danger anywhere
+_LOOPS = 4  # threads of its own loops
 _SOCKET = "http.sock"
 _THREADS = 4  # of its HTTP side, beside one for each slot; more are made as they are needed
 
@@ -63,6 +64,7 @@ class InnerServer:
         self.socket = str(self._folder / _SOCKET)
         raise_thread_stacks()
         try:
+            check_threads(engine.threads + engine.sequences + _THREADS + _LOOPS)
             params = _params(engine, options, self.socket, self.key)
             control = engine.serve(on_prompt, on_graph, self._failed)
             # the only reference to the library's object: it ends when that goes
@@ -110,7 +112,8 @@ class InnerServer:
         """Refuse, as the front does, texts that end a tokenizer's thread. Raises UsageError."""
         texts = [request.get("prompt"), *(message.get("content") for message in request.get("messages", ()))]
         longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
-        if longest > _SHORT_TEXT and longest > self.longest_text:
+        dangerous = longest > _SHORT_TEXT or longest * BYTES_PER_CHARACTER > raise_thread_stacks()
+        if dangerous and longest > self.longest_text:
             raise UsageError(
                 f"a text of {longest} characters does not fit in the context: shorten it, or raise -c"
             )
