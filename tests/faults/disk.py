@@ -169,8 +169,7 @@ class Disk:
     def fault(self, **what: Any) -> dict[str, Any]:
         """kind: "error" (with errno), "short", "hang" or "slow" (with seconds), for `times` reads after `skip` good
         ones; direct: only for direct reads; reaching: only for those that reach such an offset; nothing: a sound disk,
-        which answers what it has left unanswered. Returns what there was so far."""kind: "error" (with errno), "short", "hang" or "slow" (with seconds), for `times` reads after `skip` good
-        ones; direct: only for direct reads, reaching: only for those that reach such an offset; nothing: a sound disk, which answers what it has left unanswered. Returns what there was so far."""
+        which answers what it has left unanswered. Returns what there was so far."""
         assert self._process.stdin
         self._process.stdin.write(json.dumps(what) + "\n")
         self._process.stdin.flush()
