@@ -7,7 +7,6 @@ import logging
 import signal
 import statistics
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -25,6 +24,7 @@ from flashmoe.bench.results import Round, make_row
 from flashmoe.bench.spec import DEFAULT_POLICY, POOL, BenchError, Job, Plan, Setting, Size
 from flashmoe.bench.tokens import ROUTINGS, make_tokens, vocabulary_size
 from flashmoe.cache.policies import create
+from flashmoe.common.children import module_command
 from flashmoe.common.machine import cores
 from flashmoe.errors import UsageError
 from flashmoe.routing.files import read as read_trace
@@ -230,7 +230,7 @@ class _Runner:
         self._progress(title, self._done, self._total)
         if self._plan.cold:
             drop_from_page_cache([*paths, *self._catalog.gguf.files])
-        command = [sys.executable, "-m", "flashmoe.bench.child"]
+        command = module_command("flashmoe.bench.child")
         with ExitStack() as stack:
             group = memory_group(limit)
             if group:

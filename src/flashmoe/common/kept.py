@@ -9,8 +9,10 @@ a change in one policy leaves the others' code as it is.
 from __future__ import annotations
 
 import hashlib
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
@@ -18,10 +20,14 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba.core.caching import FunctionCache
+from numba.core.caching import FunctionCache, NullCache
 from numba.core.ccallback import CFunc
 from numba.core.sigutils import normalize_signature
 from numba.core.typing.templates import Signature
+
+from flashmoe.common.files import cache_folder
+
+_log = logging.getLogger(__name__)
 
 Also = Callable[[], Iterable[Any]]
 #: What changes with their own version, which numba compares where it matters.
@@ -35,7 +41,7 @@ def kept(*, also: Also = tuple, **options: Any) -> Callable[[Callable[..., Any]]
     def keep(function: Callable[..., Any]) -> Any:
         made: Any = numba.njit(**options)(function)
         if hasattr(made, "_cache"):  # not so where compilation is switched off
-            made._cache = _Cache(function, also)
+            made._cache = _cache(function, also)
         return made
 
     return keep
@@ -46,15 +52,46 @@ def kept_callback(signature: Any, **options: Any) -> Callable[[Callable[..., Any
 
     def keep(function: Callable[..., Any]) -> Any:
         made: Any = CFunc(function, normalize_signature(signature), locals={}, options=options)
-        made._cache = _Cache(function, tuple)
+        made._cache = _cache(function, tuple)
         made.compile()
         return made
 
     return keep
 
 
+_NUMBAS: Any = FunctionCache._impl_class
+_NAMED, _BESIDE_SOURCE, _FOR_USER, *_OTHERS = _NUMBAS._locator_classes
+
+
+class _InCacheFolder(_BESIDE_SOURCE):  # type: ignore[misc, valid-type]
+    """Where compiled code is kept if it cannot be kept beside its source: in our own cache folder. numba's folder for
+    the user may be one that cannot be written either, or "~" itself."""
+
+    def __init__(self, function: Any, file: str) -> None:
+        super().__init__(function, file)
+        self._cache_path = str(cache_folder() / "compiled" / self.get_suitable_cache_subpath(file))
+
+
+class _Place(_NUMBAS):  # type: ignore[misc, valid-type]
+    """Which file compiled code is kept in."""
+
+    _locator_classes = (_NAMED, _BESIDE_SOURCE, _InCacheFolder, *_OTHERS)
+
+
+def _cache(function: Callable[..., Any], also: Also) -> Any:
+    """A function's cache; none where nothing can be written: it is compiled by every process."""
+    try:
+        return _Cache(function, also)
+    except (RuntimeError, OSError) as error:
+        _log.warning("compiled code is not kept: %s", error)
+        return NullCache()
+
+
 class _Cache(FunctionCache):
-    """numba's cache of a function, with a stamp of all that the function reaches."""
+    """numba's cache of a function, with a stamp of all that the function reaches. What cannot be read is made anew,
+    what cannot be written is not kept."""
+
+    _impl_class = _Place
 
     def __init__(self, function: Callable[..., Any], also: Also) -> None:
         super().__init__(function)
@@ -62,7 +99,19 @@ class _Cache(FunctionCache):
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         self._stamp()
-        return super().load_overload(sig, target_context)
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception as error:  # unpickling half a file raises nearly anything
+            _log.warning("%s: cannot be read (%r): compiling again", self._cache_file._index_path, error)
+            with suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except (OSError, EOFError, ValueError) as error:  # a full drive; an index that could not be made anew
+            _log.warning("%s: compiled code is not kept (%s)", self._cache_file._index_path, error)
 
     def _stamp(self) -> None:
         """Only now: functions may be named before they are defined."""

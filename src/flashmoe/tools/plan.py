@@ -92,10 +92,11 @@ def measure(catalog: ExpertCatalog, lib: Library, threads: int, place: Path) -> 
     compute = {name: product_rate(lib, name, threads) for name in most}
     size = int(np.median([weight.nbytes for layer in catalog.layers for weight in layer.weights]))
     size = max(ALIGN, size // ALIGN * ALIGN)
-    with sample(place) as path:
+    size = min(size, 8 << 20)
+    with sample(place, size) as path:
         reader = ExpertReader([path])
         try:
-            return Machine(compute, {depth: rate(reader, min(size, 8 << 20), depth) for depth in DEPTHS})
+            return Machine(compute, {depth: rate(reader, size, depth) for depth in DEPTHS})
         finally:
             reader.close()
 

@@ -85,8 +85,8 @@ class LoadedModel:
             self.pointer = self.lib.llama_model_load_from_file_ptr(file.stream, params)
         finally:
             file.close()
-        if file.error:
-            raise file.error
+        if error := file.error or self._buffer.error:
+            raise error
         if not self.pointer:
             raise load_error(self.lib, catalog)
         self._buffer.seal()

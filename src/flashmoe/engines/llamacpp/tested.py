@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 
+from flashmoe.common.children import module_command
 from flashmoe.common.files import cache_folder, write_atomically
+from flashmoe.common.machine import instructions, processor
 from flashmoe.engines.llamacpp import abi
-from flashmoe.engines.llamacpp.library import Library, find_library, open_library
+from flashmoe.engines.llamacpp.library import ENVIRONMENT, Library, find_library, open_library
 from flashmoe.errors import LibraryError
 
 _log = logging.getLogger(__name__)
@@ -26,7 +28,8 @@ _VERSION = 4  # of the self-test: a library that has passed an earlier one is te
 def self_test(library: Path) -> None:
     """Run the self-test of this library file unless it has passed before. Raises LibraryError where it fails."""
     stat = library.stat()
-    fact = f"{library}:{stat.st_size}:{stat.st_mtime_ns}:{_VERSION}"
+    # another processor may lack instructions: homes and virtual machines move between machines
+    fact = f"{library}:{stat.st_size}:{stat.st_mtime_ns}:{_VERSION}:{instructions()}"
     notes = cache_folder() / "libraries.json"
     try:
         passed = list(json.loads(notes.read_text()))
@@ -35,13 +38,20 @@ def self_test(library: Path) -> None:
     if fact in passed:
         _log.info("%s: has passed the self-test before", library)
         return
-    command = [sys.executable, "-m", "flashmoe.tools.self_test", str(library)]
+    command = module_command("flashmoe.tools.self_test", str(library))
     try:
-        child = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
+        child = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT)
         lines = child.stderr.strip().splitlines() or [f"ended by signal {-child.returncode}"]
         failure = lines[-1] if child.returncode else None
+        if child.returncode == -signal.SIGILL:
+            raise LibraryError(
+                f"{library}: this llama.cpp library uses instructions that the processor ({processor()}) does not "
+                f"have; build llama.cpp on this machine and name its libllama.so in {ENVIRONMENT}"
+            )
     except subprocess.TimeoutExpired:
         failure = "no answer"
+    except OSError as error:  # no more processes, or no memory for one
+        failure = f"its process cannot be started: {error.strerror}"
     if failure:
         known = ", ".join(sorted({build.name for build in abi.KNOWN_BUILDS.values()}))
         raise LibraryError(

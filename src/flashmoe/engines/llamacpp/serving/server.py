@@ -11,17 +11,18 @@ import json
 import os
 import queue
 import secrets
+import shutil
 import socket
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from flashmoe.common.files import make_socket_folder
 from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.hook import Evaluated
 from flashmoe.engines.llamacpp.serving.borrow import lend
 from flashmoe.engines.llamacpp.serving.options import ServerOptions
-from flashmoe.engines.llamacpp.stack import raise_thread_stacks
+from flashmoe.engines.llamacpp.stack import BYTES_PER_CHARACTER, check_threads, raise_thread_stacks
 from flashmoe.errors import LibraryError, ModelError, UsageError
 
 Request = dict[str, Any]
@@ -29,6 +30,8 @@ Event = dict[str, Any]
 
 _COMPUTE_ERROR = "Compute error."  # all that the server says of an evaluation that has failed
 _SHORT_TEXT = 1 << 16  # characters that are no danger anywhere
+_LOOPS = 4  # threads of its own loops
+_SOCKET = "http.sock"
 _THREADS = 4  # of its HTTP side, beside one for each slot; more are made as they are needed
 
 
@@ -58,26 +61,28 @@ class InnerServer:
         self._requests: dict[threading.Thread, threading.Event] = {}  # under way, and what cancels them
         #: What clients of the socket must send as their key.
         self.key = secrets.token_urlsafe(32)
+        folder = make_socket_folder(_SOCKET)
+        path = str(folder / _SOCKET)
         raise_thread_stacks()
         try:
-            with tempfile.TemporaryDirectory(prefix="flashmoe-") as folder:
-                path = f"{folder}/http.sock"
-                params = _params(engine, options, path, self.key)
-                control = engine.serve(on_prompt, on_graph, self._failed)
+            check_threads(engine.threads + engine.sequences + _THREADS + _LOOPS)
+            params = _params(engine, options, path, self.key)
+            control = engine.serve(on_prompt, on_graph, self._failed)
 
-                def start() -> Any:
-                    server = _start(engine, params)
-                    # the folder goes, and clients come this way: a process that is killed leaves nothing behind
-                    self._socket = os.open(path, os.O_PATH | os.O_CLOEXEC)
-                    return server
+            def start() -> Any:
+                server = _start(engine, params)
+                self._socket = os.open(path, os.O_PATH | os.O_CLOEXEC)
+                return server
 
-                # the only reference to the library's object: it ends when that goes
-                self._server, self._give_back = lend(
-                    engine.library, engine.model_pointer, engine.context_pointer, control, start
-                )
+            # the only reference to the library's object: it ends when that goes
+            self._server, self._give_back = lend(
+                engine.library, engine.model_pointer, engine.context_pointer, control, start
+            )
         except BaseException:
             engine.unserve()
             raise
+        finally:  # clients come through the descriptor: a process that is killed leaves nothing behind
+            shutil.rmtree(folder, ignore_errors=True)
         #: The path of its socket, for this process.
         self.socket = f"/proc/self/fd/{self._socket}"
         engine.rewind(0)
@@ -113,7 +118,8 @@ class InnerServer:
         """Refuse, as the front does, texts that end a tokenizer's thread. Raises UsageError."""
         texts = [request.get("prompt"), *(message.get("content") for message in request.get("messages", ()))]
         longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
-        if longest > _SHORT_TEXT and longest > self.longest_text:
+        dangerous = longest > _SHORT_TEXT or longest * BYTES_PER_CHARACTER > raise_thread_stacks()
+        if dangerous and longest > self.longest_text:
             raise UsageError(
                 f"a text of {longest} characters does not fit in the context: shorten it, or raise -c"
             )
