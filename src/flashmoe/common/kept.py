@@ -18,10 +18,8 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba.core.caching import FunctionCache
-from numba.core.ccallback import CFunc
-from numba.core.sigutils import normalize_signature
-from numba.core.typing.templates import Signature
+
+from flashmoe.common.numba_internals import KEEPS, CFunc, FunctionCache, Signature, normalize_signature
 
 Also = Callable[[], Iterable[Any]]
 #: What changes with their own version, which numba compares where it matters.
@@ -34,7 +32,7 @@ def kept(*, also: Also = tuple, **options: Any) -> Callable[[Callable[..., Any]]
 
     def keep(function: Callable[..., Any]) -> Any:
         made: Any = numba.njit(**options)(function)
-        if hasattr(made, "_cache"):  # not so where compilation is switched off
+        if KEEPS and hasattr(made, "_cache"):  # not so where compilation is switched off
             made._cache = _Cache(function, also)
         return made
 
@@ -43,6 +41,8 @@ def kept(*, also: Also = tuple, **options: Any) -> Callable[[Callable[..., Any]]
 
 def kept_callback(signature: Any, **options: Any) -> Callable[[Callable[..., Any]], Any]:
     """`numba.cfunc(signature, **options)`, kept on disk."""
+    if not KEEPS:
+        return numba.cfunc(signature, **options)
 
     def keep(function: Callable[..., Any]) -> Any:
         made: Any = CFunc(function, normalize_signature(signature), locals={}, options=options)
