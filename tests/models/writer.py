@@ -42,9 +42,9 @@ ROUTERS = re.compile(r"ffn_gate_inp\.weight$")
 PLAIN = re.compile(r"ffn_gate_inp|conv|_ape|ssm_(a|d)$|\.(bias|scale)$")  # always F32
 
 
-def make(name: str, path: Path, *, seed: int = 0) -> Path:
-    """Write the model called `name` in :data:`ARCHITECTURES` to `path` and return `path`."""
-    return _write(ARCHITECTURES[name], name, Path(path), seed)
+def make(name: str, path: Path, *, seed: int = 0, router: str = "F32") -> Path:
+    """Write the model called `name` in :data:`ARCHITECTURES` to `path` and return `path`; router: the routers' type."""
+    return _write(ARCHITECTURES[name], name, Path(path), seed, router)
 
 
 def dense(path: Path, *, seed: int = 0) -> Path:
@@ -95,7 +95,7 @@ def _finish(writer: gguf.GGUFWriter) -> None:
     writer.close()
 
 
-def _write(spec: Spec, name: str, path: Path, seed: int) -> Path:
+def _write(spec: Spec, name: str, path: Path, seed: int, router: str = "F32") -> Path:
     writer = gguf.GGUFWriter(path, spec.arch)
     writer.add_name(f"tiny-{name}")
     if spec.alignment != gguf.GGUF_DEFAULT_ALIGNMENT:
@@ -107,6 +107,8 @@ def _write(spec: Spec, name: str, path: Path, seed: int) -> Path:
         qtype = QType.F32 if len(shape) == 1 or PLAIN.search(tensor) or NORMS.search(tensor) else QType[kind]
         if tensor.endswith("tid2eid.weight"):
             qtype = QType.I32
+        elif ROUTERS.search(tensor):
+            qtype = QType[router]
         elif shape[0] % gguf.GGML_QUANT_SIZES[qtype][0]:  # rows too short for this format's blocks
             qtype = QType.F16
         data = _data(tensor, shape, qtype, spec, seed)
