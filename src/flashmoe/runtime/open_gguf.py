@@ -12,7 +12,6 @@ from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.loader import LoadedModel
 from flashmoe.engines.llamacpp.tested import tested_library
-from flashmoe.engines.llamacpp.token_table import MOST_BYTES
 from flashmoe.runtime import budget
 from flashmoe.runtime.embedding import choose_pooling
 from flashmoe.runtime.layout import PACKED, PLAIN, REPACKED, choose_layout
@@ -54,7 +53,7 @@ def open_gguf(loading: Loading, stack: ExitStack, library: Library | None) -> Op
     loaded = LoadedModel(
         lib,
         catalog,
-        reader.files[: len(catalog.gguf.files)],
+        reader,
         lambda n: loading.progress(n, dense),
         repack=layout == REPACKED,
     )
@@ -63,13 +62,7 @@ def open_gguf(loading: Loading, stack: ExitStack, library: Library | None) -> Op
     if checksums:
         reader.check(FirstReads(catalog, [file.path for file in reader.files], checksums))
     aside = reader.reserve_bounce_buffers(catalog.largest_placed) if catalog.largest_placed else 0
-    promised = (
-        aside
-        + loading.prepare(catalog)
-        + catalog.table_bytes
-        + (MOST_BYTES if loaded.token_table else 0)
-        + loading.projector_bytes
-    )
+    promised = aside + loading.prepare(catalog) + catalog.table_bytes + loading.projector_bytes
     make = partial(
         LlamaEngine,
         lib,

@@ -106,12 +106,11 @@ def measure(catalog: ExpertCatalog, lib: Library, threads: int, place: Path) -> 
 
 def active_bytes(catalog: ExpertCatalog) -> Counter[str]:
     """Bytes of weights that a token is multiplied with, by type."""
-    weights = {p.tensor.name for layer in catalog.layers for p in layer.weights}
-    tensors = catalog.gguf.tensors
+    others = {p.tensor.name for layer in catalog.layers for p in layer.weights}
+    others.update(table.tensor.name for table in catalog.gathered)
     active: Counter[str] = Counter()
-    for name, tensor in tensors.items():
-        looked_up = name == "token_embd.weight" and "output.weight" in tensors
-        if name not in weights and not looked_up and len(tensor.shape) > 1:
+    for name, tensor in catalog.gguf.tensors.items():
+        if name not in others and len(tensor.shape) > 1:
             active[tensor.type] += tensor.nbytes
     for layer in catalog.layers:
         for weight in layer.weights:
