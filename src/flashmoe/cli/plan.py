@@ -36,7 +36,7 @@ def plan(
     quiet: options.Silent = False,
 ) -> None:
     """Predict a model's tokens/s at several memory budgets. Of a model on the hub, only the header is downloaded."""
-    from flashmoe.engines.llamacpp.library import find_library, open_library
+    from flashmoe.engines.llamacpp.tested import tested_library
     from flashmoe.routing.files import read
     from flashmoe.simulate.curve import hit_curve, nearest, shipped
     from flashmoe.storage.catalog import ExpertCatalog
@@ -56,7 +56,7 @@ def plan(
         curve = nearest(shipped(), catalog.gguf.name, catalog.n_experts, catalog.top_k)
     n_threads = threads or cores()
     drive = place or (catalog.gguf.files[0] if there else Path())
-    machine = measure(catalog, open_library(find_library()), n_threads, drive)
+    machine = measure(catalog, tested_library(), n_threads, drive)
     made = make_plan(catalog, machine, curve, budgets, ctx_size)
     if json_file:
         json_file.write(asdict(made))

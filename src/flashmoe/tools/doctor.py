@@ -9,6 +9,7 @@ import platform
 import re
 import resource
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +20,9 @@ import psutil
 from flashmoe.common.machine import cores, file_system, processor
 from flashmoe.common.memory import default_ram, memory_limit
 from flashmoe.common.units import format_bytes
+from flashmoe.engines.llamacpp import kernels
 from flashmoe.engines.llamacpp.library import find_library, open_library
-from flashmoe.engines.llamacpp.tested import self_test
+from flashmoe.engines.llamacpp.tested import tested_library
 from flashmoe.errors import FlashMoEError, UsageError
 from flashmoe.storage.aio import KernelQueue
 from flashmoe.storage.disk import rate, sample
@@ -69,17 +71,23 @@ def system() -> Check:
 
 def library() -> Check:
     """The llama.cpp library: found, of a known build, and tested. Raises LibraryError."""
-    path = find_library()
-    lib = open_library(path)
-    self_test(path)
-    facts = {"path": str(path), "build": lib.build.name, "openmp": lib.openmp}
-    return Check("library", OK, f"{lib.build.name}, has passed the self-test with the slot pool", facts=facts)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        lib = tested_library()
+    facts = {"path": str(lib.path), "build": lib.build.name, "kernels": lib.kernels, "openmp": lib.openmp}
+    text = f"{lib.build.name}, kernels {lib.kernels}, has passed the self-test with the slot pool"
+    if told:
+        return Check("library", ADVICE, text, str(told[0].message), facts)
+    if not lib.repacks:
+        change = "these kernels fail with repacked weights, which are not used: `flashmoe engine list` shows others"
+        return Check("library", ADVICE, text, change, facts)
+    return Check("library", OK, text, facts=facts)
 
 
 def processor_features() -> Check:
     """Cores, and the instructions that llama.cpp's kernels want. Raises LibraryError."""
-    line = open_library(find_library()).llama_print_system_info().decode(errors="replace")
-    features = sorted({name for name, on in re.findall(r"(\w+) = (\d+)", line) if on != "0"})
+    lib = open_library(find_library())
+    features = lib.features
     physical = cores()
     usable = len(os.sched_getaffinity(0))
     facts = {"processor": processor(), "cores": physical, "usable": usable, "features": features}
@@ -97,6 +105,8 @@ def processor_features() -> Check:
         )
     if usable < physical:
         return Check("processor", ADVICE, text, f"this process may use {usable} of {physical} cores", facts)
+    if better := kernels.hint(lib):
+        return Check("processor", ADVICE, text, better, facts)
     return Check("processor", OK, text, facts=facts)
 
 
