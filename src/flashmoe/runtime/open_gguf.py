@@ -42,13 +42,15 @@ def open_gguf(loading: Loading, stack: ExitStack, library: Library | None) -> Op
     align = max(file.align for file in reader.files)
     if limit:
         budget.check_before_loading(catalog, limit, align)
+    lib = library or tested_library()
     layout = choose_layout(
         options.layout,
         catalog,
         budget.expected_share(catalog, limit, options.cache, align),
         pack is not None,
+        lib.repacks,
     )
-    lib = library or tested_library()
+    pack = pack if layout == REPACKED else None
     dense = catalog.dense_bytes
     loaded = LoadedModel(
         lib,
