@@ -62,13 +62,13 @@ class Ubatch:
 
     tokens: int
     slots: int
-    prompt_reads: float
-    decode_reads: float
+    prompt_reads_per_token: float
+    decode_reads_per_token: float
 
     @property
     def reads(self) -> float:
         """For a prompt's token and a decoded one."""
-        return self.prompt_reads + self.decode_reads
+        return self.prompt_reads_per_token + self.decode_reads_per_token
 
 
 def ubatches(

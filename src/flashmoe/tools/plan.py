@@ -283,6 +283,7 @@ def _why(row: Row) -> str:
     sizes = sorted(row.ubatches, key=lambda u: u.tokens)
     at = sizes.index(row.ubatches[0])
     said = [
-        f"{u.tokens}: {u.prompt_reads:.2f} + {u.decode_reads:.2f}" for u in sizes[max(0, at - 1) : at + 2]
+        f"{u.tokens}: {u.prompt_reads_per_token:.2f} + {u.decode_reads_per_token:.2f}"
+        for u in sizes[max(0, at - 1) : at + 2]
     ]
     return f"{start}: the fewest experts of a layer read for a prompt's token and a decoded one ({', '.join(said)})"
