@@ -6,7 +6,6 @@ import json
 import logging
 import statistics
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -23,6 +22,7 @@ from flashmoe.bench.results import Round, make_row
 from flashmoe.bench.spec import DEFAULT_POLICY, POOL, BenchError, Job, Plan, Setting, Size
 from flashmoe.bench.tokens import ROUTINGS, make_tokens, vocabulary_size
 from flashmoe.cache.policies import create
+from flashmoe.common.children import module_command
 from flashmoe.common.machine import cores
 from flashmoe.common.signals import ended_by_signals
 from flashmoe.errors import UsageError
@@ -231,7 +231,7 @@ class _Runner:
         self._progress(title, self._done, self._total)
         if self._plan.cold:
             drop_from_page_cache([*paths, *self._catalog.gguf.files])
-        command = [sys.executable, "-m", "flashmoe.bench.child"]
+        command = module_command("flashmoe.bench.child")
         with ExitStack() as stack:
             group = memory_group(limit)
             if group:

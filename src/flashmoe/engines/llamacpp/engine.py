@@ -72,8 +72,9 @@ class LlamaEngine:
         #: How `embedding` is made: one of context.POOLING.
         self.pooling = pooling
         self.n_embd = self._context.n_embd
-        #: What the outputs of an embedding's micro-batch will take when the first one comes.
+        #: What will be taken when the first tokens come: outputs of an embedding's micro-batch, rows of tables.
         self.late_bytes = 4 * n_ubatch * (self.n_vocab + self.n_embd) if pooling != "none" else 0
+        self.late_bytes += sum(table.bytes_for(n_ubatch) for table in model.tables.values())
         self.n_ctx, self.n_ubatch, self.sequences = self._context.n_ctx, n_ubatch, sequences
 
     def attach(self, pool: SlotPool, slots: Sequence[int], cache: ExpertCache) -> None:

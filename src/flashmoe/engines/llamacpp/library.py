@@ -261,7 +261,7 @@ def find_library() -> Path:
     """
     named = os.environ.get(ENVIRONMENT)
     if named:
-        path = Path(named)
+        path = Path(named).expanduser().absolute()  # a mere name would be looked for elsewhere
         found = [path] if path.is_file() else [p for s in _SUFFIXES if (p := path / f"libllama{s}").is_file()]
         if not found:
             raise LibraryError(

@@ -11,15 +11,16 @@ import logging
 import os
 import signal
 import subprocess
-import sys
 import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flashmoe.common.children import module_command
 from flashmoe.common.files import cache_folder, write_atomically
+from flashmoe.common.machine import instructions, processor
 from flashmoe.engines.llamacpp import abi, kernels
-from flashmoe.engines.llamacpp.library import Library, find_library, is_of_wheel, open_library
+from flashmoe.engines.llamacpp.library import ENVIRONMENT, Library, find_library, is_of_wheel, open_library
 from flashmoe.errors import FlashMoEWarning, LibraryError
 
 _log = logging.getLogger(__name__)
@@ -40,21 +41,19 @@ class Proof(NamedTuple):
 
 def prove(library: Path, module: Path | None = None) -> Proof:
     """Run the self-test of a library, or of the kernels of a module in it, now."""
-    command = [
-        sys.executable,
-        "-m",
-        "flashmoe.tools.self_test",
-        str(library),
-        *([str(module)] if module else []),
-    ]
+    command = module_command("flashmoe.tools.self_test", *map(str, filter(None, (library, module))))
     quick = {**os.environ, "GGML_NO_BACKTRACE": "1"}  # a debugger would be started where the library aborts
     try:
-        child = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, env=quick)
+        child = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT, env=quick
+        )
         failure = ended_by(child.returncode, child.stderr) if child.returncode else ""
         passed = child.stdout.split()
     except subprocess.TimeoutExpired as error:
         failure = "no answer"
         passed = (error.stdout or b"").decode().split()
+    except OSError as error:  # no more processes, or no memory for one
+        return Proof(False, False, f"its process cannot be started: {error.strerror}")
     if not failure:
         return Proof(True, True)
     return Proof(
@@ -97,6 +96,11 @@ def self_test(library: Path, module: Path | None = None) -> Proof:
         return proof
     if module:
         raise LibraryError(f"{module}: these kernels do not work here ({proof.failure})")
+    if proof.failure == ended_by(-signal.SIGILL, ""):
+        raise LibraryError(
+            f"{library}: this llama.cpp library uses instructions that the processor ({processor()}) does not "
+            f"have; build llama.cpp on this machine and name its libllama.so in {ENVIRONMENT}"
+        )
     known = ", ".join(sorted({build.name for build in abi.KNOWN_BUILDS.values()}))
     raise LibraryError(
         f"{library}: this llama.cpp library does not work with the slot pool ({proof.failure}); "
@@ -149,7 +153,9 @@ class _Notes:
     def __init__(self, library: Path, module: Path | None) -> None:
         files = [path for path in (library, module) if path]
         stats = [(path, path.stat()) for path in files]
-        self._fact = ":".join([f"{p}:{s.st_size}:{s.st_mtime_ns}" for p, s in stats] + [str(_VERSION)])
+        # another processor may lack instructions: homes and virtual machines move between machines
+        facts = [f"{path}:{stat.st_size}:{stat.st_mtime_ns}" for path, stat in stats]
+        self._fact = ":".join([*facts, str(_VERSION), instructions()])
         self._path = cache_folder() / "libraries.json"
 
     def _all(self) -> dict[str, Any]:
