@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,10 +33,9 @@ def micro_batch(catalog: ExpertCatalog, slots: Sequence[int], wished: int, seque
     Where several sequences are evaluated together, llama.cpp takes one token of one sequence more than a micro-batch
     has; 0 where not even two tokens fit then.
     """
-    least = min(slots)
-    if least >= catalog.n_experts:
+    if min(slots) >= catalog.n_experts:
         return wished
-    fitting = max(1, least // catalog.top_k)
+    fitting = max(1, min(n // k for n, k in zip(slots, group_top_k(catalog), strict=True)))
     if fitting < sequences:
         fitting -= 1
     return min(wished, fitting)
@@ -44,15 +44,17 @@ def micro_batch(catalog: ExpertCatalog, slots: Sequence[int], wished: int, seque
 def prompt_reads(catalog: ExpertCatalog, tokens: int) -> float:
     """Distinct experts that a layer of a micro-batch asks for, per token: what a prompt reads with an empty pool.
 
-    With experts picked evenly; real routers ask for fewer.
+    The mean of all layers, with experts picked evenly; real routers ask for fewer.
     """
-    n = catalog.n_experts
-    return n * (1 - (1 - catalog.top_k / n) ** tokens) / tokens
+    asked = (
+        layer.n_experts * (1 - (1 - layer.top_k / layer.n_experts) ** tokens) for layer in catalog.layers
+    )
+    return sum(asked) / len(catalog.layers) / tokens
 
 
 def default_ubatch(catalog: ExpertCatalog) -> int:
     """Tokens of a micro-batch where its buffers cost no slots: a prompt's token reads little beside a decoded one."""
-    few = _LITTLE * catalog.top_k
+    few = _LITTLE * mean_top_k(catalog)
     return next((n for n in UBATCHES if n >= USUAL_UBATCH and prompt_reads(catalog, n) <= few), UBATCHES[-1])
 
 
@@ -88,7 +90,7 @@ def ubatches(
         if micro_batch(catalog, slots, tokens) == tokens:
             absent = 1 - min(1.0, sum(slots) / catalog.total_experts)
             prompt = absent * prompt_reads(catalog, tokens)
-            found.append(Ubatch(tokens, sum(slots), prompt, absent * catalog.top_k))
+            found.append(Ubatch(tokens, sum(slots), prompt, absent * mean_top_k(catalog)))
     return sorted(found, key=lambda u: (u.reads, abs(math.log2(u.tokens / USUAL_UBATCH))))
 
 
@@ -115,10 +117,23 @@ def group_experts(catalog: ExpertCatalog) -> NDArray[np.int64]:
     return np.bincount(catalog.groups) * catalog.n_experts
 
 
+def group_top_k(catalog: ExpertCatalog) -> list[int]:
+    """Experts that a token is given by the layer of each size group that gives it most."""
+    most = [0] * (max(catalog.groups) + 1)
+    for group, layer in zip(catalog.groups, catalog.layers, strict=True):
+        most[group] = max(most[group], layer.top_k)
+    return most
+
+
+def mean_top_k(catalog: ExpertCatalog) -> float:
+    """Experts that a token is given by a layer, on average."""
+    return statistics.fmean(layer.top_k for layer in catalog.layers)
+
+
 def shares_of(catalog: ExpertCatalog, share: float) -> list[int]:
     """The same share of the experts in every size group, never fewer slots than one token needs."""
-    members = group_experts(catalog)
-    return [int(max(min(catalog.top_k, n), round(share * n))) for n in members]
+    members = zip(group_experts(catalog).tolist(), group_top_k(catalog), strict=True)
+    return [max(min(k, n), round(share * n)) for n, k in members]
 
 
 def slots_for(catalog: ExpertCatalog, pool_bytes: int, align: int) -> list[int]:
@@ -126,9 +141,10 @@ def slots_for(catalog: ExpertCatalog, pool_bytes: int, align: int) -> list[int]:
     sizes = slot_bytes(catalog, align)
     members = group_experts(catalog)
     share = min(1.0, pool_bytes / sum(size * int(n) for size, n in zip(sizes, members, strict=True)))
-    slots = [max(catalog.top_k, int(share * n)) for n in members]
+    one_token = group_top_k(catalog)
+    slots = [max(k, int(share * n)) for n, k in zip(members, one_token, strict=True)]
     if sum(size * n for size, n in zip(sizes, slots, strict=True)) > max(pool_bytes, 0):
-        slots = [catalog.top_k] * len(sizes)
+        slots = one_token
         if least_pool(catalog, align) > pool_bytes:
             raise BudgetError(
                 f"the expert pool needs at least {format_bytes(least_pool(catalog, align))} "
@@ -139,7 +155,7 @@ def slots_for(catalog: ExpertCatalog, pool_bytes: int, align: int) -> list[int]:
 
 def least_pool(catalog: ExpertCatalog, align: int) -> int:
     """Bytes of the smallest pool that works: one token's experts of one layer in each size group."""
-    return sum(size * catalog.top_k for size in slot_bytes(catalog, align))
+    return sum(size * k for size, k in zip(slot_bytes(catalog, align), group_top_k(catalog), strict=True))
 
 
 def spare_slots(catalog: ExpertCatalog, slots: Sequence[int]) -> list[int]:
@@ -175,7 +191,7 @@ def residency_for(
     groups = np.array(catalog.groups)
     quota = np.zeros(len(groups), np.int32)
     spare = list(spare or [0] * len(slots))
-    for group, (n, away) in enumerate(zip(slots, spare, strict=True)):
+    for group, (n, away, k) in enumerate(zip(slots, spare, group_top_k(catalog), strict=True)):
         members = np.flatnonzero(groups == group)
-        quota[members] = shares(n - away, len(members), catalog.n_experts, catalog.top_k)
+        quota[members] = shares(n - away, len(members), catalog.n_experts, k)
     return make_residency(len(groups), catalog.n_experts, quota, groups, spare=spare)

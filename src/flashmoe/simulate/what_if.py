@@ -49,14 +49,13 @@ class WhatIf:
         self,
         recent: RecentRouting,
         policy: EvictionPolicy,
-        top_k: int,
         pause: Callable[[], None] = lambda: None,
     ) -> None:
         """policy: the run's own, bound to its pool; pause: called after every millisecond of work."""
-        ids, begins = recent.last(top_k)
+        ids, begins = recent.last()
         tokens = MOST_REQUESTS // ids.shape[1]
         self._ids, self._begins = ids[-tokens:].astype(np.int32), begins[-tokens:]
-        self._first_uses = sum(len(np.unique(own)) for own in np.moveaxis(self._ids, 1, 0))
+        self._first_uses = sum(len(np.unique(own[own >= 0])) for own in np.moveaxis(self._ids, 1, 0))
         self._policy, self._pause = policy, pause
         self._slots = int(policy.residency.quota.sum() + policy.residency.lent.sum())
         self._n_experts = recent.n_experts
