@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,22 +56,40 @@ def default_ubatch(catalog: ExpertCatalog) -> int:
     return next((n for n in UBATCHES if n >= USUAL_UBATCH and prompt_reads(catalog, n) <= few), UBATCHES[-1])
 
 
-def best_ubatch(
-    catalog: ExpertCatalog, slots_with: Callable[[int], Sequence[int]], candidates: Sequence[int]
-) -> int:
-    """The candidate with which a token of a prompt and a decoded one read the fewest experts together.
+@dataclass(frozen=True)
+class Ubatch:
+    """A size of micro-batches, and the experts of each layer that are then read for a token, if routers pick evenly."""
 
-    slots_with: the slots of each size group that a micro-batch of so many tokens leaves; none where it leaves too few.
+    tokens: int
+    slots: int
+    prompt_reads: float
+    decode_reads: float
+
+    @property
+    def reads(self) -> float:
+        """For a prompt's token and a decoded one."""
+        return self.prompt_reads + self.decode_reads
+
+
+def ubatches(
+    catalog: ExpertCatalog, context: int, pool_bytes: int, token_bytes: float, align: int
+) -> list[Ubatch]:
+    """The sizes that a budget leaves room for, the one that reads least in front.
+
+    Compute buffers take the place of slots: pool_bytes are left for these with the smallest micro-batch, and each of a
+    larger one's tokens takes token_bytes. context: tokens, the most at once.
     """
-
-    def reads(tokens: int) -> float:
-        slots = slots_with(tokens)
-        if not slots or micro_batch(catalog, slots, tokens) < tokens:
-            return float("inf")
-        absent = 1 - min(1.0, sum(slots) / catalog.total_experts)
-        return absent * (prompt_reads(catalog, tokens) + catalog.top_k)
-
-    return min(candidates, key=lambda tokens: (reads(tokens), abs(math.log2(tokens / USUAL_UBATCH))))
+    found = []
+    for tokens in UBATCHES:
+        pool = pool_bytes - int(token_bytes * (tokens - UBATCHES[0]))
+        if tokens > context or pool < least_pool(catalog, align):
+            break
+        slots = slots_for(catalog, pool, align)
+        if micro_batch(catalog, slots, tokens) == tokens:
+            absent = 1 - min(1.0, sum(slots) / catalog.total_experts)
+            prompt = absent * prompt_reads(catalog, tokens)
+            found.append(Ubatch(tokens, sum(slots), prompt, absent * catalog.top_k))
+    return sorted(found, key=lambda u: (u.reads, abs(math.log2(u.tokens / USUAL_UBATCH))))
 
 
 def parse_cache(text: str, catalog: ExpertCatalog, align: int) -> list[int]:

@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from copy import copy
 
 import numpy as np
-from numba.core import event
 
 from flashmoe.cache.policies import create
 from flashmoe.cache.policies.base import MISSES, EvictionPolicy
 from flashmoe.cache.recent import RecentRouting
 from flashmoe.cache.residency import make_residency
 from flashmoe.cache.sizing import shares
+from flashmoe.common.numba_internals import event
 
 MOST_REQUESTS = 8192  # replayed: 512 tokens of 16 layers, in 30 to 60 ms
 MOST_SECONDS = 0.5  # after which no other policy is begun

@@ -27,8 +27,8 @@ _ORDER = ("ffn_up_exps", "ffn_gate_exps", "ffn_gate_up_exps", "ffn_down_exps")
 _EXPERT_TENSOR = re.compile(rf"blk\.(\d+)\.({'|'.join(_ORDER)})\.(weight|bias|scale)")
 # The same pattern for the engine's tensor overrides
 EXPERTS_PATTERN = rf"^blk\.[0-9]+\.({'|'.join(_ORDER)})\.(weight|bias|scale)$"
-TOKEN_TABLE = "token_embd.weight"
-_WORTH_STREAMING = 32 << 20  # bytes of a token embedding
+_TOKEN_TABLE, _LAYERS_TABLE = "token_embd.weight", "per_layer_token_embd.weight"
+_WORTH_STREAMING = 32 << 20  # bytes of a table of rows
 
 
 class Extent(NamedTuple):
@@ -72,6 +72,13 @@ class ExpertTensor:
     def placed_bytes(self) -> int:
         """Bytes of the largest read that has to be placed; 0 without any."""
         return self.nbytes if self.place else 0
+
+
+class RowTable(NamedTuple):
+    """A table, [row length, rows], of which the engine only gathers rows, so many for each token."""
+
+    tensor: TensorInfo
+    per_token: int
 
 
 @dataclass(frozen=True)
@@ -125,23 +132,32 @@ class ExpertCatalog:
 
     @cached_property
     def dense_bytes(self) -> int:
-        """Bytes of everything that stays in RAM: all tensors but experts' weights and a streamed token embedding."""
-        streamed = self.expert_bytes + (self.token_table.nbytes if self.token_table else 0)
+        """Bytes of everything that stays in RAM: all tensors but experts' weights and tables that are read by rows."""
+        streamed = self.expert_bytes + sum(table.tensor.nbytes for table in self.row_tables)
         return sum(t.nbytes for t in self.source.tensors.values()) - streamed
 
     @cached_property
-    def token_table(self) -> TensorInfo | None:
-        """The token embedding, where it is large and only gathered from: the output has weights of its own."""
+    def gathered(self) -> tuple[RowTable, ...]:
+        """Tables that are only gathered from: embeddings of tokens where the output has weights of its own, and those
+        of every layer's, of tokens or of hashes of the last ones."""
         tensors = self.source.tensors
-        table = tensors.get(TOKEN_TABLE)
-        worth = table is not None and len(table.shape) == 2 and table.nbytes >= _WORTH_STREAMING
-        return table if worth and "output.weight" in tensors else None
+        names = [_TOKEN_TABLE] if "output.weight" in tensors else []
+        found = [tensors[name] for name in (*names, _LAYERS_TABLE) if name in tensors]
+        heads = self.source.arch_value("ple.head_offsets") if isinstance(self.source, GGUF) else None
+        hashes = len(heads) if isinstance(heads, list) else 1
+        return tuple(
+            RowTable(t, hashes if t.name == _LAYERS_TABLE else 1) for t in found if len(t.shape) == 2
+        )
+
+    @cached_property
+    def row_tables(self) -> tuple[RowTable, ...]:
+        """Those that are so large that their rows are read as they are gathered."""
+        return tuple(table for table in self.gathered if table.tensor.nbytes >= _WORTH_STREAMING)
 
     @cached_property
     def override_pattern(self) -> str:
         """Which tensors the engine's loader is to leave to us (ECMAScript regex, searched anywhere in the name)."""
-        table = rf"|^{re.escape(TOKEN_TABLE)}$" if self.token_table else ""
-        return EXPERTS_PATTERN + table
+        return "|".join([EXPERTS_PATTERN, *(f"^{re.escape(t.tensor.name)}$" for t in self.row_tables)])
 
     @cached_property
     def largest_placed(self) -> int:

@@ -33,8 +33,9 @@ ROUTER_LOGITS = b"ffn_moe_logits-"  # the router's product with the layer's hidd
 INPUT_TOKENS = b"inp_tokens"  # the token ids that a graph gathers embeddings by
 RETURNED, NOT_RETURNED = 0, 1
 MOST_QUIET = 62  # bits of Control.quiet
-#: Why Python is called: a node is ready; it is wanted to be looked at; a graph begins; it has ended.
-READY, LOOK, BEGIN, END = range(4)
+#: Why Python is called: a node is ready; it is wanted to be looked at; a graph begins; it has ended; rows of a table
+#: are about to be gathered.
+READY, LOOK, BEGIN, END, GATHER = range(5)
 
 # Python's half: (node, why); what it returns is not looked at, Control.outcome says whether to go on
 PYTHON_CALLBACK = C.CFUNCTYPE(C.c_uint8, C.c_void_p, C.c_uint8)
@@ -84,15 +85,19 @@ class Control(C.Structure):
         ("stop", C.c_int64),  # whether the graph under way is to end at its next node
         ("spans", C.c_int64),  # address of where every block's tensors lie in the pool, see spans.Spans
         ("whole", C.c_int64),  # whether they have to show all of it
+        (
+            "tables",
+            C.c_int64,
+        ),  # address of int64 [...]: tensors whose rows are read as they are gathered, then 0
     ]
 
 
-_FIELDS = 42
+_FIELDS = 43
 _PYTHON, _INSPECT, _OUTCOME, _BUFFER, _CAPACITY, _BLOCK, _TOKENS, _TOP_K, _IDS, _WEIGHTS = range(10)
 _PENDING, _LATE, _LATE_LENGTH, _LOGITS, _HIDDEN, _BEGUN, _THREAD, _IGNORE, _INPUTS = range(10, 19)
 _REQUEST, _POOL, _ARRAYS, _SLOTS, _LAYERS, _FIRST_SLOTS, _DONE, _HITS = range(19, 27)
 _RECENT, _RECENT_AT, _RECENT_SIZE, _QUIET, _IS_QUIET, _GRAPHS, _GRAPH_TOKENS, _NANOSECONDS = range(27, 35)
-_BEGAN, _ENDED, _STOP, _SPANS, _WHOLE = 35, 37, 39, 40, 41
+_BEGAN, _ENDED, _STOP, _SPANS, _WHOLE, _TABLES = 35, 37, 39, 40, 41, 42
 _WEIGHTS_NAME, _IDS_NAME = np.frombuffer(ROUTER_WEIGHTS, np.uint8), np.frombuffer(ROUTER_IDS, np.uint8)
 _LOGITS_NAME, _TOKENS_NAME = np.frombuffer(ROUTER_LOGITS, np.uint8), np.frombuffer(INPUT_TOKENS, np.uint8)
 _STEPS_TO_LOGITS = 12  # at most, from the gathered weights back: reshape, softmax, bias, groups
@@ -217,6 +222,19 @@ def _gathers_tokens(node: Any) -> Any:  # pragma: no cover - compiled
 
 
 @kept()
+def _is_table(control: Any, tensor: Any) -> Any:  # pragma: no cover - compiled
+    """Whether a tensor's rows are read as they are gathered."""
+    if tensor == 0 or control[_TABLES] == 0:
+        return False
+    at = control[_TABLES]
+    while _read(at) != 0:
+        if _read(at) == tensor:
+            return True
+        at += 8
+    return False
+
+
+@kept()
 def _begin(control: Any, address: Any, node: Any) -> Any:  # pragma: no cover - compiled
     """The graph that begins gathers its tokens' embeddings at `node`: tell Python, unless it has nothing to say."""
     ids = _read(node + _SOURCE1)
@@ -299,6 +317,8 @@ def on_node(node: Any, ask: Any, address: Any) -> Any:  # pragma: no cover - com
         if control[_BEGUN] == 0 and _gathers_tokens(node) and not _begin(control, address, node):
             return 1
         if control[_INSPECT] != 0 and not ask_python(control, node, LOOK):
+            return 1
+        if _is_table(control, _read(node + _SOURCE0)) and not ask_python(control, node, GATHER):
             return 1
         return block >= 0 or _is_late(control, node)
     control[_BLOCK] = -1

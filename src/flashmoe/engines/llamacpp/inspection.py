@@ -105,7 +105,7 @@ class Inspection:
 
     def _look(self, node: Tensor, address: int) -> None:
         sources = [source for source in node.src if source]
-        self._look_at_table(node, sources)
+        self._look_at_tables(node, sources)
         if node.view_src in sources:  # computes nothing
             return
         if 0 in node.ne[:]:  # the last layer of a micro-batch without outputs
@@ -138,12 +138,16 @@ class Inspection:
             raise self._refusal(node, _UNKNOWN)
         self._moving = False
 
-    def _look_at_table(self, node: Tensor, sources: list[int]) -> None:
-        table = self._model.table_address
-        if table and table in sources:
-            indices = node.src[1] if node.src[0] == table else None
-            if not indices or Tensor.from_address(indices).type != INDICES:
-                raise self._refusal(node, "does more with its token embedding than to gather rows")
+    def _look_at_tables(self, node: Tensor, sources: list[int]) -> None:
+        """Rows of a table are there for ids that are known before the graph is computed."""
+        tables = self._model.tables.keys() & set(sources)
+        if not tables:
+            return
+        ids = Tensor.from_address(node.src[1]) if node.src[0] in tables and node.src[1] else None
+        known = ids and ids.type == INDICES and ids.op == _NOTHING and ids.ne[1:] == [1, 1, 1]
+        if not known or tables != {node.src[0]}:
+            table = self._model.tables[tables.pop()].name
+            raise self._refusal(node, f"does more with {table} than to gather the rows of its tokens")
 
     def _refusal(self, node: Tensor, what: str) -> ModelError:
         return ModelError(
