@@ -134,6 +134,12 @@ class Inspection:
             name, _, number = Tensor.from_address(node.src[1]).name.rpartition(b"-")
             self._late_inputs.add(name + b"-" if number.isdigit() else b"")
 
+    def _keep_whole(self, node: Tensor) -> None:
+        """From here on expert tensors show the whole pool. Raises ModelError where they have done otherwise."""
+        if self._moving:
+            raise self._refusal(node, _UNKNOWN)
+        self._moving = False
+
     def _look_at_tables(self, node: Tensor, sources: list[int]) -> None:
         """Rows of a table are there for ids that are known before the graph is computed."""
         tables = self._model.tables.keys() & set(sources)
@@ -144,12 +150,6 @@ class Inspection:
         if not known or tables != {node.src[0]}:
             table = self._model.tables[tables.pop()].name
             raise self._refusal(node, f"does more with {table} than to gather the rows of its tokens")
-
-    def _keep_whole(self, node: Tensor) -> None:
-        """From here on expert tensors show the whole pool. Raises ModelError where they have done otherwise."""
-        if self._moving:
-            raise self._refusal(node, _UNKNOWN)
-        self._moving = False
 
     def _refusal(self, node: Tensor, what: str) -> ModelError:
         return ModelError(
