@@ -17,6 +17,7 @@ from flashmoe.engines.llamacpp.kernels import Kernels
 from flashmoe.errors import FlashMoEError
 from flashmoe.tools.kernels.toolchain import find_toolchain
 from tests.cli.runner import own_process
+from tests.cli.test_json import check as check_names
 from tests.conftest import USERS_CACHE
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +50,7 @@ def built(home: Path) -> Kernels:
         pytest.skip(made.err)
     assert made.status == 0, made.err
     report = json.loads((home / "report.json").read_text())
+    check_names(report)
     works = [trial for trial in report["tried"] if trial["plain"]]
     assert works, report
     if report["in_use"] == kernels.BUILT_IN:
