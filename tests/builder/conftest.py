@@ -18,7 +18,6 @@ Make = Callable[..., Path]
 MODULE = """
 #include <signal.h>
 #include <stddef.h>
-int ggml_backend_score(void) {{ return 1; }}
 void *ggml_backend_init(void) {{ {body} return NULL; }}
 """
 TREE = """
@@ -31,6 +30,7 @@ VARIANT = """
 add_library(ggml-cpu-{name}-feats OBJECT {name}-feats.cpp)
 set_target_properties(ggml-cpu-{name}-feats PROPERTIES POSITION_INDEPENDENT_CODE ON)
 add_library(ggml-cpu-{name} MODULE {name}.c)
+target_link_libraries(ggml-cpu-{name} PRIVATE ggml-cpu-{name}-feats)
 """
 SCORE = 'extern "C" int ggml_backend_score() {{ return {score}; }}\n'
 

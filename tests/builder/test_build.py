@@ -20,6 +20,7 @@ from flashmoe.tools.kernels.toolchain import find_toolchain
 from flashmoe.tools.kernels.trial import score
 from tests.builder.conftest import Make
 from tests.cli.runner import COMMAND, flashmoe
+from tests.cli.test_json import check as check_names
 
 
 @pytest.fixture
@@ -47,6 +48,7 @@ def test_kernels_that_die_are_named_and_not_kept(home: Path, source: Make, compi
     done = flashmoe("engine", "build", archive, "--json", "-")
     assert done.status == 0, done.err
     report = json.loads(done.out)
+    check_names(report)
     assert report["compiler"]
     tried = [(trial["name"], trial["plain"], trial["failure"]) for trial in report["tried"]]
     assert tried[:2] == [("fast", False, "ended by SIGILL"), ("middle", False, "ended by SIGSEGV")]
@@ -122,9 +124,9 @@ def test_one_build_at_a_time(home: Path) -> None:
         pass
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+def test_a_folder_that_cannot_be_written(home: Path) -> None:
+    home.parent.mkdir(parents=True)
+    home.touch()
     with pytest.raises(FlashMoEError, match="cannot be written"), module._workshop():
         pass
     assert "cannot be written" in flashmoe("engine", "use", BUILT_IN).message

@@ -16,6 +16,7 @@ from flashmoe.engines.llamacpp.kernels import BUILT_IN, Choice
 from flashmoe.engines.llamacpp.library import Library, kernels_name
 from flashmoe.errors import FlashMoEWarning, LibraryError, UsageError
 from tests.cli.runner import flashmoe
+from tests.cli.test_json import check as check_names
 
 
 def put(home: Path, name: str, content: bytes = b"no module") -> kernels.Kernels:
@@ -185,6 +186,7 @@ def test_commands(home: Path) -> None:
     put(home, "one")
     assert flashmoe("engine", "use", "one").status == 0
     listed = flashmoe("engine", "list", "--json", "-")
+    check_names(json.loads(listed.out))
     rows = {row["name"]: row["in_use"] for row in json.loads(listed.out)}
     assert rows == {BUILT_IN: False, "one": True}
     assert [line.split()[:3] for line in flashmoe("engine", "list").out.splitlines()[1:]] == [

@@ -8,8 +8,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from flashmoe.engines.llamacpp import kernels
@@ -17,7 +20,9 @@ from flashmoe.engines.llamacpp.kernels import Kernels
 from flashmoe.errors import FlashMoEError
 from flashmoe.tools.kernels.toolchain import find_toolchain
 from tests.cli.runner import own_process
+from tests.cli.test_json import check as check_names
 from tests.conftest import USERS_CACHE
+from tests.server.process import serving
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,6 +54,7 @@ def built(home: Path) -> Kernels:
         pytest.skip(made.err)
     assert made.status == 0, made.err
     report = json.loads((home / "report.json").read_text())
+    check_names(report)
     works = [trial for trial in report["tried"] if trial["plain"]]
     assert works, report
     if report["in_use"] == kernels.BUILT_IN:
@@ -124,6 +130,27 @@ print(t._alike(own, new), all((a == b).all() for a, b in zip(own, new)))
         "True",
         "False",
     ]
+
+
+def test_the_server_uses_them(built: Kernels) -> None:
+    """Two conversations at once get the text that one alone gets."""
+    request: dict[str, Any] = {
+        "model": "demo",
+        "prompt": "The lighthouse",
+        "max_tokens": 24,
+        "temperature": 0,
+    }
+    with serving("demo", "--cache", "50%", "--parallel", 2) as server:
+        info = httpx.get(f"{server.url}/flashmoe/info").json()
+        assert info["kernels"].startswith(f"{built.name} (")
+        with ThreadPoolExecutor(2) as pool:
+            texts = [
+                x.choices[0].text
+                for x in pool.map(lambda _: server.client().completions.create(**request), "ab")
+            ]
+        alone = server.client().completions.create(**request).choices[0].text
+    assert texts == [alone, alone]
+    assert alone
 
 
 def test_added_from_files(built: Kernels, tmp_path: Path) -> None:

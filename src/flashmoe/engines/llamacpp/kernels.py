@@ -66,7 +66,7 @@ def folder() -> Path:
 def kept() -> list[Kernels]:
     """All modules that are kept for this wheel and processor."""
     found = []
-    for path in sorted(folder().glob(f"*/{_FACTS}")):
+    for path in sorted(folder().glob(f"[!.]*/{_FACTS}")):
         with suppress(OSError, ValueError, KeyError, TypeError):
             facts = json.loads(path.read_text())
             kernels = Kernels(str(facts["name"]), path.parent / Path(facts["module"]).name, facts)

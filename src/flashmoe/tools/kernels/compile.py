@@ -64,6 +64,8 @@ class Tree:
         """The variants that this processor can run, by ggml's own score, the best first."""
         named = self._output([self._tools.cmake, "--build", str(self._folder), "--target", "help"])
         names = sorted(set(re.findall(r"\bggml-cpu-([\w.]+)-feats\b", named)))
+        if not names:
+            raise FlashMoEError("this llama.cpp has no variants of its kernels for this kind of processor")
         self._build(
             [f"ggml-cpu-{name}-feats" for name in names], "looking at this processor", lambda *_: None
         )

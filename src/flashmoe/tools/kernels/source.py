@@ -144,8 +144,15 @@ def _find(index: str, name: str, settings: dict[str, str]) -> tuple[str, str]:
         if file == name:
             if not checksum:
                 raise LookupError(f"has no checksum of {name}")
-            return urllib.parse.urljoin(base, address), checksum
+            return _with_password_of(index, urllib.parse.urljoin(base, address)), checksum
     raise LookupError(f"has no {name}")
+
+
+def _with_password_of(index: str, address: str) -> str:
+    """An address on an index's own host, with what the index is asked with."""
+    user, at, host = urllib.parse.urlsplit(index).netloc.rpartition("@")
+    parts = urllib.parse.urlsplit(address)
+    return parts._replace(netloc=f"{user}{at}{host}").geturl() if parts.netloc == host else address
 
 
 def _of_json(body: bytes) -> Iterator[tuple[str, str, str]]:

@@ -42,11 +42,10 @@ def find_toolchain() -> Toolchain:
         c, cxx = (zig, "cc"), (zig, "c++")
     cmake, make = _program("cmake"), _program("ninja") or _program("make")
     if not (cxx and cmake and make):
-        missing = [
-            name for name, there in (("a C++ compiler", cxx), ("cmake", cmake), ("ninja", make)) if not there
-        ]
+        wanted = {"C++ compiler": cxx, "cmake": cmake, "ninja": make}
+        missing = [f"no {name}" for name, there in wanted.items() if not there]
         raise FlashMoEError(
-            f"no {', no '.join(missing).replace('no a ', 'no ')} here: "
+            f"{', '.join(missing)} here: "
             "pip install 'flashmoe-ssd[kernels]', or install g++ and cmake with the system's packages"
         )
     return Toolchain(_named(cxx), c, cxx, cmake, make)
