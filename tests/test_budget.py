@@ -149,6 +149,42 @@ def test_micro_batch_of_several_sequences(slots: int, sequences: int, allowed: i
     assert sizing.micro_batch(catalog, [64], 512, sequences) == 512
 
 
+def test_micro_batches_weigh_reads_of_prompts_against_slots(demo: Path) -> None:
+    catalog = ExpertCatalog.from_gguf(read_gguf(demo))
+    whole = sum(
+        size * int(n) for size, n in zip(slot_bytes(catalog, 1), sizing.group_experts(catalog), strict=True)
+    )
+    half = whole // 2
+
+    def sizes(pool: int, token_bytes: float, context: int = 1 << 20) -> list[int]:
+        return [u.tokens for u in sizing.ubatches(catalog, context, pool, token_bytes, 1)]
+
+    assert sizes(whole, 0) == [512, 256, 1024, 128, 2048, 64, 4096]  # nothing is read: llama.cpp's size
+    assert sizes(half, 0) == [
+        4096,
+        2048,
+        1024,
+        512,
+        256,
+        128,
+        64,
+    ]  # slots are as many: the larger, the better
+    assert sizes(half, 0, context=600)[0] == 512
+    assert sizes(half, half / 100)[0] == 64  # a hundred tokens more cost all slots
+    assert sizes(half, 0, context=63) == sizes(sizing.least_pool(catalog, 1), 0) == []
+    least = sizing.least_pool(catalog, 1)
+    for each in (whole / n for n in (1000, 3000, 10_000, 30_000, 100_000)):
+        found = sizing.ubatches(catalog, 4096, half, each, 1)
+        fitting = [n for n in sizing.UBATCHES if half - int(each * (n - 64)) >= least]
+        by_hand = {}
+        for n in fitting:
+            slots = sum(sizing.slots_for(catalog, half - int(each * (n - 64)), 1))
+            absent = 1 - slots / catalog.total_experts
+            by_hand[n] = absent * (sizing.prompt_reads(catalog, n) + catalog.top_k)
+        assert {u.tokens for u in found} <= set(fitting)
+        assert [u.reads for u in found] == pytest.approx(sorted(by_hand[u.tokens] for u in found))
+
+
 def test_a_tight_budget_gets_a_smaller_context() -> None:
     """Only a small context is ever made to find the size: memory that was touched once counts against the budget."""
     made: list[int] = []

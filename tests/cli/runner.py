@@ -50,14 +50,16 @@ def flashmoe(*arguments: object, stdin: str | None = None, env: Mapping[str, str
     return Result(status, out.getvalue(), err.getvalue())
 
 
-def own_process(*arguments: object, stdin: str | None = None, env: Mapping[str, str] | None = None) -> Result:
+def own_process(
+    *arguments: object, stdin: str | None = None, env: Mapping[str, str] | None = None, timeout: float = 120
+) -> Result:
     """The same as a process of its own."""
     done = subprocess.run(
         [*COMMAND, *map(str, arguments)],
         input=stdin or "",
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout,
         env={**os.environ, **(env or {})},
     )
     return Result(done.returncode, done.stdout, done.stderr)

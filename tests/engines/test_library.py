@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from flashmoe.engines.llamacpp import abi, library
+from flashmoe.engines.llamacpp import abi, library, tested
 from flashmoe.engines.llamacpp.library import ENVIRONMENT, Library, find_library
 from flashmoe.engines.llamacpp.tested import self_test
 from flashmoe.errors import LibraryError
-from flashmoe.storage import gguf
+from flashmoe.storage import disk, gguf
 from flashmoe.tools import self_test as module
+from tests.cli.runner import flashmoe
 
 
 def other_build(lib: Library) -> abi.Build:
@@ -207,6 +209,44 @@ def test_library_that_fails_its_probe(
     with pytest.raises(LibraryError, match=f"does not work with the slot pool .*{reason}"):
         self_test(lib.path)
     assert not notes.exists()
+
+
+ILLEGAL = """
+#include <signal.h>
+__attribute__((constructor)) static void start(void) { raise(SIGILL); }
+"""
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler")
+@pytest.mark.parametrize("arguments", [("doctor",), ("plan", "demo"), ("run", "demo", "-p", "x")])
+def test_a_library_for_another_processor(
+    arguments: tuple[str, ...], notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first instruction ends a process: one of its own, and this one goes on."""
+    (tmp_path / "ill.c").write_text(ILLEGAL)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "libllama.so", tmp_path / "ill.c"], check=True)
+    monkeypatch.setattr(disk, "_SECONDS", 0.001)
+    result = flashmoe(*arguments, env={ENVIRONMENT: str(tmp_path)})
+    assert result.status == 1
+    assert "uses instructions that the processor" in result.out + result.err
+    assert not notes.exists()
+
+
+def test_another_processor_means_not_tested(
+    notes: Path, lib: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A home or a virtual machine that has moved."""
+    asked: list[list[str]] = []
+
+    def child(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", child)
+    for instructions in ("avx2", "avx2", "avx"):
+        monkeypatch.setattr(tested, "instructions", lambda name=instructions: name)
+        self_test(lib.path)
+    assert len(asked) == 2
 
 
 def test_library_that_hangs_in_its_probe(notes: Path, lib: Library, monkeypatch: pytest.MonkeyPatch) -> None:

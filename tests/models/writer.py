@@ -43,9 +43,9 @@ ROUTERS = re.compile(r"(ffn_gate_inp|attn_v_gate)\.weight$")
 PLAIN = re.compile(r"ffn_gate_inp|conv|_ape|ssm_(a|d)$|\.(bias|scale)$")  # always F32
 
 
-def make(name: str, path: Path, *, seed: int = 0) -> Path:
-    """Write the model called `name` in :data:`ARCHITECTURES` to `path` and return `path`."""
-    return write(ARCHITECTURES[name], name, Path(path), seed)
+def make(name: str, path: Path, *, seed: int = 0, router: str = "F32") -> Path:
+    """Write the model called `name` in :data:`ARCHITECTURES` to `path` and return `path`; router: the routers' type."""
+    return write(ARCHITECTURES[name], name, Path(path), seed, router)
 
 
 def dense(path: Path, *, seed: int = 0) -> Path:
@@ -96,7 +96,7 @@ def _finish(writer: gguf.GGUFWriter) -> None:
     writer.close()
 
 
-def write(spec: Spec | Family, name: str, path: Path, seed: int = 0) -> Path:
+def write(spec: Spec | Family, name: str, path: Path, seed: int = 0, router: str = "F32") -> Path:
     """Write a model to `path` and return `path`."""
     writer = gguf.GGUFWriter(path, spec.arch)
     writer.add_name(f"tiny-{name}")
@@ -104,7 +104,7 @@ def write(spec: Spec | Family, name: str, path: Path, seed: int = 0) -> Path:
         writer.add_custom_alignment(spec.alignment)
     write_metadata(writer, spec.arch, spec.metadata(), spec.chat, getattr(spec, "tokenizer", {}))
     for tensor, shape, kind in spec.tensors():
-        qtype = qtype_of(tensor, shape, kind)
+        qtype = QType[router] if tensor.endswith("ffn_gate_inp.weight") else qtype_of(tensor, shape, kind)
         writer.add_tensor(tensor, tensor_data(tensor, shape, qtype, spec, seed), raw_dtype=qtype)
     _finish(writer)
     return path

@@ -10,8 +10,9 @@ import warnings
 import typer
 
 import flashmoe
-from flashmoe.cli import bench, chat, doctor, pack, plan, run, serve, simulate, trace, train, verify
+from flashmoe.cli import bench, chat, doctor, engine, pack, plan, run, serve, simulate, trace, train, verify
 from flashmoe.cli.progress import print_error, stderr_console
+from flashmoe.common.memory import spare_addresses
 from flashmoe.errors import FlashMoEError, FlashMoEWarning
 
 _python_warning = warnings.formatwarning
@@ -31,6 +32,7 @@ app.command("doctor")(doctor.doctor)
 app.command("plan")(plan.plan)
 app.command("simulate")(simulate.simulate)
 app.add_typer(bench.app, name="bench")
+app.add_typer(engine.app, name="engine")
 app.add_typer(trace.app, name="trace")
 app.add_typer(train.app, name="train")
 
@@ -47,6 +49,8 @@ def _root(
 def main() -> None:
     """Entry point: an error that the user can mend is one line on stderr and exit status 1 or 2."""
     warnings.formatwarning = _warning
+    _open_standard_streams()
+    spare_addresses()
     try:
         app()
     except FlashMoEError as error:
@@ -65,6 +69,20 @@ def main() -> None:
         )
         _drop_output()
         sys.exit(1)
+
+
+def _open_standard_streams() -> None:
+    """Where the caller has closed one, the next file opened would be taken for it, and printed into."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
 
 
 def _drop_output() -> None:

@@ -97,7 +97,11 @@ Ubatch = Annotated[
 PairedUbatch = Annotated[int, typer.Option("-ub", "--ubatch-size", help=f"{_UBATCH_HELP}, of both programs.")]
 Threads = Annotated[
     int | None,
-    typer.Option("-t", "--threads", help="Number of threads for computation (default: physical cores)."),
+    typer.Option(
+        "-t",
+        "--threads",
+        help="Number of threads for computation (default: the cores that this process may use).",
+    ),
 ]
 SaveCache = Annotated[
     bool,

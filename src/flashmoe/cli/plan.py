@@ -36,7 +36,7 @@ def plan(
     quiet: options.Silent = False,
 ) -> None:
     """Predict a model's tokens/s at several memory budgets. Of a model on the hub, only the header is downloaded."""
-    from flashmoe.engines.llamacpp.library import find_library, open_library
+    from flashmoe.engines.llamacpp.tested import tested_library
     from flashmoe.routing.files import read
     from flashmoe.simulate.curve import hit_curve, nearest, shipped
     from flashmoe.storage.catalog import ExpertCatalog
@@ -56,7 +56,7 @@ def plan(
         curve = nearest(shipped(), catalog.gguf.name, catalog.n_experts, catalog.top_k)
     n_threads = threads or cores()
     drive = place or (catalog.gguf.files[0] if there else Path())
-    machine = measure(catalog, open_library(find_library()), n_threads, drive)
+    machine = measure(catalog, tested_library(), n_threads, drive)
     made = make_plan(catalog, machine, curve, budgets, ctx_size)
     if json_file:
         json_file.write(asdict(made))
@@ -72,6 +72,7 @@ def plan(
     for title in (
         "--ram",
         "context",
+        "-ub",
         "slots",
         "hit rate",
         "read/token",
@@ -83,10 +84,11 @@ def plan(
         table.add_column(title, justify="left" if title == "bound" else "right")
     for row in made.rows:
         table.add_row(
-            format_bytes(row.budget_bytes), str(row.context), f"{row.slots} ({row.capacity:.0%})",
+            format_bytes(row.budget_bytes), str(row.context), str(row.ubatch), f"{row.slots} ({row.capacity:.0%})",
             f"{row.hit_rate:.1%}", format_bytes(row.read_bytes_per_token),
             f"{1e3 * row.compute_seconds_per_token:.1f} ms", f"{1e3 * row.read_seconds_per_token:.1f} ms",
             f"{row.tokens_per_second:.1f}", row.bound,
         )  # fmt: skip
     console.print(table)
     console.print(f"recommended: {made.recommendation}", markup=False)
+    console.print(made.ubatch_reason, markup=False)

@@ -92,6 +92,7 @@ def _load(
     model: str | Path, options: LoadOptions, report_progress: Progress, library: Library | None
 ) -> Model:
     started = time.perf_counter()
+    memory.spare_addresses()
     server = options.server or ServerOptions()
     make_policy = partial(create, options.policy or default_policy(model))
     evict = make_policy()

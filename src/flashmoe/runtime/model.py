@@ -298,6 +298,7 @@ class Model:
             policy=self.cache.policy.name,
             prefetch=self.prefetcher.predictor.name if self.prefetcher else "",
             layout=self.layout,
+            kernels=(self.engine.kernels, self.engine.kernels_hint),
             text=text,
             slots=self.cache.policy.residency.n_slots,
             experts=self.catalog.total_experts,

@@ -42,13 +42,15 @@ def open_gguf(loading: Loading, stack: ExitStack, library: Library | None) -> Op
     align = max(file.align for file in reader.files)
     if limit:
         budget.check_before_loading(catalog, limit, align)
+    lib = library or tested_library()
     layout = choose_layout(
         options.layout,
         catalog,
         budget.expected_share(catalog, limit, options.cache, align),
         pack is not None,
+        lib.repacks,
     )
-    lib = library or tested_library()
+    pack = pack if layout == REPACKED else None
     dense = catalog.dense_bytes
     loaded = LoadedModel(
         lib,
@@ -125,23 +127,18 @@ def _best_step(
 
     Buffers grow evenly with the micro-batch: two engines show how much.
     """
-    candidates = [n for n in sizing.UBATCHES if n <= context]
-    if len(candidates) < 2:
+    few, many = sizing.UBATCHES[0], min(sizing.USUAL_UBATCH, context)
+    if many <= few:
         return context
     taken = []
-    few, many = candidates[0], min(sizing.USUAL_UBATCH, candidates[-1])
     for n in (few, many):
         engine, nbytes, _ = _measured(partial(make, n_ubatch=n))
         engine.close()
         taken.append(nbytes)
-    each = (taken[1] - taken[0]) / (many - few)
+    each = max(0, taken[1] - taken[0]) / (many - few)
     left = limit - memory.status_bytes("VmRSS") - budget.RESERVE - taken[0]
-
-    def slots_with(n: int) -> list[int]:
-        pool = left - int(each * (n - few))
-        return sizing.slots_for(catalog, pool, align) if pool >= sizing.least_pool(catalog, align) else []
-
-    return sizing.best_ubatch(catalog, slots_with, candidates)
+    found = sizing.ubatches(catalog, context, left, each, align)
+    return found[0].tokens if found else sizing.USUAL_UBATCH
 
 
 def _step(

@@ -118,7 +118,7 @@ class RouterHook:
             self._blocks[:, block] = layer, cache.first_slots[layer]
         control = self._control
         control.buffer, control.capacity = self._ids.ctypes.data, len(self._ids)
-        control.slots = cache.slots.ctypes.data
+        control.slots, control.spans = cache.slots.ctypes.data, self._model.spans.address
         control.layers, control.first_slots = (row.ctypes.data for row in self._blocks)
         control.recent_at, control.recent_size = cache.recent.at.ctypes.data, cache.recent.ids.shape[1]
 
@@ -183,7 +183,7 @@ class RouterHook:
         cache, step, control = self.cache, self._step, self._control
         inspect = self._inspection.begin(len(tokens), embed)
         self._use_what_is_known()
-        control.inspect = int(inspect)
+        control.inspect, control.whole = int(inspect), int(self._inspection.whole)
         control.request = control.recent = control.quiet = 0
         control.begun = 1
         if cache is None:

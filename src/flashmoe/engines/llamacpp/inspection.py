@@ -33,6 +33,17 @@ class Inspection:
         self._seen: set[tuple[int, bool]] = set()  # (tokens, for embeddings) of graphs that were inspected
         self._kind = 0, False
         self._complete = True  # all of the last graph that was to be inspected
+        self._begun: set[tuple[int, bool]] = set()  # as `_seen`, perhaps without the last layer
+        self._moving: bool | None = None  # see `whole`; None before the first graph
+
+    @property
+    def whole(self) -> bool:
+        """Whether expert tensors have to show the whole pool in the graph that has begun.
+
+        So they do in a graph that is the first of its kind, and always where one has views of them, which stay where
+        they are.
+        """
+        return not self._moving or self._kind not in self._begun
 
     def knows(self, tokens: int) -> bool:
         """Whether a graph of so many tokens that computes logits was inspected."""
@@ -54,6 +65,8 @@ class Inspection:
         """The graph was evaluated to its end."""
         if self._complete:
             self._seen.add(self._kind)
+        self._begun.add(self._kind)
+        self._moving = self._moving is not False
 
     def take_late_input(self) -> bytes:
         """The prefix of the name of every layer's input of its last product, as the last graph has shown it.
@@ -70,6 +83,8 @@ class Inspection:
         buffer = Tensor.from_address(root).buffer
         if not buffer or not self._lib.ggml_backend_buffer_is_host(buffer):
             raise self._refusal(Tensor.from_address(ids), "computes the choice of experts on another device")
+        if layer in self._renamed.values():  # the products of one choice might follow the other
+            self._keep_whole(Tensor.from_address(ids))
         self._renamed[root] = layer
 
     def look(self, address: int) -> None:
@@ -103,7 +118,10 @@ class Inspection:
         if not tensors and not ids:
             return
         operation = self._lib.ggml_op_desc(address)
+        if any(node.src[i] not in self._tensors for i in tensors):
+            self._keep_whole(node)
         if operation == _COPY and tensors == {0} and not ids:
+            self._keep_whole(node)
             self._tensors[address] = self._tensors[_root(node.src[0])]
             return
         table, indices = _BY_ID.get(operation, (-1, -1))
@@ -115,6 +133,12 @@ class Inspection:
         if node.src[table] in self._last:
             name, _, number = Tensor.from_address(node.src[1]).name.rpartition(b"-")
             self._late_inputs.add(name + b"-" if number.isdigit() else b"")
+
+    def _keep_whole(self, node: Tensor) -> None:
+        """From here on expert tensors show the whole pool. Raises ModelError where they have done otherwise."""
+        if self._moving:
+            raise self._refusal(node, _UNKNOWN)
+        self._moving = False
 
     def _look_at_tables(self, node: Tensor, sources: list[int]) -> None:
         """Rows of a table are there for ids that are known before the graph is computed."""

@@ -13,6 +13,7 @@ from flashmoe.engines.llamacpp.buffer import ExpertBuffer
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.repack import Repacker
 from flashmoe.engines.llamacpp.row_table import TableRows
+from flashmoe.engines.llamacpp.spans import Spans, fewest_slots
 from flashmoe.engines.llamacpp.vfile import VirtualFile, segments
 from flashmoe.errors import ModelError
 from flashmoe.storage.catalog import ExpertCatalog
@@ -88,8 +89,8 @@ class LoadedModel:
             self.pointer = self.lib.llama_model_load_from_file_ptr(file.stream, params)
         finally:
             file.close()
-        if file.error:
-            raise file.error
+        if error := file.error or self._buffer.error:
+            raise error
         if not self.pointer:
             raise load_error(self.lib, catalog)
         self._buffer.seal()
@@ -106,13 +107,14 @@ class LoadedModel:
         for layer, group in enumerate(self.catalog.groups):
             for window in (*pool.windows[layer], *pool.tables(layer)):
                 self._point(window, slots[group])
+        #: Where they are in it.
+        self.spans = Spans(self.catalog, self._buffer.tensors, pool, slots)
 
     def _point(self, window: Window, slots: int) -> None:
         """The expert axis, the last one of the tensor, becomes the slot axis."""
         name, shape = window.weight.tensor.name, window.weight.tensor.shape
         tensor, axis = self._buffer.tensors[name], len(shape) - 1
-        if tensor.extra:
-            slots = max(slots, 2)  # the kernels for repacked experts insist on a third dimension
+        slots = max(slots, fewest_slots(tensor))
         self._set_shape(name, (*shape[:-1], slots))
         tensor.data = window.address
         tensor.nb[axis] = window.stride

@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import queue
 import secrets
 import shutil
 import socket
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
+from flashmoe.common.files import make_socket_folder
 from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.hook import Evaluated
 from flashmoe.engines.llamacpp.serving.borrow import lend
 from flashmoe.engines.llamacpp.serving.options import ServerOptions
-from flashmoe.engines.llamacpp.stack import raise_thread_stacks
+from flashmoe.engines.llamacpp.stack import BYTES_PER_CHARACTER, check_threads, raise_thread_stacks
 from flashmoe.errors import LibraryError, ModelError, UsageError
 
 Request = dict[str, Any]
@@ -30,6 +30,8 @@ Event = dict[str, Any]
 
 _COMPUTE_ERROR = "Compute error."  # all that the server says of an evaluation that has failed
 _SHORT_TEXT = 1 << 16  # characters that are no danger anywhere
+_LOOPS = 4  # threads of its own loops
+_SOCKET = "http.sock"
 _THREADS = 4  # of its HTTP side, beside one for each slot; more are made as they are needed
 
 
@@ -59,24 +61,30 @@ class InnerServer:
         self._requests: dict[threading.Thread, threading.Event] = {}  # under way, and what cancels them
         #: What clients of the socket must send as their key.
         self.key = secrets.token_urlsafe(32)
-        self._folder = Path(tempfile.mkdtemp(prefix="flashmoe-"))
-        self.socket = str(self._folder / "http.sock")
+        folder = make_socket_folder(_SOCKET)
+        path = str(folder / _SOCKET)
         raise_thread_stacks()
         try:
-            params = _params(engine, options, self.socket, self.key)
+            check_threads(engine.threads + engine.sequences + _THREADS + _LOOPS)
+            params = _params(engine, options, path, self.key)
             control = engine.serve(on_prompt, on_graph, self._failed)
+
+            def start() -> Any:
+                server = _start(engine, params)
+                self._socket = os.open(path, os.O_PATH | os.O_CLOEXEC)
+                return server
+
             # the only reference to the library's object: it ends when that goes
             self._server, self._give_back = lend(
-                engine.library,
-                engine.model_pointer,
-                engine.context_pointer,
-                control,
-                lambda: _start(engine, params),
+                engine.library, engine.model_pointer, engine.context_pointer, control, start
             )
         except BaseException:
             engine.unserve()
-            self._remove()
             raise
+        finally:  # clients come through the descriptor: a process that is killed leaves nothing behind
+            shutil.rmtree(folder, ignore_errors=True)
+        #: The path of its socket, for this process.
+        self.socket = f"/proc/self/fd/{self._socket}"
         engine.rewind(0)
         # its loop forgets an end that comes before it has begun: have it answer something first
         self.ask("GET", "/slots")
@@ -110,7 +118,8 @@ class InnerServer:
         """Refuse, as the front does, texts that end a tokenizer's thread. Raises UsageError."""
         texts = [request.get("prompt"), *(message.get("content") for message in request.get("messages", ()))]
         longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
-        if longest > _SHORT_TEXT and longest > self.longest_text:
+        dangerous = longest > _SHORT_TEXT or longest * BYTES_PER_CHARACTER > raise_thread_stacks()
+        if dangerous and longest > self.longest_text:
             raise UsageError(
                 f"a text of {longest} characters does not fit in the context: shorten it, or raise -c"
             )
@@ -197,10 +206,7 @@ class InnerServer:
             self._server = None
         self._give_back()
         self._engine.unserve()
-        self._remove()
-
-    def _remove(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        os.close(self._socket)
 
 
 class _UnixConnection(http.client.HTTPConnection):
