@@ -73,7 +73,7 @@ def test_other_processors_and_wheels_have_folders_of_their_own(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(kernels, "processor_flags", lambda: frozenset({"another"}))
+        patch.setattr(kernels, "instructions", lambda: "others")
         assert kernels.folder() != home
         assert kernels.folder().parent == home.parent
     monkeypatch.setattr(kernels, "wheel_version", lambda: "2031.1.1")

@@ -14,7 +14,7 @@ import subprocess
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flashmoe.common.children import module_command
 from flashmoe.common.files import cache_folder, write_atomically
@@ -56,16 +56,22 @@ def prove(library: Path, module: Path | None = None) -> Proof:
         return Proof(False, False, f"its process cannot be started: {error.strerror}")
     if not failure:
         return Proof(True, True)
-    return Proof(PLAIN in passed, REPACKED in passed, failure)
+    return Proof(
+        passed == [PLAIN], False, failure
+    )  # what has passed all and crashes at the end is not fit either
 
 
 def ended_by(status: int, stderr: str) -> str:
-    """Why a child has failed: its signal, or its own last words."""
-    if status < 0:
-        with suppress(ValueError):
-            return f"ended by {signal.Signals(-status).name}"
+    """Why a child has failed: its signal, or its own last words, which it has too where it has aborted itself."""
+    last = (stderr.strip().splitlines() or [""])[-1]
+    if status >= 0:
+        return last or f"status {status}"
+    if -status == signal.SIGABRT and last:
+        return last
+    try:
+        return f"ended by {signal.Signals(-status).name}"
+    except ValueError:  # a real-time signal
         return f"ended by signal {-status}"
-    return (stderr.strip().splitlines() or [f"status {status}"])[-1]
 
 
 def self_test(library: Path, module: Path | None = None) -> Proof:
@@ -152,7 +158,7 @@ class _Notes:
         self._fact = ":".join([*facts, str(_VERSION), instructions()])
         self._path = cache_folder() / "libraries.json"
 
-    def _all(self) -> dict[str, list[str]]:
+    def _all(self) -> dict[str, Any]:
         try:
             return dict(json.loads(self._path.read_text()))
         except (OSError, ValueError, TypeError):
@@ -170,6 +176,6 @@ class _Notes:
         noted.pop(self._fact, None)
         if proof:
             passed = [name for name, works in ((PLAIN, proof.plain), (REPACKED, proof.repacked)) if works]
-            noted[self._fact] = [passed, proof.failure]  # type: ignore[assignment]
+            noted[self._fact] = [passed, proof.failure]
         with suppress(OSError):  # a home that cannot be written: tested again next time
             write_atomically(self._path, json.dumps(noted, indent=1).encode())

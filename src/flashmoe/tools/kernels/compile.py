@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from flashmoe.common.machine import cores
 from flashmoe.errors import FlashMoEError
 from flashmoe.tools.kernels.toolchain import Toolchain
 from flashmoe.tools.kernels.trial import score
@@ -105,8 +106,15 @@ class Tree:
             elif match := re.match(r"\[ *(\d+)%\]", line):
                 progress(int(match[1]), 100)
 
-        jobs = str(len(os.sched_getaffinity(0)))
-        command = [self._tools.cmake, "--build", str(self._folder), "--parallel", jobs, "--target", *targets]
+        command = [
+            self._tools.cmake,
+            "--build",
+            str(self._folder),
+            "--parallel",
+            str(cores()),
+            "--target",
+            *targets,
+        ]
         self._run(command, what, look)
 
     def _output(self, command: Sequence[str]) -> str:

@@ -34,9 +34,9 @@ class Toolchain:
 
 def find_toolchain() -> Toolchain:
     """The system's tools, and in place of those that it lacks the ones of `flashmoe[kernels]`. Raises FlashMoEError."""
-    c, cxx = next(
-        (((one,), (other,)) for one, other in map(_both, _COMPILERS) if one and other), ((), ())
-    ) or ((), ())
+    compiler = next((both for both in map(_both, _COMPILERS) if all(both)), None)
+    c: tuple[str, ...] = compiler[:1] if compiler else ()
+    cxx: tuple[str, ...] = compiler[1:] if compiler else ()
     zig = _zig()
     if not cxx and zig:
         c, cxx = (zig, "cc"), (zig, "c++")
