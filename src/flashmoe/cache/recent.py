@@ -21,7 +21,7 @@ class RecentRouting:
         #: The ring [L, IDS] and where its next ids go [L]: compiled code notes requests as `add` does.
         self.ids = np.full((n_layers, IDS), -1, np.int16)
         self.at = np.zeros(n_layers, np.int64)
-        self._top_k = top_k
+        self.top_k = top_k
         self._tokens = 0
         self._begun: deque[int] = deque(maxlen=IDS)  # tokens noted when a sequence began
 
@@ -47,9 +47,9 @@ class RecentRouting:
 
         A layer that picks fewer experts than others has -1 in the place of some.
         """
-        whole = IDS // max(self._top_k)
-        ordered = np.full((len(self.ids), whole, max(self._top_k)), -1, np.int16)
-        for layer, (at, k) in enumerate(zip(self.at.tolist(), self._top_k, strict=True)):
+        whole = IDS // max(self.top_k)
+        ordered = np.full((len(self.ids), whole, max(self.top_k)), -1, np.int16)
+        for layer, (at, k) in enumerate(zip(self.at.tolist(), self.top_k, strict=True)):
             rows = self.ids[layer, : IDS // k * k].reshape(-1, k)
             ordered[layer, :, :k] = np.roll(rows, -(at // k), axis=0)[-whole:]
         noted = int((ordered[:, :, 0] >= 0).sum(axis=1).min())

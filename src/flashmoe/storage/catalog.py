@@ -225,6 +225,7 @@ class ExpertCatalog:
             "layers": str(len(self.layers)),
             "experts": str(self.n_experts),
             "top_k": str(self.top_k),
+            "groups": ",".join(map(str, self.groups)),
             "tensors_sha256": names,
         }
         router = self.source.tensors.get(f"blk.{self.layers[0].block}.ffn_gate_inp.weight")
