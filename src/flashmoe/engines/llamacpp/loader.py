@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from flashmoe.cache.pool import SlotPool, Window
-from flashmoe.engines.llamacpp import abi
 from flashmoe.engines.llamacpp.buffer import ExpertBuffer
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.repack import Repacker
@@ -74,7 +73,7 @@ class LoadedModel:
         holes = experts | {table.name} if table else experts
         file = VirtualFile(segments(catalog.gguf, files, holes), progress)
         params = self.lib.llama_model_default_params()
-        params.load_mode = abi.LOAD_MODE_NONE
+        self.lib.build.layout.map_file(params, False)
         params.use_extra_bufts = repack
         params.n_gpu_layers = 0
         self._devices = (C.c_void_p * 1)()  # none: the list ends at once

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe.engines.llamacpp.abi import Tensor
+from flashmoe.engines.llamacpp.abi import CONSTANTS, Tensor
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.prefetch.gate import Router
 
-_F32 = 0
+_F32 = CONSTANTS["GGML_TYPE_F32"]
 _CHAIN = 8  # nodes to look back at most
 
 

@@ -6,7 +6,7 @@ import ctypes as C
 import time
 from typing import Any
 
-from flashmoe.engines.llamacpp.abi import InitParams
+from flashmoe.engines.llamacpp.abi import CONSTANTS, InitParams
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.storage.gguf import TYPES, type_number
 
@@ -34,7 +34,10 @@ def product_rate(lib: Library, type_name: str, threads: int) -> float:
     nbytes = function("ggml_nbytes", size, void)
     context = init(InitParams(weights + (64 << 20), None, False))
     try:
-        matrix, vector = new(context, number, _COLUMNS, rows), new(context, 0, _COLUMNS, 1)
+        matrix, vector = (
+            new(context, number, _COLUMNS, rows),
+            new(context, CONSTANTS["GGML_TYPE_F32"], _COLUMNS, 1),
+        )
         C.memset(data(matrix), 0x11, nbytes(matrix))  # small numbers in every type
         C.memset(data(vector), 0, nbytes(vector))
         product = function("ggml_mul_mat", void, void, void, void)(context, matrix, vector)

@@ -9,13 +9,14 @@ import json
 import logging
 import subprocess
 import sys
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
 from flashmoe.common.files import cache_folder, write_atomically
 from flashmoe.engines.llamacpp import abi
 from flashmoe.engines.llamacpp.library import Library, find_library, open_library
-from flashmoe.errors import LibraryError
+from flashmoe.errors import FlashMoEWarning, LibraryError
 
 _log = logging.getLogger(__name__)
 
@@ -43,9 +44,9 @@ def self_test(library: Path) -> None:
     except subprocess.TimeoutExpired:
         failure = "no answer"
     if failure:
-        known = ", ".join(sorted({build.name for build in abi.KNOWN_BUILDS.values()}))
         raise LibraryError(
-            f"{library}: this llama.cpp library does not work with the slot pool ({failure}); builds that do: {known}"
+            f"{library}: this llama.cpp library does not work with the slot pool ({failure}); builds that do: "
+            f"{abi.known_builds()}"
         )
     _log.info("%s: has passed the self-test", library)
     with suppress(OSError):  # a home that cannot be written: tested again next time
@@ -56,4 +57,10 @@ def tested_library() -> Library:
     """The llama.cpp library, after it has passed the self-test once. Raises LibraryError."""
     path = find_library()
     self_test(path)
-    return open_library(path)
+    library = open_library(path)
+    if not library.build.known:
+        message = (
+            f"{path}: {library.build.name} is not a build that FlashMoE knows, but has passed the self-test"
+        )
+        warnings.warn(message, FlashMoEWarning, stacklevel=2)
+    return library
