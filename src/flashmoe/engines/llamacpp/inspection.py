@@ -7,12 +7,12 @@ library still computes it before it asks whether to go on.
 
 from __future__ import annotations
 
-from flashmoe.engines.llamacpp.abi import Tensor
+from flashmoe.engines.llamacpp.abi import CONSTANTS, Tensor
 from flashmoe.engines.llamacpp.loader import LoadedModel
 from flashmoe.errors import ModelError
 
-INDICES = 26  # GGML_TYPE_I32
-_NOTHING = 0  # GGML_OP_NONE
+INDICES = CONSTANTS["GGML_TYPE_I32"]
+_NOTHING = CONSTANTS["GGML_OP_NONE"]
 #: Operations that take rows or matrices of a tensor by ids: which source is the tensor, and which the ids.
 _BY_ID = {b"MUL_MAT_ID": (0, 2), b"ADD_ID": (1, 2), b"GET_ROWS": (0, 1)}
 _COPY = b"REPEAT"  # of a table per expert, to be gathered from

@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from functools import cached_property
 
 from flashmoe.cache.pool import SlotPool, Window
-from flashmoe.engines.llamacpp import abi
 from flashmoe.engines.llamacpp.buffer import ExpertBuffer
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.repack import Repacker
@@ -77,8 +76,7 @@ class LoadedModel:
         files = reader.files[: len(catalog.gguf.files)]
         file = VirtualFile(segments(catalog.gguf, files, holes), progress)
         params = self.lib.llama_model_default_params()
-        params.load_mode = abi.LOAD_MODE_NONE
-        params.lazy_mode = abi.LAZY_MODE_OFF  # else it maps what it takes for a file
+        self.lib.build.layout.map_file(params, False)
         params.use_extra_bufts = repack
         params.n_gpu_layers = 0
         self._devices = (C.c_void_p * 1)()  # none: the list ends at once

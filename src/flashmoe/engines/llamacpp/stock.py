@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from flashmoe.engines.llamacpp import abi
 from flashmoe.engines.llamacpp.context import Context
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.errors import ModelError
@@ -16,7 +15,7 @@ class StockModel:
     def __init__(self, lib: Library, path: Path, *, mmap: bool = True, repack: bool = False) -> None:
         self._lib = lib
         params = lib.llama_model_default_params()
-        params.load_mode = abi.LOAD_MODE_MMAP if mmap else abi.LOAD_MODE_NONE
+        lib.build.layout.map_file(params, mmap)
         params.use_extra_bufts = repack
         params.n_gpu_layers = 0
         lib.messages.clear()

@@ -101,10 +101,9 @@ def self_test(library: Path, module: Path | None = None) -> Proof:
             f"{library}: this llama.cpp library uses instructions that the processor ({processor()}) does not "
             f"have; build llama.cpp on this machine and name its libllama.so in {ENVIRONMENT}"
         )
-    known = ", ".join(sorted({build.name for build in abi.KNOWN_BUILDS.values()}))
     raise LibraryError(
         f"{library}: this llama.cpp library does not work with the slot pool ({proof.failure}); "
-        f"builds that do: {known}"
+        f"builds that do: {abi.known_builds()}"
     )
 
 
@@ -133,7 +132,13 @@ def tested_library() -> Library:
                     FlashMoEWarning,
                     stacklevel=2,
                 )
-    return open_library(path, repacks=self_test(path).repacked)
+    library = open_library(path, repacks=self_test(path).repacked)
+    if not library.build.known:
+        message = (
+            f"{path}: {library.build.name} is not a build that FlashMoE knows, but has passed the self-test"
+        )
+        warnings.warn(message, FlashMoEWarning, stacklevel=2)
+    return library
 
 
 def _tell_of_new_wheel() -> None:

@@ -252,7 +252,11 @@ def _params(engine: LlamaEngine, options: ServerOptions, socket: str, key: str) 
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = engine.threads
     params.warmup = params.fit_params = False
     params.use_jinja = params.endpoint_metrics = True
-    params.hostnames, params.api_keys = [socket], [key]
+    params.api_keys = [key]
+    if hasattr(params, "hostnames"):
+        params.hostnames = [socket]
+    else:  # before 2026.10
+        params.hostname = socket
     params.n_threads_http = engine.sequences + _THREADS
     params.verbosity = 0
     params.model_alias = {options.alias or engine.path.stem}
