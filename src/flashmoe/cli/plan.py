@@ -68,13 +68,13 @@ def plan(
         markup=False,
     )
     console.print(f"hit rates of {made.statistics}; smallest --ram {format_bytes(made.least_budget_bytes)}")
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for title in (
         "--ram",
-        "context",
+        "-c",
         "-ub",
         "slots",
-        "hit rate",
+        "hits",
         "read/token",
         "compute",
         "reads",
@@ -86,7 +86,7 @@ def plan(
         table.add_row(
             format_bytes(row.budget_bytes), str(row.context), str(row.ubatch), f"{row.slots} ({row.capacity:.0%})",
             f"{row.hit_rate:.1%}", format_bytes(row.read_bytes_per_token),
-            f"{1e3 * row.compute_seconds_per_token:.1f} ms", f"{1e3 * row.read_seconds_per_token:.1f} ms",
+            f"{1e3 * row.compute_seconds_per_token:.0f} ms", f"{1e3 * row.read_seconds_per_token:.0f} ms",
             f"{row.tokens_per_second:.1f}", row.bound,
         )  # fmt: skip
     console.print(table)
