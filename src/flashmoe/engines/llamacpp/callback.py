@@ -83,9 +83,9 @@ class Control(C.Structure):
         ("began", C.c_int64 * 2),  # struct timespec
         ("ended", C.c_int64 * 2),
         ("stop", C.c_int64),  # whether the graph under way is to end at its next node
-        ("tables", C.c_int64),  # address of int64 [...]: tensors whose rows are read when gathered, then 0
         ("spans", C.c_int64),  # address of where every block's tensors lie in the pool, see spans.Spans
         ("whole", C.c_int64),  # whether they have to show all of it
+        ("tables", C.c_int64),  # address of int64 [...]: tensors whose rows are read when gathered, then 0
     ]
 
 
@@ -94,7 +94,7 @@ _PYTHON, _INSPECT, _OUTCOME, _BUFFER, _CAPACITY, _BLOCK, _TOKENS, _TOP_K, _IDS, 
 _PENDING, _LATE, _LATE_LENGTH, _LOGITS, _HIDDEN, _BEGUN, _THREAD, _IGNORE, _INPUTS = range(10, 19)
 _REQUEST, _POOL, _ARRAYS, _SLOTS, _LAYERS, _FIRST_SLOTS, _DONE, _HITS = range(19, 27)
 _RECENT, _RECENT_AT, _RECENT_SIZE, _QUIET, _IS_QUIET, _GRAPHS, _GRAPH_TOKENS, _NANOSECONDS = range(27, 35)
-_BEGAN, _ENDED, _STOP, _TABLES, _SPANS, _WHOLE = 35, 37, 39, 40, 41, 42
+_BEGAN, _ENDED, _STOP, _SPANS, _WHOLE, _TABLES = 35, 37, 39, 40, 41, 42
 _WEIGHTS_NAME, _IDS_NAME = np.frombuffer(ROUTER_WEIGHTS, np.uint8), np.frombuffer(ROUTER_IDS, np.uint8)
 _LOGITS_NAME, _TOKENS_NAME = np.frombuffer(ROUTER_LOGITS, np.uint8), np.frombuffer(INPUT_TOKENS, np.uint8)
 _STEPS_TO_LOGITS = 12  # at most, from the gathered weights back: reshape, softmax, bias, groups

@@ -24,7 +24,7 @@ class Inspection:
     """What is known of a model's graphs. `begin`, then `rename` and `look` for its nodes, then `end`."""
 
     def __init__(self, model: LoadedModel) -> None:
-        self._model, self._lib = model, model.lib
+        self._model, self._lib, self._absent = model, model.lib, model.absent
         self._tensors: dict[int, int] = {}  # address of what has the axis of slots -> its layer
         self._last: dict[int, int] = {}  # of those, of what each layer multiplies last
         self._renamed: dict[int, int] = {}  # address of what holds ids that were renamed -> their layer
@@ -106,6 +106,8 @@ class Inspection:
     def _look(self, node: Tensor, address: int) -> None:
         sources = [source for source in node.src if source]
         self._look_at_tables(node, sources)
+        if self._absent and not self._absent.isdisjoint(map(_root, sources)):
+            raise self._refusal(node, "uses a block that predicts further tokens for the present one")
         if node.view_src in sources:  # computes nothing
             return
         if 0 in node.ne[:]:  # the last layer of a micro-batch without outputs
@@ -132,6 +134,12 @@ class Inspection:
             name, _, number = Tensor.from_address(node.src[1]).name.rpartition(b"-")
             self._late_inputs.add(name + b"-" if number.isdigit() else b"")
 
+    def _keep_whole(self, node: Tensor) -> None:
+        """From here on expert tensors show the whole pool. Raises ModelError where they have done otherwise."""
+        if self._moving:
+            raise self._refusal(node, _UNKNOWN)
+        self._moving = False
+
     def _look_at_tables(self, node: Tensor, sources: list[int]) -> None:
         """Rows of a table are there for ids that are known before the graph is computed."""
         tables = self._model.tables.keys() & set(sources)
@@ -142,12 +150,6 @@ class Inspection:
         if not known or tables != {node.src[0]}:
             table = self._model.tables[tables.pop()].name
             raise self._refusal(node, f"does more with {table} than to gather the rows of its tokens")
-
-    def _keep_whole(self, node: Tensor) -> None:
-        """From here on expert tensors show the whole pool. Raises ModelError where they have done otherwise."""
-        if self._moving:
-            raise self._refusal(node, _UNKNOWN)
-        self._moving = False
 
     def _refusal(self, node: Tensor, what: str) -> ModelError:
         return ModelError(

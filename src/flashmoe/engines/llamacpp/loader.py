@@ -71,9 +71,9 @@ class LoadedModel:
         progress: Callable[[int], None],
         repack: bool,
     ) -> None:
-        """Let the library load the model, but for the experts and the tables that are read by rows."""
-        experts = {p.tensor.name for layer in catalog.layers for p in (*layer.weights, *layer.tables)}
-        holes = experts.union(table.tensor.name for table in catalog.row_tables)
+        """Let the library load what stays in memory."""
+        tables = {table.tensor.name for layer in catalog.layers for table in layer.tables}
+        holes = catalog.gguf.tensors.keys() - catalog.resident.keys() | tables
         files = reader.files[: len(catalog.gguf.files)]
         file = VirtualFile(segments(catalog.gguf, files, holes), progress)
         params = self.lib.llama_model_default_params()
@@ -136,6 +136,13 @@ class LoadedModel:
     def tables(self) -> dict[int, TableRows]:
         """Tables that are read by rows, by the address of their tensor."""
         return {C.addressof(self._buffer.tensors[table.name]): table for table in self._tables}
+
+    @cached_property
+    def absent(self) -> frozenset[int]:
+        """Addresses of tensors that have no contents: of blocks that do not run."""
+        of_layers = {p.tensor.name for x in self.catalog.layers for p in (*x.weights, *x.tables)}
+        known = of_layers.union(table.name for table in self._tables)
+        return frozenset(C.addressof(t) for name, t in self._buffer.tensors.items() if name not in known)
 
     def last_weight(self, layer: int) -> int:
         """Address of the tensor that a layer multiplies last (down)."""
