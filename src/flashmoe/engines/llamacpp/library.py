@@ -171,10 +171,11 @@ class Library:
         loaded = self.ggml_backend_load(os.fsencode(module))
         if not loaded:
             reason = (self.messages or ["for another processor"])[-1].removeprefix("load_backend: ")
-            raise LibraryError(f"{module}: not a module that this llama.cpp can use ({reason})")
+            reason = reason.replace(str(module), "it")
+            raise LibraryError(f"{module.name}: not a module that this llama.cpp can use ({reason})")
         if self.ggml_backend_reg_name(loaded) != _CPU_BACKEND:
             self.ggml_backend_unload(loaded)
-            raise LibraryError(f"{module}: has no kernels for a CPU")
+            raise LibraryError(f"{module.name}: has no kernels for a CPU")
         self.ggml_backend_unload(own)
         silenced = C.CDLL(
             str(module)

@@ -62,8 +62,8 @@ class Tree:
 
     def variants(self) -> list[str]:
         """The variants that this processor can run, by ggml's own score, the best first."""
-        named = self._output([self._tools.cmake, "--build", str(self._folder), "--target", "help"])
-        names = sorted(set(re.findall(r"\bggml-cpu-([\w.]+)-feats\b", named)))
+        listed = (self._folder / "CMakeFiles" / "TargetDirectories.txt").read_text()
+        names = sorted(set(re.findall(r"/ggml-cpu-([\w.]+)-feats\.dir", listed)))
         if not names:
             raise FlashMoEError("this llama.cpp has no variants of its kernels for this kind of processor")
         self._build(
