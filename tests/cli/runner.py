@@ -55,13 +55,14 @@ def own_process(
     stdin: str | bytes | None = None,
     env: Mapping[str, str] | None = None,
     encoding: str | None = "utf-8",
+    timeout: float = 120,
 ) -> Result:
     """The same as a process of its own. encoding: of its output; None where it may be any, or broken."""
     done = subprocess.run(
         [*COMMAND, *map(str, arguments)],
         input=(stdin or "").encode() if not isinstance(stdin, bytes) else stdin,
         capture_output=True,
-        timeout=120,
+        timeout=timeout,
         env={**os.environ, **(env or {})},
     )
     out, err = (

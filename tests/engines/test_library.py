@@ -15,8 +15,9 @@ import pytest
 
 from flashmoe.engines.llamacpp import abi, library, tested
 from flashmoe.engines.llamacpp.library import ENVIRONMENT, Library, find_library
-from flashmoe.engines.llamacpp.tested import self_test
+from flashmoe.engines.llamacpp.tested import Proof, prove, self_test
 from flashmoe.errors import LibraryError
+from flashmoe.runtime.layout import PLAIN
 from flashmoe.storage import disk, gguf
 from flashmoe.tools import self_test as module
 from tests.cli.runner import flashmoe
@@ -194,10 +195,12 @@ def test_damaged_notes_mean_not_tested(
 @pytest.mark.parametrize(
     ("status", "stderr", "reason"),
     [
-        (-11, "", "signal 11"),
+        (-11, "a warning", "ended by SIGSEGV"),
         (-6, "GGML_ASSERT failed", "GGML_ASSERT failed"),
+        (-6, "", "ended by SIGABRT"),
+        (-40, "", "ended by signal 40"),
         (1, "warning\nlogits differ from the stock engine's\n", "logits differ"),
-        (1, "", ""),
+        (1, "", "status 1"),
     ],
 )
 def test_library_that_fails_its_probe(
@@ -260,8 +263,7 @@ def test_library_that_hangs_in_its_probe(notes: Path, lib: Library, monkeypatch:
 
 
 def test_probe_notices_other_logits(lib: Library, demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert demo.is_file()
-    assert module.compare(lib.path)
+    assert module.compare(lib, demo, PLAIN, "12%")
     decode, calls = module._decode, iter(range(10**6))
 
     def off_by_one(context: Any, tokens: list[int]) -> Any:
@@ -271,7 +273,24 @@ def test_probe_notices_other_logits(lib: Library, demo: Path, monkeypatch: pytes
         return logits
 
     monkeypatch.setattr(module, "_decode", off_by_one)
-    assert not module.compare(lib.path)
+    assert not module.compare(lib, demo, PLAIN, "12%")
+
+
+@pytest.mark.parametrize(
+    ("stdout", "proof"),
+    [
+        ("", Proof(False, False, "ended by SIGILL")),
+        ("plain\n", Proof(True, False, "ended by SIGILL")),
+        ("plain\nrepacked\n", Proof(False, False, "ended by SIGILL")),
+    ],
+)
+def test_a_crash_counts_for_the_layout_that_it_happened_in(
+    stdout: str, proof: Proof, notes: Path, lib: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, -4, stdout, "")
+    )
+    assert prove(lib.path) == proof
 
 
 def test_types_are_those_of_the_library(lib: Library) -> None:

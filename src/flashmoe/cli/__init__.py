@@ -10,7 +10,11 @@ import warnings
 import typer
 
 import flashmoe
+<<<<<<< HEAD
 from flashmoe.cli import bench, chat, doctor, pack, plan, run, serve, simulate, streams, trace, train, verify
+=======
+from flashmoe.cli import bench, chat, doctor, engine, pack, plan, run, serve, simulate, trace, train, verify
+>>>>>>> main
 from flashmoe.cli.progress import print_error, stderr_console
 from flashmoe.common.memory import spare_addresses
 from flashmoe.errors import FlashMoEError, FlashMoEWarning
@@ -32,6 +36,7 @@ app.command("doctor")(doctor.doctor)
 app.command("plan")(plan.plan)
 app.command("simulate")(simulate.simulate)
 app.add_typer(bench.app, name="bench")
+app.add_typer(engine.app, name="engine")
 app.add_typer(trace.app, name="trace")
 app.add_typer(train.app, name="train")
 

@@ -250,7 +250,7 @@ def _print(report: dict[str, Any], console: Console) -> None:
         table.add_row(*_cells(row))
     console.print(table)
     for line in (
-        f"{machine['processor']}, {machine['threads']} threads, {machine['library']}",
+        f"{machine['processor']}, {machine['threads']} threads, {machine['library']}, kernels {machine['kernels']}",
         *(f"note: {note}" for note in [*_on_logits(rows), *report["notes"]]),
     ):
         console.print(line, style="dim", highlight=False, soft_wrap=True)

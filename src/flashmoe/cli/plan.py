@@ -71,6 +71,7 @@ def plan(
     for title in (
         "--ram",
         "context",
+        "-ub",
         "slots",
         "hit rate",
         "read/token",
@@ -82,10 +83,16 @@ def plan(
         table.add_column(title, justify="left" if title == "bound" else "right")
     for row in made.rows:
         table.add_row(
-            format_bytes(row.budget_bytes), str(row.context), f"{row.slots} ({row.capacity:.0%})",
+            format_bytes(row.budget_bytes), str(row.context), str(row.ubatch), f"{row.slots} ({row.capacity:.0%})",
             f"{row.hit_rate:.1%}", format_bytes(row.read_bytes_per_token),
             f"{1e3 * row.compute_seconds_per_token:.1f} ms", f"{1e3 * row.read_seconds_per_token:.1f} ms",
             f"{row.tokens_per_second:.1f}", row.bound,
         )  # fmt: skip
+<<<<<<< HEAD
     console.print(table, soft_wrap=True)
     console.print(f"recommended: {made.recommendation}", soft_wrap=True)
+=======
+    console.print(table)
+    console.print(f"recommended: {made.recommendation}", markup=False)
+    console.print(made.ubatch_reason, markup=False)
+>>>>>>> main

@@ -20,12 +20,18 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba.core.caching import FunctionCache, NullCache
-from numba.core.ccallback import CFunc
-from numba.core.sigutils import normalize_signature
-from numba.core.typing.templates import Signature
 
 from flashmoe.common.files import cache_folder
+from flashmoe.common.numba_internals import (
+    KEEPS,
+    BesideSource,
+    CFunc,
+    ForUser,
+    FunctionCache,
+    NullCache,
+    Signature,
+    normalize_signature,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +46,7 @@ def kept(*, also: Also = tuple, **options: Any) -> Callable[[Callable[..., Any]]
 
     def keep(function: Callable[..., Any]) -> Any:
         made: Any = numba.njit(**options)(function)
-        if hasattr(made, "_cache"):  # not so where compilation is switched off
+        if KEEPS and hasattr(made, "_cache"):  # not so where compilation is switched off
             made._cache = _cache(function, also)
         return made
 
@@ -49,6 +55,8 @@ def kept(*, also: Also = tuple, **options: Any) -> Callable[[Callable[..., Any]]
 
 def kept_callback(signature: Any, **options: Any) -> Callable[[Callable[..., Any]], Any]:
     """`numba.cfunc(signature, **options)`, kept on disk."""
+    if not KEEPS:
+        return numba.cfunc(signature, **options)
 
     def keep(function: Callable[..., Any]) -> Any:
         made: Any = CFunc(function, normalize_signature(signature), locals={}, options=options)
@@ -59,11 +67,7 @@ def kept_callback(signature: Any, **options: Any) -> Callable[[Callable[..., Any
     return keep
 
 
-_NUMBAS: Any = FunctionCache._impl_class
-_NAMED, _BESIDE_SOURCE, _FOR_USER, *_OTHERS = _NUMBAS._locator_classes
-
-
-class _InCacheFolder(_BESIDE_SOURCE):  # type: ignore[misc, valid-type]
+class _InCacheFolder(BesideSource):
     """Where compiled code is kept if it cannot be kept beside its source: in our own cache folder. numba's folder for
     the user may be one that cannot be written either, or "~" itself."""
 
@@ -72,10 +76,13 @@ class _InCacheFolder(_BESIDE_SOURCE):  # type: ignore[misc, valid-type]
         self._cache_path = str(cache_folder() / "compiled" / self.get_suitable_cache_subpath(file))
 
 
-class _Place(_NUMBAS):  # type: ignore[misc, valid-type]
+class _Place(FunctionCache._impl_class):  # type: ignore[misc, valid-type]
     """Which file compiled code is kept in."""
 
-    _locator_classes = (_NAMED, _BESIDE_SOURCE, _InCacheFolder, *_OTHERS)
+    _locator_classes = tuple(
+        _InCacheFolder if locator is ForUser else locator
+        for locator in FunctionCache._impl_class._locator_classes
+    )
 
 
 def _cache(function: Callable[..., Any], also: Also) -> Any:

@@ -17,20 +17,26 @@ _PROCESSORS = "/sys/devices/system/cpu"
 
 def processor() -> str:
     """The processor's name."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def processor_flags() -> frozenset[str]:
+    """Its features, as the kernel names them; none where the system does not tell."""
+    return frozenset((_cpuinfo("flags") or _cpuinfo("Features")).split())
+
+
+def _cpuinfo(field: str) -> str:
+    """What the system says of the first core; "" for nothing."""
     try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        match = re.search(rf"^{field}\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
-        match = None
-    return match[1] if match else platform.processor() or platform.machine()
+        return ""
+    return match[1] if match else ""
 
 
 def instructions() -> str:
     """A short name for the processor's set of instructions, the same on machines with the same."""
-    try:
-        found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    names = " ".join(sorted(found[1].split())) if found else platform.machine()
+    names = " ".join(sorted(processor_flags())) or platform.machine()
     return hashlib.sha256(names.encode()).hexdigest()[:16]
 
 

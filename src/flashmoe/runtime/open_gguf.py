@@ -12,7 +12,6 @@ from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.loader import LoadedModel
 from flashmoe.engines.llamacpp.tested import tested_library
-from flashmoe.engines.llamacpp.token_table import MOST_BYTES
 from flashmoe.runtime import budget
 from flashmoe.runtime.embedding import choose_pooling
 from flashmoe.runtime.layout import PACKED, PLAIN, REPACKED, choose_layout
@@ -43,18 +42,20 @@ def open_gguf(loading: Loading, stack: ExitStack, library: Library | None) -> Op
     align = max(file.align for file in reader.files)
     if limit:
         budget.check_before_loading(catalog, limit, align)
+    lib = library or tested_library()
     layout = choose_layout(
         options.layout,
         catalog,
         budget.expected_share(catalog, limit, options.cache, align),
         pack is not None,
+        lib.repacks,
     )
-    lib = library or tested_library()
+    pack = pack if layout == REPACKED else None
     dense = catalog.dense_bytes
     loaded = LoadedModel(
         lib,
         catalog,
-        reader.files[: len(catalog.gguf.files)],
+        reader,
         lambda n: loading.progress(n, dense),
         repack=layout == REPACKED,
     )
@@ -63,13 +64,7 @@ def open_gguf(loading: Loading, stack: ExitStack, library: Library | None) -> Op
     if checksums:
         reader.check(FirstReads(catalog, [file.path for file in reader.files], checksums))
     aside = reader.reserve_bounce_buffers(catalog.largest_placed) if catalog.largest_placed else 0
-    promised = (
-        aside
-        + loading.prepare(catalog)
-        + catalog.table_bytes
-        + (MOST_BYTES if loaded.token_table else 0)
-        + loading.projector_bytes
-    )
+    promised = aside + loading.prepare(catalog) + catalog.table_bytes + loading.projector_bytes
     make = partial(
         LlamaEngine,
         lib,
@@ -132,23 +127,18 @@ def _best_step(
 
     Buffers grow evenly with the micro-batch: two engines show how much.
     """
-    candidates = [n for n in sizing.UBATCHES if n <= context]
-    if len(candidates) < 2:
+    few, many = sizing.UBATCHES[0], min(sizing.USUAL_UBATCH, context)
+    if many <= few:
         return context
     taken = []
-    few, many = candidates[0], min(sizing.USUAL_UBATCH, candidates[-1])
     for n in (few, many):
         engine, nbytes, _ = _measured(partial(make, n_ubatch=n))
         engine.close()
         taken.append(nbytes)
-    each = (taken[1] - taken[0]) / (many - few)
+    each = max(0, taken[1] - taken[0]) / (many - few)
     left = limit - memory.status_bytes("VmRSS") - budget.RESERVE - taken[0]
-
-    def slots_with(n: int) -> list[int]:
-        pool = left - int(each * (n - few))
-        return sizing.slots_for(catalog, pool, align) if pool >= sizing.least_pool(catalog, align) else []
-
-    return sizing.best_ubatch(catalog, slots_with, candidates)
+    found = sizing.ubatches(catalog, context, left, each, align)
+    return found[0].tokens if found else sizing.USUAL_UBATCH
 
 
 def _step(

@@ -7,6 +7,7 @@ import mmap
 import platform
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from flashmoe.common.files import cache_folder, cache_is_kept
 from flashmoe.common.machine import allowed_cores, cores, file_system, physical_cores, processor
 from flashmoe.common.memory import address_room, default_ram, memory_left, memory_limit
 from flashmoe.common.units import format_bytes
+from flashmoe.engines.llamacpp import kernels
 from flashmoe.engines.llamacpp.tested import tested_library
 from flashmoe.errors import FlashMoEError, ReadError, UsageError
 from flashmoe.storage.aio import KernelQueue
@@ -84,15 +86,23 @@ def cache() -> Check:
 
 def library() -> Check:
     """The llama.cpp library: found, of a known build, and tested. Raises LibraryError."""
-    lib = tested_library()
-    facts = {"path": str(lib.path), "build": lib.build.name, "openmp": lib.openmp}
-    return Check("library", OK, f"{lib.build.name}, has passed the self-test with the slot pool", facts=facts)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        lib = tested_library()
+    facts = {"path": str(lib.path), "build": lib.build.name, "kernels": lib.kernels, "openmp": lib.openmp}
+    text = f"{lib.build.name}, kernels {lib.kernels}, has passed the self-test with the slot pool"
+    if told:
+        return Check("library", ADVICE, text, str(told[0].message), facts)
+    if not lib.repacks:
+        change = "these kernels fail with repacked weights, which are not used: `flashmoe engine list` shows others"
+        return Check("library", ADVICE, text, change, facts)
+    return Check("library", OK, text, facts=facts)
 
 
 def processor_features() -> Check:
-    """Cores, how many of them may be used, and the instructions that llama.cpp's kernels want. Raises LibraryError."""
-    line = tested_library().llama_print_system_info().decode(errors="replace")
-    features = sorted({name for name, on in re.findall(r"(\w+) = (\d+)", line) if on != "0"})
+    """Cores, how many of them may be used, and the instructions that llama.cpp's kernels use. Raises LibraryError."""
+    lib = tested_library()
+    features = lib.features
     physical, allowed, quota = physical_cores(), allowed_cores(), processor_quota()
     facts = {
         "processor": processor(),
@@ -118,6 +128,8 @@ def processor_features() -> Check:
             f"its control group has a quota of {quota:.3g} of {physical} processors' time, so that it computes with "
             f"{cores()} threads: raise the quota (docker --cpus)"
         )
+    if better := kernels.hint(lib):
+        changes.append(better)
     return Check("processor", ADVICE if changes else OK, text, "; ".join(changes), facts)
 
 

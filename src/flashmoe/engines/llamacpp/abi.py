@@ -16,6 +16,7 @@ from flashmoe.errors import LibraryError
 ptr, i32, u32, f32, flag = C.c_void_p, C.c_int32, C.c_uint32, C.c_float, C.c_bool
 
 LOAD_MODE_NONE, LOAD_MODE_MMAP = 0, 1
+LAZY_MODE_OFF = 0
 
 
 class ModelParams(C.Structure):

@@ -6,12 +6,14 @@ import ctypes as C
 import importlib.util
 import logging
 import os
-from functools import cache
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from flashmoe.engines.llamacpp import abi
 from flashmoe.engines.llamacpp.abi import f32, flag, i32, ptr, u32
+from flashmoe.engines.llamacpp.instructions import compiled_for
 from flashmoe.errors import LibraryError
 
 _log = logging.getLogger("flashmoe.llama.cpp")
@@ -24,6 +26,12 @@ _SUFFIXES = (".so", ".dylib", ".dll")
 # OpenMP's own 3 ms they fall asleep in the midst of a token (docs/benchmarks.md); OMP_WAIT_POLICY=passive still holds.
 _SPINS = "3000000"
 _text, _size, _ne = C.c_char_p, C.c_size_t, C.c_int64
+
+#: What the library's own kernels are called, where modules have names of their own.
+BUILT_IN = "built-in"
+CPU_DEVICE = 0  # GGML_BACKEND_DEVICE_TYPE_CPU
+_CPU_BACKEND = b"CPU"
+_OF_THE_KERNELS = ("ggml_threadpool_new", "ggml_threadpool_free")
 
 # name -> (result, arguments)
 _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -94,6 +102,9 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_backend_buft_alloc_buffer": (ptr, (ptr, _size)),
     "ggml_backend_buft_name": (_text, (ptr,)),
     "ggml_backend_dev_backend_reg": (ptr, (ptr,)),
+    "ggml_backend_load": (ptr, (_text,)),
+    "ggml_backend_unload": (None, (ptr,)),
+    "ggml_backend_reg_name": (_text, (ptr,)),
     "ggml_backend_dev_by_type": (ptr, (C.c_int,)),
     "ggml_backend_dev_supports_op": (flag, (ptr, ptr)),
     "ggml_backend_reg_get_proc_address": (ptr, (ptr, _text)),
@@ -109,6 +120,10 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        #: The module whose kernels compute instead of the library's own; see `exchange_kernels`.
+        self.module: Path | None = None
+        #: Whether repacked layouts are fit for use: the self-test may have found that they are not.
+        self.repacks = True
         self._handles = _load(path)
         for name, (result, arguments) in _PROTOTYPES.items():
             self._declare(name, result, *arguments)
@@ -128,7 +143,52 @@ class Library:
         self._log = abi.LOG_CALLBACK(self._on_log)
         self.llama_log_set(self._log, None)
         self.llama_backend_init()
-        self.openmp = b"OPENMP = 1" in self.llama_print_system_info()
+
+    @property
+    def features(self) -> list[str]:
+        """What the kernels in use were compiled for, by ggml's names: AVX2, AVX512, NEON, ..., OPENMP."""
+        line = self.llama_print_system_info().decode(errors="replace")
+        return sorted({name for name, on in re.findall(r"(\w+) = (\d+)", line) if on != "0"})
+
+    @property
+    def kernels(self) -> str:
+        """The kernels in use, for people: "zen4 (AVX-512)"."""
+        name = kernels_name(self.module) if self.module else BUILT_IN
+        best = compiled_for(self.features)
+        return f"{name} ({best})" if best else name
+
+    @property
+    def openmp(self) -> bool:
+        """Whether the kernels in use share their work by OpenMP; else by a thread pool of ggml's."""
+        return "OPENMP" in self.features
+
+    def exchange_kernels(self, module: Path) -> None:
+        """Compute with the kernels of a CPU backend module, a shared library of ggml's, from here on.
+
+        For models that are loaded after it; once in a process. Raises LibraryError where ggml refuses the module (of
+        another interface version, for another processor) and leaves the library's own kernels in use.
+        """
+        assert self.module is None
+        own = self.ggml_backend_dev_backend_reg(self.ggml_backend_dev_by_type(CPU_DEVICE))
+        self.messages.clear()
+        loaded = self.ggml_backend_load(os.fsencode(module))
+        if not loaded:
+            reason = (self.messages or ["for another processor"])[-1].removeprefix("load_backend: ")
+            raise LibraryError(f"{module}: not a module that this llama.cpp can use ({reason})")
+        if self.ggml_backend_reg_name(loaded) != _CPU_BACKEND:
+            self.ggml_backend_unload(loaded)
+            raise LibraryError(f"{module}: has no kernels for a CPU")
+        self.ggml_backend_unload(own)
+        silenced = C.CDLL(
+            str(module)
+        )  # it brings the base library of its own build, which would log to stderr
+        with suppress(AttributeError):
+            silenced.ggml_log_set(self._log, None)
+        for name in _OF_THE_KERNELS:
+            result, arguments = _PROTOTYPES[name]
+            address = self.ggml_backend_reg_get_proc_address(loaded, name.encode())
+            setattr(self, name, C.CFUNCTYPE(result, *arguments)(address))
+        self.module = module
 
     def __getattr__(
         self, name: str
@@ -219,7 +279,31 @@ def find_library() -> Path:
     )
 
 
-@cache
-def open_library(path: Path) -> Library:
-    """The library at `path`, opened and checked once per process. Raises LibraryError."""
-    return Library(path)
+def kernels_name(module: Path) -> str:
+    """What the kernels in a module's file are called: "zen4" for libggml-cpu-zen4.so."""
+    return module.name.split(".so")[0].removeprefix("lib").removeprefix("ggml-").removeprefix("cpu-")
+
+
+def is_of_wheel(path: Path) -> bool:
+    """Whether a library is xllamacpp's, which has llama.cpp's server and takes modules of kernels."""
+    spec = importlib.util.find_spec("xllamacpp")
+    if spec is None or spec.origin is None:
+        return False
+    return path.resolve().parent == Path(spec.origin).resolve().parent
+
+
+_opened: dict[Path, Library] = {}
+
+
+def open_library(path: Path, module: Path | None = None, *, repacks: bool = True) -> Library:
+    """The library at `path`, opened and checked once per process, with the kernels of its first opening.
+
+    module, repacks: see `Library`. Raises LibraryError.
+    """
+    if path not in _opened:
+        lib = Library(path)
+        if module:
+            lib.exchange_kernels(module)
+        lib.repacks = repacks
+        _opened[path] = lib
+    return _opened[path]

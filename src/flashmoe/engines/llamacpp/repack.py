@@ -16,13 +16,13 @@ import numpy as np
 
 from flashmoe.engines.llamacpp import abi
 from flashmoe.engines.llamacpp.abi import Tensor
-from flashmoe.engines.llamacpp.library import Library
+from flashmoe.engines.llamacpp.library import CPU_DEVICE, Library
 from flashmoe.errors import LibraryError
 from flashmoe.storage.aio import Place
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.gguf import TYPES, type_number
 
-_CPU_DEVICE, _F32, _I32 = 0, 0, 26  # GGML_BACKEND_DEVICE_TYPE_CPU, GGML_TYPE_F32, GGML_TYPE_I32
+_F32, _I32 = 0, 26  # GGML_TYPE_F32, GGML_TYPE_I32
 _WEIGHTS = 1  # GGML_BACKEND_BUFFER_USAGE_WEIGHTS
 _GET_EXTRA_BUFFER_TYPES = C.CFUNCTYPE(C.POINTER(C.c_void_p), C.c_void_p)
 _SLICES = "CPU_REPACK"  # the buffer type whose layouts keep every expert's bytes together
@@ -33,7 +33,7 @@ class Repacker:
 
     def __init__(self, lib: Library) -> None:
         self._lib = lib
-        self._device = lib.ggml_backend_dev_by_type(_CPU_DEVICE)
+        self._device = lib.ggml_backend_dev_by_type(CPU_DEVICE)
         self._buffers = [lib.ggml_backend_buft_alloc_buffer(kind, 64) for kind in self._buffer_types()]
         for buffer in self._buffers:
             lib.ggml_backend_buffer_set_usage(buffer, _WEIGHTS)

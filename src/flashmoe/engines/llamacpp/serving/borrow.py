@@ -25,8 +25,9 @@ from llvmlite import binding, ir
 from numba import carray, types
 from numba.extending import intrinsic
 
+from flashmoe.common.compiled import int64_at
 from flashmoe.common.kept import kept_callback
-from flashmoe.engines.llamacpp.callback import end_graph, int64_at
+from flashmoe.engines.llamacpp.callback import end_graph
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.serving.imports import ImportSlot, import_slots
 from flashmoe.errors import LibraryError

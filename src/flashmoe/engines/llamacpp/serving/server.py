@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import queue
 import secrets
 import shutil
@@ -62,25 +63,30 @@ class InnerServer:
         self._requests: dict[threading.Thread, threading.Event] = {}  # under way, and what cancels them
         #: What clients of the socket must send as their key.
         self.key = secrets.token_urlsafe(32)
-        self._folder = make_socket_folder(_SOCKET)
-        self.socket = str(self._folder / _SOCKET)
+        folder = make_socket_folder(_SOCKET)
+        path = str(folder / _SOCKET)
         raise_thread_stacks()
         try:
             check_threads(engine.threads + engine.sequences + _THREADS + _LOOPS)
-            params = _params(engine, options, self.socket, self.key)
+            params = _params(engine, options, path, self.key)
             control = engine.serve(on_prompt, on_graph, self._failed)
+
+            def start() -> Any:
+                server = _start(engine, params)
+                self._socket = os.open(path, os.O_PATH | os.O_CLOEXEC)
+                return server
+
             # the only reference to the library's object: it ends when that goes
             self._server, self._give_back = lend(
-                engine.library,
-                engine.model_pointer,
-                engine.context_pointer,
-                control,
-                lambda: _start(engine, params),
+                engine.library, engine.model_pointer, engine.context_pointer, control, start
             )
         except BaseException:
             engine.unserve()
-            self._remove()
             raise
+        finally:  # clients come through the descriptor: a process that is killed leaves nothing behind
+            shutil.rmtree(folder, ignore_errors=True)
+        #: The path of its socket, for this process.
+        self.socket = f"/proc/self/fd/{self._socket}"
         engine.rewind(0)
         # its loop forgets an end that comes before it has begun: have it answer something first
         self.ask("GET", "/slots")
@@ -202,10 +208,7 @@ class InnerServer:
             self._server = None
         self._give_back()
         self._engine.unserve()
-        self._remove()
-
-    def _remove(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        os.close(self._socket)
 
 
 class _UnixConnection(http.client.HTTPConnection):
