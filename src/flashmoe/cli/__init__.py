@@ -10,11 +10,21 @@ import warnings
 import typer
 
 import flashmoe
-<<<<<<< HEAD
-from flashmoe.cli import bench, chat, doctor, pack, plan, run, serve, simulate, streams, trace, train, verify
-=======
-from flashmoe.cli import bench, chat, doctor, engine, pack, plan, run, serve, simulate, trace, train, verify
->>>>>>> main
+from flashmoe.cli import (
+    bench,
+    chat,
+    doctor,
+    engine,
+    pack,
+    plan,
+    run,
+    serve,
+    simulate,
+    streams,
+    trace,
+    train,
+    verify,
+)
 from flashmoe.cli.progress import print_error, stderr_console
 from flashmoe.common.memory import spare_addresses
 from flashmoe.errors import FlashMoEError, FlashMoEWarning

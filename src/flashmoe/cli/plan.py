@@ -88,11 +88,6 @@ def plan(
             f"{1e3 * row.compute_seconds_per_token:.1f} ms", f"{1e3 * row.read_seconds_per_token:.1f} ms",
             f"{row.tokens_per_second:.1f}", row.bound,
         )  # fmt: skip
-<<<<<<< HEAD
     console.print(table, soft_wrap=True)
     console.print(f"recommended: {made.recommendation}", soft_wrap=True)
-=======
-    console.print(table)
-    console.print(f"recommended: {made.recommendation}", markup=False)
-    console.print(made.ubatch_reason, markup=False)
->>>>>>> main
+    console.print(made.ubatch_reason, soft_wrap=True)
