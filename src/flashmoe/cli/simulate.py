@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
 from flashmoe.cli import options
-from flashmoe.cli.progress import stderr_console
+from flashmoe.cli.progress import stderr_console, stdout_console
 from flashmoe.cli.report import JsonFile
 from flashmoe.common.units import parse_bytes
 from flashmoe.errors import UsageError
@@ -114,11 +114,11 @@ def simulate(
             partition,
             per_sequence,
             read(guide) if guide else None,
-            lambda name, size: status.update(f"{name}, {size} slots"),
+            lambda name, size: status.update(Text(f"{name}, {size} slots")),
         )
     found = report.Simulation.of(recorded, rows, machine)
     if not quiet:
-        Console().print(tables.of_policies(found))
+        stdout_console().print(tables.of_policies(found))
     if json_file:
         json_file.write(found.as_dict())
     if plot:
@@ -151,11 +151,11 @@ def _prefetch(
             slots,
             policy,
             partition,
-            lambda name, done: status.update(f"{name}, {done} of {trace.n_tokens} tokens"),
+            lambda name, done: status.update(Text(f"{name}, {done} of {trace.n_tokens} tokens")),
         )
     found = Simulation.of(trace, rows)
     if not quiet:
-        Console().print(tables.of_predictors(found))
+        stdout_console().print(tables.of_predictors(found))
     if json_file:
         json_file.write(found.as_dict())
     if figure:

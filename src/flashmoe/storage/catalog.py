@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flashmoe.common.text import printable
 from flashmoe.errors import ModelError
 from flashmoe.storage.aio import Place, Read
 from flashmoe.storage.checkpoint import Checkpoint
@@ -121,7 +122,7 @@ class ExpertCatalog:
     @property
     def label(self) -> str:
         """Name of the model's (first) file, or of its folder."""
-        return self.source.files[0].name if isinstance(self.source, GGUF) else self.source.name
+        return printable(self.source.files[0].name) if isinstance(self.source, GGUF) else self.source.name
 
     @cached_property
     def n_experts(self) -> int:

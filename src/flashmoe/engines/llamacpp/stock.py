@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from flashmoe.engines.llamacpp.context import Context
@@ -19,7 +20,7 @@ class StockModel:
         params.use_extra_bufts = repack
         params.n_gpu_layers = 0
         lib.messages.clear()
-        self._pointer: int | None = lib.llama_model_load_from_file(str(path).encode(), params)
+        self._pointer: int | None = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self._pointer:
             raise ModelError(f"{path}: llama.cpp cannot load this model ({' '.join(lib.messages[-2:])})")
 
