@@ -85,9 +85,13 @@ def plan(
         table.add_row(
             format_bytes(row.budget_bytes), str(row.context), str(row.ubatch), f"{row.slots} ({row.capacity:.0%})",
             f"{row.hit_rate:.1%}", format_bytes(row.read_bytes_per_token),
-            f"{1e3 * row.compute_seconds_per_token:.0f} ms", f"{1e3 * row.read_seconds_per_token:.0f} ms",
+            _format_time(row.compute_seconds_per_token), _format_time(row.read_seconds_per_token),
             f"{row.tokens_per_second:.1f}", row.bound,
         )  # fmt: skip
     console.print(table, soft_wrap=True)
     console.print(f"recommended: {made.recommendation}", soft_wrap=True)
     console.print(made.ubatch_reason, soft_wrap=True)
+
+
+def _format_time(seconds: float) -> str:
+    return f"{1e3 * seconds:.{1 if seconds < 0.1 else 0}f} ms"
