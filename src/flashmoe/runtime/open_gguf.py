@@ -34,7 +34,8 @@ def open_gguf(loading: Loading, stack: ExitStack, library: Library | None) -> Op
     pooling = choose_pooling(options.pooling, catalog.gguf)
     trained = catalog.gguf.arch_int("context_length", budget.DEFAULT_CONTEXT)
     budget.check_context(options.n_ctx, trained)
-    pack = find_pack(catalog) if options.layout != PLAIN else None
+    lib = library or tested_library()
+    pack = find_pack(catalog) if options.layout != PLAIN and lib.repacks else None
     checksums = needed_checksums(catalog, pack.checksums(catalog) if pack else {}) if options.verify else None
     reader = ExpertReader([*catalog.gguf.files, pack.path] if pack else catalog.gguf.files)
     stack.callback(reader.close)
@@ -42,7 +43,6 @@ def open_gguf(loading: Loading, stack: ExitStack, library: Library | None) -> Op
     align = max(file.align for file in reader.files)
     if limit:
         budget.check_before_loading(catalog, limit, align)
-    lib = library or tested_library()
     layout = choose_layout(
         options.layout,
         catalog,
@@ -50,7 +50,6 @@ def open_gguf(loading: Loading, stack: ExitStack, library: Library | None) -> Op
         pack is not None,
         lib.repacks,
     )
-    pack = pack if layout == REPACKED else None
     dense = catalog.dense_bytes
     loaded = LoadedModel(
         lib,
