@@ -19,6 +19,7 @@ import psutil
 from flashmoe.common.machine import cores, file_system, processor
 from flashmoe.common.memory import default_ram, memory_limit
 from flashmoe.common.units import format_bytes
+from flashmoe.engines.llamacpp.abi import known_builds
 from flashmoe.engines.llamacpp.library import find_library, open_library
 from flashmoe.engines.llamacpp.tested import self_test
 from flashmoe.errors import FlashMoEError, UsageError
@@ -29,6 +30,7 @@ from flashmoe.storage.reader import ExpertReader
 OK, ADVICE, PROBLEM = "ok", "advice", "problem"
 SIZES = (64 << 10, 512 << 10, 2 << 20, 8 << 20)  # of expert slices, from small experts to large ones
 DEPTHS = (1, 4, 32)  # reads under way at once
+_NO_QUEUE = "reads go through threads: io_submit is refused (raise /proc/sys/fs/aio-max-nr), or not there (an emulator)"
 _SLOW = 0.5  # 1e9 bytes per second: a SATA SSD
 
 
@@ -68,12 +70,16 @@ def system() -> Check:
 
 
 def library() -> Check:
-    """The llama.cpp library: found, of a known build, and tested. Raises LibraryError."""
+    """The llama.cpp library: found, of a known build or like one, and tested. Raises LibraryError."""
     path = find_library()
     lib = open_library(path)
     self_test(path)
-    facts = {"path": str(path), "build": lib.build.name, "openmp": lib.openmp}
-    return Check("library", OK, f"{lib.build.name}, has passed the self-test with the slot pool", facts=facts)
+    facts = {"path": str(path), "build": lib.build.name, "known": lib.build.known, "openmp": lib.openmp}
+    text = f"{lib.build.name}, has passed the self-test with the slot pool"
+    if not lib.build.known:
+        advice = f"not a build that FlashMoE knows: where it fails, install one of {known_builds()}"
+        return Check("library", ADVICE, text, advice, facts)
+    return Check("library", OK, text, facts=facts)
 
 
 def processor_features() -> Check:
@@ -165,7 +171,7 @@ def drive(place: Path) -> Check:
     best = max(max(row.values()) for row in rates.values())
     text = f"{kind}, direct reads of up to {best:.2f} GB/s ({ceilings(rates)})"
     if not facts["asynchronous"]:
-        return Check("drive", ADVICE, text, "io_submit is refused: raise /proc/sys/fs/aio-max-nr", facts)
+        return Check("drive", ADVICE, text, _NO_QUEUE, facts)
     if best < _SLOW:
         return Check(
             "drive", ADVICE, text, "that is slow: keep models on an NVMe drive of this machine", facts
