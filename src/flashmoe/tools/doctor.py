@@ -31,6 +31,7 @@ from flashmoe.storage.reader import ExpertReader
 OK, ADVICE, PROBLEM = "ok", "advice", "problem"
 SIZES = (64 << 10, 512 << 10, 2 << 20, 8 << 20)  # of expert slices, from small experts to large ones
 DEPTHS = (1, 4, 32)  # reads under way at once
+_NO_QUEUE = "reads go through threads: io_submit is refused (raise /proc/sys/fs/aio-max-nr), or not there (an emulator)"
 _SLOW = 0.5  # 1e9 bytes per second: a SATA SSD
 
 
@@ -89,7 +90,8 @@ def library() -> Check:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         lib = tested_library()
-    facts = {"path": str(lib.path), "build": lib.build.name, "kernels": lib.kernels, "openmp": lib.openmp}
+    facts = {"path": str(lib.path), "build": lib.build.name, "known": lib.build.known, "kernels": lib.kernels}
+    facts["openmp"] = lib.openmp
     text = f"{lib.build.name}, kernels {lib.kernels}, has passed the self-test with the slot pool"
     if told:
         return Check("library", ADVICE, text, str(told[0].message), facts)
@@ -205,7 +207,7 @@ def drive(place: Path) -> Check:
     best = max(max(row.values()) for row in rates.values())
     text = f"{kind}, direct reads of up to {best:.2f} GB/s ({ceilings(rates)})"
     if not facts["asynchronous"]:
-        return Check("drive", ADVICE, text, "io_submit is refused: raise /proc/sys/fs/aio-max-nr", facts)
+        return Check("drive", ADVICE, text, _NO_QUEUE, facts)
     if best < _SLOW:
         return Check(
             "drive", ADVICE, text, "that is slow: keep models on an NVMe drive of this machine", facts

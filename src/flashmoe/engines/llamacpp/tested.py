@@ -25,7 +25,7 @@ from flashmoe.errors import FlashMoEWarning, LibraryError
 
 _log = logging.getLogger(__name__)
 
-_TIMEOUT = 120
+_TIMEOUT = 600  # seconds: on a small processor what is compiled before it takes minutes
 _VERSION = 5  # of the self-test: a library that has passed an earlier one is tested again
 #: What the self-test prints when a layout has passed, in this order.
 PLAIN, REPACKED = "plain", "repacked"

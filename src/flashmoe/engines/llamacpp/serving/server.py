@@ -154,7 +154,8 @@ class InnerServer:
 
         def run() -> None:
             try:
-                getattr(self._server, handler)({**request, "stream": True}, hear)
+                # not by a bound method: earlier builds make it refer to itself, and the server would not end with us
+                getattr(type(self._server), handler)(self._server, {**request, "stream": True}, hear)
                 events.put(None)
             except Exception as error:  # the server's refusals, as C++ exceptions
                 events.put(error)
