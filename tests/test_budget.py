@@ -77,15 +77,13 @@ def test_slots_fit_into_what_is_given(name: str, tiny: Tiny) -> None:
     sizes = slot_bytes(catalog, ALIGN)
     members = (np.bincount(catalog.groups) * catalog.n_experts).tolist()
     least, most = sizing.least_pool(catalog, ALIGN), sum(s * n for s, n in zip(sizes, members, strict=True))
-    before = [0] * len(sizes)
+    before, one_token = [0] * len(sizes), sizing.group_top_k(catalog)
     for given in np.linspace(least, most, 97).astype(int).tolist():
         slots = sizing.slots_for(catalog, given, ALIGN)
         used = sum(s * n for s, n in zip(sizes, slots, strict=True))
         assert used <= given
-        assert all(catalog.top_k <= n <= m for n, m in zip(slots, members, strict=True))
-        assert all(a <= b for a, b in zip(before, slots, strict=True)) or slots == [catalog.top_k] * len(
-            sizes
-        )
+        assert all(k <= n <= m for k, n, m in zip(one_token, slots, members, strict=True))
+        assert all(a <= b for a, b in zip(before, slots, strict=True)) or slots == one_token
         before = slots
     assert before == members
     assert sizing.slots_for(catalog, 100 * most, ALIGN) == members
@@ -146,7 +144,7 @@ def test_default_parallel(context: int, taken: int, left: int) -> None:
 )
 def test_micro_batch_of_several_sequences(slots: int, sequences: int, allowed: int) -> None:
     """llama.cpp adds a token where a micro-batch has fewer than there are sequences."""
-    catalog: Any = SimpleNamespace(n_experts=64, top_k=8)
+    catalog: Any = SimpleNamespace(n_experts=64, groups=(0,), layers=[SimpleNamespace(top_k=8)])
     assert sizing.micro_batch(catalog, [slots], 512, sequences) == allowed
     assert sizing.micro_batch(catalog, [64], 512, sequences) == 512
 

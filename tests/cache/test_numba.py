@@ -43,9 +43,11 @@ main()
 """
 
 
-def python(program: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "NUMBA_CACHE_DIR": str(folder)}
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+def python(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    program = folder / "program.py"  # numba keeps code of files only
+    program.write_text(text)
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE), "NUMBA_CACHE_DIR": str(folder / "kept")}
+    return subprocess.run([sys.executable, program], capture_output=True, text=True, env=environment)
 
 
 @pytest.mark.parametrize(

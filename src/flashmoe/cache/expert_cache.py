@@ -48,7 +48,7 @@ class ExpertCache:
         self._filling = Filling(pool, reader, policy)
         self._first_slot = self._filling.first_slots
         self.warm: WarmStart | None = None
-        self.recent = RecentRouting(residency.n_layers, residency.n_experts)
+        self.recent = RecentRouting(pool.top_k, residency.n_experts)
         self._lock = SafeLock()
         #: Of benchmarks. While there is one, every request comes to `ensure`.
         self.observer: CacheObserver | None = None

@@ -10,7 +10,21 @@ import warnings
 import typer
 
 import flashmoe
-from flashmoe.cli import bench, chat, doctor, engine, pack, plan, run, serve, simulate, trace, train, verify
+from flashmoe.cli import (
+    bench,
+    chat,
+    doctor,
+    engine,
+    pack,
+    plan,
+    run,
+    serve,
+    simulate,
+    streams,
+    trace,
+    train,
+    verify,
+)
 from flashmoe.cli.progress import print_error, stderr_console
 from flashmoe.common.memory import spare_addresses
 from flashmoe.errors import FlashMoEError, FlashMoEWarning
@@ -49,7 +63,7 @@ def _root(
 def main() -> None:
     """Entry point: an error that the user can mend is one line on stderr and exit status 1 or 2."""
     warnings.formatwarning = _warning
-    _open_standard_streams()
+    streams.prepare()
     spare_addresses()
     try:
         app()
@@ -69,20 +83,6 @@ def main() -> None:
         )
         _drop_output()
         sys.exit(1)
-
-
-def _open_standard_streams() -> None:
-    """Where the caller has closed one, the next file opened would be taken for it, and printed into."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            null = os.open(os.devnull, os.O_RDWR)
-            if null != number:
-                os.dup2(null, number)
-                os.close(null)
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
 
 
 def _drop_output() -> None:

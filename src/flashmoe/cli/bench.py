@@ -25,7 +25,7 @@ from typer.core import TyperGroup
 from flashmoe.bench.spec import NO_BASELINE, Plan, cache_sizes, ram_sizes, split_list
 from flashmoe.cli import options
 from flashmoe.cli.groups import with_options
-from flashmoe.cli.progress import stderr_console
+from flashmoe.cli.progress import stderr_console, stdout_console
 from flashmoe.common.units import format_bytes
 from flashmoe.errors import UsageError
 
@@ -163,7 +163,7 @@ def run(
         require_matplotlib()
     with _Bar(stderr_console(quiet)) as bar:
         report = runner.run(plan, bar.update)
-    _print(report, Console())
+    _print(report, stdout_console())
     if json_file:
         json_file.write(report)
     if plot_file:

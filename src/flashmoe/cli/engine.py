@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -161,7 +160,7 @@ def _in_words(trial: Trial) -> str:
 def _as_dict(trial: Trial) -> dict[str, Any]:
     return {
         "name": trial.name,
-        **asdict(trial.proof),
+        **trial.proof._asdict(),
         "decode_ratio": trial.decode_ratio,
         "prompt_ratio": trial.prompt_ratio,
     }

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 Model = Annotated[
     str,
-    typer.Argument(help="Path of a GGUF file (or the first of a split set), hf:ORG/REPO[:FILE], or demo."),
+    typer.Argument(
+        help="Path of a GGUF file (or the first of a split set), hf:ORG/REPO[:FILE or QUANT], or demo."
+    ),
 ]
 Engine = Annotated[
     str,

@@ -37,11 +37,7 @@ def _cpuinfo(field: str) -> str:
 
 def instructions() -> str:
     """A short name for the processor's set of instructions, the same on machines with the same."""
-    try:
-        found = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    names = " ".join(sorted(found[1].split())) if found else platform.machine()
+    names = " ".join(sorted(processor_flags())) or platform.machine()
     return hashlib.sha256(names.encode()).hexdigest()[:16]
 
 

@@ -108,9 +108,9 @@ def counts_promises() -> bool:
 
 
 def default_ram() -> int:
-    """The budget where none is given: a share of the memory available to this process."""
-    budget = int(DEFAULT_SHARE * memory_left())
-    if room := address_room():
+    """The budget where none is given: what this process has, and a share of what it may have beside that."""
+    budget = status_bytes("RssAnon") + int(DEFAULT_SHARE * memory_left())
+    if room := address_room():  # its libraries have their addresses
         budget = min(budget, status_bytes("VmRSS") + int(DEFAULT_SHARE * room[0]))
     return budget
 

@@ -290,7 +290,7 @@ class Model:
         pause: called after every millisecond of replaying; for callers that run while the model is at work.
         """
         so_far = self.telemetry
-        what_if = WhatIf(self.cache.recent, self.cache.policy, self.catalog.top_k, pause)
+        what_if = WhatIf(self.cache.recent, self.cache.policy, pause)
         return make_report(
             so_far,
             self.cache.stats,

@@ -106,15 +106,14 @@ def measure(catalog: ExpertCatalog, lib: Library, threads: int, place: Path) -> 
 
 def active_bytes(catalog: ExpertCatalog) -> Counter[str]:
     """Bytes of weights that a token is multiplied with, by type."""
-    others = {p.tensor.name for layer in catalog.layers for p in layer.weights}
-    others.update(table.tensor.name for table in catalog.gathered)
+    gathered = {table.tensor.name for table in catalog.gathered}
     active: Counter[str] = Counter()
-    for name, tensor in catalog.gguf.tensors.items():
-        if name not in others and len(tensor.shape) > 1:
+    for name, tensor in catalog.resident.items():
+        if name not in gathered and len(tensor.shape) > 1:
             active[tensor.type] += tensor.nbytes
     for layer in catalog.layers:
         for weight in layer.weights:
-            active[weight.tensor.type] += weight.nbytes * catalog.top_k
+            active[weight.tensor.type] += weight.nbytes * layer.top_k
     return active
 
 
@@ -234,10 +233,9 @@ def _row(
     compute = LAYER_SECONDS * len(catalog.layers) + sum(
         n / machine.compute.get(name, slowest) / 1e9 for name, n in active_bytes(catalog).items()
     )
-    missed = catalog.top_k * (1 - hit_rate)
-    weights = len(catalog.layers[0].weights)
-    per_token = missed * sum(layer.expert_bytes for layer in catalog.layers)
-    read = per_token / machine.read_rate(missed * weights) / 1e9
+    per_token = (1 - hit_rate) * sum(layer.top_k * layer.expert_bytes for layer in catalog.layers)
+    together = (1 - hit_rate) * sizing.mean_top_k(catalog) * len(catalog.layers[0].weights)
+    read = per_token / machine.read_rate(together) / 1e9
     return Row(
         budget_bytes=ram,
         context=context,
@@ -283,6 +281,7 @@ def _why(row: Row) -> str:
     sizes = sorted(row.ubatches, key=lambda u: u.tokens)
     at = sizes.index(row.ubatches[0])
     said = [
-        f"{u.tokens}: {u.prompt_reads:.2f} + {u.decode_reads:.2f}" for u in sizes[max(0, at - 1) : at + 2]
+        f"{u.tokens}: {u.prompt_reads_per_token:.2f} + {u.decode_reads_per_token:.2f}"
+        for u in sizes[max(0, at - 1) : at + 2]
     ]
     return f"{start}: the fewest experts of a layer read for a prompt's token and a decoded one ({', '.join(said)})"

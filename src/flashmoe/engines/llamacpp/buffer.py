@@ -32,9 +32,11 @@ class ExpertBuffer:
         self.tensors: dict[str, Tensor] = {}
         #: Why it could not reserve addresses, if so.
         self.error: BudgetError | None = None
-        self._type = lib.build.buffer_type()
+        self._type = lib.structs["ggml_backend_buffer_type"]()
         # The library's own answers where it asks while it builds a graph: its server may hold Python's lock then
-        self._cpu = lib.build.buffer_type.from_address(lib.ggml_backend_cpu_buffer_type()).iface
+        self._cpu = (
+            lib.structs["ggml_backend_buffer_type"].from_address(lib.ggml_backend_cpu_buffer_type()).iface
+        )
         for question in ("get_alignment", "get_max_size", "get_alloc_size", "is_host"):
             setattr(self._type.iface, question, getattr(self._cpu, question))
         self._type.iface.alloc_buffer = self._function(self._alloc, ptr, ptr, C.c_size_t)

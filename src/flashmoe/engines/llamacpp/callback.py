@@ -85,10 +85,7 @@ class Control(C.Structure):
         ("stop", C.c_int64),  # whether the graph under way is to end at its next node
         ("spans", C.c_int64),  # address of where every block's tensors lie in the pool, see spans.Spans
         ("whole", C.c_int64),  # whether they have to show all of it
-        (
-            "tables",
-            C.c_int64,
-        ),  # address of int64 [...]: tensors whose rows are read as they are gathered, then 0
+        ("tables", C.c_int64),  # address of int64 [...]: tensors whose rows are read when gathered, then 0
     ]
 
 

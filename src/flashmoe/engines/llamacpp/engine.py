@@ -256,9 +256,13 @@ class LlamaEngine:
         return list(tokens[:n])
 
     def piece(self, token: int, special: bool = False) -> bytes:
-        buffer = C.create_string_buffer(512)
-        n = self._lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, special)
-        return buffer.raw[: max(0, n)]
+        room = 64
+        while True:
+            buffer = C.create_string_buffer(room)
+            n = self._lib.llama_token_to_piece(self._vocab, token, buffer, room, 0, special)
+            if n >= 0:
+                return buffer.raw[:n]
+            room = -n
 
     def is_end(self, token: int) -> bool:
         return bool(self._lib.llama_vocab_is_eog(self._vocab, token))

@@ -7,12 +7,12 @@ library still computes it before it asks whether to go on.
 
 from __future__ import annotations
 
-from flashmoe.engines.llamacpp.abi import Tensor
+from flashmoe.engines.llamacpp.abi import CONSTANTS, Tensor
 from flashmoe.engines.llamacpp.loader import LoadedModel
 from flashmoe.errors import ModelError
 
-INDICES = 26  # GGML_TYPE_I32
-_NOTHING = 0  # GGML_OP_NONE
+INDICES = CONSTANTS["GGML_TYPE_I32"]
+_NOTHING = CONSTANTS["GGML_OP_NONE"]
 #: Operations that take rows or matrices of a tensor by ids: which source is the tensor, and which the ids.
 _BY_ID = {b"MUL_MAT_ID": (0, 2), b"ADD_ID": (1, 2), b"GET_ROWS": (0, 1)}
 _COPY = b"REPEAT"  # of a table per expert, to be gathered from
@@ -24,7 +24,7 @@ class Inspection:
     """What is known of a model's graphs. `begin`, then `rename` and `look` for its nodes, then `end`."""
 
     def __init__(self, model: LoadedModel) -> None:
-        self._model, self._lib = model, model.lib
+        self._model, self._lib, self._absent = model, model.lib, model.absent
         self._tensors: dict[int, int] = {}  # address of what has the axis of slots -> its layer
         self._last: dict[int, int] = {}  # of those, of what each layer multiplies last
         self._renamed: dict[int, int] = {}  # address of what holds ids that were renamed -> their layer
@@ -106,6 +106,8 @@ class Inspection:
     def _look(self, node: Tensor, address: int) -> None:
         sources = [source for source in node.src if source]
         self._look_at_tables(node, sources)
+        if self._absent and not self._absent.isdisjoint(map(_root, sources)):
+            raise self._refusal(node, "uses a block that predicts further tokens for the present one")
         if node.view_src in sources:  # computes nothing
             return
         if 0 in node.ne[:]:  # the last layer of a micro-batch without outputs

@@ -12,7 +12,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import platform
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from flashmoe.common.files import cache_folder, write_atomically
-from flashmoe.common.machine import processor, processor_flags
+from flashmoe.common.machine import instructions, processor
 from flashmoe.engines.llamacpp.instructions import better_here, compiled_for
 from flashmoe.engines.llamacpp.library import BUILT_IN, Library, is_of_wheel
 from flashmoe.errors import UsageError
@@ -60,15 +59,14 @@ def wheel_version() -> str:
 
 def folder() -> Path:
     """Of this wheel and this processor; it may not be there."""
-    known = (platform.machine(), processor(), sorted(processor_flags()))
-    digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(f"{processor()} {instructions()}".encode()).hexdigest()[:12]
     return cache_folder() / "kernels" / f"xllamacpp-{wheel_version()}-{digest}"
 
 
 def kept() -> list[Kernels]:
     """All modules that are kept for this wheel and processor."""
     found = []
-    for path in sorted(folder().glob(f"*/{_FACTS}")):
+    for path in sorted(folder().glob(f"[!.]*/{_FACTS}")):
         with suppress(OSError, ValueError, KeyError, TypeError):
             facts = json.loads(path.read_text())
             kernels = Kernels(str(facts["name"]), path.parent / Path(facts["module"]).name, facts)

@@ -1,4 +1,4 @@
-"""Finds libllama, declares the functions used, and refuses builds whose layouts are not known."""
+"""Finds libllama, recognises its build, and declares the functions used."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from flashmoe.engines.llamacpp import abi
-from flashmoe.engines.llamacpp.abi import f32, flag, i32, ptr, u32
+from flashmoe.engines.llamacpp.abi import CONSTANTS, f32, flag, i32, ptr, u32
+from flashmoe.engines.llamacpp.facts import differences
 from flashmoe.engines.llamacpp.instructions import compiled_for
 from flashmoe.errors import LibraryError
 
 _log = logging.getLogger("flashmoe.llama.cpp")
-# ggml_log_level: warnings and errors, and what continues the line before
-_LEVELS, _CONTINUED = {3: logging.WARNING, 4: logging.ERROR}, 5
+_LEVELS = {
+    CONSTANTS["GGML_LOG_LEVEL_WARN"]: logging.WARNING,
+    CONSTANTS["GGML_LOG_LEVEL_ERROR"]: logging.ERROR,
+}
+_CONTINUED = CONSTANTS["GGML_LOG_LEVEL_CONT"]  # of the line before
 
 ENVIRONMENT = "FLASHMOE_LIBLLAMA"
 _SUFFIXES = (".so", ".dylib", ".dll")
@@ -29,21 +33,22 @@ _text, _size, _ne = C.c_char_p, C.c_size_t, C.c_int64
 
 #: What the library's own kernels are called, where modules have names of their own.
 BUILT_IN = "built-in"
-CPU_DEVICE = 0  # GGML_BACKEND_DEVICE_TYPE_CPU
+CPU_DEVICE = CONSTANTS["GGML_BACKEND_DEVICE_TYPE_CPU"]
 _CPU_BACKEND = b"CPU"
 _OF_THE_KERNELS = ("ggml_threadpool_new", "ggml_threadpool_free")
 
-# name -> (result, arguments)
-_PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+#: name -> (result, arguments); structs, which differ between builds, by their names
+PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_backend_init": (None, ()),
-    "llama_version": (_text, ()),
     "ggml_version": (_text, ()),
     "llama_print_system_info": (_text, ()),
     "llama_log_set": (None, (abi.LOG_CALLBACK, ptr)),
-    "llama_model_default_params": (abi.ModelParams, ()),
-    "llama_model_load_from_file": (ptr, (_text, abi.ModelParams)),
-    "llama_model_load_from_file_ptr": (ptr, (ptr, abi.ModelParams)),
+    "llama_model_default_params": ("llama_model_params", ()),
+    "llama_model_load_from_file": (ptr, (_text, "llama_model_params")),
+    "llama_model_load_from_file_ptr": (ptr, (ptr, "llama_model_params")),
     "llama_model_free": (None, (ptr,)),
+    "llama_context_default_params": ("llama_context_params", ()),
+    "llama_init_from_model": (ptr, (ptr, "llama_context_params")),
     "llama_model_get_vocab": (ptr, (ptr,)),
     "llama_model_n_ctx_train": (i32, (ptr,)),
     "llama_model_n_swa": (i32, (ptr,)),
@@ -57,7 +62,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_n_ctx": (u32, (ptr,)),
     "llama_attach_threadpool": (None, (ptr, ptr, ptr)),
     "llama_detach_threadpool": (None, (ptr,)),
-    "llama_decode": (i32, (ptr, abi.Batch)),
+    "llama_decode": (i32, (ptr, "llama_batch")),
     "llama_get_logits_ith": (C.POINTER(f32), (ptr, i32)),
     "llama_set_embeddings": (None, (ptr, flag)),
     "llama_set_causal_attn": (None, (ptr, flag)),
@@ -74,8 +79,8 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_vocab_get_add_bos": (flag, (ptr,)),
     "llama_tokenize": (i32, (ptr, _text, i32, C.POINTER(i32), i32, flag, flag)),
     "llama_token_to_piece": (i32, (ptr, i32, _text, i32, i32, flag)),
-    "llama_sampler_chain_default_params": (abi.SamplerChainParams, ()),
-    "llama_sampler_chain_init": (ptr, (abi.SamplerChainParams,)),
+    "llama_sampler_chain_default_params": ("llama_sampler_chain_params", ()),
+    "llama_sampler_chain_init": (ptr, ("llama_sampler_chain_params",)),
     "llama_sampler_chain_add": (None, (ptr, ptr)),
     "llama_sampler_free": (None, (ptr,)),
     "llama_sampler_sample": (i32, (ptr, ptr, i32)),
@@ -86,14 +91,16 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_sampler_init_min_p": (ptr, (f32, _size)),
     "llama_sampler_init_temp": (ptr, (f32,)),
     "ggml_tensor_overhead": (_size, ()),
-    "ggml_init": (ptr, (abi.InitParams,)),
+    "ggml_init": (ptr, ("ggml_init_params",)),
     "ggml_free": (None, (ptr,)),
     "ggml_new_tensor_2d": (ptr, (ptr, C.c_int, _ne, _ne)),
     "ggml_new_tensor_3d": (ptr, (ptr, C.c_int, _ne, _ne, _ne)),
     "ggml_mul_mat_id": (ptr, (ptr, ptr, ptr, ptr)),
     "ggml_op_desc": (_text, (ptr,)),
+    "ggml_get_name": (ptr, (ptr,)),
+    "ggml_get_data": (ptr, (ptr,)),
     "ggml_backend_cpu_buffer_type": (ptr, ()),
-    "ggml_backend_buffer_init": (ptr, (ptr, abi.BufferInterface, ptr, _size)),
+    "ggml_backend_buffer_init": (ptr, (ptr, "ggml_backend_buffer_i", ptr, _size)),
     "ggml_backend_buffer_free": (None, (ptr,)),
     "ggml_backend_buffer_is_host": (flag, (ptr,)),
     "ggml_backend_buffer_get_type": (ptr, (ptr,)),
@@ -101,6 +108,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_backend_buffer_set_usage": (None, (ptr, C.c_int)),
     "ggml_backend_buft_alloc_buffer": (ptr, (ptr, _size)),
     "ggml_backend_buft_name": (_text, (ptr,)),
+    "ggml_backend_buft_get_device": (ptr, (ptr,)),
     "ggml_backend_dev_backend_reg": (ptr, (ptr,)),
     "ggml_backend_load": (ptr, (_text,)),
     "ggml_backend_unload": (None, (ptr,)),
@@ -109,8 +117,8 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_backend_dev_supports_op": (flag, (ptr, ptr)),
     "ggml_backend_reg_get_proc_address": (ptr, (ptr, _text)),
     "ggml_backend_tensor_set": (None, (ptr, ptr, _size, _size)),
-    "ggml_threadpool_params_default": (abi.ThreadpoolParams, (i32,)),
-    "ggml_threadpool_new": (ptr, (C.POINTER(abi.ThreadpoolParams),)),
+    "ggml_threadpool_params_default": ("ggml_threadpool_params", (i32,)),
+    "ggml_threadpool_new": (ptr, (ptr,)),
     "ggml_threadpool_free": (None, (ptr,)),
 }
 
@@ -125,19 +133,8 @@ class Library:
         #: Whether repacked layouts are fit for use: the self-test may have found that they are not.
         self.repacks = True
         self._handles = _load(path)
-        for name, (result, arguments) in _PROTOTYPES.items():
-            self._declare(name, result, *arguments)
-        version = (self.llama_version().decode(), self.ggml_version().decode())
-        if version not in abi.KNOWN_BUILDS:
-            known = ", ".join(sorted({build.name for build in abi.KNOWN_BUILDS.values()}))
-            raise LibraryError(
-                f"{path}: llama.cpp {version[0]} (ggml {version[1]}) is not a build that FlashMoE knows; "
-                f"install {known}"
-            )
-        self.build = abi.KNOWN_BUILDS[version]
-        self._declare("llama_context_default_params", self.build.context_params)
-        self._declare("llama_init_from_model", ptr, ptr, self.build.context_params)
-        abi.self_check(self, self.build)
+        self.build = self._recognise()
+        self.structs = self.build.layout.structs
         self.messages: list[str] = []
         self._level = 0  # of the last line, as `logging` has it
         self._log = abi.LOG_CALLBACK(self._on_log)
@@ -179,10 +176,11 @@ class Library:
         loaded = self.ggml_backend_load(os.fsencode(module))
         if not loaded:
             reason = (self.messages or ["for another processor"])[-1].removeprefix("load_backend: ")
-            raise LibraryError(f"{module}: not a module that this llama.cpp can use ({reason})")
+            reason = reason.replace(str(module), "it")
+            raise LibraryError(f"{module.name}: not a module that this llama.cpp can use ({reason})")
         if self.ggml_backend_reg_name(loaded) != _CPU_BACKEND:
             self.ggml_backend_unload(loaded)
-            raise LibraryError(f"{module}: has no kernels for a CPU")
+            raise LibraryError(f"{module.name}: has no kernels for a CPU")
         self.ggml_backend_unload(own)
         silenced = C.CDLL(
             str(module)
@@ -190,14 +188,41 @@ class Library:
         with suppress(AttributeError):
             silenced.ggml_log_set(self._log, None)
         for name in _OF_THE_KERNELS:
-            result, arguments = _PROTOTYPES[name]
+            result, arguments = PROTOTYPES[name]
             address = self.ggml_backend_reg_get_proc_address(loaded, name.encode())
             setattr(self, name, C.CFUNCTYPE(result, *arguments)(address))
         self.module = module
 
-    def __getattr__(
-        self, name: str
-    ) -> Any:  # only for what _PROTOTYPES set: tells type checkers that it exists
+    def _recognise(self) -> abi.Build:
+        """Declare the functions by the layout that they agree with. Two commits may have one version: it only says
+        which layout to try first. Raises LibraryError where none agrees."""
+        version = self._version("llama_version"), self._version("ggml_version")
+        wrong: list[list[str]] = []
+        for layout in sorted(abi.LAYOUTS, key=lambda layout: version not in layout.builds.values()):
+            for name, (result, arguments) in PROTOTYPES.items():
+                self._declare(name, *(layout.structs.get(kind, kind) for kind in (result, *arguments)))
+            if not (differing := differences(self, layout)):
+                names = [name for name, its in layout.builds.items() if its == version]
+                package = self.path.name.partition(".")[0]
+                names = [name for name in names if name.startswith(package)] or names
+                return abi.Build(" or ".join(names) or _words(version), layout, known=bool(names))
+            wrong.append(differing)
+        closest = min(wrong, key=len)
+        raise LibraryError(
+            f"{self.path}: {_words(version)} is not a build that FlashMoE knows, and differs from those in "
+            f"{', '.join(closest)}; install one of {abi.known_builds()}"
+        )
+
+    def _version(self, function: str) -> str:
+        """What it returns, without the mark of a build that is no release; "" where there is no such function."""
+        try:
+            found = self._find(function)
+        except LibraryError:
+            return ""
+        found.restype = _text
+        return str((found() or b"").decode(errors="replace").removesuffix("-dev"))
+
+    def __getattr__(self, name: str) -> Any:  # tells type checkers that what PROTOTYPES set exists
         raise AttributeError(name)
 
     def _declare(self, name: str, result: Any, *arguments: Any) -> None:
@@ -244,6 +269,12 @@ def spin_as_openmp_does() -> None:
     """Before a library is loaded: let its threads wait as they do in other programs, unless the user says otherwise."""
     if os.environ.get("GOMP_SPINCOUNT", _SPINS) == _SPINS:
         os.environ["GOMP_SPINCOUNT"] = _OWN_SPINS
+
+
+def _words(version: abi.Version) -> str:
+    return (
+        f"llama.cpp {version[0]} (ggml {version[1]})" if version[0] else f"llama.cpp with ggml {version[1]}"
+    )
 
 
 def _load(path: Path) -> list[C.CDLL]:

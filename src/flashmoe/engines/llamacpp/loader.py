@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from functools import cached_property
 
 from flashmoe.cache.pool import SlotPool, Window
-from flashmoe.engines.llamacpp import abi
 from flashmoe.engines.llamacpp.buffer import ExpertBuffer
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.repack import Repacker
@@ -71,14 +70,13 @@ class LoadedModel:
         progress: Callable[[int], None],
         repack: bool,
     ) -> None:
-        """Let the library load the model, but for the experts and the tables that are read by rows."""
-        experts = {p.tensor.name for layer in catalog.layers for p in (*layer.weights, *layer.tables)}
-        holes = experts.union(table.tensor.name for table in catalog.row_tables)
+        """Let the library load what stays in memory."""
+        tables = {table.tensor.name for layer in catalog.layers for table in layer.tables}
+        holes = catalog.gguf.tensors.keys() - catalog.resident.keys() | tables
         files = reader.files[: len(catalog.gguf.files)]
         file = VirtualFile(segments(catalog.gguf, files, holes), progress)
         params = self.lib.llama_model_default_params()
-        params.load_mode = abi.LOAD_MODE_NONE
-        params.lazy_mode = abi.LAZY_MODE_OFF  # else it maps what it takes for a file
+        self.lib.build.layout.map_file(params, False)
         params.use_extra_bufts = repack
         params.n_gpu_layers = 0
         self._devices = (C.c_void_p * 1)()  # none: the list ends at once
@@ -136,6 +134,13 @@ class LoadedModel:
     def tables(self) -> dict[int, TableRows]:
         """Tables that are read by rows, by the address of their tensor."""
         return {C.addressof(self._buffer.tensors[table.name]): table for table in self._tables}
+
+    @cached_property
+    def absent(self) -> frozenset[int]:
+        """Addresses of tensors that have no contents: of blocks that do not run."""
+        of_layers = {p.tensor.name for x in self.catalog.layers for p in (*x.weights, *x.tables)}
+        known = of_layers.union(table.name for table in self._tables)
+        return frozenset(C.addressof(t) for name, t in self._buffer.tensors.items() if name not in known)
 
     def last_weight(self, layer: int) -> int:
         """Address of the tensor that a layer multiplies last (down)."""

@@ -9,14 +9,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe.engines.llamacpp.abi import Tensor
+from flashmoe.engines.llamacpp.abi import CONSTANTS, Tensor
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.prefetch.gate import Router
 
-_F32 = 0
-#: By type (F32, F16, BF16): how a Router has the weights.
-_BITS: dict[int, np.dtype[Any]] = {kind: np.dtype(bits) for kind, bits in ((0, "f4"), (1, "i2"), (30, "u2"))}
-# F32, F16, BF16: see Router
+_F32 = CONSTANTS["GGML_TYPE_F32"]
+#: By type: how a Router has the weights.
+_BITS: dict[int, np.dtype[Any]] = {
+    CONSTANTS[f"GGML_TYPE_{kind}"]: np.dtype(bits)
+    for kind, bits in (("F32", "f4"), ("F16", "i2"), ("BF16", "u2"))
+}
 _CHAIN = 8  # nodes to look back at most
 
 

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe.engines.llamacpp import abi
-from flashmoe.engines.llamacpp.abi import Tensor
+from flashmoe.engines.llamacpp.abi import CONSTANTS, InitParams, Tensor
 from flashmoe.engines.llamacpp.library import CPU_DEVICE, Library
 from flashmoe.engines.llamacpp.repack import Repacker
 from flashmoe.storage.gguf import TYPES, type_number
@@ -21,7 +20,7 @@ from flashmoe.storage.gguf import TYPES, type_number
 _COLUMNS = 2048
 _BYTES = 192 << 20  # beyond the caches: weights come from memory, as they do when a model runs
 _RUNS = 3
-_F32, _I32 = 0, 26
+_F32, _I32 = CONSTANTS["GGML_TYPE_F32"], CONSTANTS["GGML_TYPE_I32"]
 _ALIGN = 64
 _VALUE = 0x11  # of every byte of weights: small numbers in every type
 # of the products that kernels are compared by: OLMoE's experts
@@ -76,7 +75,7 @@ class _Products:
     def __init__(self, lib: Library, threads: int) -> None:
         self._lib = lib
         self._keep: list[NDArray[Any]] = []
-        self._context = lib.ggml_init(abi.InitParams(1 << 20, None, True))
+        self._context = lib.ggml_init(InitParams(1 << 20, None, True))
         self._repacker = Repacker(lib)
         device = lib.ggml_backend_dev_by_type(CPU_DEVICE)
         self._backend = self._function("ggml_backend_dev_init", C.c_void_p, C.c_void_p, C.c_void_p)(

@@ -14,7 +14,7 @@ import subprocess
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flashmoe.common.children import module_command
 from flashmoe.common.files import cache_folder, write_atomically
@@ -56,16 +56,22 @@ def prove(library: Path, module: Path | None = None) -> Proof:
         return Proof(False, False, f"its process cannot be started: {error.strerror}")
     if not failure:
         return Proof(True, True)
-    return Proof(PLAIN in passed, REPACKED in passed, failure)
+    return Proof(
+        passed == [PLAIN], False, failure
+    )  # what has passed all and crashes at the end is not fit either
 
 
 def ended_by(status: int, stderr: str) -> str:
-    """Why a child has failed: its signal, or its own last words."""
-    if status < 0:
-        with suppress(ValueError):
-            return f"ended by {signal.Signals(-status).name}"
+    """Why a child has failed: its signal, or its own last words, which it has too where it has aborted itself."""
+    last = (stderr.strip().splitlines() or [""])[-1]
+    if status >= 0:
+        return last or f"status {status}"
+    if -status == signal.SIGABRT and last:
+        return last
+    try:
+        return f"ended by {signal.Signals(-status).name}"
+    except ValueError:  # a real-time signal
         return f"ended by signal {-status}"
-    return (stderr.strip().splitlines() or [f"status {status}"])[-1]
 
 
 def self_test(library: Path, module: Path | None = None) -> Proof:
@@ -95,10 +101,9 @@ def self_test(library: Path, module: Path | None = None) -> Proof:
             f"{library}: this llama.cpp library uses instructions that the processor ({processor()}) does not "
             f"have; build llama.cpp on this machine and name its libllama.so in {ENVIRONMENT}"
         )
-    known = ", ".join(sorted({build.name for build in abi.KNOWN_BUILDS.values()}))
     raise LibraryError(
         f"{library}: this llama.cpp library does not work with the slot pool ({proof.failure}); "
-        f"builds that do: {known}"
+        f"builds that do: {abi.known_builds()}"
     )
 
 
@@ -127,7 +132,13 @@ def tested_library() -> Library:
                     FlashMoEWarning,
                     stacklevel=2,
                 )
-    return open_library(path, repacks=self_test(path).repacked)
+    library = open_library(path, repacks=self_test(path).repacked)
+    if not library.build.known:
+        message = (
+            f"{path}: {library.build.name} is not a build that FlashMoE knows, but has passed the self-test"
+        )
+        warnings.warn(message, FlashMoEWarning, stacklevel=2)
+    return library
 
 
 def _tell_of_new_wheel() -> None:
@@ -152,7 +163,7 @@ class _Notes:
         self._fact = ":".join([*facts, str(_VERSION), instructions()])
         self._path = cache_folder() / "libraries.json"
 
-    def _all(self) -> dict[str, list[str]]:
+    def _all(self) -> dict[str, Any]:
         try:
             return dict(json.loads(self._path.read_text()))
         except (OSError, ValueError, TypeError):
@@ -170,6 +181,6 @@ class _Notes:
         noted.pop(self._fact, None)
         if proof:
             passed = [name for name, works in ((PLAIN, proof.plain), (REPACKED, proof.repacked)) if works]
-            noted[self._fact] = [passed, proof.failure]  # type: ignore[assignment]
+            noted[self._fact] = [passed, proof.failure]
         with suppress(OSError):  # a home that cannot be written: tested again next time
             write_atomically(self._path, json.dumps(noted, indent=1).encode())

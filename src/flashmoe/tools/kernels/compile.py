@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from flashmoe.common.machine import cores
 from flashmoe.errors import FlashMoEError
 from flashmoe.tools.kernels.toolchain import Toolchain
 from flashmoe.tools.kernels.trial import score
@@ -61,8 +62,10 @@ class Tree:
 
     def variants(self) -> list[str]:
         """The variants that this processor can run, by ggml's own score, the best first."""
-        named = self._output([self._tools.cmake, "--build", str(self._folder), "--target", "help"])
-        names = sorted(set(re.findall(r"\bggml-cpu-([\w.]+)-feats\b", named)))
+        listed = (self._folder / "CMakeFiles" / "TargetDirectories.txt").read_text()
+        names = sorted(set(re.findall(r"/ggml-cpu-([\w.]+)-feats\.dir", listed)))
+        if not names:
+            raise FlashMoEError("this llama.cpp has no variants of its kernels for this kind of processor")
         self._build(
             [f"ggml-cpu-{name}-feats" for name in names], "looking at this processor", lambda *_: None
         )
@@ -105,8 +108,15 @@ class Tree:
             elif match := re.match(r"\[ *(\d+)%\]", line):
                 progress(int(match[1]), 100)
 
-        jobs = str(len(os.sched_getaffinity(0)))
-        command = [self._tools.cmake, "--build", str(self._folder), "--parallel", jobs, "--target", *targets]
+        command = [
+            self._tools.cmake,
+            "--build",
+            str(self._folder),
+            "--parallel",
+            str(cores()),
+            "--target",
+            *targets,
+        ]
         self._run(command, what, look)
 
     def _output(self, command: Sequence[str]) -> str:

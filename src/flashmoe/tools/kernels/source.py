@@ -13,7 +13,6 @@ import os
 import re
 import ssl
 import subprocess
-import sys
 import tarfile
 import urllib.error
 import urllib.parse
@@ -23,6 +22,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+from flashmoe.common.children import module_command
 from flashmoe.errors import FlashMoEError
 
 _PYPI = "https://pypi.org/simple"
@@ -99,7 +99,7 @@ def unpack(archive: Path, version: str, folder: Path) -> Path:
 def _pip_settings() -> dict[str, str]:
     """pip's settings by name, without the command that they are for; none where there is no pip."""
     try:
-        command = [sys.executable, "-m", "pip", "config", "list"]
+        command = module_command("pip", "config", "list")
         text = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT).stdout
     except (OSError, subprocess.SubprocessError):
         text = ""
@@ -144,8 +144,15 @@ def _find(index: str, name: str, settings: dict[str, str]) -> tuple[str, str]:
         if file == name:
             if not checksum:
                 raise LookupError(f"has no checksum of {name}")
-            return urllib.parse.urljoin(base, address), checksum
+            return _with_password_of(index, urllib.parse.urljoin(base, address)), checksum
     raise LookupError(f"has no {name}")
+
+
+def _with_password_of(index: str, address: str) -> str:
+    """An address on an index's own host, with what the index is asked with."""
+    user, at, host = urllib.parse.urlsplit(index).netloc.rpartition("@")
+    parts = urllib.parse.urlsplit(address)
+    return parts._replace(netloc=f"{user}{at}{host}").geturl() if parts.netloc == host else address
 
 
 def _of_json(body: bytes) -> Iterator[tuple[str, str, str]]:

@@ -34,19 +34,18 @@ class Toolchain:
 
 def find_toolchain() -> Toolchain:
     """The system's tools, and in place of those that it lacks the ones of `flashmoe[kernels]`. Raises FlashMoEError."""
-    c, cxx = next(
-        (((one,), (other,)) for one, other in map(_both, _COMPILERS) if one and other), ((), ())
-    ) or ((), ())
+    compiler = next((both for both in map(_both, _COMPILERS) if all(both)), None)
+    c: tuple[str, ...] = compiler[:1] if compiler else ()
+    cxx: tuple[str, ...] = compiler[1:] if compiler else ()
     zig = _zig()
     if not cxx and zig:
         c, cxx = (zig, "cc"), (zig, "c++")
     cmake, make = _program("cmake"), _program("ninja") or _program("make")
     if not (cxx and cmake and make):
-        missing = [
-            name for name, there in (("a C++ compiler", cxx), ("cmake", cmake), ("ninja", make)) if not there
-        ]
+        wanted = {"C++ compiler": cxx, "cmake": cmake, "ninja": make}
+        missing = [f"no {name}" for name, there in wanted.items() if not there]
         raise FlashMoEError(
-            f"no {', no '.join(missing).replace('no a ', 'no ')} here: "
+            f"{', '.join(missing)} here: "
             "pip install 'flashmoe-ssd[kernels]', or install g++ and cmake with the system's packages"
         )
     return Toolchain(_named(cxx), c, cxx, cmake, make)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from flashmoe.common.children import module_command
 from flashmoe.common.machine import cores
 from flashmoe.engines.llamacpp.library import open_library
 from flashmoe.engines.llamacpp.speed import expert_rates
@@ -47,13 +48,15 @@ class Trial:
 
 def score(module: Path) -> int:
     """What ggml thinks of a module on this processor: more is better; 0 for one that does not run here."""
-    command = [sys.executable, "-c", _SCORE, str(module)]
+    command = [sys.executable, "-I", "-c", _SCORE, str(module)]
     child = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
     return int(child.stdout) if child.returncode == 0 else 0
 
 
 def timed(library: Path, trials: Sequence[Trial]) -> list[Trial]:
     """The trials with their speeds; one that crashes meanwhile does not work."""
+    if not any(trial.proof.plain for trial in trials):
+        return list(trials)
     rates: dict[Path | None, list[dict[str, float]]] = {}
     failures: dict[Path, str] = {}
     for _ in range(_TURNS):
@@ -92,7 +95,7 @@ def _best(turns: Sequence[dict[str, float]]) -> dict[str, float]:
 def _measure(library: Path, module: Path | None, repack: bool) -> dict[str, float] | str:
     """Rates in a child, or why there are none."""
     given = [str(library), *([str(module)] if module else []), *([] if repack else ["plain"])]
-    command = [sys.executable, "-m", "flashmoe.tools.kernels.trial", *given]
+    command = module_command("flashmoe.tools.kernels.trial", *given)
     try:
         child = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
     except subprocess.TimeoutExpired:

@@ -15,9 +15,11 @@ import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from flashmoe.common.files import make_socket_folder
+from flashmoe.common.text import printable
 from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.hook import Evaluated
 from flashmoe.engines.llamacpp.serving.borrow import lend
@@ -246,16 +248,20 @@ def _params(engine: LlamaEngine, options: ServerOptions, socket: str, key: str) 
     import xllamacpp
 
     params = xllamacpp.CommonParams()
-    params.model.path = str(engine.path)
+    params.model.path = printable(str(engine.path))  # shown, and never opened
     params.n_ctx, params.n_parallel = engine.n_ctx * engine.sequences, engine.sequences
     params.n_batch, params.n_ubatch = engine.n_batch, engine.n_ubatch
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = engine.threads
     params.warmup = params.fit_params = False
     params.use_jinja = params.endpoint_metrics = True
-    params.hostnames, params.api_keys = [socket], [key]
+    params.api_keys = [key]
+    if hasattr(params, "hostnames"):
+        params.hostnames = [socket]
+    else:  # before 2026.10
+        params.hostname = socket
     params.n_threads_http = engine.sequences + _THREADS
     params.verbosity = 0
-    params.model_alias = {options.alias or engine.path.stem}
+    params.model_alias = {options.alias or printable(engine.path.stem)}
     params.chat_template = options.chat_template
     params.default_template_kwargs = {
         name: json.dumps(value) for name, value in options.chat_template_kwargs.items()
@@ -272,10 +278,21 @@ def _params(engine: LlamaEngine, options: ServerOptions, socket: str, key: str) 
             xllamacpp.llama_pooling_type, f"LLAMA_POOLING_TYPE_{engine.pooling.upper()}"
         )
     if options.mmproj is not None:
-        params.mmproj.path = str(options.mmproj)
+        params.mmproj.path = _plain_path(options.mmproj, Path(socket).parent)
     for name, value in options.sampling.items():
         setattr(params.sampling, name, value)
     return params
+
+
+def _plain_path(path: Path, folder: Path) -> str:
+    """The path, or a link in `folder` to it where its name is no UTF-8, in which the library takes paths."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        link = folder / "projector.gguf"
+        link.symlink_to(path.absolute())
+        return str(link)
+    return str(path)
 
 
 def _reasoning_format(xllamacpp: Any, name: str) -> Any:
