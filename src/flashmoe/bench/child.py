@@ -137,8 +137,10 @@ def _measure_pool(job: Job) -> dict[str, Any]:
 
 
 def _measure_stock(job: Job) -> dict[str, Any]:
+    from flashmoe.engines.llamacpp.library import spin_as_openmp_does
     from flashmoe.engines.llamacpp.stock import StockModel
 
+    spin_as_openmp_does()
     lib = _library(job)
     started = time.perf_counter()
     model = StockModel(lib, Path(job.model), mmap=True, repack=job.engine == "stock")

@@ -6,6 +6,7 @@ import hashlib
 import os
 import platform
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -76,6 +77,18 @@ def _siblings(processor: int) -> str:
         except OSError:
             continue
     return ""
+
+
+def seconds_without_core() -> float:
+    """What the threads of this process have waited for a core so far, all together; 0 where the system does not tell.
+
+    Of threads that have ended, nothing.
+    """
+    nanoseconds = 0
+    for thread in Path("/proc/self/task").glob("*/schedstat"):
+        with suppress(OSError, IndexError, ValueError):
+            nanoseconds += int(thread.read_text().split()[1])
+    return nanoseconds / 1e9
 
 
 def file_system(path: Path) -> str:

@@ -22,6 +22,7 @@ from flashmoe.engines.llamacpp.hook import Evaluated, RouterHook
 from flashmoe.engines.llamacpp.library import Library, is_of_wheel
 from flashmoe.engines.llamacpp.loader import LoadedModel
 from flashmoe.engines.llamacpp.sampler import Sampler
+from flashmoe.engines.llamacpp.spinning import Spinning
 from flashmoe.engines.llamacpp.stack import BYTES_PER_CHARACTER, on_large_stack, raise_thread_stacks
 from flashmoe.errors import FlashMoEError, ModelError, UsageError
 from flashmoe.prefetch.scheduler import Prefetcher
@@ -68,6 +69,7 @@ class LlamaEngine:
             cache_types=cache_types,
         )
         self.threads, self._cache_types = threads, cache_types
+        self._spinning = Spinning(lib, threads)
         self._serving = False
         #: How `embedding` is made: one of context.POOLING.
         self.pooling = pooling
@@ -270,4 +272,5 @@ class LlamaEngine:
 
     def close(self) -> None:
         """Free the context; the model is its loader's."""
+        self._spinning.close()
         self._context.close()

@@ -28,7 +28,7 @@ ENVIRONMENT = "FLASHMOE_LIBLLAMA"
 _SUFFIXES = (".so", ".dylib", ".dll")
 # Turns that a compute thread waits for the others before it sleeps, some 30 ms: longer than a layer's reads take. With
 # OpenMP's own 3 ms they fall asleep in the midst of a token (docs/benchmarks.md); OMP_WAIT_POLICY=passive still holds.
-_SPINS = "3000000"
+_SPINS, _OWN_SPINS = "3000000", "300000"
 _text, _size, _ne = C.c_char_p, C.c_size_t, C.c_int64
 
 #: What the library's own kernels are called, where modules have names of their own.
@@ -159,6 +159,11 @@ class Library:
         """Whether the kernels in use share their work by OpenMP; else by a thread pool of ggml's."""
         return "OPENMP" in self.features
 
+    @property
+    def openmp_runtime(self) -> C.CDLL:
+        """Where the functions of the OpenMP library of the kernels in use are found."""
+        return C.CDLL(str(self.module)) if self.module else self._handles[-1]
+
     def exchange_kernels(self, module: Path) -> None:
         """Compute with the kernels of a CPU backend module, a shared library of ggml's, from here on.
 
@@ -258,6 +263,12 @@ class Library:
             _log.log(self._level, "%s", line)
             if self._level == logging.ERROR:
                 self.messages = [*self.messages[-19:], line]
+
+
+def spin_as_openmp_does() -> None:
+    """Before a library is loaded: let its threads wait as they do in other programs, unless the user says otherwise."""
+    if os.environ.get("GOMP_SPINCOUNT", _SPINS) == _SPINS:
+        os.environ["GOMP_SPINCOUNT"] = _OWN_SPINS
 
 
 def _words(version: abi.Version) -> str:
