@@ -55,7 +55,7 @@ def _call(_typing: Any, _function: Any, _node: Any, _ask: Any, _data: Any) -> An
 
 @cfunc(types.uint8(types.int64, types.uint8, types.int64))
 def timed(node: Any, ask: Any, data: Any) -> Any:
-    address: Any = _notes()
+    address: Any = _notes()  # type: ignore[call-arg]
     kept = carray(int64_at(address), _HEAD + _MOST)
     _clock(1, address + 32)
     answer: Any = _call(kept[2], node, ask, data)
@@ -101,7 +101,10 @@ def main(
         for _ in range(warmup):
             decoder.evaluate([int(draw.integers(vocabulary))], decode=True)
         decoder.forget_decode()
-        hits, misses, asked, per_token = [], [], [], []
+        hits: list[int] = []
+        asked: list[int] = []
+        per_token: list[tuple[float, int, int]] = []
+        missed = 0
         for _ in range(tokens):
             notes[:2] = 0
             began = time.perf_counter()
@@ -109,8 +112,8 @@ def main(
             seconds = time.perf_counter() - began
             stops = notes[_HEAD : _HEAD + int(notes[0])]
             per_token.append((seconds, int(stops.sum()), int(notes[1])))
-            (hits if loaded.cache_stats["decode"].misses == sum(misses) else asked).extend(stops.tolist())
-            misses = [loaded.cache_stats["decode"].misses]
+            (hits if loaded.cache_stats["decode"].misses == missed else asked).extend(stops.tolist())
+            missed = loaded.cache_stats["decode"].misses
         seconds, stops, asking = np.median(np.array(per_token), axis=0)
         stats = loaded.cache_stats["decode"]
         typer.echo(
