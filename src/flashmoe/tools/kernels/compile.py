@@ -97,7 +97,8 @@ class Tree:
         """What ggml thinks of a variant on this processor; 0 for one that does not run here."""
         objects = list(self._folder.rglob(f"ggml-cpu-{variant}-feats.dir/**/*.o"))
         library = self._folder / f"feats-{variant}.so"
-        self._output([*self._tools.cxx, "-shared", "-o", str(library), *map(str, objects)])
+        link = [*self._tools.cxx, "-shared", "-o", str(library), *map(str, objects)]
+        self._run(link, "linking", lambda line: None)
         return score(library)
 
     def _build(self, targets: Sequence[str], what: str, progress: Callable[[int, int], None]) -> None:
@@ -118,11 +119,6 @@ class Tree:
         ]
         self._run(command, what, look)
 
-    def _output(self, command: Sequence[str]) -> str:
-        lines: list[str] = []
-        self._run(command, "compiling", lines.append)
-        return "\n".join(lines)
-
     def _run(self, command: Sequence[str], what: str, look: Callable[[str], None]) -> None:
         """Run a command, whose children end with it whatever happens here."""
         said: list[str] = []  # from the first error on
@@ -140,11 +136,11 @@ class Tree:
                 for line in child.stdout:
                     look(line.rstrip())
                     if line.strip() and (said or re.search(r"\berror\b", line, re.I)):
-                        said.append(line.strip())
+                        said += [line.strip()][: _LINES - len(said)]
                 status = child.wait()
             except BaseException:
                 with suppress(ProcessLookupError):
                     os.killpg(child.pid, signal.SIGKILL)
                 raise
         if status:
-            raise FlashMoEError(f"{what} with {self._tools.compiler} has failed ({' '.join(said[:_LINES])})")
+            raise FlashMoEError(f"{what} with {self._tools.compiler} has failed ({' '.join(said)})")
