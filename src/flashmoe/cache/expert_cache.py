@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from flashmoe.cache.elastic import ElasticPool
 from flashmoe.cache.policies.base import MISSES, CompiledRequest, EvictionPolicy
 from flashmoe.cache.pool import SlotPool
 from flashmoe.cache.recent import RecentRouting
@@ -49,6 +50,11 @@ class ExpertCache:
         self.staging = Staging(residency, pool, reader, spare or [0] * len(residency.free_count))
         self._prefetching = any(spare)
         self._window = PrefillWindow(policy, self.staging)
+        #: How many of the pool's slots are in use.
+        self.elastic = ElasticPool(pool, policy, self.staging, spare or [0] * len(residency.free_count))
+        self._wanted: Sequence[int] | None = None  # slots, where others are to be in use
+        #: Called before every step; it may call `resize`.
+        self.before_step: Callable[[], None] = lambda: None
         self.warm: WarmStart | None = None
         self.recent = RecentRouting(residency.n_layers, residency.n_experts)
         self._first_slot = [int(residency.group_start[g]) for g in residency.group]
@@ -57,11 +63,18 @@ class ExpertCache:
         self._under_way: tuple[list[Ticket], int, list[int]] | None = None  # reads, layer, experts
         #: Of benchmarks. While there is one, every request comes to `ensure`.
         self.observer: CacheObserver | None = None
-        self._least_group = int(np.bincount(residency.group, residency.quota).min())  # its slots
-        self._holds_a_layer = self._least_group >= residency.n_experts
-        self._resize(64)
+        self._step = 1, 1  # tokens of the present one that pass through the window, and their experts
+        self._note_least_group()
+        self._make_room(64)
 
-    def _resize(self, n: int) -> None:
+    def _note_least_group(self) -> None:
+        """Take note of the slots that the policy has of the smallest size group."""
+        residency = self.policy.residency
+        self._least_group = int(np.bincount(residency.group, residency.quota).min())
+        self._holds_a_layer = self._least_group >= residency.n_experts
+
+    def _make_room(self, n: int) -> None:
+        """Have room for requests of `n` ids."""
         self._ids, self._slots, self._miss_expert, self._miss_slot = (np.empty(n, np.int32) for _ in range(4))
         arrays = self._ids, self._slots, self._miss_expert, self._miss_slot
         self._request, self._compiled = self.policy.request(*arrays), self.policy.compiled_request(*arrays)
@@ -80,13 +93,34 @@ class ExpertCache:
         """
         with self._lock:
             self._finish()
+            self.before_step()
+            self._adjust(top_k)
             decode = self.phase == "decode"
             if decode:
                 self.recent.begin_step(tokens)
             together = decode and tokens <= self.served_together(top_k)
             if self.warm:
                 self.warm.pause(tokens > 1)  # slots are lent: none may be away
-            self._window.resize(1 if together else tokens, top_k)
+            self._step = 1 if together else tokens, top_k
+            self._window.resize(*self._step)
+
+    def resize(self, slots: Sequence[int]) -> None:
+        """Have `slots[g]` slots of each size group in use (see ElasticPool), from the next step or layer on.
+
+        From any thread.
+        """
+        self._wanted = list(slots)
+
+    def _adjust(self, top_k: int) -> None:
+        """Have as many slots in use as are wanted; while none is used."""
+        wanted, self._wanted = self._wanted, None
+        if wanted is None or wanted == self.elastic.slots:
+            return
+        self._window.resize(1, top_k)  # what is lent comes back
+        if self.warm:
+            self.warm.give_way()
+        self.elastic.resize(wanted, top_k)
+        self._note_least_group()
 
     def compiled_request(self, n: int) -> CompiledRequest | None:
         """The policy's request of up to `n` ids for compiled code, on `ids` and `slots`.
@@ -128,7 +162,7 @@ class ExpertCache:
     def reserve(self, n: int) -> None:
         """Have room for requests of `n` ids, so that `ids` and `slots` stay where they are."""
         if n > len(self._ids):
-            self._resize(n)
+            self._make_room(n)
 
     def warm_start(self, ranked: Int32) -> None:
         """Read experts of an earlier session in the background, the best first, as far as slots are free.
@@ -180,11 +214,16 @@ class ExpertCache:
         requested: int,
     ) -> Int32:
         self._finish()
+        if (
+            self._wanted is not None and requested < 0
+        ):  # what a compiled request has let in is not complete yet
+            self._adjust(self._step[1])
+            self._window.resize(*self._step)
         if self._window.serves[layer]:
             return self._ensure_batch(layer, np.atleast_2d(ids), leave_last, meanwhile, each)
         ids = ids.ravel()
         if len(ids) > len(self._slots):
-            self._resize(2 * len(ids))
+            self._make_room(2 * len(ids))
         slots = self._slots[: len(ids)]
         self._ids[: len(ids)] = ids
         done = self._request(layer, len(ids)) if requested < 0 else requested

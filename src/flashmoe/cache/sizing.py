@@ -40,6 +40,11 @@ def micro_batch(catalog: ExpertCatalog, slots: Sequence[int], wished: int, seque
     return min(wished, fitting)
 
 
+def least_slots(catalog: ExpertCatalog, tokens: int, sequences: int = 1) -> int:
+    """Slots of a size group with which `micro_batch` allows `tokens` tokens."""
+    return min(catalog.n_experts, (tokens + (tokens < sequences)) * catalog.top_k)
+
+
 def prompt_reads(catalog: ExpertCatalog, tokens: int) -> float:
     """Distinct experts that a layer of a micro-batch asks for, per token: what a prompt reads with an empty pool.
 

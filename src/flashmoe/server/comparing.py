@@ -24,7 +24,6 @@ class Comparing:
 
     def __init__(self, model: Model, broadcast: Broadcast) -> None:
         self._model, self._broadcast = model, broadcast
-        self._quota = model.cache.policy.residency.quota.copy()  # before a prompt borrows from it
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._wanted_until = self._worked = 0.0
@@ -51,7 +50,8 @@ class Comparing:
                 continue
             seen = blocks[-1]
             self._worked = time.thread_time()
-            for found in compare(blocks, self._quota):
+            residency = self._model.cache.policy.residency
+            for found in compare(blocks, residency.quota + residency.lent):  # a prompt borrows from it
                 self._rest()
                 self._latest = found or self._latest
             self.advice = self._model.report(pause=self._rest).advice
