@@ -11,6 +11,7 @@ from flashmoe.common import memory
 from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.loader import LoadedModel
+from flashmoe.engines.llamacpp.scratch import touched_bytes
 from flashmoe.engines.llamacpp.tested import tested_library
 from flashmoe.engines.llamacpp.token_table import MOST_BYTES
 from flashmoe.runtime import budget
@@ -145,8 +146,8 @@ def _best_step(
     left = limit - memory.status_bytes("VmRSS") - budget.RESERVE - taken[0]
 
     def slots_with(n: int) -> list[int]:
-        pool = left - int(each * (n - few))
-        return sizing.slots_for(catalog, pool, align) if pool >= sizing.least_pool(catalog, align) else []
+        scratch = partial(touched_bytes, catalog, n_ubatch=n)
+        return budget.plan_pool(catalog, left, int(each * (n - few)), align, scratch=scratch).slots
 
     return sizing.best_ubatch(catalog, slots_with, candidates)
 
@@ -207,7 +208,14 @@ def _fit(
                 limit - used, options.cache_ram_bytes, engine.checkpoint_bytes(), sequences
             )
             used += kept.nbytes
-            pool = budget.plan_pool(catalog, limit, used, align, memory.status_bytes("VmHWM"))
+            pool = budget.plan_pool(
+                catalog,
+                limit,
+                used,
+                align,
+                memory.status_bytes("VmHWM"),
+                partial(touched_bytes, catalog, n_ubatch=max(step, sequences)),
+            )
             allowed = 0
             if pool.slots:
                 allowed = fit_step(pool.slots, step, sequences)

@@ -13,16 +13,24 @@ _MADV_POPULATE_WRITE = 23  # Linux 5.14; not in Python's mmap module
 _LOOK = 256 << 20  # bytes whose pages are asked for at once
 _PRESENT = bytes(byte & 1 for byte in range(256))  # mincore's lowest bit; the others are reserved
 
-_HUGE_PAGE_SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 
 
 @cache
 def huge_page() -> int:
     """Bytes of this machine's transparent huge pages; of a usual one where it has none."""
     try:
-        return int(_HUGE_PAGE_SIZE.read_text())
+        return int((_HUGE_PAGES / "hpage_pmd_size").read_text())
     except (OSError, ValueError):
         return 2 << 20
+
+
+def huge_pages_everywhere() -> bool:
+    """Whether large memory is made of huge pages unasked: then touching a byte of it takes one."""
+    try:
+        return "[always]" in (_HUGE_PAGES / "enabled").read_text()
+    except OSError:
+        return False
 
 
 def reserve(nbytes: int) -> tuple[mmap.mmap, int]:
