@@ -4,7 +4,7 @@ STAMP := $(VENV)/.installed
 # files of tests are spread over the cores; more than four processes would want more memory than most machines have
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile --max-worker-restart=0
 
-.PHONY: demo test test-fast lint docs
+.PHONY: demo test test-fast lint docs builds
 
 demo: $(STAMP)
 	$(VENV)/bin/flashmoe run demo --cache 25% --temp 0 -n 96 --chat -p "What is a mixture of experts?"
@@ -16,6 +16,10 @@ test: $(STAMP)
 # what most changes need, in a minute and a half
 test-fast: $(STAMP)
 	$(PYTHON) -m pytest $(PARALLEL) tests/cache tests/prefetch tests/routing tests/simulate tests/storage tests/test_floors.py tests/test_budget.py tests/test_session.py
+
+# exactness on earlier builds of llama.cpp, whose wheels are fetched for it
+builds: $(STAMP)
+	$(PYTHON) -m tests.builds
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -28,6 +28,14 @@ hypothesis.settings.register_profile("explore", deadline=None, max_examples=1000
 hypothesis.settings.load_profile("same")
 
 Tiny = Callable[[str], Path]
+#: $XDG_CACHE_HOME as it was: kernels that the user has built need not be built again.
+USERS_CACHE = os.environ.get("XDG_CACHE_HOME", "")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--kernels", type=Path, help="module of kernels to run the library with: libggml-cpu-*.so"
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -55,9 +63,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 @pytest.fixture(scope="session")
-def lib() -> Library:
+def lib(request: pytest.FixtureRequest) -> Library:
     """The installed llama.cpp library, without the self-test: these tests are one."""
-    return open_library(find_library())
+    return open_library(find_library(), request.config.getoption("--kernels"))
 
 
 @pytest.fixture

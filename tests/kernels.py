@@ -61,7 +61,9 @@ def main() -> None:
     order = sorted(policies.BUILTIN, key=lambda name: name not in ("adaptive", "arc"))
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         running = [pool.submit(compile_callback), *(pool.submit(compile_policies, name) for name in order)]
-        running += [pool.submit(compile_predictor, name) for name in ("table", "moe-infinity", "promoe")]
+        running += [
+            pool.submit(compile_predictor, name) for name in ("table", "gate", "moe-infinity", "promoe")
+        ]
         for future in running:
             future.result()
 

@@ -29,6 +29,7 @@ from flashmoe.runtime import budget
 from flashmoe.runtime import open_gguf as gguf
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.gguf import read_gguf
+from tests import peaks
 from tests.conftest import Tiny
 
 ALIGN = 512
@@ -77,15 +78,13 @@ def test_slots_fit_into_what_is_given(name: str, tiny: Tiny) -> None:
     sizes = slot_bytes(catalog, ALIGN)
     members = (np.bincount(catalog.groups) * catalog.n_experts).tolist()
     least, most = sizing.least_pool(catalog, ALIGN), sum(s * n for s, n in zip(sizes, members, strict=True))
-    before = [0] * len(sizes)
+    before, one_token = [0] * len(sizes), sizing.group_top_k(catalog)
     for given in np.linspace(least, most, 97).astype(int).tolist():
         slots = sizing.slots_for(catalog, given, ALIGN)
         used = sum(s * n for s, n in zip(sizes, slots, strict=True))
         assert used <= given
-        assert all(catalog.top_k <= n <= m for n, m in zip(slots, members, strict=True))
-        assert all(a <= b for a, b in zip(before, slots, strict=True)) or slots == [catalog.top_k] * len(
-            sizes
-        )
+        assert all(k <= n <= m for k, n, m in zip(one_token, slots, members, strict=True))
+        assert all(a <= b for a, b in zip(before, slots, strict=True)) or slots == one_token
         before = slots
     assert before == members
     assert sizing.slots_for(catalog, 100 * most, ALIGN) == members
@@ -146,9 +145,45 @@ def test_default_parallel(context: int, taken: int, left: int) -> None:
 )
 def test_micro_batch_of_several_sequences(slots: int, sequences: int, allowed: int) -> None:
     """llama.cpp adds a token where a micro-batch has fewer than there are sequences."""
-    catalog: Any = SimpleNamespace(n_experts=64, top_k=8)
+    catalog: Any = SimpleNamespace(n_experts=64, groups=(0,), layers=[SimpleNamespace(top_k=8)])
     assert sizing.micro_batch(catalog, [slots], 512, sequences) == allowed
     assert sizing.micro_batch(catalog, [64], 512, sequences) == 512
+
+
+def test_micro_batches_weigh_reads_of_prompts_against_slots(demo: Path) -> None:
+    catalog = ExpertCatalog.from_gguf(read_gguf(demo))
+    whole = sum(
+        size * int(n) for size, n in zip(slot_bytes(catalog, 1), sizing.group_experts(catalog), strict=True)
+    )
+    half = whole // 2
+
+    def sizes(pool: int, token_bytes: float, context: int = 1 << 20) -> list[int]:
+        return [u.tokens for u in sizing.ubatches(catalog, context, pool, token_bytes, 1)]
+
+    assert sizes(whole, 0) == [512, 256, 1024, 128, 2048, 64, 4096]  # nothing is read: llama.cpp's size
+    assert sizes(half, 0) == [
+        4096,
+        2048,
+        1024,
+        512,
+        256,
+        128,
+        64,
+    ]  # slots are as many: the larger, the better
+    assert sizes(half, 0, context=600)[0] == 512
+    assert sizes(half, half / 100)[0] == 64  # a hundred tokens more cost all slots
+    assert sizes(half, 0, context=63) == sizes(sizing.least_pool(catalog, 1), 0) == []
+    least = sizing.least_pool(catalog, 1)
+    for each in (whole / n for n in (1000, 3000, 10_000, 30_000, 100_000)):
+        found = sizing.ubatches(catalog, 4096, half, each, 1)
+        fitting = [n for n in sizing.UBATCHES if half - int(each * (n - 64)) >= least]
+        by_hand = {}
+        for n in fitting:
+            slots = sum(sizing.slots_for(catalog, half - int(each * (n - 64)), 1))
+            absent = 1 - slots / catalog.total_experts
+            by_hand[n] = absent * (sizing.prompt_reads(catalog, n) + catalog.top_k)
+        assert {u.tokens for u in found} <= set(fitting)
+        assert [u.reads for u in found] == pytest.approx(sorted(by_hand[u.tokens] for u in found))
 
 
 def test_a_tight_budget_gets_a_smaller_context() -> None:
@@ -342,6 +377,35 @@ def test_process_keeps_to_its_budget(control_group: ControlGroup, demo: Path, tm
     assert figures["memory"]["peak_bytes"] <= limit
     assert figures["cache"]["misses"] > 0
     assert figures["decode"]["tokens"] == 31
+
+
+def test_gpt_oss_keeps_to_its_budget(control_group: ControlGroup, tmp_path: Path) -> None:
+    """Two layers of the real model's shape, with its tables per expert and its large slots; no weights."""
+    del control_group  # there is a right to make one
+    peaks.write_sparse("gpt-oss-20b", tmp_path / "m.gguf", layers=2)
+    found = peaks.peak(tmp_path / "m.gguf", 1000 << 20, 64, 4, step=64)
+    assert found["in_group"]
+    assert found["slots"] < found["experts"] == 64
+    assert 0.9 * found["budget"] < found["peak"] <= found["budget"]
+
+
+def test_scratch_takes_the_place_of_slots(olmoe: ExpertCatalog) -> None:
+    used = 100 << 20
+    least = budget.plan_pool(olmoe, 0, used, ALIGN).least
+    sizes = slot_bytes(olmoe, ALIGN)
+
+    def scratch(slots: list[int]) -> int:
+        return 1000 * sum(slots)
+
+    for more in range(0, sum(sizes) * 14, 999):
+        plan = budget.plan_pool(olmoe, least + more, used, ALIGN, scratch=scratch)
+        beside = budget.plan_pool(olmoe, least + more, used, ALIGN)
+        assert plan.least == least + scratch([4, 4, 4, 4])
+        assert bool(plan.slots) == (least + more >= plan.least)
+        if plan.slots:
+            taken = sum(n * size for n, size in zip(plan.slots, sizes, strict=True))
+            assert used + taken + scratch(plan.slots) <= least + more
+            assert sum(plan.slots) >= sum(beside.slots) - 4
 
 
 def test_share_that_is_expected_grows_with_the_budget(tiny: Tiny) -> None:

@@ -25,7 +25,7 @@ def test_all_checks(tmp_path: Path) -> None:
     result = flashmoe("doctor", tmp_path, "--json", "-")
     checks = {check["name"]: check for check in json.loads(result.out)}
     assert result.status == 0, checks
-    assert list(checks) == ["system", "library", "processor", "memory", "pages", "drive"]
+    assert list(checks) == ["system", "cache", "library", "processor", "memory", "pages", "drive"]
     assert checks["memory"]["facts"]["default_budget_bytes"] <= checks["memory"]["facts"]["limit_bytes"]
     assert "xllamacpp" in checks["library"]["facts"]["build"]
     if checks["drive"]["facts"]["direct"]:
@@ -40,7 +40,7 @@ def test_people_read_the_same(tmp_path: Path) -> None:
     result = flashmoe("doctor", tmp_path)
     assert result.status == 0
     assert [line.split()[1] for line in result.out.splitlines() if line[0] != " "] == [
-        "system", "library", "processor", "memory", "pages", "drive",
+        "system", "cache", "library", "processor", "memory", "pages", "drive",
     ]  # fmt: skip
 
 

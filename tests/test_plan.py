@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from flashmoe.cache import sizing
 from flashmoe.errors import BudgetError, ModelError, UsageError
 from flashmoe.routing.trace import RoutingTrace
 from flashmoe.simulate.curve import HitCurve, hit_curve, nearest, shipped
@@ -19,7 +20,15 @@ from flashmoe.storage.gguf import parse_part, parse_remote, read_gguf
 from flashmoe.storage.hub import demo_model
 from flashmoe.storage.remote import RemoteFile
 from flashmoe.tools import plan as planning
-from flashmoe.tools.plan import Machine, active_bytes, context_bytes, make_plan
+from flashmoe.tools.plan import (
+    ALIGN,
+    OVERHEAD_BYTES,
+    Machine,
+    active_bytes,
+    buffer_bytes,
+    context_bytes,
+    make_plan,
+)
 from tests.cli.runner import flashmoe, own_process
 from tests.conftest import Tiny
 from tests.models import split
@@ -70,6 +79,23 @@ def test_a_context_takes_slots(tiny: Tiny) -> None:
     assert many.budget_bytes - few.budget_bytes == more > 0
     with pytest.raises(UsageError, match="more than this model was trained for"):
         make_plan(catalog, MACHINE, CURVE, n_ctx=513)
+
+
+def test_the_micro_batch_is_what_loading_chooses(tiny: Tiny) -> None:
+    """With the buffers that a real shape has, larger ones cost slots; every row has those that loading looks at."""
+    catalog = ExpertCatalog.from_gguf(read_gguf(tiny("llama")))
+    made = make_plan(catalog, MACHINE, CURVE, n_ctx=512)
+    for row in made.rows[1:]:
+        left = row.budget_bytes - catalog.dense_bytes - OVERHEAD_BYTES - context_bytes(catalog.gguf, 512)
+        chosen = sizing.ubatches(catalog, 512, left, buffer_bytes(catalog, 512), ALIGN)
+        assert list(row.ubatches) == chosen
+        assert (row.ubatch, row.slots) == (chosen[0].tokens, chosen[0].slots)
+    assert made.rows[0].ubatches == ()  # one token's experts
+    assert made.rows[0].ubatch == 1
+    assert made.rows[-1].ubatch == 512
+    assert "all experts are resident" in made.ubatch_reason
+    tight = make_plan(catalog, MACHINE, CURVE, [made.rows[0].budget_bytes], n_ctx=512)
+    assert f"-ub auto is 1 at --ram {tight.rows[0].budget_bytes >> 20}MiB" in tight.ubatch_reason
 
 
 def test_what_is_recommended(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,6 +248,7 @@ def test_the_table(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     result = flashmoe("plan", tiny("llama"), "-t", 1, "--ram", "1GiB,2GiB")
     assert result.status == 0
     assert "recommended: --ram" in result.out
+    assert "-ub auto is" in result.out
     trace = tmp_path / "t.safetensors"
     made_up(50, 3, 8, 2).save(trace)
     own = flashmoe("plan", tiny("llama"), "-t", 1, "--trace", trace, "--json", "-")

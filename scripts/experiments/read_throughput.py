@@ -4,7 +4,8 @@
 
 In turns, one block of each per round: the expert cache is asked for 8 absent experts of a layer, layer after layer, and
 waits for each layer; the same reads (files, offsets and lengths) by 1, 2, 4 and 8 threads with O_DIRECT and preadv, all
-at once, and a layer at a time. Memory is of the same kind (huge pages, touched before).
+at once, and a layer at a time. Memory is of the same kind (huge pages, touched before). Beside the rate, the
+processor time of a read.
 """
 
 from __future__ import annotations
@@ -110,12 +111,15 @@ def main(
         ways[f"preadv, {n} threads, a layer at a time"] = partial(by_threads, n, at_once=False)
         ways[f"preadv, {n} threads, all at once"] = partial(by_threads, n, at_once=True)
     rates: dict[str, list[float]] = {name: [] for name in ways}
+    busy: dict[str, list[float]] = {name: [] for name in ways}  # milliseconds of a read
+    n_reads = sum(len(batch) for batch in batches)
     for _ in range(rounds):
         for name, prepare in ways.items():
             run = prepare()
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             run()
             rates[name].append(nbytes / (time.perf_counter() - began) / 1e9)
+            busy[name].append(1e3 * (time.process_time() - used) / n_reads)
     ours = rates["demand reads of the expert cache"]
     result: dict[str, Any] = {
         "ceiling_gb_per_s": ceiling,
@@ -128,9 +132,13 @@ def main(
         result["ways"][name] = {
             "gb_per_s": statistics.median(measured),
             "runs": measured,
+            "processor_ms_per_read": statistics.median(busy[name]),
             "ours_to_it": ratio,
         }
-        typer.echo(f"{name:45} {statistics.median(measured):5.2f} GB/s   demand / it {ratio:.2f}")
+        typer.echo(
+            f"{name:45} {statistics.median(measured):5.2f} GB/s   demand / it {ratio:.2f}"
+            f"   {statistics.median(busy[name]):.2f} ms of a processor a read"
+        )
     pool.close()
     reader.close()
     if json_file:

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 SOURCE = Path(__file__).parents[2] / "src"
 
 #: Prints, of a function that calls another module's: its result, and whether it was compiled.
@@ -107,6 +109,19 @@ def test_change_of_another_module(tmp_path: Path) -> None:
     for old, new, results, compiled in EDITS:
         edit(tmp_path / "callee.py", old, new)
         assert python(tmp_path, "import caller") == [results, compiled], new
+
+
+@pytest.mark.parametrize("left", [0, 60])
+@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+def test_files_that_were_cut_off(tmp_path: Path, kind: str, left: int) -> None:
+    """A full drive, or a power cut: what cannot be read is compiled again."""
+    (tmp_path / "caller.py").write_text(CALLER)
+    (tmp_path / "callee.py").write_text(CALLEE)
+    python(tmp_path, "import caller")
+    for path in (tmp_path / "compiled").rglob(f"*.{kind}"):
+        os.truncate(path, left)
+    assert python(tmp_path, "import caller") == [[21, 2, 21], [True, True, True]]
+    assert python(tmp_path, "import caller") == [[21, 2, 21], [False, False, False]]
 
 
 #: Prints, by policy: what `release` returns where nothing is resident (of lru only: it takes long to compile), a sum

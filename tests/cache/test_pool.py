@@ -198,3 +198,17 @@ def test_what_is_placed_starts_on_a_cache_line_and_has_no_slack(tiny: Tiny) -> N
     assert [slot for _, slot in moved] == [window.address + window.stride]
     pool.close()
     reader.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells what a mapping is")
+def test_forked_processes_do_not_get_the_pool(tiny: Tiny) -> None:
+    """`dc`: not copied on fork. A map is what begins before the region and ends after its begin."""
+    with pool_of(tiny("gpt-oss"), 5) as (_, _, pool):
+        flags: dict[int, list[str]] = {}
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if "-" in line.split()[0]:
+                first, end = (int(number, 16) for number in line.split()[0].split("-"))
+            elif line.startswith("VmFlags:"):
+                flags.update({address: line.split() for address, _ in pool.regions if first <= address < end})
+        assert flags.keys() == {address for address, _ in pool.regions}
+        assert all("dc" in found for found in flags.values())

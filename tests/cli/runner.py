@@ -50,14 +50,23 @@ def flashmoe(*arguments: object, stdin: str | None = None, env: Mapping[str, str
     return Result(status, out.getvalue(), err.getvalue())
 
 
-def own_process(*arguments: object, stdin: str | None = None, env: Mapping[str, str] | None = None) -> Result:
-    """The same as a process of its own."""
+def own_process(
+    *arguments: object,
+    stdin: str | bytes | None = None,
+    env: Mapping[str, str] | None = None,
+    encoding: str | None = "utf-8",
+    timeout: float = 120,
+) -> Result:
+    """The same as a process of its own. encoding: of its output; None where it may be any, or broken."""
     done = subprocess.run(
         [*COMMAND, *map(str, arguments)],
-        input=stdin or "",
+        input=(stdin or "").encode() if not isinstance(stdin, bytes) else stdin,
         capture_output=True,
-        text=True,
-        timeout=120,
+        timeout=timeout,
         env={**os.environ, **(env or {})},
     )
-    return Result(done.returncode, done.stdout, done.stderr)
+    out, err = (
+        data.decode(encoding or "utf-8", "strict" if encoding else "replace")
+        for data in (done.stdout, done.stderr)
+    )
+    return Result(done.returncode, out, err)

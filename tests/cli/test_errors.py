@@ -150,7 +150,7 @@ def test_prompt_given_twice(tiny: Tiny, tmp_path: Path) -> None:
 def test_prompt_file(tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for file in (tmp_path / "none", tmp_path, tmp_path / "binary"):
-        fails(2, "the prompt cannot be read", tiny("llama"), "-f", file, stdin="")
+        fails(2, "the prompt (cannot be read|is not UTF-8)", tiny("llama"), "-f", file, stdin="")
 
 
 def test_report_that_cannot_be_written(tiny: Tiny, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from flashmoe.prefetch.base import Float32, Int32
 from flashmoe.prefetch.gate import Gate
 from flashmoe.prefetch.scheduler import Prefetcher
 from tests.conftest import Tiny
+from tests.models import make
 
 
 class Spy(Gate):
@@ -22,6 +24,9 @@ class Spy(Gate):
     def __init__(self) -> None:
         super().__init__()
         self.right = self.asked = 0
+
+    def use_residency(self, slot_of: Int32) -> None:
+        """All experts are scored, as if none were resident."""
 
     def see(self, layer: int, hidden: Float32) -> None:
         super().see(layer, hidden)
@@ -51,9 +56,8 @@ ROUTERS = [
 ]
 
 
-@pytest.mark.parametrize("name", ROUTERS)
-def test_routers_are_read_right(name: str, tiny: Tiny, lib: Library) -> None:
-    with flashmoe.load(tiny(name), cache="100%", threads=1, n_ctx=64, prefetch="none", library=lib) as model:
+def check_routers(path: Path, lib: Library) -> None:
+    with flashmoe.load(path, cache="100%", threads=1, n_ctx=64, prefetch="none", library=lib) as model:
         spy = Spy()
         spy.bind(len(model.catalog.layers), model.catalog.n_experts, model.catalog.top_k)
         model.engine.prefetch(Prefetcher([spy], model.cache))
@@ -61,6 +65,16 @@ def test_routers_are_read_right(name: str, tiny: Tiny, lib: Library) -> None:
             model.engine.decode([token])
     assert spy.asked >= 10 * len(model.catalog.layers) * model.catalog.top_k
     assert spy.right >= 0.99 * spy.asked
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_routers_are_read_right(name: str, tiny: Tiny, lib: Library) -> None:
+    check_routers(tiny(name), lib)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16"])
+def test_routers_of_half_the_size_are_read_as_they_are(kind: str, tmp_path: Path, lib: Library) -> None:
+    check_routers(make("qwen3moe", tmp_path / "m.gguf", router=kind), lib)
 
 
 @pytest.mark.parametrize("prefetch", ["gate", "auto"])

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-import gguf
-import numpy as np
 import psutil
 import pytest
 
@@ -14,8 +11,8 @@ import flashmoe
 from flashmoe.common.memory import status_bytes
 from flashmoe.engines.base import SamplingParams
 from tests.models.architectures import EXPERTS, FULL_NORMS
+from tests.models.sparse import write_sparse
 from tests.models.spec import Spec
-from tests.models.writer import _add, _add_tokenizer
 
 HUGE = Spec(
     arch="olmoe",
@@ -32,30 +29,8 @@ HUGE = Spec(
 )
 
 
-def write_sparse(path: Path) -> Path:
-    """Write HUGE's header and leave all tensors to a hole in the file."""
-    writer = gguf.GGUFWriter(path, HUGE.arch)
-    for key, value in HUGE.metadata().items():
-        _add(writer, f"{HUGE.arch}.{key}", value)
-    _add_tokenizer(writer, HUGE)
-    size = 0
-    for name, shape, kind in HUGE.tensors():
-        quant = gguf.GGMLQuantizationType["F32" if len(shape) == 1 or "gate_inp" in name else kind]
-        block, block_bytes = gguf.GGML_QUANT_SIZES[quant]
-        rows = (*shape[:0:-1], shape[0] // block * block_bytes)
-        nbytes = int(np.prod(rows))
-        writer.add_tensor_info(name, rows, np.dtype(np.uint8), nbytes, raw_dtype=quant)
-        size += -(-nbytes // 32) * 32
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    writer.close()
-    os.truncate(path, -(-path.stat().st_size // 32) * 32 + size)
-    return path
-
-
 def test_a_model_above_the_machines_memory_loads_and_generates(tmp_path: Path) -> None:
-    path = write_sparse(tmp_path / "huge.gguf")
+    path = write_sparse(HUGE, tmp_path / "huge.gguf")
     if path.stat().st_size < psutil.virtual_memory().total:
         pytest.skip("this machine has more memory than the test's model")
     before = status_bytes("RssAnon")

@@ -5,30 +5,36 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flashmoe.engines.llamacpp import abi, library
+from flashmoe.engines.llamacpp import abi, facts, tested
+from flashmoe.engines.llamacpp.facts import differences
 from flashmoe.engines.llamacpp.library import ENVIRONMENT, Library, find_library
-from flashmoe.engines.llamacpp.tested import self_test
-from flashmoe.errors import LibraryError
-from flashmoe.storage import gguf
+from flashmoe.engines.llamacpp.tested import Proof, prove, self_test
+from flashmoe.errors import FlashMoEWarning, LibraryError
+from flashmoe.runtime.layout import PLAIN
+from flashmoe.storage import disk, gguf
 from flashmoe.tools import self_test as module
+from tests.cli.runner import flashmoe
 
 
-def other_build(lib: Library) -> abi.Build:
-    """A known build whose structures differ from the library's."""
-    return next(b for b in abi.KNOWN_BUILDS.values() if b.name != lib.build.name)
+def other_layout(lib: Library) -> abi.Layout:
+    """That of a build whose structures differ from the library's."""
+    return next(layout for layout in abi.LAYOUTS if layout != lib.build.layout)
 
 
 def test_installed_library_is_found_and_known(lib: Library) -> None:
     assert find_library().is_file()
-    assert lib.build in abi.KNOWN_BUILDS.values()
-    abi.self_check(lib, lib.build)
+    assert lib.build.known
+    assert lib.build.name in lib.build.layout.builds
+    assert not differences(lib, lib.build.layout)
 
 
 def test_named_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -92,62 +98,77 @@ def test_library_of_something_else(tmp_path: Path) -> None:
         Library(Path(mtrand.__file__))
 
 
-def test_unknown_version_names_the_known_ones(monkeypatch: pytest.MonkeyPatch, lib: Library) -> None:
-    known = {build.name: build for build in abi.KNOWN_BUILDS.values()}
-    others = {(f"0.0.{i}", "0"): build for i, build in enumerate(known.values())}
-    monkeypatch.setattr(abi, "KNOWN_BUILDS", others)
-    with pytest.raises(LibraryError, match="is not a build that FlashMoE knows; install ") as caught:
+def named(layout: abi.Layout, builds: dict[str, abi.Version]) -> abi.Layout:
+    return replace(layout, builds=builds)
+
+
+def test_unknown_version_of_a_known_layout_is_used_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, lib: Library, tmp_path: Path, notes: Path
+) -> None:
+    older = [named(layout, {"an older one": ("0.0.1", "0.0.1")}) for layout in abi.LAYOUTS]
+    monkeypatch.setattr(abi, "LAYOUTS", older)
+    path = tmp_path / "libllama.so"
+    path.symlink_to(lib.path)
+    monkeypatch.setenv(ENVIRONMENT, str(path))
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, "", "")
+    )
+    with pytest.warns(
+        FlashMoEWarning, match=r"llama\.cpp .*\(ggml .*\) is not a build that FlashMoE knows, but"
+    ):
+        found = tested.tested_library()
+    assert (found.build.layout.structs, found.build.known) == (lib.structs, False)
+    assert lib.ggml_version().decode() in found.build.name
+
+
+def test_version_of_two_builds_is_read_by_the_layout_that_fits(
+    monkeypatch: pytest.MonkeyPatch, lib: Library
+) -> None:
+    version = lib.build.layout.builds[lib.build.name]
+    others = [named(layout, {"other": version}) for layout in abi.LAYOUTS if layout != lib.build.layout]
+    monkeypatch.setattr(abi, "LAYOUTS", [*others, named(lib.build.layout, {"this": version})])
+    found = Library(lib.path).build
+    assert (found.name, found.layout.structs, found.known) == ("this", lib.structs, True)
+
+
+def test_library_of_no_known_layout(monkeypatch: pytest.MonkeyPatch, lib: Library) -> None:
+    known = abi.known_builds()
+    monkeypatch.setattr(abi, "LAYOUTS", [layout for layout in abi.LAYOUTS if layout != lib.build.layout])
+    monkeypatch.setattr(abi, "known_builds", lambda: known)
+    with pytest.raises(LibraryError, match="is not a build that FlashMoE knows, and differs from") as caught:
         Library(lib.path)
-    for name in known:
-        assert name in str(caught.value)
-    assert lib.llama_version().decode() in str(caught.value)
+    assert f"(ggml {lib.ggml_version().decode()})" in str(caught.value)
+    assert f"install one of {known}" in str(caught.value)
+
+
+def shifted(struct: Any) -> Any:
+    """A struct with a field more, at its beginning."""
+    return type(
+        struct.__name__, (ctypes.Structure,), {"_fields_": [("new", ctypes.c_uint64), *struct._fields_]}
+    )
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ("context_params", "llama_context_params"),
-        ("shifted context_params", "llama_context_params"),
-        ("tensor", "ggml_tensor"),
-        ("buffer_type", "ggml_backend_buffer_type"),
-        ("model_params", "llama_model_params"),
-    ],
+    "name",
+    ["llama_context_params", "llama_model_params", "ggml_threadpool_params", "ggml_backend_buffer_type"],
 )
-def test_wrong_layout_is_noticed(
-    change: str, named: str, lib: Library, monkeypatch: pytest.MonkeyPatch
+def test_wrong_layout_is_noticed(name: str, lib: Library) -> None:
+    structs = {**lib.structs, name: shifted(lib.structs[name])}
+    assert differences(lib, replace(lib.build.layout, structs=structs)) == [name]
+
+
+def test_layout_of_another_build_is_noticed(lib: Library) -> None:
+    assert differences(lib, other_layout(lib))
+
+
+@pytest.mark.parametrize(
+    ("name", "struct"), [("ggml_tensor", "Tensor"), ("ggml_backend_buffer_i", "BufferInterface")]
+)
+def test_wrong_layout_of_what_builds_share_is_noticed(
+    name: str, struct: str, lib: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = lib.build
-    if change == "context_params":
-        build = abi.Build(build.name, other_build(lib).context_params, build.buffer_type)
-    elif change == "shifted context_params":
-        fields = [("new", ctypes.c_uint32), *build.context_params._fields_]
-        build = abi.Build(build.name, type("P", (ctypes.Structure,), {"_fields_": fields}), build.buffer_type)
-    elif change == "buffer_type":
-        names = [name for name, _ in build.buffer_type._fields_[0][1]._fields_]
-        wrong = abi._buffer_type(" ".join([names[0], "new", *names[1:]]))
-        build = abi.Build(build.name, build.context_params, wrong)
-    elif change == "tensor":
-        monkeypatch.setattr(abi.C, "sizeof", lambda _: 360)
-    else:
-        fields = [("new", ctypes.c_uint64), *abi.ModelParams._fields_]
-        params = type("M", (ctypes.Structure,), {"_fields_": fields})
-        monkeypatch.setitem(
-            library._PROTOTYPES,
-            "llama_model_default_params",
-            (params, library._PROTOTYPES["llama_backend_init"][1]),
-        )
-    with pytest.raises(LibraryError, match=f"differs from build .* in .*{named}"):
-        abi.self_check(reopened(lib, build), build)
-
-
-def reopened(lib: Library, build: abi.Build) -> Any:
-    """The library through new declarations, without its checks."""
-    fresh = Library.__new__(Library)
-    fresh.path, fresh.build, fresh._handles = lib.path, build, [ctypes.CDLL(str(lib.path))]
-    for name, (result, arguments) in library._PROTOTYPES.items():
-        fresh._declare(name, result, *arguments)
-    fresh._declare("llama_context_default_params", build.context_params)
-    return fresh
+    monkeypatch.setattr(facts, struct, shifted(getattr(abi, struct)))
+    assert name in differences(lib, lib.build.layout)
 
 
 @pytest.fixture
@@ -192,10 +213,12 @@ def test_damaged_notes_mean_not_tested(
 @pytest.mark.parametrize(
     ("status", "stderr", "reason"),
     [
-        (-11, "", "signal 11"),
+        (-11, "a warning", "ended by SIGSEGV"),
         (-6, "GGML_ASSERT failed", "GGML_ASSERT failed"),
+        (-6, "", "ended by SIGABRT"),
+        (-40, "", "ended by signal 40"),
         (1, "warning\nlogits differ from the stock engine's\n", "logits differ"),
-        (1, "", ""),
+        (1, "", "status 1"),
     ],
 )
 def test_library_that_fails_its_probe(
@@ -209,6 +232,44 @@ def test_library_that_fails_its_probe(
     assert not notes.exists()
 
 
+ILLEGAL = """
+#include <signal.h>
+__attribute__((constructor)) static void start(void) { raise(SIGILL); }
+"""
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler")
+@pytest.mark.parametrize("arguments", [("doctor",), ("plan", "demo"), ("run", "demo", "-p", "x")])
+def test_a_library_for_another_processor(
+    arguments: tuple[str, ...], notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first instruction ends a process: one of its own, and this one goes on."""
+    (tmp_path / "ill.c").write_text(ILLEGAL)
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "libllama.so", tmp_path / "ill.c"], check=True)
+    monkeypatch.setattr(disk, "_SECONDS", 0.001)
+    result = flashmoe(*arguments, env={ENVIRONMENT: str(tmp_path)})
+    assert result.status == 1
+    assert "uses instructions that the processor" in result.out + result.err
+    assert not notes.exists()
+
+
+def test_another_processor_means_not_tested(
+    notes: Path, lib: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A home or a virtual machine that has moved."""
+    asked: list[list[str]] = []
+
+    def child(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", child)
+    for instructions in ("avx2", "avx2", "avx"):
+        monkeypatch.setattr(tested, "instructions", lambda name=instructions: name)
+        self_test(lib.path)
+    assert len(asked) == 2
+
+
 def test_library_that_hangs_in_its_probe(notes: Path, lib: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     def hang(command: list[str], timeout: float, **_: object) -> None:
         raise subprocess.TimeoutExpired(command, timeout)
@@ -220,8 +281,7 @@ def test_library_that_hangs_in_its_probe(notes: Path, lib: Library, monkeypatch:
 
 
 def test_probe_notices_other_logits(lib: Library, demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert demo.is_file()
-    assert module.compare(lib.path)
+    assert module.compare(lib, demo, PLAIN, "12%")
     decode, calls = module._decode, iter(range(10**6))
 
     def off_by_one(context: Any, tokens: list[int]) -> Any:
@@ -231,7 +291,24 @@ def test_probe_notices_other_logits(lib: Library, demo: Path, monkeypatch: pytes
         return logits
 
     monkeypatch.setattr(module, "_decode", off_by_one)
-    assert not module.compare(lib.path)
+    assert not module.compare(lib, demo, PLAIN, "12%")
+
+
+@pytest.mark.parametrize(
+    ("stdout", "proof"),
+    [
+        ("", Proof(False, False, "ended by SIGILL")),
+        ("plain\n", Proof(True, False, "ended by SIGILL")),
+        ("plain\nrepacked\n", Proof(False, False, "ended by SIGILL")),
+    ],
+)
+def test_a_crash_counts_for_the_layout_that_it_happened_in(
+    stdout: str, proof: Proof, notes: Path, lib: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, -4, stdout, "")
+    )
+    assert prove(lib.path) == proof
 
 
 def test_types_are_those_of_the_library(lib: Library) -> None:

@@ -15,7 +15,7 @@ import pytest
 import flashmoe
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.repack import placed, repacks_slice_by_slice
-from flashmoe.errors import FlashMoEError, ModelError, UsageError
+from flashmoe.errors import FlashMoEError, LibraryError, ModelError, UsageError
 from flashmoe.runtime.layout import AUTO, PACKED, PLAIN, REPACKED, choose_layout
 from flashmoe.storage import pack as pack_module
 from flashmoe.storage.catalog import ExpertCatalog
@@ -93,6 +93,22 @@ def test_auto_repacks_where_most_experts_stay(tiny: Tiny) -> None:
     assert choose_layout(REPACKED, catalog, 0.25, packed=False) == REPACKED
 
 
+def test_kernels_that_crash_with_repacked_weights(
+    model: Path, lib: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even a pack file does not lead to them; who asks for them is told."""
+    monkeypatch.setattr("flashmoe.tools.packing.tested_library", lambda: lib)
+    make_pack(model)
+    monkeypatch.setattr(lib, "repacks", False)
+    with flashmoe.load(model, cache="100%", n_ctx=CONTEXT, threads=1, library=lib) as loaded:
+        assert loaded.stats["layout"] == PLAIN
+        assert not any(weight.place for layer in loaded.catalog.layers for weight in layer.weights)
+    with pytest.raises(LibraryError, match="fail with repacked weights .* use --layout plain"):
+        flashmoe.load(model, cache="100%", layout=REPACKED, library=lib)
+    with pytest.raises(LibraryError, match="fail with repacked weights"):
+        make_pack(model)
+
+
 def test_experts_picked_twice_per_token_are_never_repacked(tiny: Tiny, lib: Library, library: None) -> None:
     """llama.cpp's repacked kernels write over a token's rows then: its own results change with the micro-batch."""
     path = tiny("grovemoe")
@@ -153,7 +169,7 @@ def test_pack_of_another_processor_is_refused_and_made_again(
     ]  # the first expert is interleaved in another way
     pack.path.write_bytes(data)
     for layout in (AUTO, REPACKED):
-        with pytest.raises(ModelError, match="made for another processor .* `flashmoe pack MODEL`"):
+        with pytest.raises(ModelError, match="made for another processor, .* `flashmoe pack MODEL`"):
             flashmoe.load(model, cache="100%", layout=layout, library=lib)
     flashmoe.load(model, cache="100%", layout=PLAIN, library=lib).close()
     assert make_pack(model)[1]

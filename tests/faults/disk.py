@@ -87,8 +87,8 @@ class Server:
         elif code in (_OPEN, _OPENDIR):
             self._reply(unique, struct.pack("<QII", 0, _FOPEN_DIRECT_IO if code == _OPEN else 0, 0))
         elif code == _READ:
-            _, offset, size = struct.unpack_from("<QQI", body)
-            self._read(unique, offset, size)
+            _, offset, size, _, _, flags = struct.unpack_from("<QQIIQI", body)
+            self._read(unique, offset, size, bool(flags & os.O_DIRECT))
         elif code == _STATFS:
             self._reply(unique, bytes(80))
         elif code in (_RELEASE, _RELEASEDIR, _FLUSH, _DESTROY):
@@ -101,11 +101,14 @@ class Server:
         mode, size = (stat.S_IFREG | 0o644, info.st_size) if node == _FILE else (stat.S_IFDIR | 0o755, 4096)
         return struct.pack("<6Q10I", node, size, -(-size // 512), 0, 0, 0, 0, 0, 0, mode, 1, 0, 0, 0, 4096, 0)
 
-    def _read(self, unique: int, offset: int, size: int) -> None:
+    def _read(self, unique: int, offset: int, size: int, direct: bool) -> None:
         with self._lock:
             self.reads += 1
             fault = self._fault
-            if fault and fault.get("skip", 0) > 0:
+            elsewhere = offset + size < fault.get("reaching", 0) or (fault.get("direct") and not direct)
+            if elsewhere:
+                fault = {}
+            elif fault and fault.get("skip", 0) > 0:
                 fault["skip"] -= 1
                 fault = {}
             elif fault and "times" in fault:
@@ -165,7 +168,8 @@ class Disk:
 
     def fault(self, **what: Any) -> dict[str, Any]:
         """kind: "error" (with errno), "short", "hang" or "slow" (with seconds), for `times` reads after `skip` good
-        ones; nothing: a sound disk, which answers what it has left unanswered. Returns what there was so far."""
+        ones; direct: only for direct reads; reaching: only for those that reach such an offset; nothing: a sound disk,
+        which answers what it has left unanswered. Returns what there was so far."""
         assert self._process.stdin
         self._process.stdin.write(json.dumps(what) + "\n")
         self._process.stdin.flush()

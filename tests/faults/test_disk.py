@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
 import os
 import re
@@ -16,7 +17,7 @@ import pytest
 import flashmoe
 from flashmoe.engines.base import SamplingParams
 from flashmoe.engines.llamacpp.library import Library
-from flashmoe.errors import ReadError
+from flashmoe.errors import FlashMoEWarning, ReadError
 from flashmoe.storage import aio, direct
 from flashmoe.storage import reader as reader_module
 from flashmoe.storage.aio import KernelQueue, ThreadQueue
@@ -95,6 +96,33 @@ def test_what_fell_back_is_logged(
     flashmoe.load(disk.path, cache="1", threads=1, n_ctx=128, library=lib).close()
     assert not warnings_of(caplog, "flashmoe.storage.direct")
     assert any("no io_submit" in m for m in warnings_of(caplog, "flashmoe.storage.aio"))
+
+
+@pytest.mark.parametrize("where", ["everywhere", "in the last block"])
+def test_direct_reads_that_are_refused(model: flashmoe.Model, disk: Disk, where: str) -> None:
+    """As ZFS and some FUSE file systems do it, after a good open: the page cache's way, and it is said once."""
+    expected = text_of(model)
+    last = model.catalog.layers[-1].weights[-1]
+    reaching = (
+        0 if where == "everywhere" else last.offset + 1
+    )  # the fixture's model has its last expert there
+    disk.fault(kind="error", errno=errno.EINVAL, direct=True, reaching=reaching)
+    with pytest.warns(FlashMoEWarning, match="refuses direct reads") as warned:
+        texts = [text_of(model) for _ in range(2)]
+    assert texts == [expected, expected]
+    assert len(warned) == 1
+    assert not model.cache.reader.direct
+
+
+def test_direct_reads_that_are_refused_from_the_first_on(disk: Disk, lib: Library) -> None:
+    with flashmoe.load(disk.path, cache="1", threads=1, n_ctx=128, library=lib) as loaded:
+        expected = text_of(loaded)
+    disk.fault(kind="error", errno=errno.EOPNOTSUPP, direct=True)
+    with (
+        pytest.warns(FlashMoEWarning, match="refuses direct reads"),
+        flashmoe.load(disk.path, cache="1", threads=1, n_ctx=128, library=lib) as loaded,
+    ):
+        assert text_of(loaded) == expected
 
 
 def test_an_error_that_stays_is_reported_and_goes_with_the_fault(model: flashmoe.Model, disk: Disk) -> None:

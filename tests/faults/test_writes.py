@@ -146,7 +146,7 @@ def test_killed_while_it_writes(number: signal.Signals, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_while_it_generates(number: signal.Signals, tmp_path: Path) -> None:
-    """Nothing has to be mended afterwards: no half-written trace or report, and the next run works."""
+    """Nothing has to be mended afterwards, no half-written file or temporary folder is left, and the next run works."""
     trace, report = tmp_path / "t.safetensors", tmp_path / "r.json"
     arguments = (
         "run",
@@ -170,7 +170,13 @@ def test_killed_while_it_generates(number: signal.Signals, tmp_path: Path) -> No
     )
     for characters in (1, 20, 60):
         command = [*COMMAND, *map(str, arguments), "-n", "400"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0)
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            env={**os.environ, "TMPDIR": str(tmp_path)},
+        )
         assert process.stdout
         process.stdout.read(characters)
         process.send_signal(number)

@@ -21,6 +21,10 @@ TOP = "token_embd:D,V output_norm:D output:D,V "
 SIZES = {"D": 64, "F": 128, "X": 96, "S": 96, "E": 8, "T": 2, "H": 4, "J": 2, "K": 16}
 
 
+class U64(int):
+    """A number that is written with 64 bits, in a list."""
+
+
 @dataclass(frozen=True)
 class Spec:
     """One tiny model: what it is for, its sizes, metadata, tensors and quantisation."""

@@ -18,7 +18,8 @@ from gguf import GGUFValueType as VType
 from numpy.typing import NDArray
 
 from .architectures import ARCHITECTURES, DENSE
-from .spec import BYTE_VOCAB, SPECIAL_TOKENS, Spec, vocabulary
+from .families import Family
+from .spec import BYTE_VOCAB, SPECIAL_TOKENS, U64, Spec, vocabulary
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ m.content ~ '<|im_end|>\n' }}{% endfor %}"
@@ -38,18 +39,18 @@ HALF_FIELDS: dict[QType, tuple[tuple[int, float], ...]] = {
 }
 
 NORMS = re.compile(r"norm.*\.weight$")
-ROUTERS = re.compile(r"ffn_gate_inp\.weight$")
+ROUTERS = re.compile(r"(ffn_gate_inp|attn_v_gate)\.weight$")
 PLAIN = re.compile(r"ffn_gate_inp|conv|_ape|ssm_(a|d)$|\.(bias|scale)$")  # always F32
 
 
-def make(name: str, path: Path, *, seed: int = 0) -> Path:
-    """Write the model called `name` in :data:`ARCHITECTURES` to `path` and return `path`."""
-    return _write(ARCHITECTURES[name], name, Path(path), seed)
+def make(name: str, path: Path, *, seed: int = 0, router: str = "F32") -> Path:
+    """Write the model called `name` in :data:`ARCHITECTURES` to `path` and return `path`; router: the routers' type."""
+    return write(ARCHITECTURES[name], name, Path(path), seed, router)
 
 
 def dense(path: Path, *, seed: int = 0) -> Path:
     """Write a model without experts (llama) to `path` and return `path`."""
-    return _write(DENSE, "dense", Path(path), seed)
+    return write(DENSE, "dense", Path(path), seed)
 
 
 def split(path: Path, parts: int, *, metadata_only_first: bool = False) -> list[Path]:
@@ -95,29 +96,23 @@ def _finish(writer: gguf.GGUFWriter) -> None:
     writer.close()
 
 
-def _write(spec: Spec, name: str, path: Path, seed: int) -> Path:
+def write(spec: Spec | Family, name: str, path: Path, seed: int = 0, router: str = "F32") -> Path:
+    """Write a model to `path` and return `path`."""
     writer = gguf.GGUFWriter(path, spec.arch)
     writer.add_name(f"tiny-{name}")
     if spec.alignment != gguf.GGUF_DEFAULT_ALIGNMENT:
         writer.add_custom_alignment(spec.alignment)
-    for key, value in spec.metadata().items():
-        _add(writer, f"{spec.arch}.{key}", value)
-    _add_tokenizer(writer, spec)
+    write_metadata(writer, spec.arch, spec.metadata(), spec.chat, getattr(spec, "tokenizer", {}))
     for tensor, shape, kind in spec.tensors():
-        qtype = QType.F32 if len(shape) == 1 or PLAIN.search(tensor) or NORMS.search(tensor) else QType[kind]
-        if tensor.endswith("tid2eid.weight"):
-            qtype = QType.I32
-        elif shape[0] % gguf.GGML_QUANT_SIZES[qtype][0]:  # rows too short for this format's blocks
-            qtype = QType.F16
-        data = _data(tensor, shape, qtype, spec, seed)
-        writer.add_tensor(tensor, data, raw_dtype=qtype)
+        qtype = QType[router] if tensor.endswith("ffn_gate_inp.weight") else qtype_of(tensor, shape, kind)
+        writer.add_tensor(tensor, tensor_data(tensor, shape, qtype, spec, seed), raw_dtype=qtype)
     _finish(writer)
     return path
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     """Add a metadata value with the GGUF type that llama.cpp's converter gives to its Python type."""
-    types = {bool: VType.BOOL, int: VType.UINT32, float: VType.FLOAT32, str: VType.STRING}
+    types = {bool: VType.BOOL, int: VType.UINT32, float: VType.FLOAT32, str: VType.STRING, U64: VType.UINT64}
     if isinstance(value, list):
         sub = VType.INT32 if type(value[0]) is int else types[type(value[0])]
         writer.add_key_value(key, value, VType.ARRAY, sub_type=sub)
@@ -125,7 +120,32 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_key_value(key, value, types[type(value)])
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, spec: Spec) -> None:
+def qtype_of(name: str, shape: tuple[int, ...], kind: str) -> QType:
+    """The format that a tensor gets whose format is to be `kind`."""
+    if name.endswith("tid2eid.weight"):
+        return QType.I32
+    if len(shape) == 1 or PLAIN.search(name) or NORMS.search(name):
+        return QType.F32
+    short = shape[0] % gguf.GGML_QUANT_SIZES[QType[kind]][0]  # rows too short for this format's blocks
+    return QType.F16 if short else QType[kind]
+
+
+def write_metadata(
+    writer: gguf.GGUFWriter,
+    arch: str,
+    keys: dict[str, Any],
+    chat: bool = False,
+    tokenizer: dict[str, Any] | None = None,
+) -> None:
+    """Write an architecture's metadata, and the tokenizer with what else of it a model has."""
+    for key, value in keys.items():
+        _add(writer, f"{arch}.{key}", value)
+    _add_tokenizer(writer, chat)
+    for key, value in (tokenizer or {}).items():
+        _add(writer, f"tokenizer.ggml.{key}", value)
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, chat: bool) -> None:
     tokens, merges = vocabulary()
     eos = tokens.index(SPECIAL_TOKENS[0])
     control = int(gguf.TokenType.CONTROL)
@@ -138,11 +158,13 @@ def _add_tokenizer(writer: gguf.GGUFWriter, spec: Spec) -> None:
     writer.add_eos_token_id(eos)
     writer.add_eot_token_id(tokens.index("<|im_end|>"))
     writer.add_add_bos_token(False)
-    if spec.chat:
+    if chat:
         writer.add_chat_template(CHAT_TEMPLATE)
 
 
-def _data(name: str, shape: tuple[int, ...], qtype: QType, spec: Spec, seed: int) -> NDArray[Any]:
+def tensor_data(
+    name: str, shape: tuple[int, ...], qtype: QType, spec: Spec | Family, seed: int
+) -> NDArray[Any]:
     """Random contents of one tensor, `shape` in ggml's order, scaled so that activations stay near one."""
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     dims = shape[::-1]
@@ -151,19 +173,19 @@ def _data(name: str, shape: tuple[int, ...], qtype: QType, spec: Spec, seed: int
     if qtype in HALF_FIELDS or qtype == QType.NVFP4:
         return _random_blocks(rng, dims, qtype, 1 / np.sqrt(shape[0]))
     values: NDArray[Any] = rng.standard_normal(dims, dtype=np.float32)
-    if name.endswith(".scale"):
+    if name.endswith("scale") or name.endswith("_scale.weight"):
         values = 0.5 + rng.random(dims, dtype=np.float32)
     elif NORMS.search(name):
         values = 1 + 0.1 * values
     elif name.endswith("ssm_a"):
         values = -np.abs(values) - 0.1
-    elif name.endswith("rope_freqs.weight"):
+    elif "rope_f" in name:  # frequencies, factors
         values = np.ones(dims, np.float32)
     elif len(shape) == 1:
         values *= 0.1
     elif ROUTERS.search(name):
         values *= spec.router_scale / np.sqrt(shape[0])
-    elif name != "token_embd.weight":
+    elif not name.endswith("token_embd.weight"):
         values *= 1 / np.sqrt(shape[0])
     if name == "output.weight":  # greedy decoding never meets a control token
         values[BYTE_VOCAB : BYTE_VOCAB + len(SPECIAL_TOKENS)] = 0

@@ -171,6 +171,44 @@ def test_right_guesses_that_take_longer_than_the_waits_they_save_stop() -> None:
         assert asked(range(530, 560)) == 30 * LAYERS
 
 
+def test_a_layer_is_asked_about_while_what_it_misses_takes_longer_than_asking() -> None:
+    """Waiting for a miss takes a tenth of asking, or ten times as long; layer 2 misses nothing that is picked."""
+    now = 0.0
+    cache = Wishes()
+    asked: list[int] = []
+
+    class Slow(Scripted):
+        def predict(self, layer: int, target: int, out: Float32) -> None:
+            nonlocal now
+            now += 0.001
+            asked.append(target)
+            super().predict(layer, target, out)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler, "time", SimpleNamespace(perf_counter=lambda: now))
+        prefetcher = Prefetcher([Slow(right)], cache)  # type: ignore[arg-type]
+        patch.setattr(prefetcher, "_judge", lambda: None)
+        cache.seconds_per_miss = 0.01
+        slots = cache.policy.residency.slot_of
+        for token in range(300):
+            slots[2] = -1
+            slots[2, routing(token, 2)] = 0
+            decode(prefetcher, range(token, token + 1))
+        late = asked[-150 * LAYERS :]
+        assert late.count(1) == late.count(3) > 100
+        assert late.count(2) < 30
+        cache.seconds_per_miss = 0.0001
+        asked.clear()
+        decode(prefetcher, range(200))
+        assert len(asked) < 0.2 * 200 * LAYERS
+        cache.seconds_per_miss = 0.01
+        slots[2] = -1
+        decode(prefetcher, range(200, 300))
+        asked.clear()
+        decode(prefetcher, range(300, 310))
+        assert asked == [*range(LAYERS)] * 10
+
+
 def test_residents_are_not_prefetched() -> None:
     cache = Wishes()
     cache.policy.residency.slot_of[:, :] = 0

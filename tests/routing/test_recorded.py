@@ -16,6 +16,7 @@ from flashmoe.cache.residency import make_residency
 from flashmoe.cli.trace import app
 from flashmoe.engines.base import SamplingParams
 from flashmoe.engines.llamacpp.library import Library
+from flashmoe.errors import FlashMoEWarning
 from flashmoe.routing.trace import PREFILL, RoutingTrace
 from flashmoe.runtime import open_gguf as gguf
 from flashmoe.runtime.model import Model
@@ -94,7 +95,7 @@ def test_layers_that_pick_fewer_experts_than_others(lib: Library, tiny: Tiny) ->
         text = list(model.generate(PROMPTS[0], max_tokens=12, sampling=SamplingParams(temperature=0)))
         assert model.recorder is not None
         trace = model.recorder.trace()
-        recent, _ = model.cache.recent.last(model.catalog.top_k)
+        recent, _ = model.cache.recent.last()
         picked = [(trace.expert_ids[:, layer] >= 0).sum(axis=1) for layer in range(trace.n_layers)]
         assert len({int(n.max()) for n in picked}) > 1
         decoded = trace.expert_ids[trace.phase != PREFILL]
@@ -124,6 +125,28 @@ def record(lib: Library, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         )
 
     return call
+
+
+def test_an_observer_that_fails_ends_nothing_but_itself(lib: Library, demo: Path) -> None:
+    class Full:
+        calls = 0
+
+        def add(self, layer: int, ids: Any, weights: Any = None) -> None:
+            self.calls += 1
+            if self.calls == 5:
+                raise RuntimeError("no room left")
+
+    def logits(observer: Full | None) -> bytes:
+        with flashmoe.load(demo, cache="50%", n_ctx=64, threads=1, prefetch="none", library=lib) as model:
+            model.engine.record(observer)
+            for token in range(100, 104):
+                model.engine.decode([token])
+            return model.engine.logits().tobytes()
+
+    expected, observer = logits(None), Full()
+    with pytest.warns(FlashMoEWarning, match="recording of the routing has ended: no room left"):
+        assert logits(observer) == expected
+    assert observer.calls == 5
 
 
 def test_recording_goes_on_where_it_was_interrupted(

@@ -29,7 +29,7 @@ TEXT = (
 
 def noted(ids: np.ndarray, begins: np.ndarray) -> RecentRouting:
     """All of ids [T, L, k] noted, with the tokens [T] at which a sequence begins."""
-    recent = RecentRouting(ids.shape[1], EXPERTS)
+    recent = RecentRouting([ids.shape[2]] * ids.shape[1], EXPERTS)
     for step, new in zip(ids.astype(np.int32), begins, strict=True):
         if new:
             recent.begin_sequence()
@@ -52,7 +52,7 @@ def run(recent: RecentRouting, slots: int) -> WhatIf:
     """Of a run with LRU and that many slots."""
     own = create("lru")
     own.bind(make_residency(LAYERS, EXPERTS, equal_quota(slots, LAYERS, EXPERTS)))
-    return WhatIf(recent, own, K)
+    return WhatIf(recent, own)
 
 
 @settings(max_examples=25)
@@ -79,7 +79,7 @@ def test_only_the_last_requests_count() -> None:
     ids = made_up(3 * IDS // K, LAYERS, EXPERTS, K).expert_ids
     begins = np.zeros(len(ids), np.uint8)
     begins[-10] = 1
-    kept, marks = noted(ids, begins).last(K)
+    kept, marks = noted(ids, begins).last()
     assert (kept == ids[-IDS // K :]).all()
     assert np.flatnonzero(marks).tolist() == [len(marks) - 10]
     last = MOST_REQUESTS // LAYERS
@@ -88,7 +88,7 @@ def test_only_the_last_requests_count() -> None:
 
 
 def test_nothing_noted_yet() -> None:
-    what = run(RecentRouting(LAYERS, EXPERTS), 12)
+    what = run(RecentRouting([K] * LAYERS, EXPERTS), 12)
     assert what.larger(1.0) == what.larger(2.0) == 0
 
 
@@ -112,7 +112,7 @@ def test_nobody_waits_for_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_policy_is_begun_when_time_is_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(what_if, "MOST_SECONDS", -1.0)
-    assert run(RecentRouting(LAYERS, EXPERTS), 12).others(suggested()) == {}
+    assert run(RecentRouting([K] * LAYERS, EXPERTS), 12).others(suggested()) == {}
 
 
 def test_shares_that_hold_no_token() -> None:
@@ -132,7 +132,7 @@ def test_the_advice_is_right(demo: Path) -> None:
                 model.decoder.evaluate([token], decode=True)
             misses[policy] = model.cache.stats["decode"].misses
             if policy == "lru":
-                what = WhatIf(model.cache.recent, model.cache.policy, model.catalog.top_k)
+                what = WhatIf(model.cache.recent, model.cache.policy)
                 own = model.alternatives[0]
                 promised = what.others([own])[own] - what.larger(1.0)
                 model.telemetry.decode.seconds, model.cache.stats["decode"].stall_seconds = 10.0, 9.0

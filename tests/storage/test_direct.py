@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from mmap import mmap
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from flashmoe.errors import ReadError
+from flashmoe.errors import FlashMoEWarning, ReadError
 from flashmoe.storage import direct
 from flashmoe.storage.direct import DirectFile
 
@@ -212,3 +216,99 @@ def test_short_reads_are_continued(direct_file: DirectFile, monkeypatch: pytest.
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ReadError, match="cannot be opened"):
         DirectFile(tmp_path / "none")
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_file_system_that_opens_and_refuses(
+    code: int, direct_file: DirectFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is opened anew, once, by what it is and not by its name, and its units stay."""
+    if not direct_file.direct:
+        pytest.skip("the temporary folder's file system has no direct reads")
+    memory, really_read, align = Memory(1 << 15), os.preadv, direct_file.align
+
+    def refuse(fd: int, buffers: list, offset: int) -> int:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(code, os.strerror(code))
+        return really_read(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", refuse)
+    direct_file.path.rename(direct_file.path.with_name("renamed"))
+
+    def read(offset: int, nbytes: int) -> bytes:
+        start = 8192 + offset % align
+        direct_file.read_enclosing(memory.address + start, offset, nbytes)
+        return memory[start : start + nbytes]
+
+    with pytest.warns(FlashMoEWarning, match="refuses direct reads") as warned:
+        found = [read(*place) for place in PLACES]
+    assert found == [CONTENT[offset : offset + nbytes] for offset, nbytes in PLACES]
+    assert len(warned) == 1
+    assert (direct_file.direct, direct_file.align) == (False, align)
+
+
+def test_many_threads_see_the_refusal(direct_file: DirectFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All have begun before the first of them opens the file anew."""
+    if not direct_file.direct:
+        pytest.skip("the temporary folder's file system has no direct reads")
+    together, really_read = threading.Barrier(4), os.preadv
+
+    def refuse(fd: int, buffers: list, offset: int) -> int:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
+            together.wait()
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return really_read(fd, buffers, offset)
+
+    def read(_: int) -> bytes:
+        memory = Memory(8192)
+        direct_file.read_exact(memory.address, 100, 600)
+        return memory[0:600]
+
+    monkeypatch.setattr(os, "preadv", refuse)
+    with pytest.warns(FlashMoEWarning), ThreadPoolExecutor(4) as threads:
+        assert set(threads.map(read, range(4))) == {CONTENT[100:700]}
+
+
+def test_reads_that_stop_within_a_unit(direct_file: DirectFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A direct read of less than a unit, in the middle of the file: that is no end."""
+    if not direct_file.direct:
+        pytest.skip("the temporary folder's file system has no direct reads")
+    memory, really_read = Memory(1 << 15), os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, at: min(really_read(fd, buffers, at), 100))
+    with pytest.warns(FlashMoEWarning, match="stop short"):
+        direct_file.read_exact(memory.address, 10, SIZE - 10)
+    assert memory[0 : SIZE - 10] == CONTENT[10:]
+
+
+def test_a_file_that_only_others_may_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object) -> int:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    (tmp_path / "f").write_bytes(CONTENT)
+    monkeypatch.setattr(os, "open", forbidden)
+    with pytest.raises(ReadError, match="cannot be opened"):
+        DirectFile(tmp_path / "f")
+
+
+def test_a_thread_has_one_small_buffer_for_all_files(tmp_path: Path) -> None:
+    """What arrives beside its place comes in parts; the buffer goes with its thread."""
+    content = np.random.default_rng(6).integers(0, 256, 3 * direct.BOUNCE_BYTES + 777, np.uint8).tobytes()
+    files = []
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(content)
+        files.append(DirectFile(tmp_path / name))
+    sizes: list[int] = []
+
+    def read() -> None:
+        for file in files:
+            memory = Memory(1 << 22)
+            file.read_exact(memory.address + 3, 5, len(content) - 6)
+            assert memory[3 : len(content) - 3] == content[5:-1]
+            assert set(memory[:3] + memory[len(content) - 3 : 1 << 22]) == {0xAA}
+            sizes.append(direct._bounce.size)
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(read).result()
+    assert sizes[0] == sizes[1] <= direct.BOUNCE_BYTES + 2 * 4096
+    for file in files:
+        file.close()

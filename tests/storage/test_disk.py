@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 
 from flashmoe.common.files import cache_folder, write_atomically
+from flashmoe.errors import ReadError
 from flashmoe.storage import disk
 from flashmoe.storage.addresses import reserve
 from flashmoe.storage.disk import read_ceiling
 from flashmoe.storage.reader import ExpertReader, Read
+from flashmoe.tools import doctor
 
 
 @pytest.fixture
@@ -182,3 +184,47 @@ def test_write_atomically_into_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(OSError, match="file|directory"):
         write_atomically(tmp_path / "file" / "below", b"data")
+
+
+def test_the_largest_file_is_measured(home: Path, tmp_path: Path, reader: ExpertReader) -> None:
+    """The first file of a split model may hold its header only."""
+    (tmp_path / "first").write_bytes(bytes(100))
+    split = ExpertReader([tmp_path / "first", tmp_path / "large"])
+    assert read_ceiling(split, 10_000) > 0
+    split.close()
+
+
+def test_samples_write_nothing_where_there_is_something_to_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model, the largest part of a split one, or any large file of a folder."""
+    monkeypatch.setattr(disk, "_LEAST_FILE", 1 << 20)
+    monkeypatch.setattr(disk.tempfile, "NamedTemporaryFile", None)
+    sizes = {
+        "m-00001-of-00002.gguf": 100,
+        "m-00002-of-00002.gguf": 1 << 20,
+        "other.gguf": 2 << 20,
+        "s.gguf": 9000,
+    }
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(bytes(size))
+    for place, expected in (
+        ("m-00001-of-00002.gguf", "m-00002-of-00002.gguf"),
+        ("other.gguf", "other.gguf"),
+        ("s.gguf", "s.gguf"),  # small, and larger than what is read
+        ("", "other.gguf"),
+    ):
+        with disk.sample(tmp_path / place, 4096) as found:
+            assert found == tmp_path / expected
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(disk.tempfile, "NamedTemporaryFile", refuse)
+    with pytest.raises(ReadError, match="cannot be written there .Read-only"), disk.sample(tmp_path, 4096):
+        pass
+    check = doctor.drive(tmp_path)
+    assert check.status == "advice"
+    assert "name a model on it" in check.change

@@ -368,3 +368,22 @@ def test_tuned_depth_and_pieces(held: tuple[ExpertReader, Held]) -> None:
     reader.wait(ticket)
     assert queue.started[-1] == 20480
     assert ticket.bytes == 20_000
+
+
+def test_each_file_is_looked_at_once_where_its_reads_are_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it has changed, however many reads there were of it; files that were not read are left alone."""
+    paths = [tmp_path / name for name in ("a", "b", "c")]
+    for path in paths:
+        path.write_bytes(CONTENT)
+    looked: list[Path] = []
+    monkeypatch.setattr(DirectFile, "check_unchanged", lambda file: looked.append(file.path))
+    reader = ExpertReader(paths)
+    memory = mmap(-1, 64 * 4096)
+    reader.keep(memory)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    reads = [Read(i % 2 * 2, 4096 * i, 4096, start + 4096 * i) for i in range(12)]
+    reader.wait(reader.demand(reads))
+    assert sorted(looked) == [paths[0], paths[2]]
+    reader.close()

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,9 @@ from numpy.typing import NDArray
 from flashmoe.bench.spec import DEFAULT_POLICY, POOL, Job
 from flashmoe.common.memory import major_faults, status_bytes
 from flashmoe.errors import FlashMoEError, ModelError
+
+if TYPE_CHECKING:
+    from flashmoe.engines.llamacpp.library import Library
 
 #: Evaluates tokens of the prompt, or one by one after it (decode); returns the seconds that it took.
 Evaluate = Callable[[Sequence[int], bool], float]
@@ -92,7 +95,6 @@ def measure(job: Job) -> dict[str, Any]:
 
 def _measure_pool(job: Job) -> dict[str, Any]:
     from flashmoe.bench.timeline import Timeline
-    from flashmoe.engines.llamacpp.library import open_library
     from flashmoe.runtime.load import load
 
     started = time.perf_counter()
@@ -106,7 +108,7 @@ def _measure_pool(job: Job) -> dict[str, Any]:
         threads=job.threads,
         prefetch=job.prefetch,
         layout=job.layout,
-        library=open_library(Path(job.library)),
+        library=_library(job),
         save_cache=job.save_cache or False,
         verify=job.verify,
         **options,
@@ -135,10 +137,11 @@ def _measure_pool(job: Job) -> dict[str, Any]:
 
 
 def _measure_stock(job: Job) -> dict[str, Any]:
-    from flashmoe.engines.llamacpp.library import open_library
+    from flashmoe.engines.llamacpp.library import spin_as_openmp_does
     from flashmoe.engines.llamacpp.stock import StockModel
 
-    lib = open_library(Path(job.library))
+    spin_as_openmp_does()
+    lib = _library(job)
     started = time.perf_counter()
     model = StockModel(lib, Path(job.model), mmap=True, repack=job.engine == "stock")
     routing = None
@@ -171,6 +174,13 @@ def _measure_stock(job: Job) -> dict[str, Any]:
     context.close()
     model.close()
     return {**result, "load_seconds": loaded, "peak_bytes": _peak()}
+
+
+def _library(job: Job) -> Library:
+    """The same, with the same kernels, on both sides."""
+    from flashmoe.engines.llamacpp.library import open_library
+
+    return open_library(Path(job.library), Path(job.module) if job.module else None, repacks=job.repacks)
 
 
 def _peak() -> int:

@@ -14,8 +14,8 @@ from flashmoe.bench.baseline import read_ahead
 from flashmoe.common.machine import cores, file_system, processor
 
 
-def describe(model: Path, library: str, threads: int) -> dict[str, Any]:
-    """The machine, the drive that the model is on, and the versions."""
+def describe(model: Path, library: str, kernels: str, threads: int) -> dict[str, Any]:
+    """The machine, the drive that the model is on, the versions, and what computed on both sides."""
     ahead = read_ahead(model)
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -26,6 +26,7 @@ def describe(model: Path, library: str, threads: int) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "library": library,
+        "kernels": kernels,
         "flashmoe": __version__,
         "file_system": file_system(model),
         "read_ahead_bytes": ahead,

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
 import statistics
 import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from flashmoe.bench import quiet
@@ -25,7 +22,9 @@ from flashmoe.bench.results import Round, make_row
 from flashmoe.bench.spec import DEFAULT_POLICY, POOL, BenchError, Job, Plan, Setting, Size
 from flashmoe.bench.tokens import ROUTINGS, make_tokens, vocabulary_size
 from flashmoe.cache.policies import create
+from flashmoe.common.children import module_command
 from flashmoe.common.machine import cores
+from flashmoe.common.signals import ended_by_signals
 from flashmoe.errors import UsageError
 from flashmoe.routing.files import read as read_trace
 from flashmoe.storage.catalog import ExpertCatalog
@@ -73,7 +72,7 @@ class _Runner:
     def run(self) -> dict[str, Any]:
         plan, gguf = self._plan, self._catalog.gguf
         with ExitStack() as stack:
-            stack.enter_context(_ended_by_signals())
+            stack.enter_context(ended_by_signals())
             files = OpponentFiles(gguf.files[0], gguf.files, None, "")
             if "mmap" in plan.baselines:
                 files = stack.enter_context(opponent_files(gguf.files))
@@ -91,7 +90,7 @@ class _Runner:
             )
         return {
             "machine": {
-                **describe(gguf.files[0], self._lib.build.name, self._job.threads),
+                **describe(gguf.files[0], self._lib.build.name, self._lib.kernels, self._job.threads),
                 "ceiling_bytes_per_second": 1e9 * statistics.median(self._ceilings),
             },
             "model": {
@@ -151,6 +150,8 @@ class _Runner:
             model=str(gguf.files[0]),
             source=str(gguf.files[0]),
             library=str(self._lib.path),
+            module=str(self._lib.module) if self._lib.module else None,
+            repacks=self._lib.repacks,
             tokens=self._tokens(n),
             n_prompt=plan.n_prompt,
             n_warmup=plan.n_warmup,
@@ -230,7 +231,7 @@ class _Runner:
         self._progress(title, self._done, self._total)
         if self._plan.cold:
             drop_from_page_cache([*paths, *self._catalog.gguf.files])
-        command = [sys.executable, "-m", "flashmoe.bench.child"]
+        command = module_command("flashmoe.bench.child")
         with ExitStack() as stack:
             group = memory_group(limit)
             if group:
@@ -270,22 +271,3 @@ def _run_child(command: list[str], job: str, timeout: float) -> dict[str, Any]:
 
 def _is_tokens(routing: str) -> bool:
     return routing in ROUTINGS or routing.startswith("text:")
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the program as Ctrl-C does: through the cleaning up."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    try:
-        before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
-    except ValueError:  # not the main thread: signals are handled elsewhere
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

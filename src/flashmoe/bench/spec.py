@@ -47,6 +47,8 @@ class Job:
     n_ubatch: int
     step: int  # prompt tokens per evaluation; the pool's own may be smaller
     threads: int
+    module: str | None = None  # of kernels, in the library: for both sides
+    repacks: bool = True  # whether these work with repacked layouts
     ram: int | None = None
     cache: str | None = None
     policy: str = DEFAULT_POLICY

@@ -13,7 +13,7 @@ import numpy as np
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.pool import SlotPool
 from flashmoe.cache.residency import exchange, set_free
-from flashmoe.cache.sizing import shares
+from flashmoe.cache.sizing import quotas
 from flashmoe.cache.staging import Staging
 
 
@@ -41,18 +41,15 @@ class ElasticPool:
         unused = [most - n for most, n in zip(self.most, self.slots, strict=True)]
         return sum(n * size for n, size in zip(unused, self._pool.slot_bytes, strict=True))
 
-    def resize(self, slots: Sequence[int], top_k: int) -> None:
-        """Use `slots[g]` slots of each size group: at least the spare ones and one, at most those there are.
-
-        top_k: experts that a token asks for, see sizing.shares.
-        """
+    def resize(self, slots: Sequence[int]) -> None:
+        """Use `slots[g]` slots of each size group: at least the spare ones and one, at most those there are."""
+        residency = self._policy.residency
+        left = [n - spare for n, spare in zip(slots, self._spare, strict=True)]
+        residency.quota[:] = quotas(left, residency.group.tolist(), self._pool.top_k, residency.n_experts)
         for group, (before, wanted) in enumerate(zip(self.slots, slots, strict=True)):
             if wanted == before:
                 continue
-            residency, spare = self._policy.residency, self._spare[group]
-            members = np.flatnonzero(residency.group == group)
-            residency.quota[members] = shares(wanted - spare, len(members), residency.n_experts, top_k)
-            self._evict(members, wanted - spare)
+            self._evict(np.flatnonzero(residency.group == group), left[group])
             self._move(group, wanted)
             self.slots[group] = wanted
             self._pool.use(group, wanted)

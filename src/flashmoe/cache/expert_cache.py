@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe.cache.elastic import ElasticPool
+from flashmoe.cache.filling import Demand, Each, Filling
 from flashmoe.cache.policies.base import MISSES, CompiledRequest, EvictionPolicy
 from flashmoe.cache.pool import SlotPool
 from flashmoe.cache.recent import RecentRouting
 from flashmoe.cache.residency import exchange
-from flashmoe.cache.staging import Staged, Staging
+from flashmoe.cache.staging import Staging
 from flashmoe.cache.stats import CacheObserver, CacheStats
 from flashmoe.cache.warm import WarmStart
 from flashmoe.cache.window import PrefillWindow
-from flashmoe.common.signals import SafeLock, let_through
+from flashmoe.common.signals import SafeLock
 from flashmoe.errors import BudgetError
-from flashmoe.storage.reader import ExpertReader, Ticket
+from flashmoe.storage.reader import ExpertReader
 
 Int32 = NDArray[np.int32]
-
-#: Called with an expert and its slot (numbered in the layer's size group) when its bytes are in.
-Each = Callable[[int, int], None]
 
 SURE = 0.7  # of a layer's experts asked for by a micro-batch: then the next layer's are read ahead
 
@@ -55,12 +51,11 @@ class ExpertCache:
         self._wanted: Sequence[int] | None = None  # slots, where others are to be in use
         #: Called before every step; it may call `resize`.
         self.before_step: Callable[[], None] = lambda: None
+        self._filling = Filling(pool, reader, policy)
+        self._first_slot = self._filling.first_slots
         self.warm: WarmStart | None = None
-        self.recent = RecentRouting(residency.n_layers, residency.n_experts)
-        self._first_slot = [int(residency.group_start[g]) for g in residency.group]
-        self._bytes = [sum(w.weight.nbytes for w in windows) for windows in pool.windows]
+        self.recent = RecentRouting(pool.top_k, residency.n_experts)
         self._lock = SafeLock()
-        self._under_way: tuple[list[Ticket], int, list[int]] | None = None  # reads, layer, experts
         #: Of benchmarks. While there is one, every request comes to `ensure`.
         self.observer: CacheObserver | None = None
         self._step = 1, 1  # tokens of the present one that pass through the window, and their experts
@@ -92,9 +87,9 @@ class ExpertCache:
         slots that other layers need last (`find_victim`), for as long as it is asked for.
         """
         with self._lock:
-            self._finish()
+            self._filling.finish(self.stats[self.phase])
             self.before_step()
-            self._adjust(top_k)
+            self._adjust()
             decode = self.phase == "decode"
             if decode:
                 self.recent.begin_step(tokens)
@@ -111,15 +106,15 @@ class ExpertCache:
         """
         self._wanted = list(slots)
 
-    def _adjust(self, top_k: int) -> None:
+    def _adjust(self) -> None:
         """Have as many slots in use as are wanted; while none is used."""
         wanted, self._wanted = self._wanted, None
         if wanted is None or wanted == self.elastic.slots:
             return
-        self._window.resize(1, top_k)  # what is lent comes back
+        self._window.resize(1, self._step[1])  # what is lent comes back
         if self.warm:
             self.warm.give_way()
-        self.elastic.resize(wanted, top_k)
+        self.elastic.resize(wanted)
         self._note_least_group()
 
     def compiled_request(self, n: int) -> CompiledRequest | None:
@@ -213,11 +208,10 @@ class ExpertCache:
         each: Each | None,
         requested: int,
     ) -> Int32:
-        self._finish()
-        if (
-            self._wanted is not None and requested < 0
-        ):  # what a compiled request has let in is not complete yet
-            self._adjust(self._step[1])
+        self._filling.finish(self.stats[self.phase])
+        # not where a compiled request has let experts in: they are not complete yet
+        if self._wanted is not None and requested < 0:
+            self._adjust()
             self._window.resize(*self._step)
         if self._window.serves[layer]:
             return self._ensure_batch(layer, np.atleast_2d(ids), leave_last, meanwhile, each)
@@ -282,15 +276,12 @@ class ExpertCache:
                 meanwhile()
             self.reader.go_on()
 
-        with self._releasing(layer, placed.admitted) as tickets:
-            tickets += [ticket for _, entry in placed.staged for ticket in (entry.first, entry.last)]
+        demand = Demand(layer, placed.admitted, placed.absent, placed.staged)
+        with self._filling.releasing(demand):
             if each is None:
-                self._read(
-                    layer, placed.absent, placed.staged, placed.admitted, leave_last, look_ahead, tickets
-                )
+                self._filling.read(demand, stats, leave_last, look_ahead)
             else:
-                resident = _pairs(ids.ravel(), placed.slots)
-                self._read_each(layer, resident, placed.absent, placed.staged, look_ahead, each, tickets)
+                self._filling.read_each(demand, stats, _pairs(ids.ravel(), placed.slots), each, look_ahead)
         return placed.slots - self._first_slot[layer]
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
@@ -315,17 +306,18 @@ class ExpertCache:
     @property
     def pending(self) -> bool:
         """Whether `ensure` has left reads under way."""
-        return self._under_way is not None
+        return self._filling.pending is not None
 
     def finish(self) -> None:
         """Wait for what `ensure` has left under way. Raises ReadError; the experts are then absent."""
         with self._lock:
-            if self.observer is None or not self._under_way:
-                self._finish()
+            layer, stats = self._filling.pending, self.stats[self.phase]
+            if self.observer is None or layer is None:
+                self._filling.finish(stats)
                 return
-            self.observer.enter(self._under_way[1])
+            self.observer.enter(layer)
             try:
-                self._finish()
+                self._filling.finish(stats)
             finally:
                 self.observer.leave()
 
@@ -341,154 +333,30 @@ class ExpertCache:
     ) -> None:
         """Let in what `access` missed: staged experts change places with the slots meant for them, others are read."""
         experts = self._miss_expert[:misses].tolist()
-        with self._releasing(layer, experts) as tickets:
-            absent = list(zip(experts, self._miss_slot[:misses].tolist(), strict=True))
-            staged: list[tuple[int, Staged]] = []
+        missed = zip(experts, self._miss_slot[:misses].tolist(), strict=True)
+        demand, stats = Demand(layer, experts), self.stats[self.phase]
+        with self._filling.releasing(demand):
             if self.staging.holds(layer):
                 self.reader.poll()
-                absent, staged = self._take_staged(layer, absent, slots, tickets)
-            if each is None:
-                self._read(layer, absent, staged, experts, leave_last, meanwhile, tickets)
+                self._take_staged(demand, missed, slots)
             else:
-                self._read_each(layer, _pairs(ids, slots), absent, staged, meanwhile, each, tickets)
+                demand.absent += missed
+            if each is None:
+                self._filling.read(demand, stats, leave_last, meanwhile)
+            else:
+                self._filling.read_each(demand, stats, _pairs(ids, slots), each, meanwhile)
 
-    def _take_staged(
-        self, layer: int, missed: list[tuple[int, int]], slots: Int32, tickets: list[Ticket]
-    ) -> tuple[list[tuple[int, int]], list[tuple[int, Staged]]]:
+    def _take_staged(self, demand: Demand, missed: Iterable[tuple[int, int]], slots: Int32) -> None:
         """Of the missed experts and their slots: those to be read, and those that were prefetched, where they are."""
-        absent: list[tuple[int, int]] = []
-        staged: list[tuple[int, Staged]] = []
-        residency = self.policy.residency
+        residency, layer = self.policy.residency, demand.layer
         for expert, slot in missed:
             entry = self.staging.take(layer, expert)
             if entry is None:
-                absent.append((expert, slot))
+                demand.absent.append((expert, slot))
                 continue
-            tickets += entry.first, entry.last
+            demand.staged.append((expert, entry))
             self.staging.give(int(residency.group[layer]), [exchange(residency, layer, expert, entry.slot)])
             slots[slots == slot] = entry.slot
-            staged.append((expert, entry))
-        return absent, staged
-
-    @contextmanager
-    def _releasing(self, layer: int, experts: list[int]) -> Iterator[list[Ticket]]:
-        """Experts are resident from now on: free their slots again where anything is raised before they are complete.
-
-        Gives a list for all reads into their slots: they are settled before.
-        """
-        tickets: list[Ticket] = []
-        try:
-            yield tickets
-        except BaseException:  # also what a signal's handler raises
-            self._give_back(tickets, layer, experts)
-            raise
-
-    def _read(
-        self,
-        layer: int,
-        absent: list[tuple[int, int]],
-        staged: list[tuple[int, Staged]],
-        admitted: list[int],
-        leave_last: bool,
-        meanwhile: Callable[[], None] | None,
-        tickets: list[Ticket],
-    ) -> None:
-        """Read experts into slots, tensor by tensor over all of them: what is needed first comes first.
-
-        absent: (expert, slot); staged: experts that were prefetched, perhaps not to the end; admitted: experts that are
-        resident only if everything succeeds; tickets: gets all reads.
-        """
-        stats, first = self.stats[self.phase], self._first_slot[layer]
-        incomplete = [entry for _, entry in staged if not entry.complete]
-        now = [entry.first for entry in incomplete]
-        later = [entry.last for entry in incomplete]
-        reads = [self.pool.reads(layer, expert, slot - first) for expert, slot in absent]
-        weights = list(zip(*reads, strict=True))
-        if weights:
-            first_weights = [read for weight in weights[:-1] for read in weight]
-            began = time.perf_counter()
-            demanded = self.reader.demand_in_order([first_weights, weights[-1]], tickets)
-            # starting reads can mean waiting for the drive
-            stats.stall_seconds += time.perf_counter() - began
-            now, later = [*now, demanded[0]], [*later, demanded[1]]
-        for expert, slot in (*absent, *((expert, entry.slot) for expert, entry in staged)):
-            self.pool.fill_tables(layer, expert, slot - first)
-        if meanwhile:
-            meanwhile()
-        began = time.perf_counter()
-        for ticket in now if leave_last else now + later:
-            self.reader.wait(ticket)
-        stats.stall_seconds += time.perf_counter() - began
-        self._count(layer, len(absent), len(staged), len(incomplete))
-        if leave_last:
-            self._under_way = later, layer, admitted
-
-    def _read_each(
-        self,
-        layer: int,
-        slots: dict[int, int],
-        absent: list[tuple[int, int]],
-        staged: list[tuple[int, Staged]],
-        meanwhile: Callable[[], None] | None,
-        each: Each,
-        tickets: list[Ticket],
-    ) -> None:
-        """Read as `_read`, expert by expert: each is handed over when its own reads have ended.
-
-        slots: of all experts that were asked for.
-        """
-        stats, first = self.stats[self.phase], self._first_slot[layer]
-        incomplete = [(expert, entry) for expert, entry in staged if not entry.complete]
-        late = {expert: [entry.first, entry.last] for expert, entry in incomplete}
-        began = time.perf_counter()
-        for expert, slot in absent:
-            late[expert] = self.reader.demand_in_order(
-                [self.pool.reads(layer, expert, slot - first)], tickets
-            )
-        # starting reads can mean waiting for the drive
-        stats.stall_seconds += time.perf_counter() - began
-        for expert, _ in (*absent, *staged):
-            self.pool.fill_tables(layer, expert, slots[expert] - first)
-        if meanwhile:
-            meanwhile()
-        for expert in [*(e for e in slots if e not in late), *late]:
-            let_through()
-            began = time.perf_counter()
-            for ticket in late.get(expert, ()):
-                self.reader.wait(ticket)
-            self.reader.poll()
-            stats.stall_seconds += time.perf_counter() - began
-            each(expert, slots[expert] - first)
-        self._count(layer, len(absent), len(staged), len(incomplete))
-
-    def _count(self, layer: int, absent: int, staged: int, incomplete: int) -> None:
-        """Experts of a layer that were read, and that had been prefetched, `incomplete` of them not to the end."""
-        stats = self.stats[self.phase]
-        stats.hits += staged - incomplete
-        stats.prefetch_hits += staged - incomplete
-        stats.late_hits += incomplete
-        stats.prefetch_bytes += staged * self._bytes[layer]
-        stats.misses += absent
-        stats.bytes += absent * self._bytes[layer]
-
-    def _finish(self) -> None:
-        if not self._under_way:
-            return
-        tickets, layer, experts = self._under_way
-        self._under_way = None
-        began = time.perf_counter()
-        with self._releasing(layer, experts) as waited:
-            waited += tickets
-            for ticket in tickets:
-                self.reader.wait(ticket)
-        self.stats[self.phase].stall_seconds += time.perf_counter() - began
-
-    def _give_back(self, tickets: list[Ticket], layer: int, experts: list[int]) -> None:
-        """Free the slots of experts that are not complete; before, let no thread write into them any more."""
-        for ticket in tickets:
-            self.reader.settle(ticket)
-        for expert in experts:
-            self.policy.release(layer, expert)
 
 
 def _pairs(ids: Int32, slots: Int32) -> dict[int, int]:

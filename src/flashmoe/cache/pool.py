@@ -99,8 +99,9 @@ class SlotPool:
         align = max(file.align for file in reader.files)
         self._reader = reader
         reader.describe = catalog.describe
-        #: Experts of each layer.
+        #: Experts of each layer, and how many of them a token is given.
         self.n_experts = [layer.n_experts for layer in catalog.layers]
+        self.top_k = [layer.top_k for layer in catalog.layers]
         self._maps: list[mmap.mmap] = []
         #: Address and bytes of all its memory.
         self.regions: list[tuple[int, int]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,13 +14,15 @@ IDS = 4096  # kept of each layer: 512 tokens of 8 experts
 class RecentRouting:
     """A ring of each layer's last requests. Noting them takes a microsecond; all else waits for a query."""
 
-    def __init__(self, n_layers: int, n_experts: int) -> None:
+    def __init__(self, top_k: Sequence[int], n_experts: int) -> None:
+        """top_k: experts that each layer gives to a token."""
         self.n_experts = n_experts
+        n_layers = len(top_k)
         #: The ring [L, IDS] and where its next ids go [L]: compiled code notes requests as `add` does.
         self.ids = np.full((n_layers, IDS), -1, np.int16)
         self.at = np.zeros(n_layers, np.int64)
-        self._top_k = np.zeros(n_layers, np.int64)  # of each layer
-        self._tokens = self._step = 0
+        self.top_k = top_k
+        self._tokens = 0
         self._begun: deque[int] = deque(maxlen=IDS)  # tokens noted when a sequence began
 
     def begin_sequence(self) -> None:
@@ -29,28 +32,24 @@ class RecentRouting:
     def begin_step(self, tokens: int) -> None:
         """The layers are about to be asked for the experts of so many tokens."""
         self._tokens += tokens
-        self._step = tokens
 
     def add(self, layer: int, ids: NDArray[np.int32]) -> None:
         """A layer was asked for the experts `ids` [tokens * k] of a step."""
         at, n = int(self.at[layer]), len(ids)
-        if self._step:
-            self._top_k[layer] = max(self._top_k[layer], n // self._step)
         if at + n > IDS:
             at = 0
         if n <= IDS:
             self.ids[layer, at : at + n] = ids
             self.at[layer] = at + n
 
-    def last(self, top_k: int) -> tuple[NDArray[np.int16], NDArray[np.bool_]]:
+    def last(self) -> tuple[NDArray[np.int16], NDArray[np.bool_]]:
         """The ids [T, L, k] of the last tokens, oldest first, and at which of them a sequence begins [T].
 
-        A layer that picks fewer experts than `top_k` has -1 in the place of others.
+        A layer that picks fewer experts than others has -1 in the place of some.
         """
-        whole = IDS // top_k
-        ordered = np.full((len(self.ids), whole, top_k), -1, np.int16)
-        for layer, (at, own) in enumerate(zip(self.at.tolist(), self._top_k.tolist(), strict=True)):
-            k = own or top_k
+        whole = IDS // max(self.top_k)
+        ordered = np.full((len(self.ids), whole, max(self.top_k)), -1, np.int16)
+        for layer, (at, k) in enumerate(zip(self.at.tolist(), self.top_k, strict=True)):
             rows = self.ids[layer, : IDS // k * k].reshape(-1, k)
             ordered[layer, :, :k] = np.roll(rows, -(at // k), axis=0)[-whole:]
         noted = int((ordered[:, :, 0] >= 0).sum(axis=1).min())

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,51 +33,71 @@ def micro_batch(catalog: ExpertCatalog, slots: Sequence[int], wished: int, seque
     Where several sequences are evaluated together, llama.cpp takes one token of one sequence more than a micro-batch
     has; 0 where not even two tokens fit then.
     """
-    least = min(slots)
-    if least >= catalog.n_experts:
+    if min(slots) >= catalog.n_experts:
         return wished
-    fitting = max(1, least // catalog.top_k)
+    fitting = max(1, min(n // k for n, k in zip(slots, group_top_k(catalog), strict=True)))
     if fitting < sequences:
         fitting -= 1
     return min(wished, fitting)
 
 
-def least_slots(catalog: ExpertCatalog, tokens: int, sequences: int = 1) -> int:
-    """Slots of a size group with which `micro_batch` allows `tokens` tokens."""
-    return min(catalog.n_experts, (tokens + (tokens < sequences)) * catalog.top_k)
+def least_slots(catalog: ExpertCatalog, tokens: int, sequences: int = 1) -> list[int]:
+    """Slots of each size group with which `micro_batch` allows `tokens` tokens."""
+    together = tokens + (tokens < sequences)
+    return [min(catalog.n_experts, together * k) for k in group_top_k(catalog)]
 
 
 def prompt_reads(catalog: ExpertCatalog, tokens: int) -> float:
     """Distinct experts that a layer of a micro-batch asks for, per token: what a prompt reads with an empty pool.
 
-    With experts picked evenly; real routers ask for fewer.
+    The mean of all layers, with experts picked evenly; real routers ask for fewer.
     """
-    n = catalog.n_experts
-    return n * (1 - (1 - catalog.top_k / n) ** tokens) / tokens
+    asked = (
+        layer.n_experts * (1 - (1 - layer.top_k / layer.n_experts) ** tokens) for layer in catalog.layers
+    )
+    return sum(asked) / len(catalog.layers) / tokens
 
 
 def default_ubatch(catalog: ExpertCatalog) -> int:
     """Tokens of a micro-batch where its buffers cost no slots: a prompt's token reads little beside a decoded one."""
-    few = _LITTLE * catalog.top_k
+    few = _LITTLE * mean_top_k(catalog)
     return next((n for n in UBATCHES if n >= USUAL_UBATCH and prompt_reads(catalog, n) <= few), UBATCHES[-1])
 
 
-def best_ubatch(
-    catalog: ExpertCatalog, slots_with: Callable[[int], Sequence[int]], candidates: Sequence[int]
-) -> int:
-    """The candidate with which a token of a prompt and a decoded one read the fewest experts together.
+@dataclass(frozen=True)
+class Ubatch:
+    """A size of micro-batches, and the experts of each layer that are then read for a token, if routers pick evenly."""
 
-    slots_with: the slots of each size group that a micro-batch of so many tokens leaves; none where it leaves too few.
+    tokens: int
+    slots: int
+    prompt_reads_per_token: float
+    decode_reads_per_token: float
+
+    @property
+    def reads(self) -> float:
+        """For a prompt's token and a decoded one."""
+        return self.prompt_reads_per_token + self.decode_reads_per_token
+
+
+def ubatches(
+    catalog: ExpertCatalog, context: int, pool_bytes: int, token_bytes: float, align: int
+) -> list[Ubatch]:
+    """The sizes that a budget leaves room for, the one that reads least in front.
+
+    Compute buffers take the place of slots: pool_bytes are left for these with the smallest micro-batch, and each of a
+    larger one's tokens takes token_bytes. context: tokens, the most at once.
     """
-
-    def reads(tokens: int) -> float:
-        slots = slots_with(tokens)
-        if not slots or micro_batch(catalog, slots, tokens) < tokens:
-            return float("inf")
-        absent = 1 - min(1.0, sum(slots) / catalog.total_experts)
-        return absent * (prompt_reads(catalog, tokens) + catalog.top_k)
-
-    return min(candidates, key=lambda tokens: (reads(tokens), abs(math.log2(tokens / USUAL_UBATCH))))
+    found = []
+    for tokens in UBATCHES:
+        pool = pool_bytes - int(token_bytes * (tokens - UBATCHES[0]))
+        if tokens > context or pool < least_pool(catalog, align):
+            break
+        slots = slots_for(catalog, pool, align)
+        if micro_batch(catalog, slots, tokens) == tokens:
+            absent = 1 - min(1.0, sum(slots) / catalog.total_experts)
+            prompt = absent * prompt_reads(catalog, tokens)
+            found.append(Ubatch(tokens, sum(slots), prompt, absent * mean_top_k(catalog)))
+    return sorted(found, key=lambda u: (u.reads, abs(math.log2(u.tokens / USUAL_UBATCH))))
 
 
 def parse_cache(text: str, catalog: ExpertCatalog, align: int) -> list[int]:
@@ -87,7 +109,7 @@ def parse_cache(text: str, catalog: ExpertCatalog, align: int) -> list[int]:
     if share:
         return shares_of(catalog, min(1.0, float(share[1]) / 100))
     if text.strip().isdigit():
-        return shares_of(catalog, min(1.0, int(text) / catalog.total_experts))
+        return _split(catalog, int(text))
     try:
         return slots_for(catalog, parse_bytes(text), align)
     except UsageError:
@@ -101,31 +123,67 @@ def group_experts(catalog: ExpertCatalog) -> NDArray[np.int64]:
     return np.bincount(catalog.groups) * catalog.n_experts
 
 
+def group_top_k(catalog: ExpertCatalog) -> list[int]:
+    """Experts that a token is given by the layer of each size group that gives it most."""
+    return _group_most(catalog.groups, [layer.top_k for layer in catalog.layers])
+
+
+def mean_top_k(catalog: ExpertCatalog) -> float:
+    """Experts that a token is given by a layer, on average."""
+    return statistics.fmean(layer.top_k for layer in catalog.layers)
+
+
+def split_slots(slots: int, groups: Sequence[int], top_k: Sequence[int], n_experts: int) -> list[int]:
+    """The slots of each size group that a pool of `slots` has: the same share of the experts in all.
+
+    groups, top_k: of each layer, [L]. Never fewer than one token's experts of a layer, nor more than there are.
+    """
+    least = _group_most(groups, top_k)
+    order = _growth(least, np.bincount(groups) * n_experts)
+    more = np.bincount(order[: max(0, slots - sum(least))], minlength=len(least))
+    return [k + n for k, n in zip(least, more.tolist(), strict=True)]
+
+
+def _group_most(groups: Sequence[int], top_k: Sequence[int]) -> list[int]:
+    most = [0] * (max(groups) + 1)
+    for group, k in zip(groups, top_k, strict=True):
+        most[group] = max(most[group], k)
+    return most
+
+
+def _growth(least: Sequence[int], members: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The groups in the order in which they get slots, from `least` of each on, to all their members."""
+    shares = [np.arange(k + 1, n + 1) / n for k, n in zip(least, members.tolist(), strict=True)]
+    group = np.repeat(np.arange(len(least)), [len(own) for own in shares])
+    return group[np.lexsort((group, np.concatenate(shares)))]
+
+
+def _split(catalog: ExpertCatalog, slots: int) -> list[int]:
+    return split_slots(slots, catalog.groups, [layer.top_k for layer in catalog.layers], catalog.n_experts)
+
+
 def shares_of(catalog: ExpertCatalog, share: float) -> list[int]:
     """The same share of the experts in every size group, never fewer slots than one token needs."""
-    members = group_experts(catalog)
-    return [int(max(min(catalog.top_k, n), round(share * n))) for n in members]
+    return _split(catalog, round(share * int(group_experts(catalog).sum())))
 
 
 def slots_for(catalog: ExpertCatalog, pool_bytes: int, align: int) -> list[int]:
     """Slots of each size group that fit into `pool_bytes`. Raises BudgetError when one token's experts do not fit."""
-    sizes = slot_bytes(catalog, align)
-    members = group_experts(catalog)
-    share = min(1.0, pool_bytes / sum(size * int(n) for size, n in zip(sizes, members, strict=True)))
-    slots = [max(catalog.top_k, int(share * n)) for n in members]
-    if sum(size * n for size, n in zip(sizes, slots, strict=True)) > max(pool_bytes, 0):
-        slots = [catalog.top_k] * len(sizes)
-        if least_pool(catalog, align) > pool_bytes:
-            raise BudgetError(
-                f"the expert pool needs at least {format_bytes(least_pool(catalog, align))} "
-                f"(one token's {catalog.top_k} experts), {format_bytes(max(pool_bytes, 0))} are left for it"
-            )
-    return slots
+    least, sizes = group_top_k(catalog), np.array(slot_bytes(catalog, align))
+    taken = int(sizes @ least)
+    if taken > pool_bytes:
+        raise BudgetError(
+            f"the expert pool needs at least {format_bytes(taken)} "
+            f"(one token's {catalog.top_k} experts), {format_bytes(max(pool_bytes, 0))} are left for it"
+        )
+    growth = _growth(least, group_experts(catalog))
+    fitting = int(np.searchsorted(np.cumsum(sizes[growth]), pool_bytes - taken, side="right"))
+    return _split(catalog, sum(least) + fitting)
 
 
 def least_pool(catalog: ExpertCatalog, align: int) -> int:
     """Bytes of the smallest pool that works: one token's experts of one layer in each size group."""
-    return sum(size * catalog.top_k for size in slot_bytes(catalog, align))
+    return sum(size * k for size, k in zip(slot_bytes(catalog, align), group_top_k(catalog), strict=True))
 
 
 def spare_slots(catalog: ExpertCatalog, slots: Sequence[int]) -> list[int]:
@@ -151,6 +209,17 @@ def shares(slots: int, n_layers: int, n_experts: int, top_k: int) -> NDArray[np.
     return np.diff(np.minimum(np.arange(n_layers + 1) * top_k, slots)).astype(np.int32)
 
 
+def quotas(
+    slots: Sequence[int], groups: Sequence[int], top_k: Sequence[int], n_experts: int
+) -> NDArray[np.int32]:
+    """Slots of each layer, int32 [L]: those of a size group are shared equally by its layers."""
+    quota = np.zeros(len(groups), np.int32)
+    for group, (n, k) in enumerate(zip(slots, _group_most(groups, top_k), strict=True)):
+        members = np.flatnonzero(np.array(groups) == group)
+        quota[members] = shares(n, len(members), n_experts, k)
+    return quota
+
+
 def residency_for(
     catalog: ExpertCatalog, slots: Sequence[int], spare: Sequence[int] | None = None
 ) -> Residency:
@@ -158,10 +227,7 @@ def residency_for(
 
     `spare[g]` of them are left to prefetching.
     """
-    groups = np.array(catalog.groups)
-    quota = np.zeros(len(groups), np.int32)
     spare = list(spare or [0] * len(slots))
-    for group, (n, away) in enumerate(zip(slots, spare, strict=True)):
-        members = np.flatnonzero(groups == group)
-        quota[members] = shares(n - away, len(members), catalog.n_experts, catalog.top_k)
-    return make_residency(len(groups), catalog.n_experts, quota, groups, spare=spare)
+    left = [n - away for n, away in zip(slots, spare, strict=True)]
+    quota = quotas(left, catalog.groups, [layer.top_k for layer in catalog.layers], catalog.n_experts)
+    return make_residency(len(catalog.layers), catalog.n_experts, quota, catalog.groups, spare=spare)

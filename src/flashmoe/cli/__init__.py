@@ -10,8 +10,23 @@ import warnings
 import typer
 
 import flashmoe
-from flashmoe.cli import bench, chat, doctor, pack, plan, run, serve, simulate, trace, train, verify
+from flashmoe.cli import (
+    bench,
+    chat,
+    doctor,
+    engine,
+    pack,
+    plan,
+    run,
+    serve,
+    simulate,
+    streams,
+    trace,
+    train,
+    verify,
+)
 from flashmoe.cli.progress import print_error, stderr_console
+from flashmoe.common.memory import spare_addresses
 from flashmoe.errors import FlashMoEError, FlashMoEWarning
 
 _python_warning = warnings.formatwarning
@@ -31,6 +46,7 @@ app.command("doctor")(doctor.doctor)
 app.command("plan")(plan.plan)
 app.command("simulate")(simulate.simulate)
 app.add_typer(bench.app, name="bench")
+app.add_typer(engine.app, name="engine")
 app.add_typer(trace.app, name="trace")
 app.add_typer(train.app, name="train")
 
@@ -47,6 +63,8 @@ def _root(
 def main() -> None:
     """Entry point: an error that the user can mend is one line on stderr and exit status 1 or 2."""
     warnings.formatwarning = _warning
+    streams.prepare()
+    spare_addresses()
     try:
         app()
     except FlashMoEError as error:

@@ -25,7 +25,7 @@ from typer.core import TyperGroup
 from flashmoe.bench.spec import NO_BASELINE, Plan, cache_sizes, ram_sizes, split_list
 from flashmoe.cli import options
 from flashmoe.cli.groups import with_options
-from flashmoe.cli.progress import stderr_console
+from flashmoe.cli.progress import stderr_console, stdout_console
 from flashmoe.common.units import format_bytes
 from flashmoe.errors import UsageError
 
@@ -163,7 +163,7 @@ def run(
         require_matplotlib()
     with _Bar(stderr_console(quiet)) as bar:
         report = runner.run(plan, bar.update)
-    _print(report, Console())
+    _print(report, stdout_console())
     if json_file:
         json_file.write(report)
     if plot_file:
@@ -173,7 +173,10 @@ def run(
 @app.command("make-model")
 def make(
     shape: Annotated[
-        str, typer.Argument(help="Model shape: OLMoE-1B-7B, DeepSeek-V2-Lite, Qwen3-30B-A3B or gpt-oss-20b.")
+        str,
+        typer.Argument(
+            help="Model shape: OLMoE-1B-7B, DeepSeek-V2-Lite, Qwen3-30B-A3B, gpt-oss-20b or gpt-oss-120b."
+        ),
     ],
     out: Annotated[Path | None, typer.Argument(help="Output file (default: SHAPE-QUANT.gguf).")] = None,
     quant: Annotated[
@@ -250,7 +253,7 @@ def _print(report: dict[str, Any], console: Console) -> None:
         table.add_row(*_cells(row))
     console.print(table)
     for line in (
-        f"{machine['processor']}, {machine['threads']} threads, {machine['library']}",
+        f"{machine['processor']}, {machine['threads']} threads, {machine['library']}, kernels {machine['kernels']}",
         *(f"note: {note}" for note in [*_on_logits(rows), *report["notes"]]),
     ):
         console.print(line, style="dim", highlight=False, soft_wrap=True)

@@ -15,6 +15,7 @@ from flashmoe.cli.pipe import Pipe
 from flashmoe.cli.progress import stderr_console
 from flashmoe.cli.report import show
 from flashmoe.cli.sampling import ChatOptions, SamplingOptions
+from flashmoe.common.text import argument
 from flashmoe.errors import FlashMoEError
 from flashmoe.runtime.conversation import Conversation
 
@@ -35,6 +36,7 @@ def chat(
     verbose: options.Verbose = False,
 ) -> None:
     """Chat with a model that may be larger than memory. Piped input is read line by line, one message per line."""
+    system = argument(system, "--system")
     console = stderr_console(quiet)
     user = Pipe(console)
     if sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty():

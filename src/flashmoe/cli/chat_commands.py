@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashmoe.common.files import write_atomically
+from flashmoe.common.text import decode
 from flashmoe.errors import FlashMoEError, UsageError
 from flashmoe.runtime.conversation import Conversation
 
@@ -87,7 +88,7 @@ class Commands:
     def _load(self, name: str) -> str:
         path = Path(name).expanduser()
         try:
-            messages = [_message(m) for m in json.loads(path.read_text(encoding="utf-8"))["messages"]]
+            messages = [_message(m) for m in json.loads(decode(path.read_bytes(), name))["messages"]]
         except OSError as error:
             raise FlashMoEError(f"{path}: cannot be read ({error.strerror})") from None
         except (ValueError, KeyError, TypeError):

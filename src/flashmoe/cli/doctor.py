@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
 from flashmoe.cli import options
+from flashmoe.cli.progress import stdout_console
+from flashmoe.common.text import printable
 
 _STYLES = {"ok": "green", "advice": "yellow", "problem": "bold red"}
 
@@ -24,14 +26,14 @@ def doctor(
     """Check library, processor, memory and drive, and suggest changes. Exit status 1: a check failed."""
     from flashmoe.tools.doctor import PROBLEM, examine
 
-    console = Console(soft_wrap=True, highlight=False, quiet=quiet)
+    console = stdout_console(quiet)
     checks = []
     for check in examine(place):
         checks.append(check)
-        console.print(f"[{_STYLES[check.status]}]{check.status:8}[/] {check.name:10}", end="")
-        console.print(check.text, markup=False)
+        name = Text.assemble((f"{check.status:8}", _STYLES[check.status]), f" {check.name:10}")
+        console.print(name + printable(check.text), soft_wrap=True)
         if check.change:
-            console.print(" " * 19 + check.change, markup=False)
+            console.print(" " * 19 + printable(check.change), soft_wrap=True)
     if json_file:
         json_file.write([asdict(check) for check in checks])
     if any(check.status == PROBLEM for check in checks):

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 Model = Annotated[
     str,
-    typer.Argument(help="Path of a GGUF file (or the first of a split set), hf:ORG/REPO[:FILE], or demo."),
+    typer.Argument(
+        help="Path of a GGUF file (or the first of a split set), hf:ORG/REPO[:FILE or QUANT], or demo."
+    ),
 ]
 Engine = Annotated[
     str,
@@ -97,7 +99,11 @@ Ubatch = Annotated[
 PairedUbatch = Annotated[int, typer.Option("-ub", "--ubatch-size", help=f"{_UBATCH_HELP}, of both programs.")]
 Threads = Annotated[
     int | None,
-    typer.Option("-t", "--threads", help="Number of threads for computation (default: physical cores)."),
+    typer.Option(
+        "-t",
+        "--threads",
+        help="Number of threads for computation (default: the cores that this process may use).",
+    ),
 ]
 SaveCache = Annotated[
     bool,

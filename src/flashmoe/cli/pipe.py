@@ -24,7 +24,7 @@ class Pipe:
     def lines(self, commands: list[str]) -> Iterator[str]:
         """Messages, as they come. `commands`: names of commands, which a terminal completes."""
         if isinstance(sys.stdin, TextIOWrapper):
-            sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+            sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
         try:
             for line in sys.stdin or ():
                 yield line.removesuffix("\n")

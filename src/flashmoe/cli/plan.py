@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from flashmoe.cli import options
+from flashmoe.cli.progress import stdout_console
 from flashmoe.common.machine import cores
 from flashmoe.common.units import format_bytes, parse_bytes
 
@@ -36,18 +36,16 @@ def plan(
     quiet: options.Silent = False,
 ) -> None:
     """Predict a model's tokens/s at several memory budgets. Of a model on the hub, only the header is downloaded."""
-    from flashmoe.engines.llamacpp.library import find_library, open_library
+    from flashmoe.engines.llamacpp.tested import tested_library
     from flashmoe.routing.files import read
     from flashmoe.simulate.curve import hit_curve, nearest, shipped
     from flashmoe.storage.catalog import ExpertCatalog
-    from flashmoe.storage.gguf import read_gguf
-    from flashmoe.storage.hub import default_policy, remote, resolve
+    from flashmoe.storage.hub import default_policy, header
     from flashmoe.tools.plan import make_plan, measure
 
     budgets = [parse_bytes(size) for size in ram.split(",")] if ram else []
-    gguf = remote(model)
-    there = gguf is None
-    catalog = ExpertCatalog.from_gguf(gguf or read_gguf(resolve(model)))
+    gguf, there = header(model)
+    catalog = ExpertCatalog.from_gguf(gguf)
     if trace:
         recorded = read(trace)
         recorded.check_model(len(catalog.layers), catalog.n_experts)
@@ -56,24 +54,26 @@ def plan(
         curve = nearest(shipped(), catalog.gguf.name, catalog.n_experts, catalog.top_k)
     n_threads = threads or cores()
     drive = place or (catalog.gguf.files[0] if there else Path())
-    machine = measure(catalog, open_library(find_library()), n_threads, drive)
+    machine = measure(catalog, tested_library(), n_threads, drive)
     made = make_plan(catalog, machine, curve, budgets, ctx_size)
     if json_file:
         json_file.write(asdict(made))
-    console = Console(soft_wrap=True, highlight=False, quiet=quiet)
+    console = stdout_console(quiet)
     console.print(
         f"{made.model}: {made.architecture}, {format_bytes(made.file_bytes)}, {made.quantisation}; "
         f"{made.layers} layers of {made.experts} experts, {made.top_k} per token; "
         f"{format_bytes(made.dense_bytes)} dense, {format_bytes(made.total_expert_bytes)} of experts",
-        markup=False,
+        soft_wrap=True,
     )
-    console.print(f"hit rates of {made.statistics}; smallest --ram {format_bytes(made.least_budget_bytes)}")
-    table = Table(box=None, pad_edge=False)
+    least = format_bytes(made.least_budget_bytes)
+    console.print(f"hit rates of {made.statistics}; smallest --ram {least}", soft_wrap=True)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for title in (
         "--ram",
-        "context",
+        "-c",
+        "-ub",
         "slots",
-        "hit rate",
+        "hits",
         "read/token",
         "compute",
         "reads",
@@ -83,10 +83,15 @@ def plan(
         table.add_column(title, justify="left" if title == "bound" else "right")
     for row in made.rows:
         table.add_row(
-            format_bytes(row.budget_bytes), str(row.context), f"{row.slots} ({row.capacity:.0%})",
+            format_bytes(row.budget_bytes), str(row.context), str(row.ubatch), f"{row.slots} ({row.capacity:.0%})",
             f"{row.hit_rate:.1%}", format_bytes(row.read_bytes_per_token),
-            f"{1e3 * row.compute_seconds_per_token:.1f} ms", f"{1e3 * row.read_seconds_per_token:.1f} ms",
+            _format_time(row.compute_seconds_per_token), _format_time(row.read_seconds_per_token),
             f"{row.tokens_per_second:.1f}", row.bound,
         )  # fmt: skip
-    console.print(table)
-    console.print(f"recommended: {made.recommendation}", markup=False)
+    console.print(table, soft_wrap=True)
+    console.print(f"recommended: {made.recommendation}", soft_wrap=True)
+    console.print(made.ubatch_reason, soft_wrap=True)
+
+
+def _format_time(seconds: float) -> str:
+    return f"{1e3 * seconds:.{1 if seconds < 0.1 else 0}f} ms"

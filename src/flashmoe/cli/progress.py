@@ -6,6 +6,9 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from flashmoe.common.text import printable
 
 _TITLES = {
     "load": "loading dense weights",
@@ -17,14 +20,18 @@ _TITLES = {
 
 
 def stderr_console(quiet: bool) -> Console:
-    """A console on stderr that says nothing when `quiet`."""
-    return Console(stderr=True, quiet=quiet, soft_wrap=True)
+    """A console on stderr that says nothing when `quiet`. Brackets are text: file names have them."""
+    return Console(stderr=True, quiet=quiet, soft_wrap=True, markup=False, highlight=False)
+
+
+def stdout_console(quiet: bool = False) -> Console:
+    """The same for what a command was asked for, in tables of the terminal's width."""
+    return Console(quiet=quiet, markup=False, highlight=False)
 
 
 def print_error(console: Console, error: Exception) -> None:
     """Print an error as one line."""
-    message = " ".join(str(error).split()).replace("[", r"\[")  # rich would take brackets for markup
-    console.print(f"[bold red]error:[/] {message}", highlight=False)
+    console.print(Text.assemble(("error:", "bold red"), " ", printable(" ".join(str(error).split()))))
 
 
 class LoadProgress:

@@ -15,6 +15,8 @@ from flashmoe.cli.pipe import with_thoughts
 from flashmoe.cli.progress import LoadProgress, stderr_console
 from flashmoe.cli.report import show
 from flashmoe.cli.sampling import ChatOptions, SamplingOptions
+from flashmoe.cli.streams import read_stdin
+from flashmoe.common.text import argument, decode
 from flashmoe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -99,15 +101,17 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
     """The prompt's text from -p, -f or standard input. Raises UsageError."""
     if prompt is not None and file is not None:
         raise UsageError("give the prompt with -p or with -f, not both")
+    if prompt is not None:
+        prompt = argument(prompt, "the prompt (-p)")
     if file is not None:
         try:
-            prompt = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            prompt = decode(file.read_bytes(), f"{file}: the prompt")
+        except OSError as error:
             raise UsageError(f"{file}: the prompt cannot be read ({error})") from None
     if prompt is None:
         if sys.stdin is None or sys.stdin.isatty():
             raise UsageError("no prompt: give one with -p or -f, or pipe it to standard input")
-        prompt = sys.stdin.read()
+        prompt = read_stdin()
     if not prompt.strip():
         raise UsageError("the prompt is empty")
     return prompt

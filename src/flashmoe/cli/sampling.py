@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flashmoe.common.text import argument, decode
 from flashmoe.errors import UsageError
 
 
@@ -137,6 +138,9 @@ class SamplingOptions:
         from flashmoe.engines.base import SamplingParams
 
         given = {field.name: getattr(self, field.name) for field in fields(self)}
+        given |= {
+            name: argument(value, f"--{name}") for name, value in given.items() if isinstance(value, str)
+        }
         renamed = {_NAMES.get(name, name): value for name, value in given.items()}
         lists = {
             "dry_sequence_breakers": tuple(self.dry_sequence_breaker or ()) or None,
@@ -214,17 +218,19 @@ class ChatOptions:
         """As the Python API has it. Raises UsageError."""
         from flashmoe.engines.llamacpp.serving.options import ServerOptions
 
-        template = self.chat_template or ""
+        template = argument(self.chat_template or "", "--chat-template")
         if self.chat_template_file is not None:
             try:
-                template = self.chat_template_file.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
+                template = decode(self.chat_template_file.read_bytes(), str(self.chat_template_file))
+            except OSError as error:
                 raise UsageError(
                     f"{self.chat_template_file}: the template cannot be read ({error})"
                 ) from None
         return ServerOptions(
             chat_template=template,
-            chat_template_kwargs=_kwargs(self.chat_template_kwargs),
+            chat_template_kwargs=_kwargs(
+                argument(self.chat_template_kwargs or "{}", "--chat-template-kwargs")
+            ),
             reasoning_format=self.reasoning_format,
             reasoning_budget=self.reasoning_budget,
             mmproj=self.mmproj,
@@ -242,9 +248,7 @@ def _bias(text: str) -> tuple[int, float]:
     return int(match[1]), float(match[2])
 
 
-def _kwargs(text: str | None) -> dict[str, Any]:
-    if text is None:
-        return {}
+def _kwargs(text: str) -> dict[str, Any]:
     try:
         kwargs = json.loads(text)
     except ValueError as error:

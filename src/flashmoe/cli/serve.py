@@ -13,6 +13,7 @@ from flashmoe.cli.groups import with_options
 from flashmoe.cli.progress import LoadProgress, stderr_console
 from flashmoe.cli.report import show
 from flashmoe.cli.sampling import ChatOptions, SamplingOptions
+from flashmoe.common.text import printable
 from flashmoe.errors import UsageError
 
 KEY_VARIABLE = "FLASHMOE_API_KEY"
@@ -104,7 +105,7 @@ def serve(
             )
             loaded = load(model, options=asked, progress=progress.update)
         with loaded:
-            name = alias or loaded.catalog.gguf.files[0].stem
+            name = alias or printable(loaded.catalog.gguf.files[0].stem)
             inner = loaded.server()
             address, real_port = sockets[0].getsockname()[:2]
             shown = f"[{address}]" if ":" in address else address

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
 from flashmoe.cli import options
-from flashmoe.cli.progress import stderr_console
+from flashmoe.cli.progress import stderr_console, stdout_console
 from flashmoe.cli.report import JsonFile
 from flashmoe.common.units import parse_bytes
 from flashmoe.errors import UsageError
 
 if TYPE_CHECKING:
     from flashmoe.routing.trace import RoutingTrace
+    from flashmoe.simulate.report import Machine
+    from flashmoe.storage.catalog import ExpertCatalog
 
 
 def simulate(
@@ -92,10 +95,13 @@ def simulate(
     from flashmoe.simulate.replay import parse_capacities, parse_policies, simulate
 
     recorded = read(trace)
+    catalog = _catalog(model, recorded) if model else None
+    if catalog:
+        recorded = replace(recorded, model={**recorded.model, "groups": catalog.identity["groups"]})
     if first is not None:
         recorded = recorded.rows(np.arange(min(first, recorded.n_tokens)))
     slots = parse_capacities(capacity, recorded.n_layers * recorded.num_experts)
-    machine = _machine(model, expert_bytes, disk, compute_ms, recorded.n_layers * recorded.num_experts)
+    machine = _machine(catalog, expert_bytes, disk, compute_ms)
     console = stderr_console(quiet)
     if prefetch is not None:
         _prefetch(recorded, prefetch, policy, slots, partition, plot, json_file, quiet)
@@ -108,11 +114,11 @@ def simulate(
             partition,
             per_sequence,
             read(guide) if guide else None,
-            lambda name, size: status.update(f"{name}, {size} slots"),
+            lambda name, size: status.update(Text(f"{name}, {size} slots")),
         )
     found = report.Simulation.of(recorded, rows, machine)
     if not quiet:
-        Console().print(tables.of_policies(found))
+        stdout_console().print(tables.of_policies(found))
     if json_file:
         json_file.write(found.as_dict())
     if plot:
@@ -145,39 +151,45 @@ def _prefetch(
             slots,
             policy,
             partition,
-            lambda name, done: status.update(f"{name}, {done} of {trace.n_tokens} tokens"),
+            lambda name, done: status.update(Text(f"{name}, {done} of {trace.n_tokens} tokens")),
         )
     found = Simulation.of(trace, rows)
     if not quiet:
-        Console().print(tables.of_predictors(found))
+        stdout_console().print(tables.of_predictors(found))
     if json_file:
         json_file.write(found.as_dict())
     if figure:
         prefetch.plot(rows, figure, found.model)
 
 
-def _machine(model: str | None, expert: str | None, disk: str | None, compute_ms: float, total: int):  # type: ignore[no-untyped-def]
+def _machine(
+    catalog: ExpertCatalog | None, expert: str | None, disk: str | None, compute_ms: float
+) -> Machine | None:
     """The report's Machine, or None where no size of an expert is given."""
     from flashmoe.simulate.report import Machine
 
-    if model is None and expert is None:
-        if disk is not None:
-            raise UsageError("--disk needs the size of an expert: give --model FILE.gguf or --expert-bytes")
+    if expert is not None:
+        size = float(parse_bytes(expert))
+    elif catalog is not None:
+        size = catalog.expert_bytes / catalog.total_experts
+    elif disk is not None:
+        raise UsageError("--disk needs the size of an expert: give --model FILE.gguf or --expert-bytes")
+    else:
         return None
-    size = float(parse_bytes(expert)) if expert is not None else _expert_bytes(str(model), total)
     return Machine(size, float(parse_bytes(disk.removesuffix("/s"))) if disk else None, compute_ms / 1000)
 
 
-def _expert_bytes(model: str, total: int) -> float:
-    """Mean bytes of an expert of a GGUF model. Raises UsageError where the trace is of a model of other
-    shape."""
+def _catalog(model: str, trace: RoutingTrace) -> ExpertCatalog:
+    """The experts of a GGUF model. Raises UsageError where the trace is of a model of other shape."""
     from flashmoe.storage.catalog import ExpertCatalog
     from flashmoe.storage.gguf import read_gguf
     from flashmoe.storage.hub import resolve
 
     catalog = ExpertCatalog.from_gguf(read_gguf(resolve(model)))
-    if catalog.total_experts != total:
+    mine = len(catalog.layers), catalog.n_experts
+    if mine != (trace.n_layers, trace.num_experts):
         raise UsageError(
-            f"the trace is of {total} experts, {model} has {catalog.total_experts}: give its own model"
+            f"the trace is of {trace.n_layers} layers of {trace.num_experts} experts, {model} has {mine[0]} of "
+            f"{mine[1]}: give its own model"
         )
-    return catalog.expert_bytes / catalog.total_experts
+    return catalog

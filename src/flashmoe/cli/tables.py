@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from flashmoe.common.units import format_bytes
 from flashmoe.simulate.prefetch import PrefetchRow, label
@@ -37,11 +38,11 @@ def of_policies(found: Simulation[Row]) -> Table:
         for c in capacities
     }
     for policy in dict.fromkeys(row.policy for row in rows):
-        cells = [policy]
+        cells: list[str | Text] = [policy]
         for capacity in capacities:
             row = next(r for r in rows if r.policy == policy and r.capacity == capacity)
             rate = f"{row.hit_rate:.4f}"
-            cells.append(f"[bold]{rate}[/]" if row.hit_rate == best[capacity] else rate)
+            cells.append(Text(rate, style="bold" if row.hit_rate == best[capacity] else ""))
             cells.append("" if row.gap_closed is None else f"{100 * row.gap_closed:+.0f} %")
             if machine:
                 cells.append(format_bytes(bytes_per_token(row, found) or 0))

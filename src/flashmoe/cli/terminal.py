@@ -15,7 +15,7 @@ from rich.console import Console
 
 from flashmoe.cli.markdown import StreamedMarkdown
 from flashmoe.cli.pipe import Pipe, with_thoughts
-from flashmoe.cli.progress import print_error
+from flashmoe.cli.progress import print_error, stdout_console
 from flashmoe.common.files import state_folder
 from flashmoe.errors import FlashMoEError
 from flashmoe.runtime.conversation import Piece
@@ -26,7 +26,7 @@ class Terminal(Pipe):
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
-        self._replies = Console()
+        self._replies = stdout_console()
 
     def lines(self, commands: list[str]) -> Iterator[str]:
         session: PromptSession[str] = PromptSession(

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from flashmoe.cli import options
 from flashmoe.cli.groups import with_options
-from flashmoe.cli.progress import stderr_console
+from flashmoe.cli.progress import stderr_console, stdout_console
 from flashmoe.cli.sampling import SamplingOptions
+from flashmoe.common.text import decode, printable
 from flashmoe.errors import TraceError, UsageError
 
 if TYPE_CHECKING:
@@ -115,9 +115,10 @@ def read_prompts(path: Path) -> Iterator[str | list[dict[str, str]]]:
     """Prompts of a file: per line a JSON object (.jsonl) or a text. Raises UsageError with the line that is
     wrong."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        text = decode(path.read_bytes(), str(path))
+    except OSError as error:
         raise UsageError(f"cannot read the prompts {path}: {error}") from None
+    lines = text.replace("\r\n", "\n").split("\n")  # a text may hold what else Python ends lines at
     lines = [line for line in lines if line.strip()]
     if not lines:
         raise UsageError(f"{path} has no prompts: give one per line")
@@ -158,9 +159,9 @@ def info(
         statistics.plot(trace, plot)
     if json_file:
         json_file.write({**facts, "per_layer": [row.__dict__ for row in rows]})
-    console = Console(highlight=False, quiet=quiet)
+    console = stdout_console(quiet)
     model: Any = facts.pop("model")
-    console.print(f"{model.get('name', file.stem)}", style="bold", markup=False)
+    console.print(f"{model.get('name', file.stem)}", style="bold")
     console.print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()))
     table = Table()
     for name in ("layer", "requests", "used", "top tenth", "entropy", "overlap"):
@@ -239,4 +240,4 @@ def split(
 
 def _write(trace: RoutingTrace, output: Path) -> None:
     trace.save(output)
-    print(f"{output}: {trace.n_tokens} tokens, {trace.n_sequences} sequences")
+    print(f"{printable(str(output))}: {trace.n_tokens} tokens, {trace.n_sequences} sequences")

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from flashmoe.cli import options
-from flashmoe.cli.progress import stderr_console
+from flashmoe.cli.progress import stderr_console, stdout_console
 
 app = typer.Typer(help="Learn from routing traces (needs torch).", no_args_is_help=True)
 
@@ -76,10 +75,8 @@ def policy(
     if plot:
         draw(trained, plot)
     if not quiet:
-        Console().print(_table(trained.report["held_out"], trained.trained_on["held_out_tokens"]))
-        Console().print(
-            f"wrote {output}: use it with --policy {kind}:{output}", highlight=False, soft_wrap=True
-        )
+        stdout_console().print(_table(trained.report["held_out"], trained.trained_on["held_out_tokens"]))
+        stdout_console().print(f"wrote {output}: use it with --policy {kind}:{output}", soft_wrap=True)
 
 
 @app.command("prefetch")
@@ -136,10 +133,8 @@ def prefetch(
             for known, row in trained.report["held_out"].items():
                 name = "token alone" if known == "token" else f"layers up to {known} behind"
                 table.add_row(name, *(f"{100 * value:.1f} %" for value in row.values()))
-            Console().print(table)
-        Console().print(
-            f"wrote {output}: use it with --prefetch {kind}:{output}", highlight=False, soft_wrap=True
-        )
+            stdout_console().print(table)
+        stdout_console().print(f"wrote {output}: use it with --prefetch {kind}:{output}", soft_wrap=True)
 
 
 def _table(rates: dict[str, dict[str, float]], tokens: int) -> Table:

@@ -60,3 +60,22 @@ def _pinned(_typing: Any, address: Any, kind: Any) -> Any:
 
 
 pinned: Any = _pinned  # to type checkers its arguments are those within
+
+
+def _pointer_to(kind: Any) -> Any:
+    """An intrinsic that turns an address into a pointer to `kind`; numba has none of its own."""
+
+    @intrinsic
+    def cast(_typing: Any, _address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(types.int64), generate
+
+    return cast
+
+
+#: In compiled code: the address of numbers as numba's `carray` takes it.
+bytes_at, int16_at, int32_at, int64_at = (
+    _pointer_to(kind) for kind in (types.uint8, types.int16, types.int32, types.int64)
+)

@@ -4,13 +4,32 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
+import tempfile
+import warnings
+from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
+
+from flashmoe.errors import FlashMoEError, FlashMoEWarning
+
+_LONGEST_SOCKET = 107  # bytes of a socket's path: struct sockaddr_un
 
 
 def cache_folder() -> Path:
-    """The folder for notes that can be made again: $XDG_CACHE_HOME/flashmoe, else ~/.cache/flashmoe."""
-    return _folder("XDG_CACHE_HOME", ".cache")
+    """The folder for notes that can be made again: $XDG_CACHE_HOME/flashmoe, else ~/.cache/flashmoe.
+
+    Where that cannot be written (a read-only system, a user without a home) a folder of the user's own among temporary
+    ones, with a warning; where nothing can be written, the first one still.
+    """
+    wanted = _folder("XDG_CACHE_HOME", ".cache")
+    return _instead_of(wanted) or wanted
+
+
+def cache_is_kept() -> bool:
+    """Whether `cache_folder` is where it belongs."""
+    return _instead_of(_folder("XDG_CACHE_HOME", ".cache")) is None
 
 
 def state_folder() -> Path:
@@ -19,8 +38,67 @@ def state_folder() -> Path:
 
 
 def _folder(variable: str, default: str) -> Path:
-    base = os.environ.get(variable)
-    return (Path(base) if base else Path.home() / default) / "flashmoe"
+    base = Path(os.environ.get(variable, ""))
+    if not base.is_absolute():  # the specification of these variables: such are to be ignored
+        try:
+            base = Path.home() / default
+        except RuntimeError:  # a user id without an entry, as containers have them
+            base = Path("/") / default
+    return base / "flashmoe"
+
+
+@cache
+def _instead_of(folder: Path) -> Path | None:
+    """None where a folder can be written, else the temporary one in its place, or itself where there is none."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        own = _own_temporary_folder()
+        where = (
+            f"compiled code and notes are kept in {own}" if own else "each start compiles and measures anew"
+        )
+        warnings.warn(
+            f"{folder}: cannot be written ({error.strerror}): {where}; name a folder that can be in XDG_CACHE_HOME",
+            FlashMoEWarning,
+            stacklevel=3,
+        )
+        return own or folder
+
+
+def _own_temporary_folder() -> Path | None:
+    """A folder that is the same in every process of this user, and that no other user can have made or can write to:
+    compiled code is loaded from it."""
+    for base in _temporary_folders():
+        folder = base / f"flashmoe-{os.getuid()}"
+        with suppress(OSError):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            found = folder.lstat()
+            if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+                return folder
+    return None
+
+
+def _temporary_folders() -> Iterator[Path]:
+    """Folders for temporary files that can be written, the best first; shared memory last."""
+    named = (os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
+    for base in (*named, "/tmp", "/var/tmp", "/dev/shm"):
+        with suppress(OSError):
+            if base:
+                with tempfile.TemporaryFile(dir=base):
+                    yield Path(base).absolute()
+
+
+def make_socket_folder(name: str) -> Path:
+    """A new folder for a socket `name`, whose path must be short. Raises FlashMoEError where none can be made."""
+    for base in _temporary_folders():
+        folder = base / f"flashmoe-{secrets.token_hex(8)}"
+        if len(os.fsencode(folder / name)) <= _LONGEST_SOCKET:
+            with suppress(OSError):
+                folder.mkdir(mode=0o700)
+                return folder
+    raise FlashMoEError("no temporary folder can be written, or its path is too long: name another in TMPDIR")
 
 
 def write_atomically(path: Path, data: bytes, *, private: bool = False) -> None:

@@ -9,8 +9,10 @@ a change in one policy leaves the others' code as it is.
 from __future__ import annotations
 
 import hashlib
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
@@ -18,10 +20,20 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba.core.caching import FunctionCache
-from numba.core.ccallback import CFunc
-from numba.core.sigutils import normalize_signature
-from numba.core.typing.templates import Signature
+
+from flashmoe.common.files import cache_folder
+from flashmoe.common.numba_internals import (
+    KEEPS,
+    BesideSource,
+    CFunc,
+    ForUser,
+    FunctionCache,
+    NullCache,
+    Signature,
+    normalize_signature,
+)
+
+_log = logging.getLogger(__name__)
 
 Also = Callable[[], Iterable[Any]]
 #: What changes with their own version, which numba compares where it matters.
@@ -34,8 +46,8 @@ def kept(*, also: Also = tuple, **options: Any) -> Callable[[Callable[..., Any]]
 
     def keep(function: Callable[..., Any]) -> Any:
         made: Any = numba.njit(**options)(function)
-        if hasattr(made, "_cache"):  # not so where compilation is switched off
-            made._cache = _Cache(function, also)
+        if KEEPS and hasattr(made, "_cache"):  # not so where compilation is switched off
+            made._cache = _cache(function, also)
         return made
 
     return keep
@@ -43,18 +55,50 @@ def kept(*, also: Also = tuple, **options: Any) -> Callable[[Callable[..., Any]]
 
 def kept_callback(signature: Any, **options: Any) -> Callable[[Callable[..., Any]], Any]:
     """`numba.cfunc(signature, **options)`, kept on disk."""
+    if not KEEPS:
+        return numba.cfunc(signature, **options)
 
     def keep(function: Callable[..., Any]) -> Any:
         made: Any = CFunc(function, normalize_signature(signature), locals={}, options=options)
-        made._cache = _Cache(function, tuple)
+        made._cache = _cache(function, tuple)
         made.compile()
         return made
 
     return keep
 
 
+class _InCacheFolder(BesideSource):
+    """Where compiled code is kept if it cannot be kept beside its source: in our own cache folder. numba's folder for
+    the user may be one that cannot be written either, or "~" itself."""
+
+    def __init__(self, function: Any, file: str) -> None:
+        super().__init__(function, file)
+        self._cache_path = str(cache_folder() / "compiled" / self.get_suitable_cache_subpath(file))
+
+
+class _Place(FunctionCache._impl_class):  # type: ignore[misc, valid-type]
+    """Which file compiled code is kept in."""
+
+    _locator_classes = tuple(
+        _InCacheFolder if locator is ForUser else locator
+        for locator in FunctionCache._impl_class._locator_classes
+    )
+
+
+def _cache(function: Callable[..., Any], also: Also) -> Any:
+    """A function's cache; none where nothing can be written: it is compiled by every process."""
+    try:
+        return _Cache(function, also)
+    except (RuntimeError, OSError) as error:
+        _log.warning("compiled code is not kept: %s", error)
+        return NullCache()
+
+
 class _Cache(FunctionCache):
-    """numba's cache of a function, with a stamp of all that the function reaches."""
+    """numba's cache of a function, with a stamp of all that the function reaches. What cannot be read is made anew,
+    what cannot be written is not kept."""
+
+    _impl_class = _Place
 
     def __init__(self, function: Callable[..., Any], also: Also) -> None:
         super().__init__(function)
@@ -62,7 +106,19 @@ class _Cache(FunctionCache):
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         self._stamp()
-        return super().load_overload(sig, target_context)
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception as error:  # unpickling half a file raises nearly anything
+            _log.warning("%s: cannot be read (%r): compiling again", self._cache_file._index_path, error)
+            with suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        try:
+            super().save_overload(sig, data)
+        except (OSError, EOFError, ValueError) as error:  # a full drive; an index that could not be made anew
+            _log.warning("%s: compiled code is not kept (%s)", self._cache_file._index_path, error)
 
     def _stamp(self) -> None:
         """Only now: functions may be named before they are defined."""

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import re
 import resource
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
+from flashmoe.common.cgroup import groups
+
 DEFAULT_SHARE = 0.7  # of the memory that is available: the machine stays usable
+_M_ARENA_MAX = -8  # malloc.h
 _MADV_PAGEOUT = 21  # Linux 5.4; not in Python's mmap module
 
 
@@ -35,34 +41,96 @@ def release_code() -> None:
 
 def memory_limit() -> int:
     """Bytes this process may use at most: the machine's memory, or its cgroup's limit where that is lower."""
-    limits = [psutil.virtual_memory().total]
+    return min((limit for limit, _ in _group_limits()), default=psutil.virtual_memory().total)
+
+
+def memory_left() -> int:
+    """Bytes that are free for this process: of the machine, and of each control group around it, which it may share.
+
+    Page cache is free: the system gives it back.
+    """
+    left = [limit - used for limit, used in _group_limits()]
+    return max(0, min(psutil.virtual_memory().available, *left, psutil.virtual_memory().total))
+
+
+def _group_limits() -> Iterator[tuple[int, int]]:
+    """Of each control group around this process with a limit: bytes of it, and bytes that are used, by all in it."""
+    total = psutil.virtual_memory().total
+    for version, folder in groups("memory"):
+        names = ("memory.max", "memory.high") if version == 2 else ("memory.limit_in_bytes",)
+        limits = [limit for name in names if 0 < (limit := _number(folder / name)) < total]
+        if limits:
+            yield min(limits), _used(folder, version)
+
+
+def _used(folder: Path, version: int) -> int:
+    """Bytes that a control group uses, without page cache."""
+    used = _number(folder / ("memory.current" if version == 2 else "memory.usage_in_bytes"))
+    prefix = "" if version == 2 else "total_"
+    names = (f"{prefix}active_file", f"{prefix}inactive_file")
     try:
-        entries = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+        fields = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        cached = sum(int(line[1]) for line in fields if len(line) == 2 and line[0] in names)
+    except (OSError, ValueError):
+        cached = 0
+    return max(0, used - cached)
+
+
+def _number(path: Path) -> int:
+    """The number that a file holds; 0 where it holds none, or is not there."""
+    try:
+        text = path.read_text().strip()
     except OSError:
-        return limits[0]
-    for _, controllers, path in entries:
-        if controllers == "":
-            root, name = Path("/sys/fs/cgroup"), "memory.max"
-        elif "memory" in controllers.split(","):
-            root, name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
-        else:
-            continue
-        folder = root / path.strip("/")
-        for place in (folder, *folder.parents):
-            if root not in (place, *place.parents):
-                break
-            try:
-                text = (place / name).read_text().strip()
-            except OSError:
-                continue
-            if text.isdigit():
-                limits.append(int(text))
-    return min(limits)
+        return 0
+    return int(text) if text.isdigit() else 0
+
+
+def address_room() -> tuple[int, str] | None:
+    """Bytes that this process may still reserve, and what limits them: ulimit -v, ulimit -d, or a system that promises
+    no more memory than it has. None where nothing does."""
+    rooms = []
+    for resource_limit, field, name in (
+        (resource.RLIMIT_AS, "VmSize", "ulimit -v"),
+        (resource.RLIMIT_DATA, "VmData", "ulimit -d"),
+    ):
+        most = resource.getrlimit(resource_limit)[0]
+        if most != resource.RLIM_INFINITY:
+            rooms.append((max(0, most - status_bytes(field)), name))
+    if counts_promises():
+        most, promised = (_meminfo_bytes(name) for name in ("CommitLimit", "Committed_AS"))
+        rooms.append((max(0, most - promised), "vm.overcommit_memory=2"))
+    return min(rooms, default=None)
+
+
+def counts_promises() -> bool:
+    """Whether the system refuses to promise more memory than it has (vm.overcommit_memory=2)."""
+    return _number(Path("/proc/sys/vm/overcommit_memory")) == 2
 
 
 def default_ram() -> int:
-    """The budget where none is given: a share of the memory available to this process."""
-    return int(DEFAULT_SHARE * min(psutil.virtual_memory().available, memory_limit()))
+    """The budget where none is given: what this process has, and a share of what it may have beside that."""
+    budget = status_bytes("RssAnon") + int(DEFAULT_SHARE * memory_left())
+    if room := address_room():  # its libraries have their addresses
+        budget = min(budget, status_bytes("VmRSS") + int(DEFAULT_SHARE * room[0]))
+    return budget
+
+
+def spare_addresses() -> None:
+    """Where addresses are limited, take fewer of them: each thread that allocates would reserve 64 MiB, and each one of
+    numpy's 32 MiB. Call it early."""
+    if address_room():
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+        with suppress(AttributeError):  # another libc than GNU's
+            ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+
+
+def _meminfo_bytes(field: str) -> int:
+    """A field of /proc/meminfo; 0 where it does not exist."""
+    try:
+        match = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    except OSError:
+        match = None
+    return int(match[1]) << 10 if match else 0
 
 
 def status_bytes(field: str) -> int:

@@ -131,6 +131,8 @@ class Engine(Protocol):
     n_vocab: int
     pooling: str  # how embeddings are made; "none" where they are not
     n_embd: int  # numbers of an embedding
+    kernels: str  # what computes, for reports: "zen4 (AVX-512)"; "" where there is nothing to choose
+    kernels_hint: str  # what better ones would be worth, a sentence; "" where there are none
 
     @property
     def has_server(self) -> bool:

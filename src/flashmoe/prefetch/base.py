@@ -89,6 +89,10 @@ class Predictor:
     def use_routers(self, routers: Sequence[Any]) -> None:
         """The routers of all layers (gate.Router), from an engine that can show them; kept by `gate` only."""
 
+    def use_residency(self, slot_of: Int32) -> None:
+        """After `bind`: the slots of all experts, int32 [L, E], -1 for those not resident. They change; a predictor for
+        which that saves time may leave the chances of residents at 0: they need no guesses."""
+
     def see(self, layer: int, hidden: Float32) -> None:
         """The input of a layer's router for the token of this step, float32 [n], before `observe`; only from
         engines that can show it. The memory is valid until the next call of any method."""

@@ -4,8 +4,9 @@ When a layer's router has spoken, and while its own reads are under way, the lik
 are not resident are queued. They are read while the engine computes; demand reads go before them (storage.reader),
 what the next router contradicts is dropped, and a wrong guess evicts nothing (cache.staging). What is left to decide
 is whether a guess is worth a read: its chance must reach `LEAST_CHANCE`, and a chance is what this predictor's guesses
-of that confidence have been worth on this very text, not what it says. And whether asking is worth its time: that is
-charged against the waits that right guesses have saved.
+of that confidence have been worth on this very text, not what it says. And whether asking is worth its time: a layer is
+asked about only while waiting for what it misses takes longer, and the time is charged against the waits that right
+guesses have saved.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ _TRIAL = 12  # steps after which a predictor is judged, again and again
 _LEAST_RIGHT = 0.05  # right guesses per layer and step that make a predictor worth asking
 _SLEEP = 8  # when none is, one step of so many is still looked at, or fewer:
 _MOST_OF_TIME = 0.02  # that looking takes then
+_RATE = 0.1  # of the moving averages of a layer's misses, and of what answers about it take:
+_DOUBT = 0.02  # as much less is believed of that each time when it was too much
 
 
 @kept(nogil=True)
@@ -121,6 +124,11 @@ class Prefetcher:
             residency.n_experts,
         )
         self._layers = residency.n_layers
+        for predictor in self._predictors:
+            predictor.use_residency(residency.slot_of)
+        self._absent = np.zeros((self._layers, residency.n_experts), bool)  # when the layer before was done
+        self._counts = [False] * self._layers  # whether that is known
+        self._misses = [1.0] * self._layers  # per token, lately
         self._chances = np.zeros(residency.n_experts, np.float32)
         self._experts = np.zeros((self._layers, _GUESSES), np.int32)
         self._bins = np.zeros((self._layers, _GUESSES), np.int32)
@@ -135,6 +143,7 @@ class Prefetcher:
         self._kept, self._asked = np.zeros(_BINS), np.zeros(_BINS)
         self._step, self._right, self._asleep = 0, 0, False
         self._looked, self._spent = 0, 0.0  # steps looked at since it was judged, and seconds spent on asking
+        self._cost = [0.0] * self._layers  # seconds of an answer about a layer, lately
         self._judged = 0, time.perf_counter()  # the step, and when that was
         self._pause = _SLEEP
 
@@ -175,6 +184,10 @@ class Prefetcher:
         """The router of a layer has picked `ids`, int32 [k], for the present token."""
         for predictor in self._learning:
             predictor.observe(layer, ids)
+        if self._counts[layer]:
+            self._counts[layer] = False
+            missed = int(np.count_nonzero(self._absent[layer][ids]))
+            self._misses[layer] += _RATE * (missed - self._misses[layer])
         found, worth = self._made[layer]
         if found:
             self._made[layer] = 0, 0
@@ -195,9 +208,16 @@ class Prefetcher:
             return
         if not self._looks:
             return
+        np.less(self._slot_of[target], 0, out=self._absent[target])
+        self._counts[target] = True
+        if self._misses[target] * self._cache.seconds_per_miss < self._cost[target]:
+            self._cost[target] *= 1 - _DOUBT
+            return  # it would not pay even if all guesses were right
         began = time.perf_counter()
         self.predictor.predict(layer, target, self._chances)
-        self._spent += time.perf_counter() - began
+        taken = time.perf_counter() - began
+        self._spent += taken
+        self._cost[target] += _RATE * (taken - self._cost[target])
         experts = self._experts[target]
         found, worth = choose(
             self._chances, self._slot_of[target], self._kept, self._asked, experts, self._bins[target]

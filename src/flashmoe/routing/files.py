@@ -75,7 +75,7 @@ def read_jsonl(path: str | Path) -> RoutingTrace:
     tokens, sequences = [], []
     number = 0
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for line in file:
                 number += 1
                 if not line.strip():

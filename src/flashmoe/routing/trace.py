@@ -118,6 +118,11 @@ class RoutingTrace:
         return int(self.expert_ids.shape[2])
 
     @property
+    def layer_top_k(self) -> NDArray[np.int64]:
+        """Experts per token of each layer, [L]; what no token was routed by counts as 1."""
+        return np.maximum((self.expert_ids >= 0).sum(axis=2).max(axis=0), 1)
+
+    @property
     def n_sequences(self) -> int:
         """Number of sequences."""
         return int(self.begins().sum())

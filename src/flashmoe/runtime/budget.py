@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from flashmoe.cache.sizing import least_pool, parse_cache, slots_for
+from flashmoe.cache.sizing import group_top_k, least_pool, parse_cache, slots_for
 from flashmoe.common import memory
 from flashmoe.common.units import format_bytes
 from flashmoe.errors import BudgetError, UsageError
@@ -21,8 +21,7 @@ _MOST_FOR_AGENTS = 1 / 3
 MOST_PARALLEL = 4  # conversations, where their number is not given
 _MOST_FOR_CONVERSATIONS = 1 / 16  # that wait in RAM for their next turn, and as much for checkpoints
 _MOST_CACHE_RAM, _MOST_CHECKPOINTS = 8192 << 20, 32  # llama.cpp's defaults
-# Not seen when the pool is sized: buffers of reads (storage.direct, and to measure the drive), and what Python takes while
-# it runs
+# Not seen when the pool is sized: read buffers (storage.direct, storage.disk), what Python takes while it runs
 RESERVE = 32 << 20
 # Interpreter, libraries, compute buffers, as seen with small models: for decisions before loading
 _BEFORE_LOADING = 160 << 20
@@ -109,7 +108,7 @@ def plan_pool(
     budget cannot undercut. scratch: bytes that the engine takes beside so many slots of each size group.
     """
     smallest = least_pool(catalog, align)
-    least = max(used + smallest + scratch([catalog.top_k] * (max(catalog.groups) + 1)), least)
+    least = max(used + smallest + scratch(group_top_k(catalog)), least)
     if least > budget:
         return PoolPlan(least, [])
     beside = scratch(slots_for(catalog, budget - used, align))  # fewer slots need no more

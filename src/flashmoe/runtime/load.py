@@ -94,6 +94,7 @@ def _load(
     model: str | Path, options: LoadOptions, report_progress: Progress, library: Library | None
 ) -> Model:
     started = time.perf_counter()
+    memory.spare_addresses()
     server = options.server or ServerOptions()
     make_policy = partial(create, options.policy or default_policy(model))
     evict = make_policy()
@@ -197,7 +198,7 @@ def _governor(
     """What keeps the process to `limit` bytes, and leaves the engine slots for its micro-batches."""
     sequences = engine.sequences if isinstance(engine, LlamaEngine) else 1
     needed = sizing.least_slots(catalog, engine.n_ubatch, sequences)
-    return Governor(experts, limit, [needed + away for away in spare])
+    return Governor(experts, limit, [n + away for n, away in zip(needed, spare, strict=True)])
 
 
 def _saved_conversations(session: Session, opened: Opened, most: int) -> SavedConversations | None:

@@ -290,7 +290,7 @@ class Model:
         pause: called after every millisecond of replaying; for callers that run while the model is at work.
         """
         so_far = self.telemetry
-        what_if = WhatIf(self.cache.recent, self.cache.policy, self.catalog.top_k, pause)
+        what_if = WhatIf(self.cache.recent, self.cache.policy, pause)
         return make_report(
             so_far,
             self.cache.stats,
@@ -298,6 +298,7 @@ class Model:
             policy=self.cache.policy.name,
             prefetch=self.prefetcher.predictor.name if self.prefetcher else "",
             layout=self.layout,
+            kernels=(self.engine.kernels, self.engine.kernels_hint),
             text=text,
             slots=sum(self.cache.elastic.slots),
             given_back=(self.cache.elastic.unused_bytes, self.cache.elastic.most_unused_bytes),

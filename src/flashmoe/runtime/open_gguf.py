@@ -13,7 +13,6 @@ from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.loader import LoadedModel
 from flashmoe.engines.llamacpp.scratch import touched_bytes
 from flashmoe.engines.llamacpp.tested import tested_library
-from flashmoe.engines.llamacpp.token_table import MOST_BYTES
 from flashmoe.runtime import budget
 from flashmoe.runtime.embedding import choose_pooling
 from flashmoe.runtime.layout import PACKED, PLAIN, REPACKED, choose_layout
@@ -36,7 +35,8 @@ def open_gguf(loading: Loading, stack: ExitStack, library: Library | None) -> Op
     pooling = choose_pooling(options.pooling, catalog.gguf)
     trained = catalog.gguf.arch_int("context_length", budget.DEFAULT_CONTEXT)
     budget.check_context(options.n_ctx, trained)
-    pack = find_pack(catalog) if options.layout != PLAIN else None
+    lib = library or tested_library()
+    pack = find_pack(catalog) if options.layout != PLAIN and lib.repacks else None
     checksums = needed_checksums(catalog, pack.checksums(catalog) if pack else {}) if options.verify else None
     reader = ExpertReader([*catalog.gguf.files, pack.path] if pack else catalog.gguf.files)
     stack.callback(reader.close)
@@ -49,13 +49,13 @@ def open_gguf(loading: Loading, stack: ExitStack, library: Library | None) -> Op
         catalog,
         budget.expected_share(catalog, limit, options.cache, align),
         pack is not None,
+        lib.repacks,
     )
-    lib = library or tested_library()
     dense = catalog.dense_bytes
     loaded = LoadedModel(
         lib,
         catalog,
-        reader.files[: len(catalog.gguf.files)],
+        reader,
         lambda n: loading.progress(n, dense),
         repack=layout == REPACKED,
     )
@@ -64,13 +64,7 @@ def open_gguf(loading: Loading, stack: ExitStack, library: Library | None) -> Op
     if checksums:
         reader.check(FirstReads(catalog, [file.path for file in reader.files], checksums))
     aside = reader.reserve_bounce_buffers(catalog.largest_placed) if catalog.largest_placed else 0
-    promised = (
-        aside
-        + loading.prepare(catalog)
-        + catalog.table_bytes
-        + (MOST_BYTES if loaded.token_table else 0)
-        + loading.projector_bytes
-    )
+    promised = aside + loading.prepare(catalog) + catalog.table_bytes + loading.projector_bytes
     make = partial(
         LlamaEngine,
         lib,
@@ -133,23 +127,20 @@ def _best_step(
 
     Buffers grow evenly with the micro-batch: two engines show how much.
     """
-    candidates = [n for n in sizing.UBATCHES if n <= context]
-    if len(candidates) < 2:
+    few, many = sizing.UBATCHES[0], min(sizing.USUAL_UBATCH, context)
+    if many <= few:
         return context
     taken = []
-    few, many = candidates[0], min(sizing.USUAL_UBATCH, candidates[-1])
     for n in (few, many):
         engine, nbytes, _ = _measured(partial(make, n_ubatch=n))
         engine.close()
         taken.append(nbytes)
-    each = (taken[1] - taken[0]) / (many - few)
     left = limit - memory.status_bytes("VmRSS") - budget.RESERVE - taken[0]
-
-    def slots_with(n: int) -> list[int]:
-        scratch = partial(touched_bytes, catalog, n_ubatch=n)
-        return budget.plan_pool(catalog, left, int(each * (n - few)), align, scratch=scratch).slots
-
-    return sizing.best_ubatch(catalog, slots_with, candidates)
+    slots = sizing.slots_for(catalog, max(left, sizing.least_pool(catalog, align)), align)
+    scratch = [touched_bytes(catalog, slots, n) for n in (few, many)]
+    each = max(0, taken[1] + scratch[1] - taken[0] - scratch[0]) / (many - few)
+    found = sizing.ubatches(catalog, context, left - scratch[0], each, align)
+    return found[0].tokens if found else sizing.USUAL_UBATCH
 
 
 def _step(

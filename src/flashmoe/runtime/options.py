@@ -34,7 +34,8 @@ class LoadOptions:
     n_ubatch: most tokens evaluated at once while a prompt is read, fewer where the budget leaves no room for that many;
         the results are the engine's at the same value. By default so many that a prompt's token and a decoded one
         together read as few experts as possible (512 with the transformers engine).
-    threads: compute threads (default: physical cores). all_logits: keep the logits of every token, not the last only.
+    threads: compute threads (default: the cores that this process may use, fewer under a quota).
+    all_logits: keep the logits of every token, not the last only.
     trace: record which experts every token is routed to, see `Model.recorder`.
     parallel: conversations that llama.cpp's server (`Model.server`) holds at once and evaluates together, each with
         `n_ctx` tokens of context; 0: up to four, as far as they take no more than a third of what the weights leave;

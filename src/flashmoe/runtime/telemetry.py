@@ -59,6 +59,8 @@ class Report:
     policy: str
     prefetch: str  # the predictor that is asked at present; "" for none
     layout: str  # of the weights: "plain", "repacked", or "packed": repacked in a pack file
+    kernels: str  # that compute; "" where there is nothing to choose
+    kernels_hint: str  # what better ones would be worth
     text: str
     prefill: dict[str, float]
     decode: dict[str, float]
@@ -95,10 +97,12 @@ class Report:
             f"hit rate {c['hit_rate']:.1%}{ahead}; "
             f"{format_bytes(io['read_bytes_per_token'])} read per token",
             f"reads {io['read_bytes_per_second'] / 1e9:.2f} GB/s on average{ceiling}; "
-            f"memory {format_bytes(m['peak_bytes'])} at most{budget}; weights {self.layout}",
+            f"memory {format_bytes(m['peak_bytes'])} at most{budget}; weights {self.layout}"
+            + (f", kernels {self.kernels}" if self.kernels else ""),
             *self._given_back(),
             *self._tiers(),
             self.advice["sentence"],
+            *([self.kernels_hint] if self.kernels_hint else []),
         ]
 
     def _given_back(self) -> list[str]:
@@ -137,6 +141,7 @@ def make_report(
     policy: str,
     prefetch: str,
     layout: str,
+    kernels: tuple[str, str],
     text: str,
     slots: int,
     experts: int,
@@ -151,7 +156,8 @@ def make_report(
 ) -> Report:
     """Put the counters together. `cache` and `io` cover decoding; their prefill counterparts stand beside them.
 
-    expert_bytes, misses, others: see runtime.advice.advise. tiers: see engines.base.Tiers.
+    kernels: those in use, and what better ones would be worth. tiers: see engines.base.Tiers.
+    expert_bytes, misses, others: see runtime.advice.advise.
     warm: experts that a warm start brought back, and bytes that it read in the background. given_back: bytes of the
     pool that it does without, now and at most so far.
     """
@@ -179,6 +185,8 @@ def make_report(
         policy=policy,
         prefetch=prefetch,
         layout=layout,
+        kernels=kernels[0],
+        kernels_hint=kernels[1],
         text=text,
         prefill={
             "tokens": telemetry.prefill.tokens,

@@ -24,6 +24,7 @@ class Comparing:
 
     def __init__(self, model: Model, broadcast: Broadcast) -> None:
         self._model, self._broadcast = model, broadcast
+        self._group = model.cache.policy.residency.group.copy()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._wanted_until = self._worked = 0.0
@@ -51,7 +52,8 @@ class Comparing:
             seen = blocks[-1]
             self._worked = time.thread_time()
             residency = self._model.cache.policy.residency
-            for found in compare(blocks, residency.quota + residency.lent):  # a prompt borrows from it
+            quota = residency.quota + residency.lent  # a prompt borrows from it
+            for found in compare(blocks, quota, self._group):
                 self._rest()
                 self._latest = found or self._latest
             self.advice = self._model.report(pause=self._rest).advice

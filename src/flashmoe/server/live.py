@@ -82,6 +82,8 @@ class Live:
             "slots": model.cache.policy.residency.n_slots,
             "expert_bytes": max(layer.expert_bytes for layer in catalog.layers),
             "policy": model.cache.policy.name,
+            "layout": model.layout,
+            "kernels": model.engine.kernels,
             "context": self._inner.n_ctx,
             "parallel": self._inner.parallel,
             "budget_bytes": model.budget_bytes,

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from flashmoe.cache.policies import create
-from flashmoe.cache.residency import equal_quota, make_residency
 from flashmoe.routing.trace import RoutingTrace
+from flashmoe.simulate.partition import pool_for
 
 CAPACITIES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 MOST_TOKENS = 20_000
@@ -48,7 +48,7 @@ def hit_curve(trace: RoutingTrace, name: str, policy: str) -> HitCurve:
         if slots < layers * trace.top_k:
             continue
         made = create(policy)
-        made.bind(make_residency(layers, experts, equal_quota(slots, layers, experts)))
+        made.bind(pool_for(trace, slots))
         replayed = made.replay(trace.expert_ids, starts=trace.starts()[: trace.n_tokens])
         hits, requests = int(replayed.hits.sum()), int(replayed.requests.sum())
         points.append((capacity, min(1.0, round(hits / max(1, requests - cold), 4))))

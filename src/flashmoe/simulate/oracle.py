@@ -23,11 +23,11 @@ class DecodeOracle(Belady):
     def set_future(self, ids: NDArray[np.int16], first: NDArray[np.int64], decode: NDArray[np.bool_]) -> None:
         """All that will be replayed: ids [T, L, k], its steps [N+1], and which of them decode [N]."""
         n_layers, n_experts = self.residency.n_layers, self.residency.n_experts
-        requests = self.requests(first, ids.shape[2])
-        counts = decode[np.searchsorted(first, requests[:-1], side="right") - 1]
+        requests, group = self.requests(first, ids.shape[2]), self.residency.group
+        counts = np.repeat(decode, np.diff(first))
         uses = np.zeros(ids.size, np.int64)
         begin = np.zeros(n_layers * n_experts + 1, np.int64)
-        uses = uses[: requests_of(ids, requests, n_experts, uses, begin)]
+        uses = uses[: requests_of(ids, requests, group, n_experts, uses, begin)]
         # of each use, the next one from there that counts: a running minimum from the end, each expert's for itself
         own = np.repeat(np.arange(n_layers * n_experts), np.diff(begin)) * _NEVER
         when = own + np.where(counts[uses // n_layers], uses, _NEVER - 1)

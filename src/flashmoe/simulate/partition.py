@@ -1,4 +1,4 @@
-"""How many slots each layer should have."""
+"""How many slots each layer should have: as the runtime shares them, or as a trace says that they are worth most."""
 
 from __future__ import annotations
 
@@ -7,9 +7,44 @@ import heapq
 import numpy as np
 from numpy.typing import NDArray
 
+from flashmoe.cache import sizing
+from flashmoe.cache.residency import PARTITIONS, Residency, make_residency
 from flashmoe.common.kept import kept
-from flashmoe.errors import UsageError
+from flashmoe.errors import TraceError, UsageError
 from flashmoe.routing.trace import RoutingTrace
+
+
+def pool_for(
+    trace: RoutingTrace, slots: int, partition: str = "per-layer", guide: RoutingTrace | None = None
+) -> Residency:
+    """An empty pool of `slots` for the model of a trace, as the runtime makes it.
+
+    Shares of the layers are equal, or with partition "weighted" learned from `guide` (default: the trace itself).
+    Raises UsageError.
+    """
+    if partition not in PARTITIONS:
+        raise UsageError(f"unknown partition {partition!r}: use one of {', '.join(PARTITIONS)}")
+    groups, top_k = size_groups(trace), trace.layer_top_k.tolist()
+    if partition == "weighted":
+        quota = weighted_quota(guide or trace, slots)
+    else:
+        if slots < min(top_k):
+            raise UsageError(f"{slots} slots do not hold one token's {min(top_k)} experts of a layer")
+        split = sizing.split_slots(slots, groups, top_k, trace.num_experts)
+        quota = sizing.quotas(split, groups, top_k, trace.num_experts)
+    return make_residency(trace.n_layers, trace.num_experts, quota, groups, partition)
+
+
+def size_groups(trace: RoutingTrace) -> list[int]:
+    """The size group of each layer (see catalog), [L], as the trace's model says; one where it does not."""
+    said = str(trace.model.get("groups", ""))
+    try:
+        groups = [int(number) for number in said.split(",")] if said else [0] * trace.n_layers
+    except ValueError:
+        groups = []
+    if len(groups) != trace.n_layers or sorted(set(groups)) != list(range(max(groups) + 1)):
+        raise TraceError(f"the trace has damaged metadata (size groups {said!r}): record it again")
+    return groups
 
 
 @kept()

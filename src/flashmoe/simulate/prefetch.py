@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 
 from flashmoe.cache.policies import create as create_policy
-from flashmoe.cache.residency import make_residency
 from flashmoe.common.kept import kept
 from flashmoe.common.plotting import new_figure, save_figure
 from flashmoe.errors import UsageError
 from flashmoe.prefetch import create, needs_hidden, of_routing_alone
 from flashmoe.prefetch.base import AHEAD, Predictor, PredictorError
 from flashmoe.routing.trace import RoutingTrace
-from flashmoe.simulate.replay import shares
+from flashmoe.simulate.partition import pool_for
 
 
 @dataclass(frozen=True)
@@ -113,9 +112,10 @@ def judge(
     pools = []
     for size in slots:
         pool = create_policy(policy)
-        pool.bind(make_residency(n_layers, n_experts, shares(trace, size, partition), partition=partition))
+        pool.bind(pool_for(trace, size, partition))
         if pool.oracle:
-            pool.prepare(trace.expert_ids, np.arange(trace.n_tokens + 1))
+            each = np.tile(np.arange(trace.n_tokens), (len(pool.residency.window_count), 1))
+            pool.prepare(trace.expert_ids, each)
         pools.append(pool)
     most = min(2 * k, n_experts)
     counts = np.zeros((len(AHEAD), len(pools) + 1, most + 1, 2), np.int64)

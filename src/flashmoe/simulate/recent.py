@@ -108,8 +108,10 @@ class RecentSteps:
         return stats.hits - stats.prefetch_hits, stats.requests
 
 
-def compare(blocks: Sequence[Block], quota: NDArray[np.int32]) -> Iterator[Comparison | None]:
-    """Replay consecutive `blocks` for a pool of `quota` [L] slots a layer, as one size group.
+def compare(
+    blocks: Sequence[Block], quota: NDArray[np.int32], group: NDArray[np.int32] | None = None
+) -> Iterator[Comparison | None]:
+    """Replay consecutive `blocks` for a pool of `quota` [L] slots a layer, in the size groups `group` [L].
 
     Yields None after each piece of work (a few milliseconds, in which Python's lock is held), and at last the result.
     """
@@ -123,7 +125,7 @@ def compare(blocks: Sequence[Block], quota: NDArray[np.int32]) -> Iterator[Compa
     yield None
     rates = []
     for policy in (Lru(), oracle):
-        policy.bind(_holding(make_residency(n_layers, n_experts, quota.copy()), resident))
+        policy.bind(_holding(make_residency(n_layers, n_experts, quota.copy(), group), resident))
         if policy is oracle:
             oracle.set_future(ids, first, decode)
             yield None
@@ -154,17 +156,20 @@ def _pieces(sizes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
 
 
 def _holding(res: Residency, resident: NDArray[np.bool_]) -> Residency:
-    """An empty pool of one size group, with the experts that are `resident` [L, E] let in."""
-    layers, experts = np.nonzero(resident)
+    """An empty pool with the experts that are `resident` [L, E] let in."""
     used = resident.sum(axis=1)
-    slots = np.arange(len(layers))
-    place = slots - np.repeat(np.cumsum(used) - used, used)
-    res.slot_of[layers, experts] = slots
-    res.owner[slots] = layers * res.n_experts + experts
-    res.members[layers, place] = experts
-    res.place[slots] = place
+    for group in range(len(res.free_count)):
+        own = np.flatnonzero(res.group == group)
+        members, experts = np.nonzero(resident[own])
+        layers = own[members]
+        slots = res.group_start[group] + np.arange(len(layers))  # the stack's top is the lowest slot
+        place = np.arange(len(layers)) - np.repeat(np.cumsum(used[own]) - used[own], used[own])
+        res.slot_of[layers, experts] = slots
+        res.owner[slots] = layers * res.n_experts + experts
+        res.members[layers, place] = experts
+        res.place[slots] = place
+        res.free_count[group] -= len(slots)
     res.used[:] = used
-    res.free_count[0] -= len(slots)  # the stack's top is the lowest slot
     return res
 
 

@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from flashmoe.cache.policies import create, without_file
 from flashmoe.cache.policies.base import EvictionPolicy, Replay
-from flashmoe.cache.residency import PARTITIONS, equal_quota, make_residency
+from flashmoe.cache.residency import make_residency
 from flashmoe.errors import FlashMoEError, UsageError
 from flashmoe.routing.trace import RoutingTrace
-from flashmoe.simulate.partition import weighted_quota
+from flashmoe.simulate.partition import pool_for
 
 
 @dataclass(frozen=True)
@@ -64,21 +63,6 @@ def parse_capacities(text: str, total: int) -> list[int]:
     return slots
 
 
-def shares(
-    trace: RoutingTrace, slots: int, partition: str, guide: RoutingTrace | None = None
-) -> NDArray[np.int32]:
-    """Slots per layer [L] for a partition; weighted ones are learned from `guide` (default: the trace
-    itself)."""
-    if partition not in PARTITIONS:
-        raise UsageError(f"unknown partition {partition!r}: use one of {', '.join(PARTITIONS)}")
-    if partition == "weighted":
-        return weighted_quota(guide or trace, slots)
-    try:
-        return equal_quota(slots, trace.n_layers, trace.num_experts)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-
-
 def replay(
     trace: RoutingTrace,
     policy: EvictionPolicy,
@@ -89,8 +73,7 @@ def replay(
     want_bits: bool = False,
 ) -> Replay:
     """One policy over one trace from a cold start (a cold start for each sequence with `per_sequence`)."""
-    quota = shares(trace, slots, partition, guide)
-    policy.bind(make_residency(trace.n_layers, trace.num_experts, quota, partition=partition))
+    policy.bind(pool_for(trace, slots, partition, guide))
     return policy.replay(trace.expert_ids, trace.steps(), trace.starts(cold=per_sequence), want_bits)
 
 

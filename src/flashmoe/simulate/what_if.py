@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from copy import copy
 
 import numpy as np
-from numba.core import event
 
 from flashmoe.cache.policies import create
 from flashmoe.cache.policies.base import MISSES, EvictionPolicy
 from flashmoe.cache.recent import RecentRouting
 from flashmoe.cache.residency import make_residency
-from flashmoe.cache.sizing import shares
+from flashmoe.cache.sizing import quotas, split_slots
+from flashmoe.common.numba_internals import event
 
 MOST_REQUESTS = 8192  # replayed: 512 tokens of 16 layers, in 30 to 60 ms
 MOST_SECONDS = 0.5  # after which no other policy is begun
@@ -49,17 +49,16 @@ class WhatIf:
         self,
         recent: RecentRouting,
         policy: EvictionPolicy,
-        top_k: int,
         pause: Callable[[], None] = lambda: None,
     ) -> None:
         """policy: the run's own, bound to its pool; pause: called after every millisecond of work."""
-        ids, begins = recent.last(top_k)
+        ids, begins = recent.last()
         tokens = MOST_REQUESTS // ids.shape[1]
         self._ids, self._begins = ids[-tokens:].astype(np.int32), begins[-tokens:]
-        self._first_uses = sum(len(np.unique(own)) for own in np.moveaxis(self._ids, 1, 0))
+        self._first_uses = sum(len(np.unique(own[own >= 0])) for own in np.moveaxis(self._ids, 1, 0))
         self._policy, self._pause = policy, pause
         self._slots = int(policy.residency.quota.sum() + policy.residency.lent.sum())
-        self._n_experts = recent.n_experts
+        self._n_experts, self._top_k = recent.n_experts, recent.top_k
 
     def larger(self, factor: float) -> int:
         """Misses of the run's own policy with `factor` times the slots; 1: its own pool."""
@@ -81,9 +80,11 @@ class WhatIf:
         return found
 
     def _misses(self, policy: EvictionPolicy, factor: float = 1.0) -> int:
-        n_layers, k = self._ids.shape[1:]
-        quota = shares(int(self._slots * factor), n_layers, self._n_experts, k)
-        policy.bind(make_residency(n_layers, self._n_experts, quota))
+        k = self._ids.shape[2]
+        groups = self._policy.residency.group.tolist()
+        split = split_slots(int(self._slots * factor), groups, self._top_k, self._n_experts)
+        quota = quotas(split, groups, self._top_k, self._n_experts)
+        policy.bind(make_residency(len(groups), self._n_experts, quota, groups))
         wanted, slots, miss_expert, miss_slot = (np.empty(k, np.int32) for _ in range(4))
         request = policy.request(wanted, slots, miss_expert, miss_slot)
         misses = done = 0
@@ -93,7 +94,7 @@ class WhatIf:
             for layer, ids in enumerate(token):
                 wanted[:] = ids
                 misses += request(layer, k) & MISSES
-            done += n_layers
+            done += len(groups)
             if done >= PIECE:
                 self._pause()
                 done = 0

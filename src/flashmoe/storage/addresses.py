@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 from functools import cache
 from pathlib import Path
+
+from flashmoe.common.memory import address_room
+from flashmoe.common.units import format_bytes
+from flashmoe.errors import BudgetError
 
 # In Python's mmap module from 3.13 on; the value is Linux's on x86 and Arm
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -36,10 +41,46 @@ def huge_pages_everywhere() -> bool:
 def reserve(nbytes: int) -> tuple[mmap.mmap, int]:
     """Address space for `nbytes`, more than the machine's memory if need be, and its address; page-aligned.
 
-    The memory is freed with the mmap object. Raises OSError where even addresses are refused.
+    The memory is freed with the mmap object. Raises BudgetError where even addresses are refused.
     """
-    memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    try:
+        memory = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    except OSError as error:
+        raise refused(nbytes, error) from None
     return memory, ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+def reserve_uncounted(nbytes: int) -> tuple[mmap.mmap, int]:
+    """Like `reserve`, for far more than is ever touched: where the system counts what it has promised
+    (vm.overcommit_memory=2, ulimit -d), shared memory, of which it counts what is touched. Raises BudgetError."""
+    try:
+        return reserve(nbytes)
+    except BudgetError as error:
+        try:
+            file = os.memfd_create("flashmoe")
+            try:
+                os.ftruncate(file, max(nbytes, 1))
+                memory = mmap.mmap(file, 0)
+            finally:
+                os.close(file)
+        except OSError:
+            raise error from None
+        return memory, ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+def refused(nbytes: int, error: OSError) -> BudgetError:
+    """Why so many addresses are not to be had, and what to do."""
+    size, room = format_bytes(nbytes), address_room()
+    if room is None:
+        return BudgetError(
+            f"the system refuses {size} of addresses ({error.strerror}); a smaller --ram may work"
+        )
+    left, name = room
+    change = "set it to 0 (sysctl)" if "overcommit" in name else f"raise it ({name} unlimited)"
+    return BudgetError(
+        f"{size} of virtual memory are refused, {format_bytes(left)} of addresses are left under {name}: {change}, or "
+        "give a smaller --ram"
+    )
 
 
 def reserve_huge(nbytes: int) -> tuple[mmap.mmap, int]:

@@ -157,7 +157,8 @@ class KernelQueue:
             file = self._files[read.file]
             head = read.offset % file.align
             early = (read.address - head) % file.align_memory
-            if early and not (read.own_slot and file.align_memory <= file.align):
+            moved = early and not (read.own_slot and file.align_memory <= file.align)
+            if moved or not file.direct:  # buffered, the read would happen here and now
                 self._read_plainly(number, read)
                 continue
             index = self._free.pop()

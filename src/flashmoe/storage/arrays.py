@@ -7,6 +7,7 @@ import os
 import tokenize
 import zipfile
 import zlib
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,7 +22,11 @@ _SMALL = 16 << 20
 def read_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, NDArray[Any]]]:
     """Metadata and arrays of a .safetensors file. Raises ValueError where it is damaged, OSError where unreadable."""
     try:
-        with safe_open(str(path), "np") as file:
+        with ExitStack() as stack:
+            name = str(path)
+            if name.encode(errors="replace") != os.fsencode(name):  # the library takes names in UTF-8 only
+                name = f"/proc/self/fd/{stack.enter_context(open(path, 'rb')).fileno()}"
+            file = stack.enter_context(safe_open(name, "np"))
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, TypeError) as error:  # TypeError: of a type that numpy does not have
         raise ValueError(str(error)) from None

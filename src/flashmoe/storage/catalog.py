@@ -13,8 +13,10 @@ from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from flashmoe.common.text import printable
 from flashmoe.errors import ModelError
 from flashmoe.storage.aio import Place, Read
 from flashmoe.storage.checkpoint import Checkpoint
@@ -25,10 +27,11 @@ MAX_EXPERTS = 1 << 14  # of a layer; far beyond all models, and ids stay within 
 # up and gate are multiplied first, down last: the order in which a slot's weights are read
 _ORDER = ("ffn_up_exps", "ffn_gate_exps", "ffn_gate_up_exps", "ffn_down_exps")
 _EXPERT_TENSOR = re.compile(rf"blk\.(\d+)\.({'|'.join(_ORDER)})\.(weight|bias|scale)")
+_BLOCK = re.compile(r"blk\.(\d+)\.")
 # The same pattern for the engine's tensor overrides
 EXPERTS_PATTERN = rf"^blk\.[0-9]+\.({'|'.join(_ORDER)})\.(weight|bias|scale)$"
-TOKEN_TABLE = "token_embd.weight"
-_WORTH_STREAMING = 32 << 20  # bytes of a token embedding
+_TOKEN_TABLE, _LAYERS_TABLE = "token_embd.weight", "per_layer_token_embd.weight"
+_WORTH_STREAMING = 32 << 20  # bytes of a table of rows
 
 
 class Extent(NamedTuple):
@@ -74,12 +77,23 @@ class ExpertTensor:
         return self.nbytes if self.place else 0
 
 
+class RowTable(NamedTuple):
+    """A table, [row length, rows], of which the engine only gathers rows, so many for each token."""
+
+    tensor: TensorInfo
+    per_token: int
+
+
 @dataclass(frozen=True)
 class ExpertLayer:
-    """The experts of one MoE layer; `block` is its number in the model (dense blocks count too)."""
+    """The experts of one MoE layer, of which a token is given `top_k`.
+
+    `block` is its number in the model (dense blocks count too).
+    """
 
     block: int
     n_experts: int
+    top_k: int
     weights: tuple[ExpertTensor, ...]
     tables: tuple[ExpertTensor, ...]
 
@@ -91,11 +105,13 @@ class ExpertLayer:
 
 @dataclass(frozen=True)
 class ExpertCatalog:
-    """All MoE layers of a model, in order. Layer numbers in FlashMoE are indices into `layers`."""
+    """All MoE layers of a model that run, in order. Layer numbers in FlashMoE are indices into `layers`.
+
+    Blocks of token prediction do not run, and nothing of them is loaded.
+    """
 
     source: GGUF | Checkpoint
     layers: tuple[ExpertLayer, ...]
-    top_k: int
 
     @property
     def gguf(self) -> GGUF:
@@ -106,12 +122,17 @@ class ExpertCatalog:
     @property
     def label(self) -> str:
         """Name of the model's (first) file, or of its folder."""
-        return self.source.files[0].name if isinstance(self.source, GGUF) else self.source.name
+        return printable(self.source.files[0].name) if isinstance(self.source, GGUF) else self.source.name
 
     @cached_property
     def n_experts(self) -> int:
         """Experts of the largest layer."""
         return max(layer.n_experts for layer in self.layers)
+
+    @cached_property
+    def top_k(self) -> int:
+        """Experts that a token is given by the layer that gives it most."""
+        return max(layer.top_k for layer in self.layers)
 
     @cached_property
     def expert_bytes(self) -> int:
@@ -124,24 +145,51 @@ class ExpertCatalog:
         return sum(layer.n_experts * table.nbytes for layer in self.layers for table in layer.tables)
 
     @cached_property
-    def dense_bytes(self) -> int:
-        """Bytes of everything that stays in RAM: all tensors but experts' weights and a streamed token embedding."""
-        streamed = self.expert_bytes + (self.token_table.nbytes if self.token_table else 0)
-        return sum(t.nbytes for t in self.source.tensors.values()) - streamed
+    def resident(self) -> dict[str, TensorInfo]:
+        """What stays in RAM: all tensors of blocks that run but experts' weights and tables that are read by rows."""
+        streamed = {p.tensor.name for layer in self.layers for p in layer.weights}
+        streamed.update(table.tensor.name for table in self.row_tables)
+        tensors = self.source.tensors
+        return {n: t for n, t in tensors.items() if n not in streamed and n not in self.skipped}
 
     @cached_property
-    def token_table(self) -> TensorInfo | None:
-        """The token embedding, where it is large and only gathered from: the output has weights of its own."""
+    def dense_bytes(self) -> int:
+        """Bytes of what stays in RAM."""
+        return sum(t.nbytes for t in self.resident.values())
+
+    @cached_property
+    def skipped(self) -> frozenset[str]:
+        """Tensors of blocks that do not run."""
+        if not isinstance(self.source, GGUF):
+            return frozenset()
+        last = _blocks(self.source)
+        named = ((n, _BLOCK.match(n)) for n in self.source.tensors)
+        return frozenset(n for n, match in named if match and int(match[1]) >= last)
+
+    @cached_property
+    def gathered(self) -> tuple[RowTable, ...]:
+        """Tables that are only gathered from: embeddings of tokens where the output has weights of its own, and those
+        of every layer's, of tokens or of hashes of the last ones."""
         tensors = self.source.tensors
-        table = tensors.get(TOKEN_TABLE)
-        worth = table is not None and len(table.shape) == 2 and table.nbytes >= _WORTH_STREAMING
-        return table if worth and "output.weight" in tensors else None
+        names = [_TOKEN_TABLE] if "output.weight" in tensors else []
+        found = [tensors[name] for name in (*names, _LAYERS_TABLE) if name in tensors]
+        heads = self.source.arch_value("ple.head_offsets") if isinstance(self.source, GGUF) else None
+        hashes = len(heads) if isinstance(heads, list) else 1
+        return tuple(
+            RowTable(t, hashes if t.name == _LAYERS_TABLE else 1) for t in found if len(t.shape) == 2
+        )
+
+    @cached_property
+    def row_tables(self) -> tuple[RowTable, ...]:
+        """Those that are so large that their rows are read as they are gathered."""
+        return tuple(table for table in self.gathered if table.tensor.nbytes >= _WORTH_STREAMING)
 
     @cached_property
     def override_pattern(self) -> str:
         """Which tensors the engine's loader is to leave to us (ECMAScript regex, searched anywhere in the name)."""
-        table = rf"|^{re.escape(TOKEN_TABLE)}$" if self.token_table else ""
-        return EXPERTS_PATTERN + table
+        tables = [f"^{re.escape(table.tensor.name)}$" for table in self.row_tables]
+        blocks = sorted({name.split(".")[1] for name in self.skipped})
+        return "|".join([EXPERTS_PATTERN, *tables, *(rf"^blk\.{block}\." for block in blocks)])
 
     @cached_property
     def largest_placed(self) -> int:
@@ -178,6 +226,7 @@ class ExpertCatalog:
             "layers": str(len(self.layers)),
             "experts": str(self.n_experts),
             "top_k": str(self.top_k),
+            "groups": ",".join(map(str, self.groups)),
             "tensors_sha256": names,
         }
         router = self.source.tensors.get(f"blk.{self.layers[0].block}.ffn_gate_inp.weight")
@@ -197,7 +246,7 @@ class ExpertCatalog:
         return ""
 
     def only(self, tensors: Container[str]) -> ExpertCatalog:
-        """The layers whose weights are in `tensors`: engines skip blocks that they do not run (token prediction)."""
+        """The layers whose weights are in `tensors`: builds of an engine may skip more blocks than we know of."""
         kept = tuple(layer for layer in self.layers if all(p.tensor.name in tensors for p in layer.weights))
         return replace(self, layers=kept)
 
@@ -224,18 +273,26 @@ class ExpertCatalog:
                 f"{name}: a dense model ({gguf.architecture or 'unknown architecture'}), it has no experts to stream; "
                 "run it with stock llama.cpp"
             )
-        top_k, n_experts = _largest(gguf, "expert_used_count"), _largest(gguf, "expert_count")
-        if not isinstance(top_k, int) or not isinstance(n_experts, int) or not 0 < top_k <= n_experts:
-            raise ModelError(f"{name}: damaged GGUF: expert_count {n_experts!r}, expert_used_count {top_k!r}")
+        last = _blocks(gguf)
         files = {path: i for i, path in enumerate(gguf.files)}
-        layers = tuple(_layer(b, found[b], files) for b in sorted(found))
-        largest = max(layer.n_experts for layer in layers)
-        if not top_k <= largest <= min(n_experts, MAX_EXPERTS):
+        layers = tuple(
+            _layer(b, found[b], files, _of_block(gguf, "expert_used_count", b))
+            for b in sorted(found)
+            if b < last
+        )
+        if not layers:
             raise ModelError(
-                f"{name}: damaged GGUF: {largest} experts in a layer, expert_count is {n_experts}, "
-                f"expert_used_count {top_k}"
+                f"{name}: only the blocks that predict further tokens, which run beside a model of their own; "
+                "give the file of the model itself"
             )
-        return cls(gguf, layers, top_k)
+        for layer in layers:
+            most = min(_of_block(gguf, "expert_count", layer.block), MAX_EXPERTS)
+            if not 0 < layer.top_k <= layer.n_experts <= most:
+                raise ModelError(
+                    f"{name}: damaged GGUF: {layer.n_experts} experts in block {layer.block}, expert_count is {most}, "
+                    f"expert_used_count {layer.top_k}"
+                )
+        return cls(gguf, layers)
 
 
 def same_model(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -262,13 +319,29 @@ def _content_hash(tensor: TensorInfo) -> str:
         raise ModelError(f"{tensor.file}: cannot be read ({error.strerror})") from None
 
 
-def _largest(gguf: GGUF, key: str) -> Any:
-    """A metadata value that some architectures give per layer."""
+def _blocks(gguf: GGUF) -> int:
+    """Blocks that run: those that predict further tokens come last, and do not."""
+    count, prediction = gguf.arch_int("block_count", 1 << 16), gguf.arch_value("nextn_predict_layers", 0)
+    if not isinstance(prediction, int) or not 0 <= prediction <= count:
+        raise ModelError(
+            f"{gguf.files[0]}: damaged GGUF: nextn_predict_layers is {prediction!r} of {count} blocks"
+        )
+    return count - prediction
+
+
+def _of_block(gguf: GGUF, key: str, block: int) -> int:
+    """A number that some architectures give per block."""
     value = gguf.arch_value(key)
-    return max(value) if isinstance(value, list) and value else value
+    if isinstance(value, list):
+        value = value[block] if block < len(value) else None
+    if not isinstance(value, int):
+        raise ModelError(f"{gguf.files[0]}: damaged GGUF: {key} is {gguf.arch_value(key)!r}")
+    return value
 
 
-def _layer(block: int, tensors: Iterable[tuple[int, TensorInfo]], files: dict) -> ExpertLayer:
+def _layer(
+    block: int, tensors: Iterable[tuple[int, TensorInfo]], files: dict[Path, int], top_k: int
+) -> ExpertLayer:
     ordered = [tensor for _, tensor in sorted(tensors, key=lambda item: (item[0], item[1].name))]
     large = [t for t in ordered if t.name.endswith(".weight")]
     if not large or len({t.shape[-1] for t in ordered}) != 1 or any(len(t.shape) != 3 for t in large):
@@ -280,6 +353,7 @@ def _layer(block: int, tensors: Iterable[tuple[int, TensorInfo]], files: dict) -
     return ExpertLayer(
         block,
         n,
+        top_k,
         tuple(experts[t.name] for t in large),
         tuple(table for name, table in experts.items() if not name.endswith(".weight")),
     )

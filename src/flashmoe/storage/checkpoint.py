@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from flashmoe.common.text import printable
 from flashmoe.errors import ModelError
 from flashmoe.storage.gguf import TensorInfo
 
@@ -61,7 +62,7 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """The folder's name."""
-        return self.folder.name
+        return printable(self.folder.name)
 
     @property
     def size(self) -> int:

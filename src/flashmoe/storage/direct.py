@@ -8,17 +8,19 @@ import logging
 import os
 import threading
 import time
+import warnings
 from contextlib import ExitStack, suppress
 from mmap import PAGESIZE
 from pathlib import Path
 
-from flashmoe.errors import ReadError
+from flashmoe.errors import FlashMoEWarning, ReadError
 from flashmoe.storage.addresses import reserve
 
 _log = logging.getLogger(__name__)
 
 RETRIES = 3
 _TRANSIENT = (errno.EIO, errno.EAGAIN, errno.EINTR)
+_NOT_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)  # a file system that does not do direct reads
 _FALLBACK_ALIGNMENT = 4096  # fits every common drive; used where the kernel does not tell
 _BLOCK_DEVICES = Path("/sys/dev/block")
 
@@ -79,19 +81,25 @@ def _logical_block(path: Path) -> int:
 class DirectFile:
     """A file open for O_DIRECT reads, or for buffered ones where the file system refuses them (tmpfs, overlay).
 
-    `align` is the unit of file offsets and lengths and `align_memory` that of addresses; both are 1 when buffered.
+    `align` is the unit of file offsets and lengths and `align_memory` that of addresses; both are 1 when buffered. Some
+    file systems (ZFS, FUSE, those of networks) open a file for direct reads and refuse the reads, or its last one: from
+    then on it is read through the page cache, and the units stay.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._refusal = threading.Lock()
         direct = getattr(os, "O_DIRECT", 0)
+        self.direct = bool(direct)
         try:
-            self.fd = os.open(path, os.O_RDONLY | direct)
-            self.direct = bool(direct)
+            try:
+                self.fd = os.open(path, os.O_RDONLY | direct)
+            except OSError as error:
+                if error.errno not in _NOT_DIRECT:
+                    raise
+                self.fd, self.direct = os.open(path, os.O_RDONLY), False
         except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise ReadError(f"{path}: cannot be opened ({error.strerror})") from None
-            self.fd, self.direct = os.open(path, os.O_RDONLY), False
+            raise ReadError(f"{path}: cannot be opened ({error.strerror})") from None
         if not self.direct:
             _log.warning("%s: no direct reads (O_DIRECT) here: reading through the page cache", path)
         with ExitStack() as undo:
@@ -112,6 +120,28 @@ class DirectFile:
         """
         if self._stat() != self._stamp:
             raise ReadError(f"{self.path}: has changed while in use; load the model again")
+
+    def _read_buffered(self, reason: str) -> bool:
+        """A direct read was refused: open the file anew, for reads through the page cache, if that has not been done.
+        False where it cannot be."""
+        with self._refusal:
+            if not self.direct:
+                return True
+            try:
+                # the same file, also where its name is another's by now; reads under way keep the old opening
+                again = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY)
+            except OSError:
+                return False
+            os.dup2(again, self.fd, inheritable=False)
+            os.close(again)
+            self.direct = False
+        warnings.warn(
+            f"{self.path}: its file system refuses direct reads ({reason}): reading through the page cache, which "
+            "is slower and takes memory; keep models on a local ext4, xfs or btrfs file system",
+            FlashMoEWarning,
+            stacklevel=2,
+        )
+        return True
 
     def close(self) -> None:
         os.close(self.fd)
@@ -142,10 +172,13 @@ class DirectFile:
         """pread until `needed` of `length` bytes are in; retries transient errors, then raises ReadError."""
         done, failures = 0, 0
         while done < needed:
+            direct = self.direct
             target = (ctypes.c_char * (length - done)).from_address(address + done)
             try:
                 count = os.preadv(self.fd, [target], offset + done)
             except OSError as error:
+                if direct and error.errno in _NOT_DIRECT and self._read_buffered(os.strerror(error.errno)):
+                    continue
                 failures += 1
                 if error.errno not in _TRANSIENT or failures > RETRIES:
                     raise ReadError(
@@ -162,8 +195,12 @@ class DirectFile:
                 time.sleep(0.01 * 2**failures)
                 continue
             # a direct read may stop short: go on from the last whole unit
-            progress = count if done + count >= needed else count - count % self.align
+            unit = self.align if direct else 1
+            progress = count if done + count >= needed else count - count % unit
             if progress == 0:
+                short = offset + done + count < os.fstat(self.fd).st_size
+                if direct and short and self._read_buffered("they stop short"):
+                    continue
                 raise ReadError(
                     f"{self.path}: ends at byte {offset + done + count}; it was truncated while in use"
                 )

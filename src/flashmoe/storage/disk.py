@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import re
 import statistics
 import tempfile
 import time
@@ -50,7 +51,7 @@ class Drive:
 def read_ceiling(
     reader: ExpertReader, read_bytes: int, *, fresh: bool = False, reached: float = 0.0
 ) -> float:
-    """1e9 bytes per second of random direct reads of `read_bytes` each, on the drive of the reader's first file.
+    """1e9 bytes per second of random direct reads of `read_bytes` each, on the drive of the reader's largest file.
 
     Taken from the notes of an earlier run on the same device where there are some; else, if `fresh`, or where a run has
     `reached` more than is noted, measured now, in about a quarter of a second on an NVMe drive. 0.0 where it means
@@ -62,7 +63,7 @@ def read_ceiling(
     key = _key(reader, read_bytes)
     if fresh or key not in notes or notes[key].gb_per_s < reached:
         try:
-            notes[key] = _measure(reader.files[0].path, read_bytes)
+            notes[key] = _measure(reader.files[_largest(reader)].path, read_bytes)
         except ReadError:
             return 0.0
         with suppress(OSError):  # measured again next time
@@ -78,12 +79,18 @@ def tune(reader: ExpertReader, read_bytes: int) -> None:
         _log.info("reads on this drive: %s (measured before)", drive)
 
 
+def _largest(reader: ExpertReader) -> int:
+    """Number of the file that tells most: the first one of a split model may hold nothing but its header."""
+    return max(range(len(reader.files)), key=lambda number: reader.files[number].size)
+
+
 def _worth_measuring(reader: ExpertReader) -> bool:
-    return reader.files[0].direct and reader.files[0].size >= _LEAST_FILE
+    file = reader.files[_largest(reader)]
+    return file.direct and file.size >= _LEAST_FILE
 
 
 def _key(reader: ExpertReader, read_bytes: int) -> str:
-    return f"{os.stat(reader.files[0].path).st_dev}:{read_bytes >> 10}KiB"
+    return f"{os.fstat(reader.files[_largest(reader)].fd).st_dev}:{read_bytes >> 10}KiB"
 
 
 def _notes_file() -> Path:
@@ -147,7 +154,7 @@ def rate(reader: ExpertReader, size: int, depth: int) -> float:
     held, address = reserve_huge(depth * size)
     ctypes.memset(address, 0, depth * size)  # first touch is not the drive's time
     reader.keep(held)
-    draw, units = random.Random(size + depth), (reader.files[0].size - size) // 4096
+    draw, units = random.Random(size + depth), (reader.files[0].size - size) // 4096 + 1
     under_way = deque(
         (i, reader.demand([Read(0, 4096 * draw.randrange(units), size, address + i * size)]))
         for i in range(depth)
@@ -165,22 +172,53 @@ def rate(reader: ExpertReader, size: int, depth: int) -> float:
 
 
 @contextmanager
-def sample(place: Path) -> Iterator[Path]:
-    """A file to read: the model, where it is large enough, or one that is written beside it and removed."""
-    if place.is_file() and place.stat().st_size >= _LEAST_FILE:
-        yield place
+def sample(place: Path, read_bytes: int) -> Iterator[Path]:
+    """A file to try reads of up to `read_bytes` on: the model, any large file that is in the folder, or one that is
+    written there and removed. Raises ReadError where none can be.
+
+    place: a model's file, of a split one the first, or a folder.
+    """
+    there = _large_file(place, read_bytes)
+    if there is not None:
+        yield there
         return
     folder = place if place.is_dir() else place.parent
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".flashmoe-") as file:
+        file = tempfile.NamedTemporaryFile(dir=folder, prefix=".flashmoe-")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise _not_written(folder, error) from None
+    with file:
+        try:
             block = os.urandom(16 << 20)
             for _ in range(_LEAST_FILE // len(block)):
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
-            yield Path(file.name)
-    except OSError as error:
-        raise ReadError(
-            f"{folder}: {format_bytes(_LEAST_FILE)} cannot be written there ({error.strerror}); name a model, or "
-            "another folder"
-        ) from None
+        except OSError as error:
+            raise _not_written(folder, error) from None
+        yield Path(file.name)
+
+
+def _large_file(place: Path, read_bytes: int) -> Path | None:
+    """The largest file of a model that is large enough, or one in a folder that is more than its drive's cache."""
+    least = _LEAST_FILE if place.is_dir() else 2 * read_bytes
+    found: list[tuple[int, Path]] = []
+    with suppress(OSError):
+        part = re.fullmatch(r"(.*-)\d{5}(-of-\d{5}\.gguf)", place.name)
+        files = place.iterdir() if place.is_dir() else [place]
+        if part and place.is_file():
+            files = [
+                p for p in place.parent.iterdir() if p.name.startswith(part[1]) and p.name.endswith(part[2])
+            ]
+        for path in files:
+            with suppress(OSError):
+                if path.is_file() and os.access(path, os.R_OK) and (size := path.stat().st_size) >= least:
+                    found.append((size, path))
+    return max(found)[1] if found else None
+
+
+def _not_written(folder: Path, error: OSError) -> ReadError:
+    return ReadError(
+        f"{folder}: {format_bytes(_LEAST_FILE)} cannot be written there ({error.strerror}) to measure the drive; name "
+        "a model on it, or another folder"
+    )

@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from flashmoe.common.text import printable
 from flashmoe.errors import ModelError
 
 MAGIC = b"GGUF"
@@ -101,7 +103,7 @@ class GGUF:
     @property
     def name(self) -> str:
         """What the model calls itself, else its file's name."""
-        return str(self.metadata.get("general.name", self.files[0].stem))
+        return printable(str(self.metadata.get("general.name", self.files[0].stem)))
 
     @property
     def size(self) -> int:
@@ -246,7 +248,10 @@ def _tensor(header: _Header, part: Part) -> tuple[str, tuple[int, ...], str, int
 def parse_part(path: Path) -> Part:
     """Parse one GGUF file. Raises ModelError when it is missing, unreadable, not a GGUF, or damaged."""
     try:
-        size = os.stat(path).st_size
+        status = os.stat(path)
+        size = status.st_size
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            raise ModelError(f"{path}: is a pipe or a device; name a file")
         header = _Header(path, size, open(path, "rb", buffering=0))  # noqa: SIM115 - closed below
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file") from None

@@ -56,7 +56,7 @@ class Pack:
         known = {p.tensor.name for layer in catalog.layers for p in layer.weights}
         if placed != known & self.weights.keys() or not all(self._fits(*s, files) for s in _samples(catalog)):
             raise ModelError(
-                f"{self.path}: made for another processor or another build of llama.cpp; "
+                f"{self.path}: made for another processor, other kernels or another build of llama.cpp; "
                 "make it again with `flashmoe pack MODEL`, delete it, or use --layout plain"
             )
 

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import platform
 import re
-import resource
 import sys
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from flashmoe.common.machine import cores, file_system, processor
-from flashmoe.common.memory import default_ram, memory_limit
+from flashmoe.common.cgroup import processor_quota
+from flashmoe.common.files import cache_folder, cache_is_kept
+from flashmoe.common.machine import allowed_cores, cores, file_system, physical_cores, processor
+from flashmoe.common.memory import address_room, default_ram, memory_left, memory_limit
 from flashmoe.common.units import format_bytes
-from flashmoe.engines.llamacpp.library import find_library, open_library
-from flashmoe.engines.llamacpp.tested import self_test
-from flashmoe.errors import FlashMoEError, UsageError
+from flashmoe.engines.llamacpp import kernels
+from flashmoe.engines.llamacpp.tested import tested_library
+from flashmoe.errors import FlashMoEError, ReadError, UsageError
 from flashmoe.storage.aio import KernelQueue
 from flashmoe.storage.disk import rate, sample
 from flashmoe.storage.reader import ExpertReader
@@ -29,6 +31,7 @@ from flashmoe.storage.reader import ExpertReader
 OK, ADVICE, PROBLEM = "ok", "advice", "problem"
 SIZES = (64 << 10, 512 << 10, 2 << 20, 8 << 20)  # of expert slices, from small experts to large ones
 DEPTHS = (1, 4, 32)  # reads under way at once
+_NO_QUEUE = "reads go through threads: io_submit is refused (raise /proc/sys/fs/aio-max-nr), or not there (an emulator)"
 _SLOW = 0.5  # 1e9 bytes per second: a SATA SSD
 
 
@@ -48,7 +51,7 @@ def examine(place: Path) -> Iterator[Check]:
     if not place.exists():
         raise UsageError(f"{place}: no such file or folder")
     checks: tuple[Callable[[], Check], ...] = (
-        system, library, processor_features, memory, huge_pages, lambda: drive(place),
+        system, cache, library, processor_features, memory, huge_pages, lambda: drive(place),
     )  # fmt: skip
     for check in checks:
         try:
@@ -67,60 +70,99 @@ def system() -> Check:
     return Check("system", OK, text, facts=facts)
 
 
+def cache() -> Check:
+    """Where compiled code and notes are kept."""
+    folder = cache_folder()
+    facts = {"folder": str(folder), "kept": cache_is_kept()}
+    if facts["kept"]:
+        return Check("cache", OK, f"compiled code and notes are kept in {folder}", facts=facts)
+    return Check(
+        "cache",
+        ADVICE,
+        f"no cache folder of yours can be written: {folder} is used",
+        "each machine's start compiles anew: name a folder that can be written in XDG_CACHE_HOME",
+        facts,
+    )
+
+
 def library() -> Check:
     """The llama.cpp library: found, of a known build, and tested. Raises LibraryError."""
-    path = find_library()
-    lib = open_library(path)
-    self_test(path)
-    facts = {"path": str(path), "build": lib.build.name, "openmp": lib.openmp}
-    return Check("library", OK, f"{lib.build.name}, has passed the self-test with the slot pool", facts=facts)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        lib = tested_library()
+    facts = {"path": str(lib.path), "build": lib.build.name, "known": lib.build.known, "kernels": lib.kernels}
+    facts["openmp"] = lib.openmp
+    text = f"{lib.build.name}, kernels {lib.kernels}, has passed the self-test with the slot pool"
+    if told:
+        return Check("library", ADVICE, text, str(told[0].message), facts)
+    if not lib.repacks:
+        change = "these kernels fail with repacked weights, which are not used: `flashmoe engine list` shows others"
+        return Check("library", ADVICE, text, change, facts)
+    return Check("library", OK, text, facts=facts)
 
 
 def processor_features() -> Check:
-    """Cores, and the instructions that llama.cpp's kernels want. Raises LibraryError."""
-    line = open_library(find_library()).llama_print_system_info().decode(errors="replace")
-    features = sorted({name for name, on in re.findall(r"(\w+) = (\d+)", line) if on != "0"})
-    physical = cores()
-    usable = len(os.sched_getaffinity(0))
-    facts = {"processor": processor(), "cores": physical, "usable": usable, "features": features}
+    """Cores, how many of them may be used, and the instructions that llama.cpp's kernels use. Raises LibraryError."""
+    lib = tested_library()
+    features = lib.features
+    physical, allowed, quota = physical_cores(), allowed_cores(), processor_quota()
+    facts = {
+        "processor": processor(),
+        "cores": physical,
+        "usable": allowed,
+        "quota": quota,
+        "threads": cores(),
+        "features": features,
+    }
     text = (
         f"{processor()}, {physical} cores; llama.cpp uses {', '.join(features) or 'no special instructions'}"
     )
     wanted = {"x86_64": "AVX2", "aarch64": "NEON"}.get(platform.machine())
+    changes = []
     if wanted and wanted not in features:
-        return Check(
-            "processor",
-            ADVICE,
-            text,
-            f"{wanted} is missing: slow; in a virtual machine, pass the host's CPU on",
-            facts,
+        changes.append(f"{wanted} is missing: slow; in a virtual machine, pass the host's CPU on")
+    if allowed < physical:
+        changes.append(
+            f"this process may use {allowed} of {physical} cores: widen its affinity (taskset, cpuset)"
         )
-    if usable < physical:
-        return Check("processor", ADVICE, text, f"this process may use {usable} of {physical} cores", facts)
-    return Check("processor", OK, text, facts=facts)
+    if quota is not None and quota < physical:
+        changes.append(
+            f"its control group has a quota of {quota:.3g} of {physical} processors' time, so that it computes with "
+            f"{cores()} threads: raise the quota (docker --cpus)"
+        )
+    if better := kernels.hint(lib):
+        changes.append(better)
+    return Check("processor", ADVICE if changes else OK, text, "; ".join(changes), facts)
 
 
 def memory() -> Check:
     """What there is, what this process may use, and the default budget."""
-    machine, limit = psutil.virtual_memory(), memory_limit()
-    address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    machine, limit, left, room = psutil.virtual_memory(), memory_limit(), memory_left(), address_room()
     facts = {
         "ram_bytes": machine.total,
         "available_bytes": machine.available,
         "limit_bytes": limit,
+        "left_bytes": left,
+        "address_bytes": room[0] if room else None,
         "default_budget_bytes": default_ram(),
     }
     text = f"{format_bytes(machine.total)}, {format_bytes(machine.available)} available"
     if limit < machine.total:
-        text += f", at most {format_bytes(limit)} in this control group"
-    text += f"; --ram is {format_bytes(default_ram())} by default"
-    if address_space != resource.RLIM_INFINITY:
-        return Check(
-            "memory", ADVICE, text, "addresses are limited (ulimit -v): the pool may be refused", facts
+        text += (
+            f", at most {format_bytes(limit)} in this control group, of which {format_bytes(left)} are left"
         )
-    if min(machine.available, limit) < 1 << 30:
-        return Check("memory", ADVICE, text, "less than 1 GiB is available: end other programs", facts)
-    return Check("memory", OK, text, facts=facts)
+    text += f"; --ram is {format_bytes(default_ram())} by default"
+    changes = []
+    if room:
+        changes.append(
+            f"{room[1]} leaves {format_bytes(room[0])} of addresses, of which experts take as many as the model has "
+            "bytes: lift it"
+        )
+    if left < min(machine.available, limit) // 2:
+        changes.append("others in this control group use most of it: raise its limit, or end them")
+    if left < 1 << 30:
+        changes.append("less than 1 GiB is available: end other programs")
+    return Check("memory", ADVICE if changes else OK, text, "; ".join(changes), facts)
 
 
 def huge_pages() -> Check:
@@ -141,36 +183,48 @@ def huge_pages() -> Check:
 
 def drive(place: Path) -> Check:
     """Direct reads at sizes and depths of experts. Raises ReadError."""
-    with sample(place) as path:
-        kind = file_system(place)
-        reader = ExpertReader([path])
+    kind = file_system(place)
+    facts: dict[str, Any] = {"file_system": kind}
+    with ExitStack() as stack:
         try:
-            facts: dict[str, Any] = {
-                "file_system": kind,
-                "direct": reader.direct,
-                "asynchronous": isinstance(reader._queue, KernelQueue),
-                "alignment_bytes": reader.files[0].align,
-            }
-            if not reader.direct:
-                text = f"{kind} at {place} does not offer direct reads"
-                return Check(
-                    "drive", ADVICE, text, "keep models on a local ext4, xfs or btrfs file system", facts
-                )
-            rates = {size: {depth: rate(reader, size, depth) for depth in DEPTHS} for size in SIZES}
-        finally:
-            reader.close()
+            path = stack.enter_context(sample(place, SIZES[-1]))
+        except ReadError as error:
+            return Check("drive", ADVICE, f"{kind}, not measured", str(error), facts)
+        reader = ExpertReader([path])
+        stack.callback(reader.close)
+        rates = _rates(reader)
+        facts |= {
+            "direct": reader.direct,
+            "asynchronous": isinstance(reader._queue, KernelQueue),
+            "alignment_bytes": reader.files[0].align,
+        }
+    if not reader.direct:
+        text = f"{kind} at {place} does not offer direct reads"
+        return Check("drive", ADVICE, text, "keep models on a local ext4, xfs or btrfs file system", facts)
     facts["bytes_per_second"] = {
         str(size): {str(depth): 1e9 * value for depth, value in row.items()} for size, row in rates.items()
     }
     best = max(max(row.values()) for row in rates.values())
     text = f"{kind}, direct reads of up to {best:.2f} GB/s ({ceilings(rates)})"
     if not facts["asynchronous"]:
-        return Check("drive", ADVICE, text, "io_submit is refused: raise /proc/sys/fs/aio-max-nr", facts)
+        return Check("drive", ADVICE, text, _NO_QUEUE, facts)
     if best < _SLOW:
         return Check(
             "drive", ADVICE, text, "that is slow: keep models on an NVMe drive of this machine", facts
         )
     return Check("drive", OK, text, facts=facts)
+
+
+def _rates(reader: ExpertReader) -> dict[int, dict[int, float]]:
+    """1e9 bytes per second by size and depth; none where the file system refuses direct reads, also the first of them.
+    Raises ReadError."""
+    rates: dict[int, dict[int, float]] = {}
+    for size in SIZES:
+        for depth in DEPTHS:
+            if not reader.direct:
+                return {}
+            rates.setdefault(size, {})[depth] = rate(reader, size, depth)
+    return rates
 
 
 def ceilings(rates: dict[int, dict[int, float]]) -> str:

@@ -20,13 +20,14 @@ def make_pack(model: str | Path, progress: Progress = lambda *_: None) -> tuple[
     """The model's pack file, and whether it was written now: one that is there, whole, and fits is kept.
 
     progress: called with "pack" or "check", the bytes done and their number. Raises ModelError (nothing to pack, or
-    wrong results with repacked weights), FlashMoEError (no room, no right to write) and ReadError.
+    wrong results with repacked weights), LibraryError, FlashMoEError (no room, no right to write) and ReadError.
     """
     catalog = ExpertCatalog.from_gguf(read_gguf(resolve(model)))
-    choose_layout(REPACKED, catalog, 1.0, packed=True)
+    library = tested_library()
+    choose_layout(REPACKED, catalog, 1.0, packed=True, kernels_repack=library.repacks)
     files = [DirectFile(path) for path in catalog.gguf.files]
     try:
-        with placed(tested_library(), catalog) as repacked:
+        with placed(library, catalog) as repacked:
             there = _usable(repacked, files, progress)
             return (
                 (there, False)

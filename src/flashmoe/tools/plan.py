@@ -28,7 +28,7 @@ from flashmoe.storage.disk import rate, sample
 from flashmoe.storage.gguf import GGUF
 from flashmoe.storage.reader import ExpertReader
 
-OVERHEAD_BYTES = 190 << 20  # interpreter, libraries, compute buffers
+OVERHEAD_BYTES = 190 << 20  # interpreter, libraries, compute buffers of a small micro-batch
 LAYER_SECONDS = 1e-4  # of a layer, beside its products with weights: attention, small nodes, the cache
 DEPTHS = (1, 4, 32)
 ALIGN = 4096  # of direct reads, on most drives
@@ -41,6 +41,8 @@ class Row:
 
     budget_bytes: int
     context: int
+    ubatch: int
+    ubatches: tuple[sizing.Ubatch, ...]  # what loading chooses from, the best first
     slots: int
     capacity: float
     hit_rate: float
@@ -70,6 +72,7 @@ class Plan:
     rows: tuple[Row, ...]
     least_budget_bytes: int
     recommendation: str
+    ubatch_reason: str  # of the recommended budget, or the largest
 
 
 @dataclass(frozen=True)
@@ -92,26 +95,25 @@ def measure(catalog: ExpertCatalog, lib: Library, threads: int, place: Path) -> 
     compute = {name: product_rate(lib, name, threads) for name in most}
     size = int(np.median([weight.nbytes for layer in catalog.layers for weight in layer.weights]))
     size = max(ALIGN, size // ALIGN * ALIGN)
-    with sample(place) as path:
+    size = min(size, 8 << 20)
+    with sample(place, size) as path:
         reader = ExpertReader([path])
         try:
-            return Machine(compute, {depth: rate(reader, min(size, 8 << 20), depth) for depth in DEPTHS})
+            return Machine(compute, {depth: rate(reader, size, depth) for depth in DEPTHS})
         finally:
             reader.close()
 
 
 def active_bytes(catalog: ExpertCatalog) -> Counter[str]:
     """Bytes of weights that a token is multiplied with, by type."""
-    weights = {p.tensor.name for layer in catalog.layers for p in layer.weights}
-    tensors = catalog.gguf.tensors
+    gathered = {table.tensor.name for table in catalog.gathered}
     active: Counter[str] = Counter()
-    for name, tensor in tensors.items():
-        looked_up = name == "token_embd.weight" and "output.weight" in tensors
-        if name not in weights and not looked_up and len(tensor.shape) > 1:
+    for name, tensor in catalog.resident.items():
+        if name not in gathered and len(tensor.shape) > 1:
             active[tensor.type] += tensor.nbytes
     for layer in catalog.layers:
         for weight in layer.weights:
-            active[weight.tensor.type] += weight.nbytes * catalog.top_k
+            active[weight.tensor.type] += weight.nbytes * layer.top_k
     return active
 
 
@@ -127,6 +129,20 @@ def context_bytes(gguf: GGUF, tokens: int) -> int:
     head = whole("embedding_length") // max(1, whole("attention.head_count"))
     width = (whole("attention.key_length") or head) + (whole("attention.value_length") or head)
     return 2 * tokens * whole("block_count") * heads * width
+
+
+def buffer_bytes(catalog: ExpertCatalog, context: int) -> int:
+    """Compute buffers of a token of a micro-batch: what llama.cpp's graph holds at most at once, and the mask.
+
+    That is what a layer's up and gate give, or its down and their sum, or as much in a dense layer: within a fifth of
+    what was measured at five real shapes.
+    """
+    rows = 0
+    for layer in catalog.layers:
+        *first, last = (weight.tensor.shape[1] for weight in layer.weights)
+        rows = max(rows, catalog.top_k * sum(first), (catalog.top_k + 1) * last)
+    dense = [t.shape[1] for name, t in catalog.gguf.tensors.items() if name.endswith(".ffn_up.weight")]
+    return 4 * max(rows, 4 * max(dense, default=0)) + 2 * context
 
 
 def make_plan(
@@ -147,9 +163,11 @@ def make_plan(
     small = n_ctx or min(wished, budget.SMALL_CONTEXT)
     fixed = catalog.dense_bytes + OVERHEAD_BYTES
     least = budget.plan_pool(catalog, 0, fixed + context_bytes(gguf, small), ALIGN).least
+    most = n_ctx or min(wished, budget.AGENT_CONTEXT)
     whole = (
         fixed
-        + context_bytes(gguf, n_ctx or min(wished, budget.AGENT_CONTEXT))
+        + context_bytes(gguf, most)
+        + buffer_bytes(catalog, most) * max(0, min(most, sizing.USUAL_UBATCH) - sizing.UBATCHES[0])
         + sum(
             size * int(n)
             for size, n in zip(sizing.slot_bytes(catalog, ALIGN), sizing.group_experts(catalog), strict=True)
@@ -161,12 +179,14 @@ def make_plan(
     rows = []
     for ram in wanted:
         for context in (n_ctx or budget.default_context(wished, small_bytes, ram - fixed), small):
-            pool = budget.plan_pool(catalog, ram, fixed + context_bytes(gguf, context), ALIGN)
+            used = fixed + context_bytes(gguf, context)
+            pool = budget.plan_pool(catalog, ram, used, ALIGN)
             if pool.slots:
-                rows.append(_row(catalog, machine, curve, ram, context, sum(pool.slots)))
+                rows.append(_row(catalog, machine, curve, ram, context, ram - used, pool.slots))
                 break
     if not rows:
         raise BudgetError(str(budget.too_small(max(wanted), least)))
+    best = _recommended(rows, memory.default_ram())
     active = active_bytes(catalog)
     kinds = Counter[str]()
     for layer in catalog.layers:
@@ -189,26 +209,38 @@ def make_plan(
         drive_bytes_per_second={str(depth): 1e9 * value for depth, value in machine.drive.items()},
         rows=tuple(rows),
         least_budget_bytes=least,
-        recommendation=_recommend(rows, memory.default_ram()),
+        recommendation=_describe(best) if best else _too_little(memory.default_ram()),
+        ubatch_reason=_why(best or rows[-1]),
     )
 
 
 def _row(
-    catalog: ExpertCatalog, machine: Machine, curve: HitCurve, ram: int, context: int, slots: int
+    catalog: ExpertCatalog,
+    machine: Machine,
+    curve: HitCurve,
+    ram: int,
+    context: int,
+    left: int,
+    most: list[int],
 ) -> Row:
+    """left: bytes for slots and a larger micro-batch; most: slots of each size group with the smallest."""
+    found = sizing.ubatches(catalog, context, left, buffer_bytes(catalog, context), ALIGN)
+    step = found[0].tokens if found else sizing.micro_batch(catalog, most, sizing.USUAL_UBATCH)
+    slots = found[0].slots if found else sum(most)
     capacity = min(1.0, slots / catalog.total_experts)
     hit_rate = curve.at(capacity)
     slowest = min(machine.compute.values())
     compute = LAYER_SECONDS * len(catalog.layers) + sum(
         n / machine.compute.get(name, slowest) / 1e9 for name, n in active_bytes(catalog).items()
     )
-    missed = catalog.top_k * (1 - hit_rate)
-    weights = len(catalog.layers[0].weights)
-    per_token = missed * sum(layer.expert_bytes for layer in catalog.layers)
-    read = per_token / machine.read_rate(missed * weights) / 1e9
+    per_token = (1 - hit_rate) * sum(layer.top_k * layer.expert_bytes for layer in catalog.layers)
+    together = (1 - hit_rate) * sizing.mean_top_k(catalog) * len(catalog.layers[0].weights)
+    read = per_token / machine.read_rate(together) / 1e9
     return Row(
         budget_bytes=ram,
         context=context,
+        ubatch=min(step, context),
+        ubatches=tuple(found),
         slots=slots,
         capacity=capacity,
         hit_rate=hit_rate,
@@ -220,14 +252,36 @@ def _row(
     )
 
 
-def _recommend(rows: Sequence[Row], available: int) -> str:
+def _recommended(rows: Sequence[Row], available: int) -> Row | None:
+    """The smallest budget that is nearly as good as the best that is available."""
     within = [row for row in rows if row.budget_bytes <= available]
-    if not within:
-        return (
-            f"none of these budgets leaves this machine usable: {format_bytes(available)} are free to take; "
-            "end other programs, or take a smaller quantisation"
-        )
-    best = max(row.tokens_per_second for row in within)
-    row = next(row for row in within if row.tokens_per_second >= _GOOD * best)
+    best = max((row.tokens_per_second for row in within), default=0.0)
+    return next((row for row in within if row.tokens_per_second >= _GOOD * best), None)
+
+
+def _too_little(available: int) -> str:
+    return (
+        f"none of these budgets leaves this machine usable: {format_bytes(available)} are free to take; "
+        "end other programs, or take a smaller quantisation"
+    )
+
+
+def _describe(row: Row) -> str:
     more = "" if row.bound == "compute" else "; more memory or a faster drive would help most"
     return f"--ram {row.budget_bytes >> 20}MiB: about {row.tokens_per_second:.1f} tokens/s, {row.bound}-bound{more}"
+
+
+def _why(row: Row) -> str:
+    """Why the micro-batch has the size that it has, beside the next ones."""
+    start = f"-ub auto is {row.ubatch} at --ram {row.budget_bytes >> 20}MiB"
+    if not row.ubatches:
+        return f"{start}: the pool holds what so many tokens ask a layer for at once, or the context no more"
+    if not row.ubatches[0].reads:
+        return f"{start}: no prompt reads anything, all experts are resident"
+    sizes = sorted(row.ubatches, key=lambda u: u.tokens)
+    at = sizes.index(row.ubatches[0])
+    said = [
+        f"{u.tokens}: {u.prompt_reads_per_token:.2f} + {u.decode_reads_per_token:.2f}"
+        for u in sizes[max(0, at - 1) : at + 2]
+    ]
+    return f"{start}: the fewest experts of a layer read for a prompt's token and a decoded one ({', '.join(said)})"

@@ -42,6 +42,7 @@ BUILTIN = {
     "moe-infinity": "moe_infinity:MoEInfinity",
     "flashmoe": "flashmoe:Flashmoe",
     "flashmoe+": "flashmoe_plus:FlashmoePlus",
+    "online": "online:Online",
     "adaptive": "adaptive:Adaptive",
     "belady": "belady:Belady",
 }

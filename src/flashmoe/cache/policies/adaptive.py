@@ -1,9 +1,10 @@
 """Adaptive: shadow caches of several policies run along, and the best of the recent past drives the real one.
 
-Members: lru, lfu-aged, and flashmoe+ where a trained file is given. Each has a shadow ("ghost") cache per
+Members: lru, lfu-aged, online, and flashmoe+ where a trained file is given. Each has a shadow ("ghost") cache per
 layer, of the layer's share, that holds no bytes and sees the same requests. Hits fade over a window of about
 500 steps; per layer, the member with most of them chooses the victims, and another takes over once it is
-ahead by a margin. A learned policy that does worse than LRU on a user's text is left so within some hundred
+ahead by a margin. The first to choose is flashmoe+, or lfu-aged without a file: what is learnt while the model runs
+must lead before it counts, and a trained policy that does worse than LRU on a user's text is left within some hundred
 tokens.
 """
 
@@ -19,15 +20,16 @@ from numpy.typing import NDArray
 from flashmoe.cache.kernels import entries as loops
 from flashmoe.cache.kernels.slots import allocating, lean
 from flashmoe.cache.policies import flashmoe_plus as plus
+from flashmoe.cache.policies import online
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.policies.flashmoe_plus import FlashmoePlus, FlashmoePlusState
 from flashmoe.cache.policies.learned import PolicyFile
+from flashmoe.cache.policies.online import Online, OnlineState
 from flashmoe.cache.saved import Limits
 from flashmoe.errors import PolicyError
 
-MEMBERS = ("lru", "lfu-aged", "flashmoe+")
-LRU, AGED, PLUS = 0, 1, 2
-PREFIX = "learned."
+MEMBERS = ("lru", "lfu-aged", "online", "flashmoe+")
+LRU, AGED, ONLINE, PLUS = 0, 1, 2, 3
 AGED_DECAY = 0.97
 WINDOW = 500.0  # steps of a layer
 MARGIN = 0.003  # lead in hit rate that makes a change
@@ -46,6 +48,7 @@ class AdaptiveState(NamedTuple):
     members: NDArray[np.int64]  # [1] M
     average: NDArray[np.float64]  # [L, E] of lfu-aged
     asked: NDArray[np.int64]  # [E] scratch: access that asked for the expert
+    online: OnlineState
     learned: FlashmoePlusState  # of flashmoe+, size 0 without
 
 
@@ -60,6 +63,9 @@ def score_members(st, res, layer, ids, n):
         st.score[LRU, layer, ids[i]] = res.step[0]
     for e in range(n_experts):
         st.score[AGED, layer, e] = st.average[layer, e]
+    online.follow(st.online, layer, ids, n)
+    for e in range(n_experts):
+        st.score[ONLINE, layer, e] = st.online.score[layer, e]
     if st.members[0] > PLUS:
         now = res.accesses[layer]
         plus.note(st.learned, layer, ids, n, now)
@@ -120,24 +126,25 @@ def record(st, res, layer, ids, n):
 def victim(st, res, layer, g):
     if layer >= 0:
         return loops.lowest(st.score[st.driver[layer]], res, layer, g)
-    best = 0
-    for m in range(1, st.members[0]):
+    best = AGED
+    for m in range(st.members[0]):
         if st.total[m] > st.total[best] + MARGIN:
             best = m
     return loops.lowest(st.score[best], res, layer, g)
 
 
 class Adaptive(EvictionPolicy):
-    """The best of lru, lfu-aged and, from a file of `flashmoe train policy`, flashmoe+."""
+    """The best of lru, lfu-aged, online and, from a file of `flashmoe train policy`, flashmoe+."""
 
     name = "adaptive"
     suggested = True
     kernels = loops.compiled(AdaptiveState, record, victim)
 
-    fixed = frozenset({"members", "learned"})
+    fixed = frozenset({"members", "online", "learned"})
 
     def __init__(self, file: str | Path | None = None, trained: PolicyFile | None = None) -> None:
         super().__init__()
+        self.online = Online()
         self.learned = FlashmoePlus(file, trained) if file is not None or trained is not None else None
 
     def check_model(self, model: Any) -> None:
@@ -157,10 +164,11 @@ class Adaptive(EvictionPolicy):
             size=np.zeros(shape[:2], np.int64),
             gain=np.zeros(shape[:2]),
             total=np.zeros(m),
-            driver=np.full(n_layers, m - 1, np.int64),
+            driver=np.full(n_layers, AGED if learned is None else PLUS, np.int64),
             members=np.array([m], np.int64),
             average=np.zeros(shape[1:]),
             asked=np.zeros(n_experts, np.int64),
+            online=self.online.make_state(n_layers, n_experts),
             learned=state,
         )
 
@@ -171,29 +179,32 @@ class Adaptive(EvictionPolicy):
 
     def state(self) -> dict[str, NDArray[Any]]:
         """See EvictionPolicy."""
-        if self.learned is None:
-            return super().state()
-        self._share()
-        return super().state() | {f"{PREFIX}{name}": value for name, value in self.learned.state().items()}
+        arrays = super().state()
+        for name, member in self._members().items():
+            arrays |= {f"{name}.{array}": value for array, value in member.state().items()}
+        return arrays
 
     def load_state(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """See EvictionPolicy."""
         before = self.state()
-        super().load_state(arrays)
-        if self.learned is None:
-            return
-        self._share()
         try:
-            self.learned.load_state({n.removeprefix(PREFIX): v for n, v in arrays.items() if PREFIX in n})
+            super().load_state(arrays)
+            for name, member in self._members().items():
+                own = f"{name}."
+                member.load_state({n.removeprefix(own): v for n, v in arrays.items() if n.startswith(own)})
         except PolicyError:
-            super().load_state(before)
+            self.load_state(before)
             raise
 
     def limits(self) -> dict[str, Limits]:
         """See EvictionPolicy."""
         return {"driver": (0, len(self._state.total) - 1)}
 
-    def _share(self) -> None:
-        """Let the learned member work on this policy's arrays."""
-        assert self.learned is not None
-        self.learned._res, self.learned._state = self._res, self._state.learned
+    def _members(self) -> dict[str, EvictionPolicy]:
+        """The members that have a state of their own, working on this policy's arrays."""
+        members: dict[str, EvictionPolicy] = {"online": self.online}
+        if self.learned is not None:
+            members["learned"] = self.learned
+        for name, member in members.items():
+            member._res, member._state = self._res, getattr(self._state, name)
+        return members

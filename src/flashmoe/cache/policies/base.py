@@ -78,8 +78,8 @@ class EvictionPolicy:
         """A NamedTuple of arrays for L layers of E experts, as at the start of a session."""
         raise NotImplementedError
 
-    def prepare(self, ids: NDArray[np.int16], first: NDArray[np.int64]) -> None:
-        """Look at the whole trace before a replay (only oracles do); first: where requests begin, int64 [R+1]."""
+    def prepare(self, ids: NDArray[np.int16], requests: NDArray[np.int64]) -> None:
+        """Look at the whole trace before a replay (only oracles do); requests: see `requests`."""
 
     def check_model(self, model: Mapping[str, Any]) -> None:
         """Raise PolicyError where the policy was trained for another model than this identity says."""
@@ -205,20 +205,22 @@ class EvictionPolicy:
         return Replay(requests, hits, bits)
 
     def requests(self, steps: NDArray[np.int64], k: int) -> NDArray[np.int64]:
-        """Token offsets int64 [R+1] of the requests that a replay of `steps` [N+1] makes of this pool.
+        """The first token of the request that each token is part of, int64 [G, T], in a replay of `steps` [N+1].
 
-        A step is one request, or one for each of its tokens where it is served through the window.
+        In layers of a size group a step is one request, or one for each of its tokens where it is served through the
+        window.
         """
-        res = self.residency
-        if len(res.window_count) > 1:
-            raise PolicyError("oracles know pools of one size group only")
-        slots = int(res.quota.sum() + res.window_count.sum())
-        size = partial(window_size.py_func, slots, res.n_layers, res.n_experts, k)
-        windowed = [n for n in np.unique(np.diff(steps)).tolist() if size(n) > 0]
-        inside = np.ones(int(steps[-1]) + 1, bool)
-        inside[:-1] = np.repeat(np.isin(np.diff(steps), windowed), np.diff(steps))
-        inside[steps] = True
-        return np.flatnonzero(inside)
+        res, sizes = self.residency, np.diff(steps)
+        token = np.arange(int(steps[-1]))
+        step = np.repeat(steps[:-1], sizes)
+        found = np.empty((len(res.window_count), len(token)), np.int64)
+        for group, lent in enumerate(res.window_count.tolist()):
+            own = res.group == group
+            slots, layers = int(res.quota[own].sum()) + lent, int(own.sum())
+            size = partial(window_size.py_func, slots, layers, res.n_experts, k)
+            windowed = [n for n in np.unique(sizes).tolist() if size(n) > 0]
+            found[group] = np.where(np.repeat(np.isin(sizes, windowed), sizes), token, step)
+        return found
 
     def ranking(self) -> Int32:
         """The resident experts in the order in which they would go, int32 [L, E]: the last to go first, then -1."""

@@ -20,7 +20,7 @@ class BeladyState(NamedTuple):
     """All requests of the trace, and how far it has come."""
 
     score: NDArray[np.float64]  # [L, E] minus the time of the next request, -inf if none
-    uses: NDArray[np.int64]  # [U] times (step * L + layer) of the requests of (layer, expert), ascending
+    uses: NDArray[np.int64]  # [U] times (token * L + layer) of the requests of (layer, expert), ascending
     begin: NDArray[np.int64]  # [L * E + 1] where each expert's uses lie
     next: NDArray[np.int64]  # [L, E] index of the current use
 
@@ -39,9 +39,9 @@ def victim(st, res, layer, g):
 
 
 @kept()
-def requests_of(ids, first, n_experts, uses, begin):
-    """Fill uses and begin (see BeladyState) from ids [T, L, k] and step offsets [N+1]; returns the number of
-    uses."""
+def requests_of(ids, requests, group, n_experts, uses, begin):
+    """Fill uses and begin (see BeladyState) from ids [T, L, k], requests [G, T] (see EvictionPolicy.requests) and the
+    size group of each layer [L]; returns the number of uses."""
     n_layers = ids.shape[1]
     seen = np.empty((n_layers, n_experts), np.int64)
     fill = np.empty((n_layers, n_experts), np.int64)
@@ -53,19 +53,19 @@ def requests_of(ids, first, n_experts, uses, begin):
             for i in range(1, len(begin)):
                 begin[i] += begin[i - 1]
             fill[:] = begin[:-1].copy().reshape(n_layers, n_experts)
-        for s in range(len(first) - 1):
-            for t in range(first[s], first[s + 1]):
-                for layer in range(n_layers):
-                    for j in range(ids.shape[2]):
-                        e = ids[t, layer, j]
-                        if e < 0 or seen[layer, e] == s:
-                            continue
-                        seen[layer, e] = s
-                        if turn == 0:
-                            begin[layer * n_experts + e + 1] += 1
-                        else:
-                            uses[fill[layer, e]] = s * n_layers + layer
-                            fill[layer, e] += 1
+        for t in range(ids.shape[0]):
+            for layer in range(n_layers):
+                s = requests[group[layer], t]
+                for j in range(ids.shape[2]):
+                    e = ids[t, layer, j]
+                    if e < 0 or seen[layer, e] == s:
+                        continue
+                    seen[layer, e] = s
+                    if turn == 0:
+                        begin[layer * n_experts + e + 1] += 1
+                    else:
+                        uses[fill[layer, e]] = s * n_layers + layer
+                        fill[layer, e] += 1
     return begin[-1]
 
 
@@ -89,12 +89,12 @@ class Belady(EvictionPolicy):
         """Raises PolicyError: the future is known only in a replay."""
         raise PolicyError("policy 'belady' knows only recorded traces: use it with `flashmoe simulate`")
 
-    def prepare(self, ids: NDArray[np.int16], first: NDArray[np.int64]) -> None:
-        """Read the future from ids [T, L, k], first [N+1]."""
+    def prepare(self, ids: NDArray[np.int16], requests: NDArray[np.int64]) -> None:
+        """Read the future from ids [T, L, k], requests [G, T]."""
         n_layers, n_experts = self.residency.n_layers, self.residency.n_experts
         uses = np.zeros(ids.size, np.int64)
         begin = np.zeros(n_layers * n_experts + 1, np.int64)
-        n = requests_of(ids, first, n_experts, uses, begin)
+        n = requests_of(ids, requests, self.residency.group, n_experts, uses, begin)
         following = begin[:-1].reshape(n_layers, n_experts).copy()  # the first request moves on to the second
         score = np.full((n_layers, n_experts), -np.inf)
         self._state = BeladyState(score, uses[:n].copy(), begin, following)

@@ -14,7 +14,8 @@ from typing import Any
 
 from flashmoe.engines.llamacpp.abi import BufferInterface, BufferOverride, Tensor, ptr
 from flashmoe.engines.llamacpp.library import Library
-from flashmoe.storage.addresses import reserve
+from flashmoe.errors import BudgetError
+from flashmoe.storage.addresses import reserve_uncounted
 
 
 class ExpertBuffer:
@@ -29,9 +30,13 @@ class ExpertBuffer:
         self._reserved: list[mmap.mmap] = []
         self._buffers: list[int] = []
         self.tensors: dict[str, Tensor] = {}
-        self._type = lib.build.buffer_type()
+        #: Why it could not reserve addresses, if so.
+        self.error: BudgetError | None = None
+        self._type = lib.structs["ggml_backend_buffer_type"]()
         # The library's own answers where it asks while it builds a graph: its server may hold Python's lock then
-        self._cpu = lib.build.buffer_type.from_address(lib.ggml_backend_cpu_buffer_type()).iface
+        self._cpu = (
+            lib.structs["ggml_backend_buffer_type"].from_address(lib.ggml_backend_cpu_buffer_type()).iface
+        )
         for question in ("get_alignment", "get_max_size", "get_alloc_size", "is_host"):
             setattr(self._type.iface, question, getattr(self._cpu, question))
         self._type.iface.alloc_buffer = self._function(self._alloc, ptr, ptr, C.c_size_t)
@@ -52,9 +57,10 @@ class ExpertBuffer:
 
     def _alloc(self, _type: int, size: int) -> int | None:
         try:
-            memory, base = reserve(size)
-        except OSError:
-            return None  # the library reports that it could not allocate
+            memory, base = reserve_uncounted(size)
+        except BudgetError as error:
+            self.error = error  # the library knows that it could not allocate, and not why
+            return None
         self._reserved.append(memory)
         nothing = self._function(lambda *_: None, None, ptr)
         interface = BufferInterface(

@@ -20,8 +20,10 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
+from flashmoe.common.compiled import bytes_at, int16_at, int32_at, int64_at
 from flashmoe.common.kept import kept, kept_callback
 from flashmoe.engines.llamacpp.abi import Tensor
+from flashmoe.engines.llamacpp.spans import show
 
 ROUTER_WEIGHTS = (
     b"ffn_moe_weights-"  # gathers the router's weights by the true ids, before any expert product
@@ -31,8 +33,9 @@ ROUTER_LOGITS = b"ffn_moe_logits-"  # the router's product with the layer's hidd
 INPUT_TOKENS = b"inp_tokens"  # the token ids that a graph gathers embeddings by
 RETURNED, NOT_RETURNED = 0, 1
 MOST_QUIET = 62  # bits of Control.quiet
-#: Why Python is called: a node is ready; it is wanted to be looked at; a graph begins; it has ended.
-READY, LOOK, BEGIN, END = range(4)
+#: Why Python is called: a node is ready; it is wanted to be looked at; a graph begins; it has ended; rows of a table
+#: are about to be gathered.
+READY, LOOK, BEGIN, END, GATHER = range(5)
 
 # Python's half: (node, why); what it returns is not looked at, Control.outcome says whether to go on
 PYTHON_CALLBACK = C.CFUNCTYPE(C.c_uint8, C.c_void_p, C.c_uint8)
@@ -80,15 +83,18 @@ class Control(C.Structure):
         ("began", C.c_int64 * 2),  # struct timespec
         ("ended", C.c_int64 * 2),
         ("stop", C.c_int64),  # whether the graph under way is to end at its next node
+        ("spans", C.c_int64),  # address of where every block's tensors lie in the pool, see spans.Spans
+        ("whole", C.c_int64),  # whether they have to show all of it
+        ("tables", C.c_int64),  # address of int64 [...]: tensors whose rows are read when gathered, then 0
     ]
 
 
-_FIELDS = 40
+_FIELDS = 43
 _PYTHON, _INSPECT, _OUTCOME, _BUFFER, _CAPACITY, _BLOCK, _TOKENS, _TOP_K, _IDS, _WEIGHTS = range(10)
 _PENDING, _LATE, _LATE_LENGTH, _LOGITS, _HIDDEN, _BEGUN, _THREAD, _IGNORE, _INPUTS = range(10, 19)
 _REQUEST, _POOL, _ARRAYS, _SLOTS, _LAYERS, _FIRST_SLOTS, _DONE, _HITS = range(19, 27)
 _RECENT, _RECENT_AT, _RECENT_SIZE, _QUIET, _IS_QUIET, _GRAPHS, _GRAPH_TOKENS, _NANOSECONDS = range(27, 35)
-_BEGAN, _ENDED, _STOP = 35, 37, 39
+_BEGAN, _ENDED, _STOP, _SPANS, _WHOLE, _TABLES = 35, 37, 39, 40, 41, 42
 _WEIGHTS_NAME, _IDS_NAME = np.frombuffer(ROUTER_WEIGHTS, np.uint8), np.frombuffer(ROUTER_IDS, np.uint8)
 _LOGITS_NAME, _TOKENS_NAME = np.frombuffer(ROUTER_LOGITS, np.uint8), np.frombuffer(INPUT_TOKENS, np.uint8)
 _STEPS_TO_LOGITS = 12  # at most, from the gathered weights back: reshape, softmax, bias, groups
@@ -102,21 +108,6 @@ _DATA, _NE0, _NE1, _NB1 = (
 _SOURCE0, _SOURCE1 = Tensor.src.offset, Tensor.src.offset + 8
 
 
-def _pointer_to(kind: Any) -> Any:
-    """An intrinsic that turns an address into a pointer to `kind`; numba has none of its own."""
-
-    @intrinsic
-    def cast(_typing: Any, _address: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
-
-        return types.CPointer(kind)(types.int64), generate
-
-    return cast
-
-
-_bytes_at, _int32_at, int64_at = _pointer_to(types.uint8), _pointer_to(types.int32), _pointer_to(types.int64)
-_int16_at = _pointer_to(types.int16)
 _pthread_self = types.ExternalFunction("pthread_self", types.int64())
 _clock_gettime: Any = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
 _MONOTONIC = 1  # CLOCK_MONOTONIC
@@ -150,7 +141,7 @@ def _call(_typing: Any, _function: Any, _node: Any, _ask: Any) -> Any:
 @kept()
 def _block_of(tensor: Any, prefix: Any) -> Any:  # pragma: no cover - compiled
     """The number that follows `prefix` in a tensor's name, -1 for any other name ("... (reshaped)" among them)."""
-    name = carray(_bytes_at(tensor), _NAME_END)
+    name = carray(bytes_at(tensor), _NAME_END)
     for i in range(len(prefix)):
         if name[_NAME + i] != prefix[i]:
             return -1
@@ -173,9 +164,9 @@ def _read(address: Any) -> Any:  # pragma: no cover - compiled
 def _copy_ids(ids: Any, buffer: Any, back: Any) -> Any:  # pragma: no cover - compiled
     """Copy the ids between their tensor, whose rows lie apart (it is a view), and the buffer."""
     top_k, tokens, stride = _read(ids + _NE0), _read(ids + _NE1), _read(ids + _NB1)
-    packed = carray(_int32_at(buffer), tokens * top_k)
+    packed = carray(int32_at(buffer), tokens * top_k)
     for token in range(tokens):
-        row = carray(_int32_at(_read(ids + _DATA) + token * stride), top_k)
+        row = carray(int32_at(_read(ids + _DATA) + token * stride), top_k)
         for i in range(top_k):
             if back:
                 row[i] = packed[token * top_k + i]
@@ -220,11 +211,24 @@ def _gathers_tokens(node: Any) -> Any:  # pragma: no cover - compiled
     ids = _read(node + _SOURCE1)
     if ids == 0:
         return False
-    name = carray(_bytes_at(ids), _NAME_END)
+    name = carray(bytes_at(ids), _NAME_END)
     for i in range(len(_TOKENS_NAME)):
         if name[_NAME + i] != _TOKENS_NAME[i]:
             return False
     return name[_NAME + len(_TOKENS_NAME)] == 0
+
+
+@kept()
+def _is_table(control: Any, tensor: Any) -> Any:  # pragma: no cover - compiled
+    """Whether a tensor's rows are read as they are gathered."""
+    if tensor == 0 or control[_TABLES] == 0:
+        return False
+    at = control[_TABLES]
+    while _read(at) != 0:
+        if _read(at) == tensor:
+            return True
+        at += 8
+    return False
 
 
 @kept()
@@ -253,12 +257,12 @@ def _hit(control: Any, ids: Any, n: Any) -> Any:  # pragma: no cover - compiled
         return False
     control[_HITS] += done >> 32
     control[_DONE] = -1
-    buffer, slots = carray(_int32_at(control[_BUFFER]), n), carray(_int32_at(control[_SLOTS]), n)
+    buffer, slots = carray(int32_at(control[_BUFFER]), n), carray(int32_at(control[_SLOTS]), n)
     if control[_RECENT] != 0:
         size = control[_RECENT_SIZE]
         places = carray(int64_at(control[_RECENT_AT]), layer + 1)
         at = places[layer] if places[layer] + n <= size else 0
-        recent = carray(_int16_at(control[_RECENT] + 2 * size * layer), size)
+        recent = carray(int16_at(control[_RECENT] + 2 * size * layer), size)
         for i in range(n):
             recent[at + i] = buffer[i]
         places[layer] = at + n
@@ -269,11 +273,18 @@ def _hit(control: Any, ids: Any, n: Any) -> Any:  # pragma: no cover - compiled
 
 
 @kept()
+def _place(control: Any, block: Any, ids: Any, n: Any) -> Any:  # pragma: no cover - compiled
+    """Let a block's tensors show what the slots in the buffer are of, and write these in the place of its ids."""
+    show(control[_SPANS], block, control[_BUFFER], n, control[_WHOLE] != 0)
+    _copy_ids(ids, control[_BUFFER], True)
+
+
+@kept()
 def _is_late(control: Any, node: Any) -> Any:  # pragma: no cover - compiled
     """Whether a node is the input of the last product of a layer whose reads are still under way."""
     if control[_PENDING] == 0 or control[_LATE_LENGTH] == 0:
         return False
-    return _block_of(node, carray(_bytes_at(control[_LATE]), control[_LATE_LENGTH])) >= 0
+    return _block_of(node, carray(bytes_at(control[_LATE]), control[_LATE_LENGTH])) >= 0
 
 
 @kept()
@@ -304,6 +315,8 @@ def on_node(node: Any, ask: Any, address: Any) -> Any:  # pragma: no cover - com
             return 1
         if control[_INSPECT] != 0 and not ask_python(control, node, LOOK):
             return 1
+        if _is_table(control, _read(node + _SOURCE0)) and not ask_python(control, node, GATHER):
+            return 1
         return block >= 0 or _is_late(control, node)
     control[_BLOCK] = -1
     ids = _read(node + _SOURCE1) if block >= 0 else 0
@@ -319,11 +332,11 @@ def on_node(node: Any, ask: Any, address: Any) -> Any:  # pragma: no cover - com
         _copy_ids(ids, control[_BUFFER], False)
         control[_DONE] = -1
         if control[_REQUEST] != 0 and control[_BEGUN] != 0 and _hit(control, ids, n):
-            _copy_ids(ids, control[_BUFFER], True)
+            _place(control, block, ids, n)
             return 1
         _find_logits(control, node)
     if not ask_python(control, node, READY):
         return 0
     if block >= 0:
-        _copy_ids(ids, control[_BUFFER], True)
+        _place(control, block, ids, control[_TOKENS] * control[_TOP_K])
     return 1

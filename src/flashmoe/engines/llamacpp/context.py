@@ -8,17 +8,18 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe.engines.llamacpp import abi
+from flashmoe.engines.llamacpp.abi import CONSTANTS, Batch
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.errors import ModelError
 
 #: How the vectors of a text's tokens become one: llama.cpp's names and numbers.
-POOLING = {"none": 0, "mean": 1, "cls": 2, "last": 3}
+POOLING = {name: CONSTANTS[f"LLAMA_POOLING_TYPE_{name.upper()}"] for name in ("none", "mean", "cls", "last")}
 #: Types of a KV cache: llama.cpp's names, and their numbers in ggml.
 CACHE_TYPES = {
-    "f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2, "q4_1": 3, "iq4_nl": 20, "q5_0": 6, "q5_1": 7
-}  # fmt: skip
-_PARTIAL_ONLY = 1  # LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY
+    name: CONSTANTS[f"GGML_TYPE_{name.upper()}"]
+    for name in ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "iq4_nl", "q5_0", "q5_1")
+}
+_PARTIAL_ONLY = CONSTANTS["LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY"]
 _PADDING = 256  # llama.cpp rounds the cells of a KV cache up to a multiple of this
 
 
@@ -80,7 +81,7 @@ class Context:
         #: Tokens evaluated so far by `decode`.
         self.past = 0
         self._sequence = (C.c_int32 * 1)(0)  # of every token
-        self._batch = abi.Batch(
+        self._batch = Batch(
             n_tokens=0,
             token=(C.c_int32 * n_ubatch)(),
             pos=(C.c_int32 * n_ubatch)(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes as C
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -17,11 +16,13 @@ from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.cache.pool import SlotPool
 from flashmoe.common.signals import run_apart
 from flashmoe.engines.base import SamplingParams
+from flashmoe.engines.llamacpp import kernels
 from flashmoe.engines.llamacpp.context import Context
 from flashmoe.engines.llamacpp.hook import Evaluated, RouterHook
-from flashmoe.engines.llamacpp.library import Library
+from flashmoe.engines.llamacpp.library import Library, is_of_wheel
 from flashmoe.engines.llamacpp.loader import LoadedModel
 from flashmoe.engines.llamacpp.sampler import Sampler
+from flashmoe.engines.llamacpp.spinning import Spinning
 from flashmoe.engines.llamacpp.stack import BYTES_PER_CHARACTER, on_large_stack, raise_thread_stacks
 from flashmoe.errors import FlashMoEError, ModelError, UsageError
 from flashmoe.prefetch.scheduler import Prefetcher
@@ -51,6 +52,7 @@ class LlamaEngine:
         """cache_types: of the KV cache's K and V, see context.CACHE_TYPES."""
         assert model.pointer
         self._lib, self._model = lib, model
+        self.kernels, self.kernels_hint = lib.kernels, kernels.hint(lib)
         self._hook = RouterHook(model, n_ubatch)
         self._vocab = lib.llama_model_get_vocab(model.pointer)
         self.n_vocab = int(lib.llama_vocab_n_tokens(self._vocab))
@@ -67,12 +69,14 @@ class LlamaEngine:
             cache_types=cache_types,
         )
         self.threads, self._cache_types = threads, cache_types
+        self._spinning = Spinning(lib, threads)
         self._serving = False
         #: How `embedding` is made: one of context.POOLING.
         self.pooling = pooling
         self.n_embd = self._context.n_embd
-        #: What the outputs of an embedding's micro-batch will take when the first one comes.
+        #: What will be taken when the first tokens come: outputs of an embedding's micro-batch, rows of tables.
         self.late_bytes = 4 * n_ubatch * (self.n_vocab + self.n_embd) if pooling != "none" else 0
+        self.late_bytes += sum(table.bytes_for(n_ubatch) for table in model.tables.values())
         self.n_ctx, self.n_ubatch, self.sequences = self._context.n_ctx, n_ubatch, sequences
 
     def attach(self, pool: SlotPool, slots: Sequence[int], cache: ExpertCache) -> None:
@@ -99,10 +103,7 @@ class LlamaEngine:
     @cached_property
     def has_server(self) -> bool:
         """Whether the library is the wheel's, which carries llama.cpp's server."""
-        spec = importlib.util.find_spec("xllamacpp")
-        if spec is None or spec.origin is None:
-            return False
-        return self._lib.path.resolve().parent == Path(spec.origin).resolve().parent
+        return is_of_wheel(self._lib.path)
 
     @property
     def path(self) -> Path:
@@ -112,7 +113,11 @@ class LlamaEngine:
     @property
     def state_identity(self) -> dict[str, Any]:
         """What a saved state depends on beside the model, JSON."""
-        return {"library": self._lib.build.name, "cache_types": list(self._cache_types)}
+        return {
+            "library": self._lib.build.name,
+            "kernels": self._lib.kernels,
+            "cache_types": list(self._cache_types),
+        }
 
     @property
     def model_pointer(self) -> int:
@@ -251,9 +256,13 @@ class LlamaEngine:
         return list(tokens[:n])
 
     def piece(self, token: int, special: bool = False) -> bytes:
-        buffer = C.create_string_buffer(512)
-        n = self._lib.llama_token_to_piece(self._vocab, token, buffer, len(buffer), 0, special)
-        return buffer.raw[: max(0, n)]
+        room = 64
+        while True:
+            buffer = C.create_string_buffer(room)
+            n = self._lib.llama_token_to_piece(self._vocab, token, buffer, room, 0, special)
+            if n >= 0:
+                return buffer.raw[:n]
+            room = -n
 
     def is_end(self, token: int) -> bool:
         return bool(self._lib.llama_vocab_is_eog(self._vocab, token))
@@ -263,4 +272,5 @@ class LlamaEngine:
 
     def close(self) -> None:
         """Free the context; the model is its loader's."""
+        self._spinning.close()
         self._context.close()

@@ -23,9 +23,11 @@ from numpy.typing import NDArray
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.common.memory import major_faults
 from flashmoe.engines.layer_step import LayerStep
+from flashmoe.engines.llamacpp.abi import Tensor
 from flashmoe.engines.llamacpp.callback import (
     BEGIN,
     END,
+    GATHER,
     LOOK,
     MOST_QUIET,
     NOT_RETURNED,
@@ -80,6 +82,9 @@ class RouterHook:
             outcome=RETURNED,
             late=C.addressof(self._late),
         )
+        self._tables = np.array([*model.tables, 0], np.int64)
+        if model.tables:
+            self._control.tables = self._tables.ctypes.data
         self._blocks = np.zeros((2, max(self._layer_of_block) + 1), np.int64)
         self._met: dict[int, Router | None] = {}
         self._routers: list[Router] = []  # of all layers, once a graph of one token was inspected
@@ -113,7 +118,7 @@ class RouterHook:
             self._blocks[:, block] = layer, cache.first_slots[layer]
         control = self._control
         control.buffer, control.capacity = self._ids.ctypes.data, len(self._ids)
-        control.slots = cache.slots.ctypes.data
+        control.slots, control.spans = cache.slots.ctypes.data, self._model.spans.address
         control.layers, control.first_slots = (row.ctypes.data for row in self._blocks)
         control.recent_at, control.recent_size = cache.recent.at.ctypes.data, cache.recent.ids.shape[1]
 
@@ -176,11 +181,9 @@ class RouterHook:
         tokens: their ids, none where only their number is known (images): -1.
         """
         cache, step, control = self.cache, self._step, self._control
-        if self._model.token_table is not None:
-            self._model.token_table.fetch(tokens)
         inspect = self._inspection.begin(len(tokens), embed)
         self._use_what_is_known()
-        control.inspect = int(inspect)
+        control.inspect, control.whole = int(inspect), int(self._inspection.whole)
         control.request = control.recent = control.quiet = 0
         control.begun = 1
         if cache is None:
@@ -192,8 +195,7 @@ class RouterHook:
             control.pool, control.arrays, control.request = compiled.pool, compiled.arrays, compiled.function
             if cache.phase == "decode":
                 control.recent = cache.recent.ids.ctypes.data
-                announced = step.prefetcher is not None or self._model.token_table is not None
-                if not announced:
+                if step.prefetcher is None:
                     most = min(self._parallel, cache.served_together(top_k), MOST_QUIET)
                     known = [n for n in range(1, most + 1) if self._inspection.knows(n)]
                     control.quiet = sum(1 << n for n in known)
@@ -285,6 +287,8 @@ class RouterHook:
                     self._begin_graph(control, address)
                 elif why == LOOK:
                     self._inspection.look(address)
+                elif why == GATHER:
+                    self._gather(Tensor.from_address(address))
                 elif control.block >= 0:
                     self._rename(control, address)
                 else:
@@ -311,6 +315,13 @@ class RouterHook:
         self._announce(ids)
         if control.inspect:
             self._inspection.look(node)
+
+    def _gather(self, node: Any) -> None:
+        """Rows of a table are about to be gathered: have them in memory."""
+        rows = Tensor.from_address(node.src[1])
+        self._model.tables[node.src[0]].fetch(
+            np.frombuffer(C.string_at(rows.data, 4 * rows.ne[0]), np.int32).tolist()
+        )
 
     def _announce(self, tokens: list[int]) -> None:
         assert self._step.cache is not None

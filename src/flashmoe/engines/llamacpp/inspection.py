@@ -7,12 +7,12 @@ library still computes it before it asks whether to go on.
 
 from __future__ import annotations
 
-from flashmoe.engines.llamacpp.abi import Tensor
+from flashmoe.engines.llamacpp.abi import CONSTANTS, Tensor
 from flashmoe.engines.llamacpp.loader import LoadedModel
 from flashmoe.errors import ModelError
 
-INDICES = 26  # GGML_TYPE_I32
-_NOTHING = 0  # GGML_OP_NONE
+INDICES = CONSTANTS["GGML_TYPE_I32"]
+_NOTHING = CONSTANTS["GGML_OP_NONE"]
 #: Operations that take rows or matrices of a tensor by ids: which source is the tensor, and which the ids.
 _BY_ID = {b"MUL_MAT_ID": (0, 2), b"ADD_ID": (1, 2), b"GET_ROWS": (0, 1)}
 _COPY = b"REPEAT"  # of a table per expert, to be gathered from
@@ -24,7 +24,7 @@ class Inspection:
     """What is known of a model's graphs. `begin`, then `rename` and `look` for its nodes, then `end`."""
 
     def __init__(self, model: LoadedModel) -> None:
-        self._model, self._lib = model, model.lib
+        self._model, self._lib, self._absent = model, model.lib, model.absent
         self._tensors: dict[int, int] = {}  # address of what has the axis of slots -> its layer
         self._last: dict[int, int] = {}  # of those, of what each layer multiplies last
         self._renamed: dict[int, int] = {}  # address of what holds ids that were renamed -> their layer
@@ -33,6 +33,17 @@ class Inspection:
         self._seen: set[tuple[int, bool]] = set()  # (tokens, for embeddings) of graphs that were inspected
         self._kind = 0, False
         self._complete = True  # all of the last graph that was to be inspected
+        self._begun: set[tuple[int, bool]] = set()  # as `_seen`, perhaps without the last layer
+        self._moving: bool | None = None  # see `whole`; None before the first graph
+
+    @property
+    def whole(self) -> bool:
+        """Whether expert tensors have to show the whole pool in the graph that has begun.
+
+        So they do in a graph that is the first of its kind, and always where one has views of them, which stay where
+        they are.
+        """
+        return not self._moving or self._kind not in self._begun
 
     def knows(self, tokens: int) -> bool:
         """Whether a graph of so many tokens that computes logits was inspected."""
@@ -54,6 +65,8 @@ class Inspection:
         """The graph was evaluated to its end."""
         if self._complete:
             self._seen.add(self._kind)
+        self._begun.add(self._kind)
+        self._moving = self._moving is not False
 
     def take_late_input(self) -> bytes:
         """The prefix of the name of every layer's input of its last product, as the last graph has shown it.
@@ -70,6 +83,8 @@ class Inspection:
         buffer = Tensor.from_address(root).buffer
         if not buffer or not self._lib.ggml_backend_buffer_is_host(buffer):
             raise self._refusal(Tensor.from_address(ids), "computes the choice of experts on another device")
+        if layer in self._renamed.values():  # the products of one choice might follow the other
+            self._keep_whole(Tensor.from_address(ids))
         self._renamed[root] = layer
 
     def look(self, address: int) -> None:
@@ -90,7 +105,9 @@ class Inspection:
 
     def _look(self, node: Tensor, address: int) -> None:
         sources = [source for source in node.src if source]
-        self._look_at_table(node, sources)
+        self._look_at_tables(node, sources)
+        if self._absent and not self._absent.isdisjoint(map(_root, sources)):
+            raise self._refusal(node, "uses a block that predicts further tokens for the present one")
         if node.view_src in sources:  # computes nothing
             return
         if 0 in node.ne[:]:  # the last layer of a micro-batch without outputs
@@ -101,7 +118,10 @@ class Inspection:
         if not tensors and not ids:
             return
         operation = self._lib.ggml_op_desc(address)
+        if any(node.src[i] not in self._tensors for i in tensors):
+            self._keep_whole(node)
         if operation == _COPY and tensors == {0} and not ids:
+            self._keep_whole(node)
             self._tensors[address] = self._tensors[_root(node.src[0])]
             return
         table, indices = _BY_ID.get(operation, (-1, -1))
@@ -114,12 +134,22 @@ class Inspection:
             name, _, number = Tensor.from_address(node.src[1]).name.rpartition(b"-")
             self._late_inputs.add(name + b"-" if number.isdigit() else b"")
 
-    def _look_at_table(self, node: Tensor, sources: list[int]) -> None:
-        table = self._model.table_address
-        if table and table in sources:
-            indices = node.src[1] if node.src[0] == table else None
-            if not indices or Tensor.from_address(indices).type != INDICES:
-                raise self._refusal(node, "does more with its token embedding than to gather rows")
+    def _keep_whole(self, node: Tensor) -> None:
+        """From here on expert tensors show the whole pool. Raises ModelError where they have done otherwise."""
+        if self._moving:
+            raise self._refusal(node, _UNKNOWN)
+        self._moving = False
+
+    def _look_at_tables(self, node: Tensor, sources: list[int]) -> None:
+        """Rows of a table are there for ids that are known before the graph is computed."""
+        tables = self._model.tables.keys() & set(sources)
+        if not tables:
+            return
+        ids = Tensor.from_address(node.src[1]) if node.src[0] in tables and node.src[1] else None
+        known = ids and ids.type == INDICES and ids.op == _NOTHING and ids.ne[1:] == [1, 1, 1]
+        if not known or tables != {node.src[0]}:
+            table = self._model.tables[tables.pop()].name
+            raise self._refusal(node, f"does more with {table} than to gather the rows of its tokens")
 
     def _refusal(self, node: Tensor, what: str) -> ModelError:
         return ModelError(

@@ -1,4 +1,4 @@
-"""Finds libllama, declares the functions used, and refuses builds whose layouts are not known."""
+"""Finds libllama, recognises its build, and declares the functions used."""
 
 from __future__ import annotations
 
@@ -6,36 +6,49 @@ import ctypes as C
 import importlib.util
 import logging
 import os
-from functools import cache
+import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from flashmoe.engines.llamacpp import abi
-from flashmoe.engines.llamacpp.abi import f32, flag, i32, ptr, u32
+from flashmoe.engines.llamacpp.abi import CONSTANTS, f32, flag, i32, ptr, u32
+from flashmoe.engines.llamacpp.facts import differences
+from flashmoe.engines.llamacpp.instructions import compiled_for
 from flashmoe.errors import LibraryError
 
 _log = logging.getLogger("flashmoe.llama.cpp")
-# ggml_log_level: warnings and errors, and what continues the line before
-_LEVELS, _CONTINUED = {3: logging.WARNING, 4: logging.ERROR}, 5
+_LEVELS = {
+    CONSTANTS["GGML_LOG_LEVEL_WARN"]: logging.WARNING,
+    CONSTANTS["GGML_LOG_LEVEL_ERROR"]: logging.ERROR,
+}
+_CONTINUED = CONSTANTS["GGML_LOG_LEVEL_CONT"]  # of the line before
 
 ENVIRONMENT = "FLASHMOE_LIBLLAMA"
 _SUFFIXES = (".so", ".dylib", ".dll")
 # Turns that a compute thread waits for the others before it sleeps, some 30 ms: longer than a layer's reads take. With
 # OpenMP's own 3 ms they fall asleep in the midst of a token (docs/benchmarks.md); OMP_WAIT_POLICY=passive still holds.
-_SPINS = "3000000"
+_SPINS, _OWN_SPINS = "3000000", "300000"
 _text, _size, _ne = C.c_char_p, C.c_size_t, C.c_int64
 
-# name -> (result, arguments)
-_PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+#: What the library's own kernels are called, where modules have names of their own.
+BUILT_IN = "built-in"
+CPU_DEVICE = CONSTANTS["GGML_BACKEND_DEVICE_TYPE_CPU"]
+_CPU_BACKEND = b"CPU"
+_OF_THE_KERNELS = ("ggml_threadpool_new", "ggml_threadpool_free")
+
+#: name -> (result, arguments); structs, which differ between builds, by their names
+PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_backend_init": (None, ()),
-    "llama_version": (_text, ()),
     "ggml_version": (_text, ()),
     "llama_print_system_info": (_text, ()),
     "llama_log_set": (None, (abi.LOG_CALLBACK, ptr)),
-    "llama_model_default_params": (abi.ModelParams, ()),
-    "llama_model_load_from_file": (ptr, (_text, abi.ModelParams)),
-    "llama_model_load_from_file_ptr": (ptr, (ptr, abi.ModelParams)),
+    "llama_model_default_params": ("llama_model_params", ()),
+    "llama_model_load_from_file": (ptr, (_text, "llama_model_params")),
+    "llama_model_load_from_file_ptr": (ptr, (ptr, "llama_model_params")),
     "llama_model_free": (None, (ptr,)),
+    "llama_context_default_params": ("llama_context_params", ()),
+    "llama_init_from_model": (ptr, (ptr, "llama_context_params")),
     "llama_model_get_vocab": (ptr, (ptr,)),
     "llama_model_n_ctx_train": (i32, (ptr,)),
     "llama_model_n_swa": (i32, (ptr,)),
@@ -49,7 +62,7 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_n_ctx": (u32, (ptr,)),
     "llama_attach_threadpool": (None, (ptr, ptr, ptr)),
     "llama_detach_threadpool": (None, (ptr,)),
-    "llama_decode": (i32, (ptr, abi.Batch)),
+    "llama_decode": (i32, (ptr, "llama_batch")),
     "llama_get_logits_ith": (C.POINTER(f32), (ptr, i32)),
     "llama_set_embeddings": (None, (ptr, flag)),
     "llama_set_causal_attn": (None, (ptr, flag)),
@@ -66,8 +79,8 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_vocab_get_add_bos": (flag, (ptr,)),
     "llama_tokenize": (i32, (ptr, _text, i32, C.POINTER(i32), i32, flag, flag)),
     "llama_token_to_piece": (i32, (ptr, i32, _text, i32, i32, flag)),
-    "llama_sampler_chain_default_params": (abi.SamplerChainParams, ()),
-    "llama_sampler_chain_init": (ptr, (abi.SamplerChainParams,)),
+    "llama_sampler_chain_default_params": ("llama_sampler_chain_params", ()),
+    "llama_sampler_chain_init": (ptr, ("llama_sampler_chain_params",)),
     "llama_sampler_chain_add": (None, (ptr, ptr)),
     "llama_sampler_free": (None, (ptr,)),
     "llama_sampler_sample": (i32, (ptr, ptr, i32)),
@@ -78,14 +91,16 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_sampler_init_min_p": (ptr, (f32, _size)),
     "llama_sampler_init_temp": (ptr, (f32,)),
     "ggml_tensor_overhead": (_size, ()),
-    "ggml_init": (ptr, (abi.InitParams,)),
+    "ggml_init": (ptr, ("ggml_init_params",)),
     "ggml_free": (None, (ptr,)),
     "ggml_new_tensor_2d": (ptr, (ptr, C.c_int, _ne, _ne)),
     "ggml_new_tensor_3d": (ptr, (ptr, C.c_int, _ne, _ne, _ne)),
     "ggml_mul_mat_id": (ptr, (ptr, ptr, ptr, ptr)),
     "ggml_op_desc": (_text, (ptr,)),
+    "ggml_get_name": (ptr, (ptr,)),
+    "ggml_get_data": (ptr, (ptr,)),
     "ggml_backend_cpu_buffer_type": (ptr, ()),
-    "ggml_backend_buffer_init": (ptr, (ptr, abi.BufferInterface, ptr, _size)),
+    "ggml_backend_buffer_init": (ptr, (ptr, "ggml_backend_buffer_i", ptr, _size)),
     "ggml_backend_buffer_free": (None, (ptr,)),
     "ggml_backend_buffer_is_host": (flag, (ptr,)),
     "ggml_backend_buffer_get_type": (ptr, (ptr,)),
@@ -93,13 +108,17 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_backend_buffer_set_usage": (None, (ptr, C.c_int)),
     "ggml_backend_buft_alloc_buffer": (ptr, (ptr, _size)),
     "ggml_backend_buft_name": (_text, (ptr,)),
+    "ggml_backend_buft_get_device": (ptr, (ptr,)),
     "ggml_backend_dev_backend_reg": (ptr, (ptr,)),
+    "ggml_backend_load": (ptr, (_text,)),
+    "ggml_backend_unload": (None, (ptr,)),
+    "ggml_backend_reg_name": (_text, (ptr,)),
     "ggml_backend_dev_by_type": (ptr, (C.c_int,)),
     "ggml_backend_dev_supports_op": (flag, (ptr, ptr)),
     "ggml_backend_reg_get_proc_address": (ptr, (ptr, _text)),
     "ggml_backend_tensor_set": (None, (ptr, ptr, _size, _size)),
-    "ggml_threadpool_params_default": (abi.ThreadpoolParams, (i32,)),
-    "ggml_threadpool_new": (ptr, (C.POINTER(abi.ThreadpoolParams),)),
+    "ggml_threadpool_params_default": ("ggml_threadpool_params", (i32,)),
+    "ggml_threadpool_new": (ptr, (ptr,)),
     "ggml_threadpool_free": (None, (ptr,)),
 }
 
@@ -109,30 +128,101 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        #: The module whose kernels compute instead of the library's own; see `exchange_kernels`.
+        self.module: Path | None = None
+        #: Whether repacked layouts are fit for use: the self-test may have found that they are not.
+        self.repacks = True
         self._handles = _load(path)
-        for name, (result, arguments) in _PROTOTYPES.items():
-            self._declare(name, result, *arguments)
-        version = (self.llama_version().decode(), self.ggml_version().decode())
-        if version not in abi.KNOWN_BUILDS:
-            known = ", ".join(sorted({build.name for build in abi.KNOWN_BUILDS.values()}))
-            raise LibraryError(
-                f"{path}: llama.cpp {version[0]} (ggml {version[1]}) is not a build that FlashMoE knows; "
-                f"install {known}"
-            )
-        self.build = abi.KNOWN_BUILDS[version]
-        self._declare("llama_context_default_params", self.build.context_params)
-        self._declare("llama_init_from_model", ptr, ptr, self.build.context_params)
-        abi.self_check(self, self.build)
+        self.build = self._recognise()
+        self.structs = self.build.layout.structs
         self.messages: list[str] = []
         self._level = 0  # of the last line, as `logging` has it
         self._log = abi.LOG_CALLBACK(self._on_log)
         self.llama_log_set(self._log, None)
         self.llama_backend_init()
-        self.openmp = b"OPENMP = 1" in self.llama_print_system_info()
 
-    def __getattr__(
-        self, name: str
-    ) -> Any:  # only for what _PROTOTYPES set: tells type checkers that it exists
+    @property
+    def features(self) -> list[str]:
+        """What the kernels in use were compiled for, by ggml's names: AVX2, AVX512, NEON, ..., OPENMP."""
+        line = self.llama_print_system_info().decode(errors="replace")
+        return sorted({name for name, on in re.findall(r"(\w+) = (\d+)", line) if on != "0"})
+
+    @property
+    def kernels(self) -> str:
+        """The kernels in use, for people: "zen4 (AVX-512)"."""
+        name = kernels_name(self.module) if self.module else BUILT_IN
+        best = compiled_for(self.features)
+        return f"{name} ({best})" if best else name
+
+    @property
+    def openmp(self) -> bool:
+        """Whether the kernels in use share their work by OpenMP; else by a thread pool of ggml's."""
+        return "OPENMP" in self.features
+
+    @property
+    def openmp_runtime(self) -> C.CDLL:
+        """Where the functions of the OpenMP library of the kernels in use are found."""
+        return C.CDLL(str(self.module)) if self.module else self._handles[-1]
+
+    def exchange_kernels(self, module: Path) -> None:
+        """Compute with the kernels of a CPU backend module, a shared library of ggml's, from here on.
+
+        For models that are loaded after it; once in a process. Raises LibraryError where ggml refuses the module (of
+        another interface version, for another processor) and leaves the library's own kernels in use.
+        """
+        assert self.module is None
+        own = self.ggml_backend_dev_backend_reg(self.ggml_backend_dev_by_type(CPU_DEVICE))
+        self.messages.clear()
+        loaded = self.ggml_backend_load(os.fsencode(module))
+        if not loaded:
+            reason = (self.messages or ["for another processor"])[-1].removeprefix("load_backend: ")
+            reason = reason.replace(str(module), "it")
+            raise LibraryError(f"{module.name}: not a module that this llama.cpp can use ({reason})")
+        if self.ggml_backend_reg_name(loaded) != _CPU_BACKEND:
+            self.ggml_backend_unload(loaded)
+            raise LibraryError(f"{module.name}: has no kernels for a CPU")
+        self.ggml_backend_unload(own)
+        silenced = C.CDLL(
+            str(module)
+        )  # it brings the base library of its own build, which would log to stderr
+        with suppress(AttributeError):
+            silenced.ggml_log_set(self._log, None)
+        for name in _OF_THE_KERNELS:
+            result, arguments = PROTOTYPES[name]
+            address = self.ggml_backend_reg_get_proc_address(loaded, name.encode())
+            setattr(self, name, C.CFUNCTYPE(result, *arguments)(address))
+        self.module = module
+
+    def _recognise(self) -> abi.Build:
+        """Declare the functions by the layout that they agree with. Two commits may have one version: it only says
+        which layout to try first. Raises LibraryError where none agrees."""
+        version = self._version("llama_version"), self._version("ggml_version")
+        wrong: list[list[str]] = []
+        for layout in sorted(abi.LAYOUTS, key=lambda layout: version not in layout.builds.values()):
+            for name, (result, arguments) in PROTOTYPES.items():
+                self._declare(name, *(layout.structs.get(kind, kind) for kind in (result, *arguments)))
+            if not (differing := differences(self, layout)):
+                names = [name for name, its in layout.builds.items() if its == version]
+                package = self.path.name.partition(".")[0]
+                names = [name for name in names if name.startswith(package)] or names
+                return abi.Build(" or ".join(names) or _words(version), layout, known=bool(names))
+            wrong.append(differing)
+        closest = min(wrong, key=len)
+        raise LibraryError(
+            f"{self.path}: {_words(version)} is not a build that FlashMoE knows, and differs from those in "
+            f"{', '.join(closest)}; install one of {abi.known_builds()}"
+        )
+
+    def _version(self, function: str) -> str:
+        """What it returns, without the mark of a build that is no release; "" where there is no such function."""
+        try:
+            found = self._find(function)
+        except LibraryError:
+            return ""
+        found.restype = _text
+        return str((found() or b"").decode(errors="replace").removesuffix("-dev"))
+
+    def __getattr__(self, name: str) -> Any:  # tells type checkers that what PROTOTYPES set exists
         raise AttributeError(name)
 
     def _declare(self, name: str, result: Any, *arguments: Any) -> None:
@@ -175,6 +265,18 @@ class Library:
                 self.messages = [*self.messages[-19:], line]
 
 
+def spin_as_openmp_does() -> None:
+    """Before a library is loaded: let its threads wait as they do in other programs, unless the user says otherwise."""
+    if os.environ.get("GOMP_SPINCOUNT", _SPINS) == _SPINS:
+        os.environ["GOMP_SPINCOUNT"] = _OWN_SPINS
+
+
+def _words(version: abi.Version) -> str:
+    return (
+        f"llama.cpp {version[0]} (ggml {version[1]})" if version[0] else f"llama.cpp with ggml {version[1]}"
+    )
+
+
 def _load(path: Path) -> list[C.CDLL]:
     """Open a library, with the ggml libraries beside it where it comes in parts."""
     if "OMP_WAIT_POLICY" not in os.environ:  # OpenMP looks when it is loaded
@@ -201,7 +303,7 @@ def find_library() -> Path:
     """
     named = os.environ.get(ENVIRONMENT)
     if named:
-        path = Path(named)
+        path = Path(named).expanduser().absolute()  # a mere name would be looked for elsewhere
         found = [path] if path.is_file() else [p for s in _SUFFIXES if (p := path / f"libllama{s}").is_file()]
         if not found:
             raise LibraryError(
@@ -219,7 +321,31 @@ def find_library() -> Path:
     )
 
 
-@cache
-def open_library(path: Path) -> Library:
-    """The library at `path`, opened and checked once per process. Raises LibraryError."""
-    return Library(path)
+def kernels_name(module: Path) -> str:
+    """What the kernels in a module's file are called: "zen4" for libggml-cpu-zen4.so."""
+    return module.name.split(".so")[0].removeprefix("lib").removeprefix("ggml-").removeprefix("cpu-")
+
+
+def is_of_wheel(path: Path) -> bool:
+    """Whether a library is xllamacpp's, which has llama.cpp's server and takes modules of kernels."""
+    spec = importlib.util.find_spec("xllamacpp")
+    if spec is None or spec.origin is None:
+        return False
+    return path.resolve().parent == Path(spec.origin).resolve().parent
+
+
+_opened: dict[Path, Library] = {}
+
+
+def open_library(path: Path, module: Path | None = None, *, repacks: bool = True) -> Library:
+    """The library at `path`, opened and checked once per process, with the kernels of its first opening.
+
+    module, repacks: see `Library`. Raises LibraryError.
+    """
+    if path not in _opened:
+        lib = Library(path)
+        if module:
+            lib.exchange_kernels(module)
+        lib.repacks = repacks
+        _opened[path] = lib
+    return _opened[path]

@@ -5,17 +5,18 @@ from __future__ import annotations
 import ctypes as C
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import cached_property
 
 from flashmoe.cache.pool import SlotPool, Window
-from flashmoe.engines.llamacpp import abi
 from flashmoe.engines.llamacpp.buffer import ExpertBuffer
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.repack import Repacker
-from flashmoe.engines.llamacpp.token_table import TokenTable
+from flashmoe.engines.llamacpp.row_table import TableRows
+from flashmoe.engines.llamacpp.spans import Spans, fewest_slots
 from flashmoe.engines.llamacpp.vfile import VirtualFile, segments
 from flashmoe.errors import ModelError
 from flashmoe.storage.catalog import ExpertCatalog
-from flashmoe.storage.direct import DirectFile
+from flashmoe.storage.reader import ExpertReader
 
 
 class LoadedModel:
@@ -25,13 +26,14 @@ class LoadedModel:
         self,
         lib: Library,
         catalog: ExpertCatalog,
-        files: Sequence[DirectFile],
+        reader: ExpertReader,
         progress: Callable[[int], None] = lambda _: None,
         *,
         repack: bool = False,
     ) -> None:
         """Load; `progress` gets the dense bytes read so far.
 
+        reader: its first files are the model's.
         repack: let the engine choose the layouts of all weights, as it does by default; else they are the file's.
         Raises ModelError, with the engine's own reason.
         """
@@ -39,10 +41,10 @@ class LoadedModel:
         self._repacker: Repacker | None = None
         self._buffer = ExpertBuffer(lib)
         self.pointer: int | None = None
-        self.token_table: TokenTable | None = None
+        self._tables: list[TableRows] = []
         with ExitStack() as undo:
             undo.callback(self.close)
-            self._load(catalog, files, progress, repack)
+            self._load(catalog, reader, progress, repack)
             #: Whether some of its memory is a state, not a cache of tokens.
             self.recurrent = bool(
                 lib.llama_model_is_recurrent(self.pointer) or lib.llama_model_is_hybrid(self.pointer)
@@ -51,11 +53,11 @@ class LoadedModel:
             for layer in self.catalog.layers:
                 for weight in (*layer.weights, *layer.tables):
                     self._set_shape(weight.tensor.name, weight.tensor.shape)
-            table = catalog.token_table
-            if table and table.name in self._buffer.tensors:
-                self.token_table = TokenTable(table, files[catalog.gguf.files.index(table.file)])
-                self._set_shape(table.name, table.shape)
-                self._buffer.tensors[table.name].data = self.token_table.address
+            for table in catalog.row_tables:
+                if table.tensor.name in self._buffer.tensors:
+                    self._tables.append(TableRows(table, reader, catalog.gguf.files.index(table.tensor.file)))
+                    self._set_shape(table.tensor.name, table.tensor.shape)
+                    self._buffer.tensors[table.tensor.name].data = self._tables[-1].address
             if repack:
                 self._repacker = Repacker(lib)
                 self._repack(self._repacker)
@@ -64,17 +66,17 @@ class LoadedModel:
     def _load(
         self,
         catalog: ExpertCatalog,
-        files: Sequence[DirectFile],
+        reader: ExpertReader,
         progress: Callable[[int], None],
         repack: bool,
     ) -> None:
-        """Let the library load the model, but for the experts and a token embedding that is read on demand."""
-        experts = {p.tensor.name for layer in catalog.layers for p in (*layer.weights, *layer.tables)}
-        table = catalog.token_table
-        holes = experts | {table.name} if table else experts
+        """Let the library load what stays in memory."""
+        tables = {table.tensor.name for layer in catalog.layers for table in layer.tables}
+        holes = catalog.gguf.tensors.keys() - catalog.resident.keys() | tables
+        files = reader.files[: len(catalog.gguf.files)]
         file = VirtualFile(segments(catalog.gguf, files, holes), progress)
         params = self.lib.llama_model_default_params()
-        params.load_mode = abi.LOAD_MODE_NONE
+        self.lib.build.layout.map_file(params, False)
         params.use_extra_bufts = repack
         params.n_gpu_layers = 0
         self._devices = (C.c_void_p * 1)()  # none: the list ends at once
@@ -85,8 +87,8 @@ class LoadedModel:
             self.pointer = self.lib.llama_model_load_from_file_ptr(file.stream, params)
         finally:
             file.close()
-        if file.error:
-            raise file.error
+        if error := file.error or self._buffer.error:
+            raise error
         if not self.pointer:
             raise load_error(self.lib, catalog)
         self._buffer.seal()
@@ -103,13 +105,14 @@ class LoadedModel:
         for layer, group in enumerate(self.catalog.groups):
             for window in (*pool.windows[layer], *pool.tables(layer)):
                 self._point(window, slots[group])
+        #: Where they are in it.
+        self.spans = Spans(self.catalog, self._buffer.tensors, pool, slots)
 
     def _point(self, window: Window, slots: int) -> None:
         """The expert axis, the last one of the tensor, becomes the slot axis."""
         name, shape = window.weight.tensor.name, window.weight.tensor.shape
         tensor, axis = self._buffer.tensors[name], len(shape) - 1
-        if tensor.extra:
-            slots = max(slots, 2)  # the kernels for repacked experts insist on a third dimension
+        slots = max(slots, fewest_slots(tensor))
         self._set_shape(name, (*shape[:-1], slots))
         tensor.data = window.address
         tensor.nb[axis] = window.stride
@@ -127,10 +130,17 @@ class LoadedModel:
             for weight in (*layer.weights, *layer.tables)
         }
 
-    @property
-    def table_address(self) -> int:
-        """Address of the token embedding's tensor where its rows are read on demand, else 0."""
-        return C.addressof(self._buffer.tensors[self.token_table.name]) if self.token_table else 0
+    @cached_property
+    def tables(self) -> dict[int, TableRows]:
+        """Tables that are read by rows, by the address of their tensor."""
+        return {C.addressof(self._buffer.tensors[table.name]): table for table in self._tables}
+
+    @cached_property
+    def absent(self) -> frozenset[int]:
+        """Addresses of tensors that have no contents: of blocks that do not run."""
+        of_layers = {p.tensor.name for x in self.catalog.layers for p in (*x.weights, *x.tables)}
+        known = of_layers.union(table.name for table in self._tables)
+        return frozenset(C.addressof(t) for name, t in self._buffer.tensors.items() if name not in known)
 
     def last_weight(self, layer: int) -> int:
         """Address of the tensor that a layer multiplies last (down)."""

@@ -14,16 +14,15 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from flashmoe.engines.llamacpp import abi
-from flashmoe.engines.llamacpp.abi import Tensor
-from flashmoe.engines.llamacpp.library import Library
+from flashmoe.engines.llamacpp.abi import CONSTANTS, InitParams, Tensor
+from flashmoe.engines.llamacpp.library import CPU_DEVICE, Library
 from flashmoe.errors import LibraryError
 from flashmoe.storage.aio import Place
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.gguf import TYPES, type_number
 
-_CPU_DEVICE, _F32, _I32 = 0, 0, 26  # GGML_BACKEND_DEVICE_TYPE_CPU, GGML_TYPE_F32, GGML_TYPE_I32
-_WEIGHTS = 1  # GGML_BACKEND_BUFFER_USAGE_WEIGHTS
+_WEIGHTS = CONSTANTS["GGML_BACKEND_BUFFER_USAGE_WEIGHTS"]
+_F32, _I32 = CONSTANTS["GGML_TYPE_F32"], CONSTANTS["GGML_TYPE_I32"]
 _GET_EXTRA_BUFFER_TYPES = C.CFUNCTYPE(C.POINTER(C.c_void_p), C.c_void_p)
 _SLICES = "CPU_REPACK"  # the buffer type whose layouts keep every expert's bytes together
 
@@ -33,7 +32,7 @@ class Repacker:
 
     def __init__(self, lib: Library) -> None:
         self._lib = lib
-        self._device = lib.ggml_backend_dev_by_type(_CPU_DEVICE)
+        self._device = lib.ggml_backend_dev_by_type(CPU_DEVICE)
         self._buffers = [lib.ggml_backend_buft_alloc_buffer(kind, 64) for kind in self._buffer_types()]
         for buffer in self._buffers:
             lib.ggml_backend_buffer_set_usage(buffer, _WEIGHTS)
@@ -68,7 +67,7 @@ class Repacker:
     def _supports(self, tensor: Tensor, buffer: int) -> bool:
         """The question that the engine's loader asks: can the device multiply by this tensor in such a buffer?"""
         lib, kept = self._lib, tensor.buffer
-        context = lib.ggml_init(abi.InitParams(8 * lib.ggml_tensor_overhead(), None, True))
+        context = lib.ggml_init(InitParams(8 * lib.ggml_tensor_overhead(), None, True))
         try:
             vector = lib.ggml_new_tensor_3d(context, _F32, tensor.ne[0], 1, 1)
             ids = lib.ggml_new_tensor_2d(context, _I32, 1, 1)
@@ -102,7 +101,7 @@ def placed(lib: Library, catalog: ExpertCatalog) -> Iterator[ExpertCatalog]:
     """A catalog that knows what the engine would repack, and how, without loading the model."""
     repacker = Repacker(lib)
     tensors = [p.tensor for layer in catalog.layers for p in layer.weights]
-    context = lib.ggml_init(abi.InitParams((len(tensors) + 1) * lib.ggml_tensor_overhead(), None, True))
+    context = lib.ggml_init(InitParams((len(tensors) + 1) * lib.ggml_tensor_overhead(), None, True))
     try:
         places = {}
         for info in tensors:
@@ -120,9 +119,10 @@ def repacks_slice_by_slice(lib: Library) -> bool:
     """Whether a tensor of experts repacked at once has the same bytes as its slices repacked one by one."""
     experts, rows, columns = 3, 64, 512
     repacker = Repacker(lib)
-    context = lib.ggml_init(abi.InitParams(128 * lib.ggml_tensor_overhead(), None, True))
+    context = lib.ggml_init(InitParams(128 * lib.ggml_tensor_overhead(), None, True))
     try:
-        for number in (n for n, (_, block, _) in TYPES.items() if block > 1):
+        known = lib.build.layout.constants["GGML_TYPE_COUNT"]
+        for number in (n for n, (_, block, _) in TYPES.items() if block > 1 and n < known):
             address = lib.ggml_new_tensor_3d(context, number, columns, rows, experts)
             tensor = Tensor.from_address(address)
             if not repacker.adopt(tensor):

@@ -9,11 +9,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe.engines.llamacpp.abi import Tensor
+from flashmoe.engines.llamacpp.abi import CONSTANTS, Tensor
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.prefetch.gate import Router
 
-_F32 = 0
+_F32 = CONSTANTS["GGML_TYPE_F32"]
+#: By type: how a Router has the weights.
+_BITS: dict[int, np.dtype[Any]] = {
+    CONSTANTS[f"GGML_TYPE_{kind}"]: np.dtype(bits)
+    for kind, bits in (("F32", "f4"), ("F16", "i2"), ("BF16", "u2"))
+}
 _CHAIN = 8  # nodes to look back at most
 
 
@@ -26,9 +31,10 @@ def read_router(lib: Library, weights: int, logits: int, ids: int) -> Router | N
     product = Tensor.from_address(logits)
     matrix, hidden = Tensor.from_address(product.src[0]), Tensor.from_address(product.src[1])
     n, experts = matrix.ne[0], matrix.ne[1]
-    table = _floats(matrix, n * experts)
-    if table is None or hidden.type != _F32 or matrix.nb[1] != 4 * n:
+    kind = _BITS.get(matrix.type)
+    if kind is None or not matrix.data or hidden.type != _F32 or matrix.nb[1] != kind.itemsize * n:
         return None
+    table = np.frombuffer((C.c_char * (kind.itemsize * n * experts)).from_address(matrix.data), kind)
     norm = None
     if lib.ggml_op_desc(C.addressof(hidden)) == b"MUL":
         norm = _floats(Tensor.from_address(hidden.src[1]), n)

@@ -1,51 +1,160 @@
-"""How fast this machine computes: the engine's own product of a matrix and a vector, for a tensor type."""
+"""How fast this machine computes: the engine's own products of matrices, for a tensor type.
+
+Of a matrix and a vector for `flashmoe plan`, and of experts for the choice between kernels.
+"""
 
 from __future__ import annotations
 
 import ctypes as C
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
-from flashmoe.engines.llamacpp.abi import InitParams
-from flashmoe.engines.llamacpp.library import Library
+import numpy as np
+from numpy.typing import NDArray
+
+from flashmoe.engines.llamacpp.abi import CONSTANTS, InitParams, Tensor
+from flashmoe.engines.llamacpp.library import CPU_DEVICE, Library
+from flashmoe.engines.llamacpp.repack import Repacker
 from flashmoe.storage.gguf import TYPES, type_number
 
 _COLUMNS = 2048
 _BYTES = 192 << 20  # beyond the caches: weights come from memory, as they do when a model runs
 _RUNS = 3
+_F32, _I32 = CONSTANTS["GGML_TYPE_F32"], CONSTANTS["GGML_TYPE_I32"]
+_ALIGN = 64
+_VALUE = 0x11  # of every byte of weights: small numbers in every type
+# of the products that kernels are compared by: OLMoE's experts
+_EXPERTS, _TOP_K, _ROWS, _PROMPT = 64, 8, 1024, 128
+
+
+class Rates(NamedTuple):
+    """1e9 bytes of weights that are multiplied with a token per second: one token at a time, and 128 of a prompt."""
+
+    decode: float
+    prompt: float
 
 
 def product_rate(lib: Library, type_name: str, threads: int) -> float:
     """1e9 bytes of weights of a type that are multiplied per second, as one token is decoded. About 0.1 s."""
-    number = type_number(type_name)
-    _, block, block_bytes = TYPES[number]
-    rows = _BYTES // (_COLUMNS // block * block_bytes)
-    weights = rows * (_COLUMNS // block) * block_bytes
-    void, size = C.c_void_p, C.c_size_t
+    with _Products(lib, threads) as products:
+        number = type_number(type_name)
+        _, block, block_bytes = TYPES[number]
+        matrix = products.weights(number, _COLUMNS, _BYTES // (_COLUMNS // block * block_bytes), 1)
+        vector = products.numbers(_COLUMNS, 1, 1)
+        return matrix.nbytes / products.seconds([("ggml_mul_mat", matrix.address, vector)]) / 1e9
 
-    def function(name: str, result: Any, *arguments: Any) -> Any:
-        found = lib._find(name)
+
+def expert_rates(lib: Library, type_name: str, threads: int, *, repack: bool) -> Rates:
+    """Of experts of a type, each token picking 8 of 64. repack: in the layout that the kernels want. About a second."""
+    with _Products(lib, threads) as products:
+        experts = products.weights(type_number(type_name), _COLUMNS, _ROWS, _EXPERTS, repack=repack)
+        order = np.random.default_rng(0).permuted(
+            np.tile(np.arange(_EXPERTS, dtype=np.int32), (_PROMPT, 1)), axis=1
+        )
+        each = np.arange(_EXPERTS, dtype=np.int32).reshape(-1, 1, _TOP_K)  # every expert once: from memory
+        vector = products.numbers(_COLUMNS, 1, 1)
+        decode = products.seconds(
+            [("ggml_mul_mat_id", experts.address, vector, products.ids(ids)) for ids in each]
+        )
+        batch = products.numbers(_COLUMNS, 1, _PROMPT)
+        prompt = products.seconds(
+            [("ggml_mul_mat_id", experts.address, batch, products.ids(order[:, :_TOP_K]))]
+        )
+        active = experts.nbytes * _TOP_K / _EXPERTS * _PROMPT
+        return Rates(experts.nbytes / decode / 1e9, active / prompt / 1e9)
+
+
+class _Weights(NamedTuple):
+    address: int
+    nbytes: int
+
+
+class _Products:
+    """Graphs of products on the CPU device that is in use, over arrays of numpy's. A context manager."""
+
+    def __init__(self, lib: Library, threads: int) -> None:
+        self._lib = lib
+        self._keep: list[NDArray[Any]] = []
+        self._context = lib.ggml_init(InitParams(1 << 20, None, True))
+        self._repacker = Repacker(lib)
+        device = lib.ggml_backend_dev_by_type(CPU_DEVICE)
+        self._backend = self._function("ggml_backend_dev_init", C.c_void_p, C.c_void_p, C.c_void_p)(
+            device, None
+        )
+        self._pool = None
+        registry = lib.ggml_backend_dev_backend_reg(device)
+
+        def tell(name: str, kind: Any, value: Any) -> None:
+            address = lib.ggml_backend_reg_get_proc_address(registry, name.encode())
+            C.CFUNCTYPE(None, C.c_void_p, kind)(address)(self._backend, value)
+
+        tell("ggml_backend_set_n_threads", C.c_int, threads)
+        if not lib.openmp:
+            params = lib.ggml_threadpool_params_default(threads)
+            self._pool = lib.ggml_threadpool_new(C.byref(params))
+            tell("ggml_backend_cpu_set_threadpool", C.c_void_p, self._pool)
+
+    def _function(self, name: str, result: Any, *arguments: Any) -> Any:
+        found = self._lib._find(name)
         found.restype, found.argtypes = result, list(arguments)
         return found
 
-    init = function("ggml_init", void, InitParams)
-    new = function("ggml_new_tensor_2d", void, void, C.c_int, C.c_int64, C.c_int64)
-    data = function("ggml_get_data", void, void)
-    nbytes = function("ggml_nbytes", size, void)
-    context = init(InitParams(weights + (64 << 20), None, False))
-    try:
-        matrix, vector = new(context, number, _COLUMNS, rows), new(context, 0, _COLUMNS, 1)
-        C.memset(data(matrix), 0x11, nbytes(matrix))  # small numbers in every type
-        C.memset(data(vector), 0, nbytes(vector))
-        product = function("ggml_mul_mat", void, void, void, void)(context, matrix, vector)
-        graph = function("ggml_new_graph", void, void)(context)
-        function("ggml_build_forward_expand", None, void, void)(graph, product)
-        compute = function("ggml_graph_compute_with_ctx", C.c_int, void, void, C.c_int)
-        best = 0.0
+    def _array(self, nbytes: int, value: int = 0) -> int:
+        """The address of an array, aligned as the kernels want it."""
+        self._keep.append(np.full(nbytes + _ALIGN, value, np.uint8))
+        return -(-self._keep[-1].ctypes.data // _ALIGN) * _ALIGN
+
+    def weights(
+        self, number: int, columns: int, rows: int, experts: int, *, repack: bool = False
+    ) -> _Weights:
+        """A matrix of a type, or of several experts."""
+        address = self._lib.ggml_new_tensor_3d(self._context, number, columns, rows, experts)
+        tensor = Tensor.from_address(address)
+        nbytes = int(tensor.nb[2]) * experts
+        if repack and self._repacker.adopt(tensor):
+            tensor.data = self._array(nbytes)
+            self._lib.ggml_backend_tensor_set(address, self._array(nbytes, _VALUE), 0, nbytes)
+        else:
+            tensor.data = self._array(nbytes, _VALUE)
+        return _Weights(address, nbytes)
+
+    def numbers(self, *shape: int) -> int:
+        """A tensor of zeros."""
+        address: int = self._lib.ggml_new_tensor_3d(self._context, _F32, *shape)
+        Tensor.from_address(address).data = self._array(4 * int(np.prod(shape)))
+        return address
+
+    def ids(self, chosen: NDArray[np.int32]) -> int:
+        """A tensor of experts, [tokens, top_k]."""
+        address: int = self._lib.ggml_new_tensor_2d(self._context, _I32, chosen.shape[1], chosen.shape[0])
+        Tensor.from_address(address).data = place = self._array(chosen.nbytes)
+        C.memmove(place, chosen.tobytes(), chosen.nbytes)
+        return address
+
+    def seconds(self, products: list[tuple[Any, ...]]) -> float:
+        """The shortest time of a graph of products: (name of the function, address of each argument)."""
+        void = C.c_void_p
+        graph = self._function("ggml_new_graph", void, void)(self._context)
+        expand = self._function("ggml_build_forward_expand", None, void, void)
+        for name, *arguments in products:
+            made = self._function(name, void, void, *[void] * len(arguments))(self._context, *arguments)
+            tensor = Tensor.from_address(made)
+            tensor.data = self._array(4 * int(np.prod(tensor.ne[:])))
+            expand(graph, made)
+        compute = self._function("ggml_backend_graph_compute", C.c_int, void, void)
+        best = float("inf")
         for _ in range(_RUNS):
             began = time.perf_counter()
-            compute(context, graph, threads)
-            best = max(best, weights / (time.perf_counter() - began) / 1e9)
+            compute(self._backend, graph)
+            best = min(best, time.perf_counter() - began)
         return best
-    finally:
-        function("ggml_free", None, void)(context)
+
+    def __enter__(self) -> _Products:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._function("ggml_backend_free", None, C.c_void_p)(self._backend)
+        if self._pool:
+            self._lib.ggml_threadpool_free(self._pool)
+        self._repacker.close()
+        self._lib.ggml_free(self._context)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import ctypes as C
-import resource
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from pathlib import Path
 from typing import TypeVar
+
+from flashmoe.common.memory import address_room
+from flashmoe.errors import LibraryError
 
 _Result = TypeVar("_Result")
 
 _WANTED = 1 << 30  # of addresses: memory is taken page by page, as it is used
-_MODEST = 64 << 20  # where addresses are limited, or count as memory
+_MODEST, _LEAST = 64 << 20, 2 << 20  # where addresses are limited, or count as memory
+_SHARE = 64  # a stack may then take one of so many parts of those that are left
 BYTES_PER_CHARACTER = 350  # of stack, of a run of equal characters: 25,000 overflow the usual 8 MiB
 
 
@@ -27,9 +30,8 @@ def on_large_stack(call: Callable[[], _Result]) -> _Result:
 @cache
 def raise_thread_stacks() -> int:
     """Give the threads that are made from here on large stacks; returns their size in bytes, 0 where unknown."""
-    size = _WANTED
-    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY or _counts_addresses():
-        size = _MODEST
+    room = address_room()
+    size = min(_MODEST, max(_LEAST, room[0] // _SHARE // _LEAST * _LEAST)) if room else _WANTED
     try:
         libc = C.CDLL(None)
         attributes = C.create_string_buffer(256)  # pthread_attr_t
@@ -40,9 +42,21 @@ def raise_thread_stacks() -> int:
         return 0
 
 
-def _counts_addresses() -> bool:
-    """Whether the system refuses to promise more memory than it has (vm.overcommit_memory = 2)."""
+def check_threads(count: int) -> None:
+    """Raise LibraryError where so many threads more cannot be had: the library would end the process."""
+    done = threading.Event()
+    threads = [threading.Thread(target=done.wait, name="flashmoe-check", daemon=True) for _ in range(count)]
+    started = 0
     try:
-        return Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2"
-    except OSError:
-        return False
+        for thread in threads:
+            thread.start()
+            started += 1
+    except RuntimeError:
+        raise LibraryError(
+            f"the system refuses {count} threads more ({started} could be started): raise its limits of processes "
+            "(ulimit -u, a container's pids) or of addresses (ulimit -v)"
+        ) from None
+    finally:
+        done.set()
+        for thread in threads[:started]:
+            thread.join()

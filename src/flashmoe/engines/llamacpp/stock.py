@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from flashmoe.engines.llamacpp import abi
 from flashmoe.engines.llamacpp.context import Context
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.errors import ModelError
@@ -16,11 +16,11 @@ class StockModel:
     def __init__(self, lib: Library, path: Path, *, mmap: bool = True, repack: bool = False) -> None:
         self._lib = lib
         params = lib.llama_model_default_params()
-        params.load_mode = abi.LOAD_MODE_MMAP if mmap else abi.LOAD_MODE_NONE
+        lib.build.layout.map_file(params, mmap)
         params.use_extra_bufts = repack
         params.n_gpu_layers = 0
         lib.messages.clear()
-        self._pointer: int | None = lib.llama_model_load_from_file(str(path).encode(), params)
+        self._pointer: int | None = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self._pointer:
             raise ModelError(f"{path}: llama.cpp cannot load this model ({' '.join(lib.messages[-2:])})")
 

@@ -1,59 +1,186 @@
-"""Runs the self-test of a library with the slot pool, once per library file.
+"""Runs the self-test of a library with the slot pool, and of kernels that take the place of its own, once per file.
 
-It is `flashmoe.tools.self_test`, which loads a model: it runs in a child process, because a wrong layout crashes.
+It is `flashmoe.tools.self_test`, which loads models: it runs in a child process, because a wrong layout crashes, and so
+do kernels for another processor.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 import subprocess
-import sys
+import warnings
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from flashmoe.common.children import module_command
 from flashmoe.common.files import cache_folder, write_atomically
-from flashmoe.engines.llamacpp import abi
-from flashmoe.engines.llamacpp.library import Library, find_library, open_library
-from flashmoe.errors import LibraryError
+from flashmoe.common.machine import instructions, processor
+from flashmoe.engines.llamacpp import abi, kernels
+from flashmoe.engines.llamacpp.library import ENVIRONMENT, Library, find_library, is_of_wheel, open_library
+from flashmoe.errors import FlashMoEWarning, LibraryError
 
 _log = logging.getLogger(__name__)
 
-_TIMEOUT = 120
-_VERSION = 4  # of the self-test: a library that has passed an earlier one is tested again
+_TIMEOUT = 600  # seconds: on a small processor what is compiled before it takes minutes
+_VERSION = 5  # of the self-test: a library that has passed an earlier one is tested again
+#: What the self-test prints when a layout has passed, in this order.
+PLAIN, REPACKED = "plain", "repacked"
 
 
-def self_test(library: Path) -> None:
-    """Run the self-test of this library file unless it has passed before. Raises LibraryError where it fails."""
-    stat = library.stat()
-    fact = f"{library}:{stat.st_size}:{stat.st_mtime_ns}:{_VERSION}"
-    notes = cache_folder() / "libraries.json"
+class Proof(NamedTuple):
+    """Whether weights in the file's layouts work, and repacked ones; and why not, where one does not."""
+
+    plain: bool
+    repacked: bool
+    failure: str = ""
+
+
+def prove(library: Path, module: Path | None = None) -> Proof:
+    """Run the self-test of a library, or of the kernels of a module in it, now."""
+    command = module_command("flashmoe.tools.self_test", *map(str, filter(None, (library, module))))
+    quick = {**os.environ, "GGML_NO_BACKTRACE": "1"}  # a debugger would be started where the library aborts
     try:
-        passed = list(json.loads(notes.read_text()))
-    except (OSError, ValueError, TypeError):
-        passed = []
-    if fact in passed:
-        _log.info("%s: has passed the self-test before", library)
-        return
-    command = [sys.executable, "-m", "flashmoe.tools.self_test", str(library)]
-    try:
-        child = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
-        lines = child.stderr.strip().splitlines() or [f"ended by signal {-child.returncode}"]
-        failure = lines[-1] if child.returncode else None
-    except subprocess.TimeoutExpired:
-        failure = "no answer"
-    if failure:
-        known = ", ".join(sorted({build.name for build in abi.KNOWN_BUILDS.values()}))
-        raise LibraryError(
-            f"{library}: this llama.cpp library does not work with the slot pool ({failure}); builds that do: {known}"
+        child = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT, env=quick
         )
-    _log.info("%s: has passed the self-test", library)
-    with suppress(OSError):  # a home that cannot be written: tested again next time
-        write_atomically(notes, json.dumps([*passed, fact], indent=1).encode())
+        failure = ended_by(child.returncode, child.stderr) if child.returncode else ""
+        passed = child.stdout.split()
+    except subprocess.TimeoutExpired as error:
+        failure = "no answer"
+        passed = (error.stdout or b"").decode().split()
+    except OSError as error:  # no more processes, or no memory for one
+        return Proof(False, False, f"its process cannot be started: {error.strerror}")
+    if not failure:
+        return Proof(True, True)
+    return Proof(
+        passed == [PLAIN], False, failure
+    )  # what has passed all and crashes at the end is not fit either
+
+
+def ended_by(status: int, stderr: str) -> str:
+    """Why a child has failed: its signal, or its own last words, which it has too where it has aborted itself."""
+    last = (stderr.strip().splitlines() or [""])[-1]
+    if status >= 0:
+        return last or f"status {status}"
+    if -status == signal.SIGABRT and last:
+        return last
+    try:
+        return f"ended by {signal.Signals(-status).name}"
+    except ValueError:  # a real-time signal
+        return f"ended by signal {-status}"
+
+
+def self_test(library: Path, module: Path | None = None) -> Proof:
+    """The same, unless these files have been tested before. Raises LibraryError where not even `plain` works."""
+    notes = _Notes(library, module)
+    proof = notes.read()
+    if proof:
+        _log.info("%s: has passed the self-test before", module or library)
+    else:
+        proof = prove(library, module)
+        # a library that fails is tested again at the next start, when it may have been mended; a module is not
+        # the library's fault, and would cost every start some seconds
+        if proof.plain or module:
+            notes.write(proof)
+        if proof.plain and not proof.repacked:
+            warnings.warn(
+                f"{module or library}: fails with repacked weights ({proof.failure}), which are not used with it",
+                FlashMoEWarning,
+                stacklevel=2,
+            )
+    if proof.plain:
+        return proof
+    if module:
+        raise LibraryError(f"{module}: these kernels do not work here ({proof.failure})")
+    if proof.failure == ended_by(-signal.SIGILL, ""):
+        raise LibraryError(
+            f"{library}: this llama.cpp library uses instructions that the processor ({processor()}) does not "
+            f"have; build llama.cpp on this machine and name its libllama.so in {ENVIRONMENT}"
+        )
+    raise LibraryError(
+        f"{library}: this llama.cpp library does not work with the slot pool ({proof.failure}); "
+        f"builds that do: {abi.known_builds()}"
+    )
+
+
+def forget(library: Path, module: Path | None = None) -> None:
+    """Have these files tested again."""
+    _Notes(library, module).write(None)
 
 
 def tested_library() -> Library:
-    """The llama.cpp library, after it has passed the self-test once. Raises LibraryError."""
+    """The llama.cpp library, with the kernels in use, after both have passed the self-test once.
+
+    Kernels that fail, or are refused, give way to the library's own, with a warning. Raises LibraryError.
+    """
     path = find_library()
-    self_test(path)
-    return open_library(path)
+    if is_of_wheel(path):
+        if kernels.new_wheel():
+            _tell_of_new_wheel()
+        if chosen := kernels.in_use():
+            try:
+                proof = self_test(path, chosen.module)
+                return open_library(path, chosen.module, repacks=proof.repacked)
+            except LibraryError as error:
+                warnings.warn(
+                    f"{error}: the built-in ones are used; `flashmoe engine build` makes others, "
+                    "`flashmoe engine use built-in` ends this warning",
+                    FlashMoEWarning,
+                    stacklevel=2,
+                )
+    library = open_library(path, repacks=self_test(path).repacked)
+    if not library.build.known:
+        message = (
+            f"{path}: {library.build.name} is not a build that FlashMoE knows, but has passed the self-test"
+        )
+        warnings.warn(message, FlashMoEWarning, stacklevel=2)
+    return library
+
+
+def _tell_of_new_wheel() -> None:
+    warnings.warn(
+        f"xllamacpp {kernels.wheel_version()} is new here, and the kernels that were built are for another version: "
+        "`flashmoe engine build` builds them again",
+        FlashMoEWarning,
+        stacklevel=3,
+    )
+    with suppress(OSError):  # a home that cannot be written: said again next time
+        kernels.use(kernels.BUILT_IN, chosen=False)
+
+
+class _Notes:
+    """What is known of the files of a library, and of a module in it, from earlier self-tests."""
+
+    def __init__(self, library: Path, module: Path | None) -> None:
+        files = [path for path in (library, module) if path]
+        stats = [(path, path.stat()) for path in files]
+        # another processor may lack instructions: homes and virtual machines move between machines
+        facts = [f"{path}:{stat.st_size}:{stat.st_mtime_ns}" for path, stat in stats]
+        self._fact = ":".join([*facts, str(_VERSION), instructions()])
+        self._path = cache_folder() / "libraries.json"
+
+    def _all(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads(self._path.read_text()))
+        except (OSError, ValueError, TypeError):
+            return {}
+
+    def read(self) -> Proof | None:
+        try:
+            layouts, failure = self._all()[self._fact]
+            return Proof(PLAIN in layouts, REPACKED in layouts, str(failure))
+        except (KeyError, ValueError, TypeError):
+            return None
+
+    def write(self, proof: Proof | None) -> None:
+        noted = self._all()
+        noted.pop(self._fact, None)
+        if proof:
+            passed = [name for name, works in ((PLAIN, proof.plain), (REPACKED, proof.repacked)) if works]
+            noted[self._fact] = [passed, proof.failure]
+        with suppress(OSError):  # a home that cannot be written: tested again next time
+            write_atomically(self._path, json.dumps(noted, indent=1).encode())

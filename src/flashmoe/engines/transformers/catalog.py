@@ -96,9 +96,9 @@ def read_layout(checkpoint: Checkpoint, skeleton: Skeleton) -> Layout:
         if not skeleton.top_k <= count <= MAX_EXPERTS:
             raise ModelError(f"{checkpoint.folder}: {count} experts, {skeleton.top_k} of them per token")
         own = tuple(weights[f"{name}.{weight}"] for weight in skeleton.streamed(name))
-        layers.append(ExpertLayer(block, count, own, ()))
+        layers.append(ExpertLayer(block, count, skeleton.top_k, own, ()))
     used = {tensor for sources in found.values() for names in sources.values() for tensor in names}
-    catalog = ExpertCatalog(checkpoint.only(used | set(dense)), tuple(layers), skeleton.top_k)
+    catalog = ExpertCatalog(checkpoint.only(used | set(dense)), tuple(layers))
     return Layout(catalog, tuple(dense), TORCH_DTYPES[types.pop()])
 
 

@@ -38,7 +38,7 @@ class TransformersEngine:
     """
 
     has_server = False
-
+    kernels = kernels_hint = ""
     pooling, n_embd = "none", 0  # it makes no embeddings
 
     def __init__(

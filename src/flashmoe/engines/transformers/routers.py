@@ -16,7 +16,8 @@ _NORM = "post_attention_layernorm"  # before the router, in nearly all architect
 def find_routers(model: Any, experts: tuple[str, ...]) -> list[Router]:
     """The routers beside the experts modules named `experts`; none where one is not found.
 
-    A router is known by its shape: the weight [experts, n] in the module that holds the experts. Copies in float32.
+    A router is known by its shape: the weight [experts, n] in the module that holds the experts. The weights are the
+    model's own memory, where that is the processor's; what is small is copied.
     """
     found = [_find(model, name) for name in experts]
     return [] if None in found else [router for router in found if router is not None]
@@ -38,13 +39,22 @@ def _find(model: Any, name: str) -> Router | None:
     layer = model.get_submodule(block_name.rpartition(".")[0])
     norm = getattr(getattr(layer, _NORM, None), "weight", None)
     return Router(
-        _floats(matrices[0]),
+        _bits(matrices[0]),
         np.ones(n, np.float32) if norm is None or norm.shape != (n,) else _floats(norm),
         _floats(added["bias"]) if "bias" in added else np.zeros(count, np.float32),
         _floats(added["e_score_correction_bias"])
         if "e_score_correction_bias" in added
         else np.zeros(0, np.float32),
     )
+
+
+def _bits(matrix: torch.Tensor) -> NDArray[Any]:
+    """In its own type, as a Router has it; in float32 where that is another."""
+    matrix = matrix.detach().to("cpu").contiguous()
+    if matrix.dtype in (torch.bfloat16, torch.float16):
+        bits: NDArray[Any] = matrix.view(torch.int16).numpy()
+        return bits.view(np.uint16) if matrix.dtype == torch.bfloat16 else bits
+    return matrix.to(torch.float32).numpy()
 
 
 def _floats(tensor: torch.Tensor) -> NDArray[np.float32]:

@@ -112,7 +112,7 @@ class DeviceSlots:
 
     def __init__(self, device: Device, below: SlotPool, slots: Sequence[int], catalog: ExpertCatalog) -> None:
         """below: the pool that copies come from, with the same catalog. slots[g]: of size group g."""
-        self.windows, self.n_experts = below.windows, below.n_experts
+        self.windows, self.n_experts, self.top_k = below.windows, below.n_experts, below.top_k
         regions: dict[tuple[int, int], torch.Tensor] = {}
         self._views: list[Weights] = []
         for windows, group in zip(below.windows, catalog.groups, strict=True):

@@ -25,8 +25,10 @@ from llvmlite import binding, ir
 from numba import carray, types
 from numba.extending import intrinsic
 
+from flashmoe.common.compiled import int64_at
 from flashmoe.common.kept import kept_callback
-from flashmoe.engines.llamacpp.callback import end_graph, int64_at
+from flashmoe.engines.llamacpp.abi import CONSTANTS
+from flashmoe.engines.llamacpp.callback import end_graph
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.serving.imports import ImportSlot, import_slots
 from flashmoe.errors import LibraryError
@@ -37,7 +39,7 @@ _COMPUTE, _ACCEPT = "ggml_backend_sched_graph_compute_async", "llama_sampler_acc
 _NAMES = {_GIVE_MODEL, _GIVE_CONTEXT, _FREE_MODEL, _FREE_CONTEXT, _COMPUTE, _ACCEPT}
 _SAMPLER_NAME, _IS_END = "llama_sampler_name", "llama_vocab_is_eog"  # called, not replaced
 
-_FAILED = -1  # GGML_STATUS_FAILED
+_FAILED = CONSTANTS["GGML_STATUS_FAILED"]
 _MOST = 32  # models lent at once, in one process
 # What the compiled functions share: what is offered, the library's own functions, and by row what is lent
 _OFFERED_MODEL, _OFFERED_CONTEXT, _OWN_FREE_MODEL, _OWN_FREE_CONTEXT, _OWN_COMPUTE = range(5)

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import queue
 import secrets
 import shutil
 import socket
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from flashmoe.common.files import make_socket_folder
+from flashmoe.common.text import printable
 from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.hook import Evaluated
 from flashmoe.engines.llamacpp.serving.borrow import lend
 from flashmoe.engines.llamacpp.serving.options import ServerOptions
-from flashmoe.engines.llamacpp.stack import raise_thread_stacks
+from flashmoe.engines.llamacpp.stack import BYTES_PER_CHARACTER, check_threads, raise_thread_stacks
 from flashmoe.errors import LibraryError, ModelError, UsageError
 
 Request = dict[str, Any]
@@ -30,6 +32,8 @@ Event = dict[str, Any]
 
 _COMPUTE_ERROR = "Compute error."  # all that the server says of an evaluation that has failed
 _SHORT_TEXT = 1 << 16  # characters that are no danger anywhere
+_LOOPS = 4  # threads of its own loops
+_SOCKET = "http.sock"
 _THREADS = 4  # of its HTTP side, beside one for each slot; more are made as they are needed
 
 
@@ -59,24 +63,30 @@ class InnerServer:
         self._requests: dict[threading.Thread, threading.Event] = {}  # under way, and what cancels them
         #: What clients of the socket must send as their key.
         self.key = secrets.token_urlsafe(32)
-        self._folder = Path(tempfile.mkdtemp(prefix="flashmoe-"))
-        self.socket = str(self._folder / "http.sock")
+        folder = make_socket_folder(_SOCKET)
+        path = str(folder / _SOCKET)
         raise_thread_stacks()
         try:
-            params = _params(engine, options, self.socket, self.key)
+            check_threads(engine.threads + engine.sequences + _THREADS + _LOOPS)
+            params = _params(engine, options, path, self.key)
             control = engine.serve(on_prompt, on_graph, self._failed)
+
+            def start() -> Any:
+                server = _start(engine, params)
+                self._socket = os.open(path, os.O_PATH | os.O_CLOEXEC)
+                return server
+
             # the only reference to the library's object: it ends when that goes
             self._server, self._give_back = lend(
-                engine.library,
-                engine.model_pointer,
-                engine.context_pointer,
-                control,
-                lambda: _start(engine, params),
+                engine.library, engine.model_pointer, engine.context_pointer, control, start
             )
         except BaseException:
             engine.unserve()
-            self._remove()
             raise
+        finally:  # clients come through the descriptor: a process that is killed leaves nothing behind
+            shutil.rmtree(folder, ignore_errors=True)
+        #: The path of its socket, for this process.
+        self.socket = f"/proc/self/fd/{self._socket}"
         engine.rewind(0)
         # its loop forgets an end that comes before it has begun: have it answer something first
         self.ask("GET", "/slots")
@@ -110,7 +120,8 @@ class InnerServer:
         """Refuse, as the front does, texts that end a tokenizer's thread. Raises UsageError."""
         texts = [request.get("prompt"), *(message.get("content") for message in request.get("messages", ()))]
         longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
-        if longest > _SHORT_TEXT and longest > self.longest_text:
+        dangerous = longest > _SHORT_TEXT or longest * BYTES_PER_CHARACTER > raise_thread_stacks()
+        if dangerous and longest > self.longest_text:
             raise UsageError(
                 f"a text of {longest} characters does not fit in the context: shorten it, or raise -c"
             )
@@ -143,7 +154,8 @@ class InnerServer:
 
         def run() -> None:
             try:
-                getattr(self._server, handler)({**request, "stream": True}, hear)
+                # not by a bound method: earlier builds make it refer to itself, and the server would not end with us
+                getattr(type(self._server), handler)(self._server, {**request, "stream": True}, hear)
                 events.put(None)
             except Exception as error:  # the server's refusals, as C++ exceptions
                 events.put(error)
@@ -197,10 +209,7 @@ class InnerServer:
             self._server = None
         self._give_back()
         self._engine.unserve()
-        self._remove()
-
-    def _remove(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
+        os.close(self._socket)
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -240,16 +249,20 @@ def _params(engine: LlamaEngine, options: ServerOptions, socket: str, key: str) 
     import xllamacpp
 
     params = xllamacpp.CommonParams()
-    params.model.path = str(engine.path)
+    params.model.path = printable(str(engine.path))  # shown, and never opened
     params.n_ctx, params.n_parallel = engine.n_ctx * engine.sequences, engine.sequences
     params.n_batch, params.n_ubatch = engine.n_batch, engine.n_ubatch
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = engine.threads
     params.warmup = params.fit_params = False
     params.use_jinja = params.endpoint_metrics = True
-    params.hostnames, params.api_keys = [socket], [key]
+    params.api_keys = [key]
+    if hasattr(params, "hostnames"):
+        params.hostnames = [socket]
+    else:  # before 2026.10
+        params.hostname = socket
     params.n_threads_http = engine.sequences + _THREADS
     params.verbosity = 0
-    params.model_alias = {options.alias or engine.path.stem}
+    params.model_alias = {options.alias or printable(engine.path.stem)}
     params.chat_template = options.chat_template
     params.default_template_kwargs = {
         name: json.dumps(value) for name, value in options.chat_template_kwargs.items()
@@ -266,10 +279,21 @@ def _params(engine: LlamaEngine, options: ServerOptions, socket: str, key: str) 
             xllamacpp.llama_pooling_type, f"LLAMA_POOLING_TYPE_{engine.pooling.upper()}"
         )
     if options.mmproj is not None:
-        params.mmproj.path = str(options.mmproj)
+        params.mmproj.path = _plain_path(options.mmproj, Path(socket).parent)
     for name, value in options.sampling.items():
         setattr(params.sampling, name, value)
     return params
+
+
+def _plain_path(path: Path, folder: Path) -> str:
+    """The path, or a link in `folder` to it where its name is no UTF-8, in which the library takes paths."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        link = folder / "projector.gguf"
+        link.symlink_to(path.absolute())
+        return str(link)
+    return str(path)
 
 
 def _reasoning_format(xllamacpp: Any, name: str) -> Any:

@@ -1,0 +1,174 @@
+"""The compiled part of the predictor `gate`: logits of those experts that matter, and what a logit has meant so far."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from flashmoe.common.kept import kept
+
+_FORGET = 0.99  # of what was learned of a layer, per token
+_COOL = 0.97  # of how often an expert was picked
+TRUST = 1.0  # what the fit that a layer begins with counts for
+
+
+@intrinsic
+def _float32(_typing: Any, number: Any) -> Any:
+    """A float32 as it is; a uint16 as the bits of a bfloat16, an int16 as those of a float16 (finite ones)."""
+
+    def as_it_is(_context: Any, _builder: Any, _signature: Any, args: Any) -> Any:
+        return args[0]
+
+    def from_bfloat16(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        bits = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.IntType(32)(16))
+        return builder.bitcast(bits, ir.FloatType())
+
+    def from_float16(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        # in integers: not every processor converts them. The exponents' offsets differ by 112
+        number = ir.IntType(32)
+        bits = builder.sext(args[0], number)
+        sign = builder.and_(bits, number(0x80000000))
+        magnitude = builder.shl(builder.and_(bits, number(0x7FFF)), number(13))
+        value = builder.bitcast(builder.or_(sign, magnitude), ir.FloatType())
+        return builder.fmul(value, ir.FloatType()(2.0**112))
+
+    made = {types.float32: as_it_is, types.uint16: from_bfloat16, types.int16: from_float16}
+    return types.float32(number), made[number]
+
+
+@kept(fastmath=True, nogil=True)
+def products(
+    weights: Any,
+    slot_of: Any,
+    picked: Any,
+    hot: Any,
+    hidden: Any,
+    old_norm: Any,
+    new_norm: Any,
+    scaled: Any,
+    experts: Any,
+    out: Any,
+) -> Any:  # pragma: no cover - compiled
+    """The products of a router's rows with a hidden state, of absent experts and of up to `hot` residents.
+
+    weights [E, n] (see Router); slot_of: int32 [E], -1 where absent; picked: float32 [E], residents with the largest
+    are taken; hidden: float32 [n], normalised and multiplied with old_norm [n], which new_norm [n] replaces; scaled:
+    float32 [n], scratch. Fills experts int32 [E] and out float32 [E] as far as returned: how many are absent, and how
+    many there are with the residents, which come after them.
+    """
+    n = hidden.shape[0]
+    for i in range(n):
+        scaled[i] = hidden[i] * new_norm[i] / old_norm[i] if old_norm[i] != 0 else hidden[i]
+    absent, last = 0, weights.shape[0]
+    for e in range(weights.shape[0]):
+        if slot_of[e] < 0:
+            experts[absent] = e
+            absent += 1
+        else:
+            last -= 1
+            experts[last] = e
+    found = min(absent + hot, weights.shape[0])
+    for i in range(absent, found):
+        best = i
+        for j in range(i + 1, weights.shape[0]):
+            if picked[experts[j]] > picked[experts[best]]:
+                best = j
+        experts[i], experts[best] = experts[best], experts[i]
+    done = 0
+    while done + 4 <= found:  # four streams from memory are faster than one
+        one, two = weights[experts[done]], weights[experts[done + 1]]
+        three, four = weights[experts[done + 2]], weights[experts[done + 3]]
+        a = b = c = d = np.float32(0)
+        for i in range(n):
+            a += _float32(one[i]) * scaled[i]  # type: ignore[call-arg]
+            b += _float32(two[i]) * scaled[i]  # type: ignore[call-arg]
+            c += _float32(three[i]) * scaled[i]  # type: ignore[call-arg]
+            d += _float32(four[i]) * scaled[i]  # type: ignore[call-arg]
+        out[done], out[done + 1], out[done + 2], out[done + 3] = a, b, c, d
+        done += 4
+    while done < found:
+        one = weights[experts[done]]
+        a = np.float32(0)
+        for i in range(n):
+            a += _float32(one[i]) * scaled[i]  # type: ignore[call-arg]
+        out[done] = a
+        done += 1
+    return absent, found
+
+
+@kept(nogil=True)
+def chances(
+    scores: Any,
+    experts: Any,
+    absent: Any,
+    found: Any,
+    top_k: Any,
+    bias: Any,
+    choice_bias: Any,
+    fit: Any,
+    out: Any,
+) -> None:  # pragma: no cover - compiled
+    """Turn products into margins, and those of absent experts into chances.
+
+    A margin is the distance to the k-th best of all that were found, in standard deviations. scores: float32 [E], of
+    experts[:found], changed in place; bias, choice_bias: see Router; fit: of the layer, see `learn`; out: float32 [E].
+    """
+    total, squares = 0.0, 0.0
+    for i in range(found):
+        score = scores[i] + bias[experts[i]]
+        if choice_bias.shape[0] > 0:
+            score = 1 / (1 + np.exp(-score)) + choice_bias[experts[i]]
+        scores[i] = score
+        total += score
+        squares += score * score
+    mean = total / found
+    deviation = np.sqrt(max(squares / found - mean * mean, 1e-12))
+    best = np.sort(scores[:found])
+    cut = best[max(0, found - top_k)]
+    for i in range(found):
+        scores[i] = (scores[i] - cut) / deviation
+    for i in range(absent):
+        out[experts[i]] = 1 / (1 + np.exp(-(fit[0] * scores[i] + fit[1])))
+
+
+@kept(nogil=True)
+def learn(margins: Any, experts: Any, absent: Any, ids: Any, fit: Any) -> None:  # pragma: no cover - compiled
+    """A step of a layer's logistic regression from the margins of absent experts to picks, by Newton's method.
+
+    ids: int32 [k], what the router has picked; fit: float64 [5], slope and offset, and the second derivatives of the
+    error by both (slope twice, mixed, offset twice), summed up and slowly forgotten.
+    """
+    by_slope, by_offset = 0.0, 0.0
+    fit[2] = _FORGET * fit[2] + (1 - _FORGET) * TRUST
+    fit[3] = _FORGET * fit[3]
+    fit[4] = _FORGET * fit[4] + (1 - _FORGET) * TRUST
+    for i in range(absent):
+        picked = 0.0
+        for j in range(ids.shape[0]):
+            if ids[j] == experts[i]:
+                picked = 1.0
+        margin = margins[i]
+        chance = 1 / (1 + np.exp(-(fit[0] * margin + fit[1])))
+        by_slope += (chance - picked) * margin
+        by_offset += chance - picked
+        fit[2] += chance * (1 - chance) * margin * margin
+        fit[3] += chance * (1 - chance) * margin
+        fit[4] += chance * (1 - chance)
+    determinant = fit[2] * fit[4] - fit[3] * fit[3]
+    if determinant > 1e-9:
+        fit[0] -= (fit[4] * by_slope - fit[3] * by_offset) / determinant
+        fit[1] -= (fit[2] * by_offset - fit[3] * by_slope) / determinant
+
+
+@kept(nogil=True)
+def count(ids: Any, picked: Any) -> None:  # pragma: no cover - compiled
+    """Add picks of a layer, int32 [tokens, k], to how often each expert was picked lately, float32 [E]."""
+    for t in range(ids.shape[0]):
+        for e in range(picked.shape[0]):
+            picked[e] *= np.float32(_COOL)
+        for i in range(ids.shape[1]):
+            picked[ids[t, i]] += np.float32(1)

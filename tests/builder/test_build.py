@@ -1,0 +1,183 @@
+"""`flashmoe engine build` and `add`: what is tried, what becomes of kernels that crash, what a stopped build leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from flashmoe.engines.llamacpp import kernels, library
+from flashmoe.engines.llamacpp.kernels import BUILT_IN, Choice
+from flashmoe.errors import FlashMoEError
+from flashmoe.tools.kernels import build as module
+from flashmoe.tools.kernels.toolchain import find_toolchain
+from flashmoe.tools.kernels.trial import score
+from tests.builder.conftest import Make
+from tests.cli.runner import COMMAND, flashmoe
+from tests.cli.test_json import check as check_names
+
+
+@pytest.fixture
+def compiler() -> None:
+    try:
+        find_toolchain()
+    except FlashMoEError as error:
+        pytest.skip(str(error))
+
+
+def left(home: Path) -> list[str]:
+    """What lies in the folder of this wheel and processor beside its lock."""
+    return sorted(path.name for path in home.iterdir() if path.name != "lock") if home.exists() else []
+
+
+def test_kernels_that_die_are_named_and_not_kept(home: Path, source: Make, compiler: None) -> None:
+    archive = source(
+        {
+            "slow": (1, ""),
+            "fast": (9, "raise(SIGILL);"),
+            "none": (0, "raise(SIGSEGV);"),
+            "middle": (5, "raise(SIGSEGV);"),
+        }
+    )
+    done = flashmoe("engine", "build", archive, "--json", "-")
+    assert done.status == 0, done.err
+    report = json.loads(done.out)
+    check_names(report)
+    assert report["compiler"]
+    tried = [(trial["name"], trial["plain"], trial["failure"]) for trial in report["tried"]]
+    assert tried[:2] == [("fast", False, "ended by SIGILL"), ("middle", False, "ended by SIGSEGV")]
+    assert tried[2][:2] == ("slow", False)  # ggml gets no backend of it
+    assert "not a module that this llama.cpp can use" in tried[2][2]
+    assert "fast does not work here (ended by SIGILL)" in done.err
+    assert report["in_use"] == BUILT_IN
+    assert kernels.choice() == Choice(BUILT_IN, chosen=True)
+    assert left(home) == ["in-use.json"]
+
+
+def test_a_compiler_that_fails(home: Path, source: Make, compiler: None) -> None:
+    failed = flashmoe("engine", "build", source({"a": (1, "this is no C;")}))
+    assert failed.status == 1
+    assert "a with " in failed.message
+    assert "error" in failed.message
+    assert left(home) == []
+    unconfigured = flashmoe("engine", "build", source({}, more='message(FATAL_ERROR "not on this system")'))
+    assert "not on this system" in unconfigured.message
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_build_leaves_nothing(
+    number: signal.Signals, home: Path, source: Make, compiler: None, tmp_path: Path
+) -> None:
+    """Neither files nor a compiler at work; of a killed one, what the next one removes."""
+    mark = tmp_path / "compiling"
+    archive = source(
+        {"a": (1, "")},
+        more=f"""
+add_custom_command(OUTPUT never.c COMMAND sh -c "echo $$ >{mark}; exec sleep 60")
+add_custom_target(never DEPENDS never.c)
+add_dependencies(ggml-cpu-a never)
+""",
+    )
+    child = subprocess.Popen(
+        [*COMMAND, "engine", "build", str(archive)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    for _ in range(600):
+        if mark.exists() and mark.read_text().strip():
+            break
+        assert child.poll() is None, child.communicate()
+        time.sleep(0.1)
+    compiling = int(mark.read_text())
+    child.send_signal(number)
+    child.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        os.kill(compiling, signal.SIGKILL)
+        assert [name.startswith(".part-") for name in left(home)] == [True]
+        with module._workshop() as shop:
+            assert left(home) == [shop.name]
+    else:
+        assert child.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+        assert ended(compiling)
+    assert left(home) == []
+    assert kernels.choice() == Choice()
+
+
+def ended(pid: int) -> bool:
+    """Whether a process is gone, or will never run again."""
+    for _ in range(100):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_one_build_at_a_time(home: Path) -> None:
+    with module._workshop(), pytest.raises(FlashMoEError, match="by another process"), module._workshop():
+        pass
+
+
+def test_a_folder_that_cannot_be_written(home: Path) -> None:
+    home.parent.mkdir(parents=True)
+    home.touch()
+    with pytest.raises(FlashMoEError, match="cannot be written"), module._workshop():
+        pass
+    assert "cannot be written" in flashmoe("engine", "use", BUILT_IN).message
+
+
+def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr("flashmoe.tools.kernels.toolchain._zig", lambda: "")
+    monkeypatch.setattr("sysconfig.get_path", lambda _: "/nowhere")
+    with pytest.raises(
+        FlashMoEError, match=r"no C\+\+ compiler, no cmake, no ninja here: pip install 'flashmoe-ssd"
+    ):
+        find_toolchain()
+
+
+def test_other_libraries_have_kernels_of_their_own(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "libllama.so"
+    other.touch()
+    monkeypatch.setenv(library.ENVIRONMENT, str(other))
+    refused = flashmoe("engine", "build")
+    assert refused.status == 2
+    assert "only xllamacpp's library takes kernels from elsewhere" in refused.message
+
+
+def test_files_that_are_no_modules(home: Path, tmp_path: Path, lib: library.Library) -> None:
+    file = tmp_path / "libggml-cpu-x.so"
+    assert "no such file" in flashmoe("engine", "add", file).message
+    file.write_bytes(b"no module")
+    assert "has no kernels that this processor can run" in flashmoe("engine", "add", file).message
+    archive = shutil.make_archive(str(tmp_path / "package"), "gztar", tmp_path, file.name)
+    assert "has no kernels that this processor can run" in flashmoe("engine", "add", archive).message
+    Path(archive).write_bytes(Path(archive).read_bytes()[:-30])
+    assert "cannot be unpacked" in flashmoe("engine", "add", archive).message
+    assert left(home) == []
+
+
+def test_check_without_any(home: Path) -> None:
+    done = flashmoe("engine", "check")
+    assert (done.status, "`flashmoe engine build` makes some" in done.out) == (0, True)
+
+
+def test_a_crash_gives_no_score(tmp_path: Path, compiler: None) -> None:
+    tools = find_toolchain()
+    for name, code, expected in (
+        ("good", "int ggml_backend_score(void) { return 7; }", 7),
+        ("none", "int x;", 1),
+        ("dies", "int ggml_backend_score(void) { return *(volatile int *)0; }", 0),
+    ):
+        (tmp_path / f"{name}.c").write_text(code)
+        made = tmp_path / f"{name}.so"
+        subprocess.run([*tools.c, "-shared", "-fPIC", "-o", made, tmp_path / f"{name}.c"], check=True)
+        assert score(made) == expected, name
