@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
-
 from flashmoe.bench import make_model as making
 from flashmoe.bench.cgroup import memory_group
 from flashmoe.bench.shapes import SHAPES, Tensor
