@@ -81,6 +81,7 @@ def run(
     piece: int = 0,
     held: int = 0,
     threads: int = 1,
+    calm: float = 5.0,
 ) -> Seen:
     """Generate `tokens` tokens, in a group of `limit` bytes; after a third of them the neighbour takes `takes` bytes.
 
