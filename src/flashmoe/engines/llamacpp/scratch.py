@@ -32,11 +32,12 @@ def touched_bytes(catalog: ExpertCatalog, slots: Sequence[int], n_ubatch: int) -
 
 
 def _scratch(catalog: ExpertCatalog, slots: Sequence[int], n_ubatch: int, row: int) -> int:
-    with_ids = {p.tensor.name for layer in catalog.layers for p in layer.weights}
+    no_products = {p.tensor.name for layer in catalog.layers for p in layer.weights}
+    no_products.update(table.tensor.name for table in catalog.gathered)
     widest = max(
         t.shape[0]
         for name, t in catalog.source.tensors.items()
-        if name not in with_ids and len(t.shape) == 2 and t is not catalog.token_table
+        if name not in no_products and len(t.shape) == 2
     )
     # each of a token's experts has an input of its own in the last product
     inputs = max(layer.weights[-1].tensor.shape[0] * catalog.top_k for layer in catalog.layers)
