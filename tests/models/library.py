@@ -35,7 +35,10 @@ def wanted(arch: str, keys: dict[str, Any], tokenizer: dict[str, Any]) -> list[t
     """Names and shapes, in ggml's order, of all tensors that the library wants, blocks of prediction among them."""
     lib = open_library(find_library())
     make, parse = lib.handle.llama_model_init_from_user, lib.handle.gguf_init_from_file
-    make.restype, make.argtypes = C.c_void_p, [C.c_void_p, _SEE, C.c_void_p, abi.ModelParams]
+    make.restype, make.argtypes = (
+        C.c_void_p,
+        [C.c_void_p, _SEE, C.c_void_p, lib.structs["llama_model_params"]],
+    )
     parse.restype, parse.argtypes = C.c_void_p, [C.c_char_p, _InitParams]
     found: list[tuple[str, Shape]] = []
 

@@ -64,6 +64,7 @@ class Context:
             params.cb_eval, params.cb_eval_user_data = callback
         lib.messages.clear()
         self._pool: int | None = None
+        own_threads = not lib.openmp
         self._pointer: int | None = lib.llama_init_from_model(model, params)
         if not self._pointer:
             reason = (lib.messages or ["no reason given"])[-1]
@@ -91,8 +92,12 @@ class Context:
             ),
             logits=(C.c_int8 * n_ubatch)(),
         )
-        if not lib.openmp:
-            self._attach_threads(threads)
+        if own_threads:
+            try:
+                self._attach_threads(threads)
+            except BaseException:
+                self.close()
+                raise
 
     def _attach_threads(self, threads: int) -> None:
         """Without OpenMP, every cut of the graph would start threads anew: keep them."""
