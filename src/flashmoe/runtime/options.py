@@ -12,6 +12,7 @@ from flashmoe.errors import UsageError
 from flashmoe.runtime.layout import AUTO, REPACKED, check_layout
 
 ENGINES = (LLAMACPP, TRANSFORMERS) = ("llama.cpp", "transformers")
+AUTO_RAM = "auto"
 DEFAULT_SAVED = "4GiB"  # of conversations on the drive
 
 
@@ -20,7 +21,8 @@ class LoadOptions:
     """How to load a model, checked when it is made.
 
     engine: "llama.cpp", or "transformers": Hugging Face's own model, as `.model`, in BF16, F16 or F32.
-    ram: memory for the whole process, for example "6GiB"; by default a share of what is available.
+    ram: memory for the whole process, for example "6GiB"; by default ("auto") a share of what is available, and less
+        while other programs need memory.
     cache: sizes the expert pool directly instead: "25%" of the experts, "2GiB", or a number of slots ("300").
     vram: of the transformers engine: compute on the GPU, with a tier of experts there in front of those in RAM: "50%"
         of the experts, or a size of all that the model takes there ("16GiB"). Without it the CPU computes.
@@ -99,7 +101,7 @@ class LoadOptions:
         check_layout(self.layout)
         for size in (self.cache_ram, self.save_cache_size):
             parse_bytes(size or 0)
-        if self.ram is not None and not parse_bytes(self.ram):
+        if self.ram not in (None, AUTO_RAM) and not parse_bytes(self.ram or 0):
             raise UsageError("a budget (ram) of 0 holds no model: give for example 6GiB")
 
     def _check_transformers(self) -> None:
