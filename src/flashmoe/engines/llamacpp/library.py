@@ -20,6 +20,8 @@ _log = logging.getLogger("flashmoe.llama.cpp")
 # ggml_log_level: warnings and errors, and what continues the line before
 _LEVELS, _CONTINUED = {3: logging.WARNING, 4: logging.ERROR}, 5
 
+_MOST_WARNINGS = 200  # of a model with as many tensors that are not used
+
 ENVIRONMENT = "FLASHMOE_LIBLLAMA"
 _SUFFIXES = (".so", ".dylib", ".dll")
 # Turns that a compute thread waits for the others before it sleeps, some 30 ms: longer than a layer's reads take. With
@@ -116,7 +118,8 @@ _PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 class Library:
-    """libllama with its functions as attributes. `messages` keeps the last lines that it logged as errors."""
+    """libllama with its functions as attributes. `messages` keeps the last lines that it logged as errors, `warnings`
+    those that it logged as warnings."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -139,6 +142,7 @@ class Library:
         self._declare("llama_init_from_model", ptr, ptr, self.build.context_params)
         abi.self_check(self, self.build)
         self.messages: list[str] = []
+        self.warnings: list[str] = []
         self._level = 0  # of the last line, as `logging` has it
         self._log = abi.LOG_CALLBACK(self._on_log)
         self.llama_log_set(self._log, None)
@@ -233,6 +237,8 @@ class Library:
             _log.log(self._level, "%s", line)
             if self._level == logging.ERROR:
                 self.messages = [*self.messages[-19:], line]
+            elif len(self.warnings) < _MOST_WARNINGS:
+                self.warnings.append(line)
 
 
 def _load(path: Path) -> list[C.CDLL]:
