@@ -133,7 +133,9 @@ def test_context(tiny: Tiny) -> None:
 
 
 def test_threads(tiny: Tiny) -> None:
-    fails(2, "at most 512 threads", tiny("llama"), "-t", 513)  # beyond that the library ends the process
+    fails(
+        2, "at most 512 threads", tiny("llama"), "-t", 513, stdin="x"
+    )  # beyond that the library ends the process
 
 
 def test_prompt_longer_than_the_context(tiny: Tiny) -> None:

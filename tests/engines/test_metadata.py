@@ -110,10 +110,9 @@ def test_more_context_than_trained(rope: dict[str, Any], tiny: Tiny, tmp_path: P
     """A warning; the logits are those of the library's own, and its server takes as many tokens."""
     path = copy(tiny("qwen3moe"), tmp_path / "m.gguf", add=rope)
     tokens = [97 + i % 20 for i in range(600)]
-    with (
-        pytest.warns(FlashMoEWarning, match="1024 tokens is more than this model was trained for .512."),
-        load(path, lib, n_ctx=1024, n_ubatch=300, layout="plain") as model,
-    ):
+    with pytest.warns(FlashMoEWarning, match="1024 tokens is more than this model was trained for .512."):
+        model = load(path, lib, n_ctx=1024, n_ubatch=300, layout="plain")
+    with model:
         assert len(list(model.generate(tokens, max_tokens=3, sampling=SamplingParams(ignore_eos=True)))) > 0
         assert model.server().ask("GET", "/slots")[0]["n_ctx"] == 1024
         for start in (0, 300):

@@ -129,7 +129,7 @@ def test_wrong_options(checkpoint: Checkpoints) -> None:
     with pytest.raises(UsageError, match=r"--layout repacked is llama\.cpp's"):
         load(folder, layout="repacked")
     with pytest.warns(FlashMoEWarning, match="more than this model was trained for"):
-        load(folder, n_ctx=1000).close()
+        load(folder, n_ctx=1000)
     with pytest.raises(FlashMoEError, match="is too small for this model: the smallest that works is"):
         load(folder, cache=None, ram="64MiB")
 
