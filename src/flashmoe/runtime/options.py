@@ -13,6 +13,8 @@ from flashmoe.runtime.layout import AUTO, REPACKED, check_layout
 
 ENGINES = (LLAMACPP, TRANSFORMERS) = ("llama.cpp", "transformers")
 AUTO_RAM = "auto"
+_MOST = (1 << 31) - 1
+_MOST_THREADS = 512  # GGML_MAX_N_THREADS
 DEFAULT_SAVED = "4GiB"  # of conversations on the drive
 
 
@@ -84,8 +86,10 @@ class LoadOptions:
         if self.ram is not None and self.cache is not None:
             raise UsageError("give either a budget (ram) or a pool size (cache), not both")
         for count in (self.n_ubatch, self.threads, self.n_ctx):
-            if count is not None and count < 1:
-                raise UsageError("context, micro-batch and threads must be at least 1")
+            if count is not None and not 1 <= count <= _MOST:
+                raise UsageError(f"context, micro-batch and threads must be at least 1, and at most {_MOST}")
+        if self.threads is not None and self.threads > _MOST_THREADS:
+            raise UsageError(f"at most {_MOST_THREADS} threads can compute, not {self.threads}")
         if self.engine not in ENGINES:
             raise UsageError(f"unknown engine {self.engine!r}: choose from {', '.join(ENGINES)}")
         if self.vram is not None and self.engine != TRANSFORMERS:
