@@ -34,8 +34,10 @@ class _InitParams(C.Structure):
 def wanted(arch: str, keys: dict[str, Any], tokenizer: dict[str, Any]) -> list[tuple[str, Shape]]:
     """Names and shapes, in ggml's order, of all tensors that the library wants, blocks of prediction among them."""
     lib = open_library(find_library())
+    params = lib.llama_model_default_params()
+    params.load_mtp, params.n_gpu_layers = True, 0
     make, parse = lib.handle.llama_model_init_from_user, lib.handle.gguf_init_from_file
-    make.restype, make.argtypes = C.c_void_p, [C.c_void_p, _SEE, C.c_void_p, abi.ModelParams]
+    make.restype, make.argtypes = C.c_void_p, [C.c_void_p, _SEE, C.c_void_p, type(params)]
     parse.restype, parse.argtypes = C.c_void_p, [C.c_char_p, _InitParams]
     found: list[tuple[str, Shape]] = []
 
@@ -53,8 +55,6 @@ def wanted(arch: str, keys: dict[str, Any], tokenizer: dict[str, Any]) -> list[t
         writer.write_ti_data_to_file()
         writer.close()
         metadata = parse(str(path).encode(), _InitParams(True, None))
-    params = lib.llama_model_default_params()
-    params.load_mtp, params.n_gpu_layers = True, 0
     see_tensor = _SEE(see)
     model = make(metadata, see_tensor, None, params)
     if not model:

@@ -134,6 +134,17 @@ class Part:
     metadata: dict[str, Any] = field(default_factory=dict)
     key_spans: dict[str, tuple[int, int]] = field(default_factory=dict)
     tensors: list[TensorInfo] = field(default_factory=list)
+    raw: bytes | None = None  # the header, of a file that is somewhere else
+
+    def header(self) -> bytes:
+        """The file up to its tensors. Raises ModelError."""
+        if self.raw is not None:
+            return self.raw
+        try:
+            with open(self.path, "rb") as file:
+                return file.read(self.data_offset)
+        except OSError as error:
+            raise ModelError(f"{self.path}: cannot be read ({error.strerror})") from None
 
 
 def header_digest(gguf: GGUF) -> str:
@@ -269,7 +280,10 @@ def parse_part(path: Path) -> Part:
 
 def parse_remote(path: Path, size: int, file: Source) -> Part:
     """Parse a GGUF of `size` bytes that is somewhere else; `path` is its name. Raises ModelError."""
-    return _parse(_Header(path, size, file), Part(path, size))
+    header = _Header(path, size, file)
+    part = _parse(header, Part(path, size))
+    part.raw = bytes(header._data[: part.data_offset]).ljust(part.data_offset, b"\0")
+    return part
 
 
 def _parse(header: _Header, part: Part) -> Part:

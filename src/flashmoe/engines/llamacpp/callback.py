@@ -56,8 +56,8 @@ class Control(C.Structure):
         ("ids", C.c_int64),  # address of the ids' tensor
         ("weights", C.c_int64),  # address of float32 [tokens, top_k]
         ("pending", C.c_int64),  # whether reads for the layer's last product are still under way
-        ("late", C.c_int64),  # address and length of the name's prefix of that product's input
-        ("late_length", C.c_int64),
+        ("late", C.c_int64),  # address of prefixes, each ended by 0, of the names of that product's inputs
+        ("late_length", C.c_int64),  # of all of them, 0 for none
         ("logits", C.c_int64),  # address of the router's logits' tensor, 0 if it was not found
         ("hidden", C.c_int64),  # address of the router's input, float32 [tokens, n]
         ("begun", C.c_int64),  # whether Python knows of the graph under way
@@ -284,7 +284,14 @@ def _is_late(control: Any, node: Any) -> Any:  # pragma: no cover - compiled
     """Whether a node is the input of the last product of a layer whose reads are still under way."""
     if control[_PENDING] == 0 or control[_LATE_LENGTH] == 0:
         return False
-    return _block_of(node, carray(bytes_at(control[_LATE]), control[_LATE_LENGTH])) >= 0
+    prefixes = carray(bytes_at(control[_LATE]), control[_LATE_LENGTH] + 1)
+    first = 0
+    for i in range(len(prefixes)):
+        if prefixes[i] == 0:
+            if _block_of(node, prefixes[first:i]) >= 0:
+                return True
+            first = i + 1
+    return False
 
 
 @kept()

@@ -73,7 +73,7 @@ class RouterHook:
         self._model = model
         self._inspection = Inspection(model)
         self._step = LayerStep(model.catalog.top_k)
-        self._late = C.create_string_buffer(64)
+        self._late = C.create_string_buffer(256)
         self._n_ids = n_ubatch * model.catalog.top_k
         self._ids = np.zeros(0, np.int32)
         self._python = PYTHON_CALLBACK(self._on_python)
@@ -210,8 +210,9 @@ class RouterHook:
             if len(routers) == len(self._layer_of_block):
                 self._routers = routers
                 prefetcher.use_routers(routers)
-        if late := self._inspection.take_late_input():
-            self._late.value = late
+        late = b"\0".join(self._inspection.take_late_inputs())
+        if late and len(late) + 2 <= len(self._late):
+            self._late.raw = late.ljust(len(self._late), b"\0")
             self._control.late_length = len(late)
 
     def ready(self) -> None:
