@@ -12,10 +12,11 @@ import mmap
 from collections.abc import Callable
 from typing import Any
 
-from flashmoe.engines.llamacpp.abi import BufferInterface, BufferOverride, Tensor, ptr
+from flashmoe.engines.llamacpp.abi import CONSTANTS, BufferInterface, BufferOverride, Tensor, ptr
 from flashmoe.engines.llamacpp.library import Library
-from flashmoe.errors import BudgetError
 from flashmoe.storage.addresses import reserve_uncounted
+
+_FAILED = CONSTANTS["GGML_STATUS_FAILED"]
 
 
 class ExpertBuffer:
@@ -32,8 +33,8 @@ class ExpertBuffer:
         self.tensors: dict[str, Tensor] = {}
         #: The shapes that they had before they were made small.
         self.shapes: dict[str, tuple[int, ...]] = {}
-        #: Why it could not reserve addresses, if so.
-        self.error: BudgetError | None = None
+        #: What was raised while the library loaded, if anything: it knows that something failed, and not why.
+        self.error: BaseException | None = None
         self._type = lib.structs["ggml_backend_buffer_type"]()
         # The library's own answers where it asks while it builds a graph: its server may hold Python's lock then
         self._cpu = (
@@ -44,7 +45,9 @@ class ExpertBuffer:
         self._type.iface.alloc_buffer = self._function(self._alloc, ptr, ptr, C.c_size_t)
         name = C.create_string_buffer(b"FlashMoE")  # the loader tells buffer types apart by their names
         self._keep.append(name)
-        self._type.iface.get_name = self._function(lambda _: C.addressof(name), ptr, ptr)
+        self._type.iface.get_name = self._function(
+            lambda _: C.addressof(name), ptr, ptr, failed=C.addressof(name)
+        )
 
     def overrides(self, pattern: str) -> int:
         """Address of a llama_model_params.tensor_buft_overrides list: tensors matching `pattern` come here."""
@@ -52,23 +55,32 @@ class ExpertBuffer:
         self._keep.append(entries)
         return C.addressof(entries)
 
-    def _function(self, body: Callable[..., Any], result: Any, *arguments: Any) -> int:
-        function = C.CFUNCTYPE(result, *arguments)(body)
+    def _function(
+        self, body: Callable[..., Any], result: Any, *arguments: Any, failed: int | None = None
+    ) -> int:
+        """The address of a function in Python; failed: what it returns to the library if it raises."""
+
+        def call(*given: Any) -> Any:
+            try:
+                return body(*given)
+            except (
+                BaseException
+            ) as error:  # ctypes would report it as ignored, and return what it happens to find
+                self.error = self.error or error
+                return failed
+
+        function = C.CFUNCTYPE(result, *arguments)(call)
         self._keep.append(function)
         return C.cast(function, ptr).value or 0
 
-    def _alloc(self, _type: int, size: int) -> int | None:
-        try:
-            memory, base = reserve_uncounted(size)
-        except BudgetError as error:
-            self.error = error  # the library knows that it could not allocate, and not why
-            return None
+    def _alloc(self, _type: int, size: int) -> int:
+        memory, base = reserve_uncounted(size)
         self._reserved.append(memory)
         nothing = self._function(lambda *_: None, None, ptr)
         interface = BufferInterface(
             free_buffer=nothing,
-            get_base=self._function(lambda _: base, ptr, ptr),
-            init_tensor=self._function(self._init_tensor, C.c_int, ptr, ptr),
+            get_base=self._function(lambda _: base, ptr, ptr, failed=base),
+            init_tensor=self._function(self._init_tensor, C.c_int, ptr, ptr, failed=_FAILED),
             set_tensor=self._function(lambda *_: None, None, ptr, ptr, ptr, C.c_size_t, C.c_size_t),
             get_tensor=self._function(lambda *_: None, None, ptr, ptr, ptr, C.c_size_t, C.c_size_t),
             memset_tensor=self._function(lambda *_: None, None, ptr, ptr, C.c_uint8, C.c_size_t, C.c_size_t),

@@ -275,7 +275,8 @@ def _hit(control: Any, ids: Any, n: Any) -> Any:  # pragma: no cover - compiled
 @kept()
 def _place(control: Any, block: Any, ids: Any, n: Any) -> Any:  # pragma: no cover - compiled
     """Let a block's tensors show what the slots in the buffer are of, and write these in the place of its ids."""
-    show(control[_SPANS], block, control[_BUFFER], n, control[_WHOLE] != 0)
+    if control[_SPANS] != 0:  # stock's experts stay where they are, whatever is routed to them
+        show(control[_SPANS], block, control[_BUFFER], n, control[_WHOLE] != 0)
     _copy_ids(ids, control[_BUFFER], True)
 
 
