@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from flashmoe.common.text import printable
 from flashmoe.errors import ModelError
+from flashmoe.storage import foreign
 from flashmoe.storage.aio import Place, Read
 from flashmoe.storage.checkpoint import Checkpoint
 from flashmoe.storage.gguf import GGUF, TensorInfo
@@ -263,6 +264,8 @@ class ExpertCatalog:
     def from_gguf(cls, gguf: GGUF) -> ExpertCatalog:
         """Find the experts of `gguf`. Raises ModelError for a dense model or experts of an unknown kind."""
         name = gguf.files[0]
+        if what := foreign.of_contents(gguf.metadata, gguf.tensors):
+            raise ModelError(f"{name}: {what}")
         found: dict[int, list[tuple[int, TensorInfo]]] = defaultdict(list)
         for tensor in gguf.tensors.values():
             match = _EXPERT_TENSOR.fullmatch(tensor.name)
@@ -320,13 +323,18 @@ def _content_hash(tensor: TensorInfo) -> str:
 
 
 def _blocks(gguf: GGUF) -> int:
-    """Blocks that run: those that predict further tokens come last, and do not."""
+    """Blocks that run: those that predict further tokens come last, and do not.
+
+    A file can say that it has such blocks, and not have them; then all of its blocks run (as in llama.cpp).
+    """
     count, prediction = gguf.arch_int("block_count", 1 << 16), gguf.arch_value("nextn_predict_layers", 0)
     if not isinstance(prediction, int) or not 0 <= prediction <= count:
         raise ModelError(
             f"{gguf.files[0]}: damaged GGUF: nextn_predict_layers is {prediction!r} of {count} blocks"
         )
-    return count - prediction
+    first = count - prediction
+    predicts = any(name.startswith(f"blk.{first}.nextn.") for name in gguf.tensors)
+    return first if predicts else count
 
 
 def _of_block(gguf: GGUF, key: str, block: int) -> int:
