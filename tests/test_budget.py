@@ -29,6 +29,7 @@ from flashmoe.runtime import budget
 from flashmoe.runtime import open_gguf as gguf
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.gguf import read_gguf
+from tests import peaks
 from tests.conftest import Tiny
 
 ALIGN = 512
@@ -376,6 +377,35 @@ def test_process_keeps_to_its_budget(control_group: ControlGroup, demo: Path, tm
     assert figures["memory"]["peak_bytes"] <= limit
     assert figures["cache"]["misses"] > 0
     assert figures["decode"]["tokens"] == 31
+
+
+def test_gpt_oss_keeps_to_its_budget(control_group: ControlGroup, tmp_path: Path) -> None:
+    """Two layers of the real model's shape, with its tables per expert and its large slots; no weights."""
+    del control_group  # there is a right to make one
+    peaks.write_sparse("gpt-oss-20b", tmp_path / "m.gguf", layers=2)
+    found = peaks.peak(tmp_path / "m.gguf", 1000 << 20, 64, 4, step=64)
+    assert found["in_group"]
+    assert found["slots"] < found["experts"] == 64
+    assert 0.9 * found["budget"] < found["peak"] <= found["budget"]
+
+
+def test_scratch_takes_the_place_of_slots(olmoe: ExpertCatalog) -> None:
+    used = 100 << 20
+    least = budget.plan_pool(olmoe, 0, used, ALIGN).least
+    sizes = slot_bytes(olmoe, ALIGN)
+
+    def scratch(slots: list[int]) -> int:
+        return 1000 * sum(slots)
+
+    for more in range(0, sum(sizes) * 14, 999):
+        plan = budget.plan_pool(olmoe, least + more, used, ALIGN, scratch=scratch)
+        beside = budget.plan_pool(olmoe, least + more, used, ALIGN)
+        assert plan.least == least + scratch([4, 4, 4, 4])
+        assert bool(plan.slots) == (least + more >= plan.least)
+        if plan.slots:
+            taken = sum(n * size for n, size in zip(plan.slots, sizes, strict=True))
+            assert used + taken + scratch(plan.slots) <= least + more
+            assert sum(plan.slots) >= sum(beside.slots) - 4
 
 
 def test_share_that_is_expected_grows_with_the_budget(tiny: Tiny) -> None:

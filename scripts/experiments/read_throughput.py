@@ -30,7 +30,7 @@ from flashmoe.cache.policies import create
 from flashmoe.cache.pool import SlotPool
 from flashmoe.storage.addresses import reserve_huge
 from flashmoe.storage.catalog import ExpertCatalog
-from flashmoe.storage.disk import read_ceiling
+from flashmoe.storage.disk import read_ceiling, tune
 from flashmoe.storage.gguf import read_gguf
 from flashmoe.storage.reader import ExpertReader, Read
 
@@ -68,7 +68,8 @@ def main(
 ) -> None:
     catalog = ExpertCatalog.from_gguf(read_gguf(model))
     reader = ExpertReader(catalog.gguf.files)
-    ceiling = read_ceiling(reader, catalog.read_bytes, fresh=True)  # tunes the reader too
+    ceiling = read_ceiling(reader, catalog.read_bytes, fresh=True)
+    tune(reader, catalog.read_bytes)
     groups = max(catalog.groups) + 1
     slots = [len(catalog.layers) * MISSES] * groups
     pool = SlotPool(catalog, slots, reader)

@@ -71,7 +71,8 @@ def test_full_shapes_have_the_sizes_of_the_real_models() -> None:
     weights = {
         name: sum(int(np.prod(t.dims)) for t in shape.tensors()) / 1e9 for name, shape in SHAPES.items()
     }
-    expected = {"OLMoE-1B-7B": 6.9, "DeepSeek-V2-Lite": 15.7, "Qwen3-30B-A3B": 30.5, "gpt-oss-20b": 20.9}
+    expected = {"OLMoE-1B-7B": 6.9, "DeepSeek-V2-Lite": 15.7, "Qwen3-30B-A3B": 30.5}
+    expected |= {"gpt-oss-20b": 20.9, "gpt-oss-120b": 116.8}
     assert weights == pytest.approx(expected, rel=0.01)
 
 

@@ -30,7 +30,7 @@ VARIANT = """
 add_library(ggml-cpu-{name}-feats OBJECT {name}-feats.cpp)
 set_target_properties(ggml-cpu-{name}-feats PROPERTIES POSITION_INDEPENDENT_CODE ON)
 add_library(ggml-cpu-{name} MODULE {name}.c)
-target_link_libraries(ggml-cpu-{name} PRIVATE ggml-cpu-{name}-feats)
+target_link_libraries(ggml-cpu-{name} PRIVATE ggml-base ggml-cpu-{name}-feats)
 """
 SCORE = 'extern "C" int ggml_backend_score() {{ return {score}; }}\n'
 

@@ -79,7 +79,7 @@ def test_a_stopped_build_leaves_nothing(
     archive = source(
         {"a": (1, "")},
         more=f"""
-add_custom_command(OUTPUT never.c COMMAND sh -c "echo $$ >{mark}; exec sleep 60")
+add_custom_command(OUTPUT never.c COMMAND sh -c "echo $$ >{mark}; exec sleep 60" VERBATIM)
 add_custom_target(never DEPENDS never.c)
 add_dependencies(ggml-cpu-a never)
 """,

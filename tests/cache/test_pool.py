@@ -165,7 +165,6 @@ def test_memory_is_reserved_first_and_committed_by_prefault(tiny: Tiny) -> None:
         assert total > 64 << 20
         assert resident_bytes() - before < 16 << 20
         pool.prefault()
-        assert pool._prefault is not None
         pool._prefault.join()
         assert total - (8 << 20) < resident_bytes() - before < total + (2 << 20)
         pool.close()
@@ -175,8 +174,8 @@ def test_close_stops_prefaulting(tiny: Tiny) -> None:
     with pool_of(tiny("olmoe"), 4) as (_, _, pool):
         pool.prefault()
         pool.close()
-        assert pool._prefault is not None
-        assert not pool._prefault.is_alive()
+        assert pool._prefault._thread is not None
+        assert not pool._prefault._thread.is_alive()
 
 
 def test_what_is_placed_starts_on_a_cache_line_and_has_no_slack(tiny: Tiny) -> None:

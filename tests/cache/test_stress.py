@@ -111,7 +111,9 @@ class Stage:
             cache.begin_sequence()
         elif kind < 0.4:
             cache.reader.poll()
-        elif kind < 0.45:  # a prompt begins or ends: prefill takes slots, or gives them back
+        elif kind < 0.42:  # the pool gives memory back, or takes it again, before the next layer
+            cache.resize([rng.randint(TOP_K + SPARE, SLOTS) for _ in cache.elastic.most])
+        elif kind < 0.47:  # a prompt begins or ends: prefill takes slots, or gives them back
             with turn, suppress(ReadError):
                 cache.begin_step(rng.choice((1, 8)), TOP_K)
         else:
@@ -133,7 +135,14 @@ class Stage:
         cache.begin_step(1, TOP_K)
         spare = cache.staging.slots
         assert len(spare) == len(set(spare)) == SPARE * (max(self.catalog.groups) + 1)
-        check_residency(cache.policy.residency, spare)
+        unused = [
+            slot
+            for start, used, there in zip(
+                cache.policy.residency.group_start, cache.elastic.slots, cache.elastic.most, strict=False
+            )
+            for slot in range(int(start) + used, int(start) + there)
+        ]
+        check_residency(cache.policy.residency, [*spare, *unused])
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from flashmoe.errors import FlashMoEError, PolicyError, TraceError, UsageError
 from flashmoe.learn.samples import SEGMENT, Samples
 from flashmoe.routing.trace import RoutingTrace
 from flashmoe.runtime.load import load
+from flashmoe.simulate.partition import pool_for
 from flashmoe.simulate.replay import replay, simulate
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.gguf import read_gguf
@@ -165,9 +166,7 @@ def test_simulated_hits_are_the_runtime_s(kind: str) -> None:
         file = untrained(kind, 3, 16, 2)
         bits = replay(trace, policy_of(file), 18, partition, want_bits=True).bits
         policy = policy_of(file)
-        from flashmoe.simulate.replay import shares
-
-        policy.bind(make_residency(3, 16, shares(trace, 18, partition), partition=partition))
+        policy.bind(pool_for(trace, 18, partition))
         out = [np.zeros(8, np.int32) for _ in range(3)]
         for t in range(200):
             if trace.starts()[t]:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from flashmoe.cache.policies import create, without_file
 from flashmoe.cache.residency import equal_quota, make_residency
 from flashmoe.cli.simulate import simulate as command
-from flashmoe.errors import FlashMoEError, PolicyError, UsageError
+from flashmoe.errors import FlashMoEError, UsageError
 from flashmoe.routing.trace import RoutingTrace
 from flashmoe.simulate import report
 from flashmoe.simulate.partition import lru_curves, weighted_quota
@@ -119,7 +119,7 @@ def test_cold_starts_and_micro_batches_that_do_not_fit() -> None:
         trace.expert_ids, 16, step=np.zeros(90, np.int32)
     )  # one micro-batch of all 16 experts
     assert replay(wide, create("lru"), 6).requests.sum() > 0  # served token by token
-    with pytest.raises(PolicyError, match="raise the capacity"):
+    with pytest.raises(UsageError, match="3 slots do not hold one token's 4 experts"):
         simulate(made_up(30, 1, 16, 4), ["lru"], [3])
 
 

@@ -287,3 +287,27 @@ def test_a_file_that_only_others_may_read(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "open", forbidden)
     with pytest.raises(ReadError, match="cannot be opened"):
         DirectFile(tmp_path / "f")
+
+
+def test_a_thread_has_one_small_buffer_for_all_files(tmp_path: Path) -> None:
+    """What arrives beside its place comes in parts; the buffer goes with its thread."""
+    content = np.random.default_rng(6).integers(0, 256, 3 * direct.BOUNCE_BYTES + 777, np.uint8).tobytes()
+    files = []
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(content)
+        files.append(DirectFile(tmp_path / name))
+    sizes: list[int] = []
+
+    def read() -> None:
+        for file in files:
+            memory = Memory(1 << 22)
+            file.read_exact(memory.address + 3, 5, len(content) - 6)
+            assert memory[3 : len(content) - 3] == content[5:-1]
+            assert set(memory[:3] + memory[len(content) - 3 : 1 << 22]) == {0xAA}
+            sizes.append(direct._bounce.size)
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(read).result()
+    assert sizes[0] == sizes[1] <= direct.BOUNCE_BYTES + 2 * 4096
+    for file in files:
+        file.close()

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from flashmoe.cache.elastic import ElasticPool
 from flashmoe.cache.filling import Demand, Each, Filling
 from flashmoe.cache.policies.base import MISSES, CompiledRequest, EvictionPolicy
 from flashmoe.cache.pool import SlotPool
@@ -45,6 +46,11 @@ class ExpertCache:
         self.staging = Staging(residency, pool, reader, spare or [0] * len(residency.free_count))
         self._prefetching = any(spare)
         self._window = PrefillWindow(policy, self.staging)
+        #: How many of the pool's slots are in use.
+        self.elastic = ElasticPool(pool, policy, self.staging, spare or [0] * len(residency.free_count))
+        self._wanted: Sequence[int] | None = None  # slots, where others are to be in use
+        #: Called before every step; it may call `resize`.
+        self.before_step: Callable[[], None] = lambda: None
         self._filling = Filling(pool, reader, policy)
         self._first_slot = self._filling.first_slots
         self.warm: WarmStart | None = None
@@ -52,11 +58,18 @@ class ExpertCache:
         self._lock = SafeLock()
         #: Of benchmarks. While there is one, every request comes to `ensure`.
         self.observer: CacheObserver | None = None
-        self._least_group = int(np.bincount(residency.group, residency.quota).min())  # its slots
-        self._holds_a_layer = self._least_group >= residency.n_experts
-        self._resize(64)
+        self._step = 1, 1  # tokens of the present one that pass through the window, and their experts
+        self._note_least_group()
+        self._make_room(64)
 
-    def _resize(self, n: int) -> None:
+    def _note_least_group(self) -> None:
+        """Take note of the slots that the policy has of the smallest size group."""
+        residency = self.policy.residency
+        self._least_group = int(np.bincount(residency.group, residency.quota).min())
+        self._holds_a_layer = self._least_group >= residency.n_experts
+
+    def _make_room(self, n: int) -> None:
+        """Have room for requests of `n` ids."""
         self._ids, self._slots, self._miss_expert, self._miss_slot = (np.empty(n, np.int32) for _ in range(4))
         arrays = self._ids, self._slots, self._miss_expert, self._miss_slot
         self._request, self._compiled = self.policy.request(*arrays), self.policy.compiled_request(*arrays)
@@ -75,13 +88,34 @@ class ExpertCache:
         """
         with self._lock:
             self._filling.finish(self.stats[self.phase])
+            self.before_step()
+            self._adjust()
             decode = self.phase == "decode"
             if decode:
                 self.recent.begin_step(tokens)
             together = decode and tokens <= self.served_together(top_k)
             if self.warm:
                 self.warm.pause(tokens > 1)  # slots are lent: none may be away
-            self._window.resize(1 if together else tokens, top_k)
+            self._step = 1 if together else tokens, top_k
+            self._window.resize(*self._step)
+
+    def resize(self, slots: Sequence[int]) -> None:
+        """Have `slots[g]` slots of each size group in use (see ElasticPool), from the next step or layer on.
+
+        From any thread.
+        """
+        self._wanted = list(slots)
+
+    def _adjust(self) -> None:
+        """Have as many slots in use as are wanted; while none is used."""
+        wanted, self._wanted = self._wanted, None
+        if wanted is None or wanted == self.elastic.slots:
+            return
+        self._window.resize(1, self._step[1])  # what is lent comes back
+        if self.warm:
+            self.warm.give_way()
+        self.elastic.resize(wanted)
+        self._note_least_group()
 
     def compiled_request(self, n: int) -> CompiledRequest | None:
         """The policy's request of up to `n` ids for compiled code, on `ids` and `slots`.
@@ -123,7 +157,7 @@ class ExpertCache:
     def reserve(self, n: int) -> None:
         """Have room for requests of `n` ids, so that `ids` and `slots` stay where they are."""
         if n > len(self._ids):
-            self._resize(n)
+            self._make_room(n)
 
     def warm_start(self, ranked: Int32) -> None:
         """Read experts of an earlier session in the background, the best first, as far as slots are free.
@@ -175,11 +209,15 @@ class ExpertCache:
         requested: int,
     ) -> Int32:
         self._filling.finish(self.stats[self.phase])
+        # not where a compiled request has let experts in: they are not complete yet
+        if self._wanted is not None and requested < 0:
+            self._adjust()
+            self._window.resize(*self._step)
         if self._window.serves[layer]:
             return self._ensure_batch(layer, np.atleast_2d(ids), leave_last, meanwhile, each)
         ids = ids.ravel()
         if len(ids) > len(self._slots):
-            self._resize(2 * len(ids))
+            self._make_room(2 * len(ids))
         slots = self._slots[: len(ids)]
         self._ids[: len(ids)] = ids
         done = self._request(layer, len(ids)) if requested < 0 else requested

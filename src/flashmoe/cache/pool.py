@@ -10,22 +10,17 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
-import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flashmoe.cache.prefault import Prefault
 from flashmoe.storage.addresses import reserve_huge
 from flashmoe.storage.catalog import ExpertCatalog, ExpertTensor
 from flashmoe.storage.reader import ExpertReader, Read
 
-_PREFAULT_STEP = 2 << 20  # small: page faults of other threads may have to wait for its end
-_LEAST_PRIORITY = 19
-_MADV_POPULATE_WRITE = 23  # Linux 5.14; not in Python's mmap module
 _TENSOR_ALIGNMENT = 32
 _CACHE_LINE = 64
 
@@ -110,25 +105,27 @@ class SlotPool:
         self._maps: list[mmap.mmap] = []
         #: Address and bytes of all its memory.
         self.regions: list[tuple[int, int]] = []
-        self._stop = threading.Event()
-        self._prefault: threading.Thread | None = None
+        self._strides: list[list[tuple[int, int]]] = []  # of each group: its regions' numbers and strides
         self.windows: list[list[Window]] = [[] for _ in catalog.layers]
         self._tables: list[list[tuple[Window, NDArray[np.uint8]]]] = [[] for _ in catalog.layers]
         weights, tables = _regions(catalog, align)
-        for n, regions in zip(slots, weights, strict=True):
-            for region in regions:
-                base = self._reserve(n * region.stride)
+        for n, of_weights, of_tables in zip(slots, weights, tables, strict=True):
+            self._strides.append([])
+            for region in of_weights:
+                base = self._reserve(n, region)
                 for layer, weight, shift in region.members:
                     self.windows[layer].append(Window(weight, base + shift, region.stride))
-        for n, regions in zip(slots, tables, strict=True):
-            for region in regions:
-                base = self._reserve(n * region.stride)
+            for region in of_tables:
+                base = self._reserve(n, region)
                 for layer, table, _ in region.members:
                     rows = np.empty((catalog.layers[layer].n_experts, table.nbytes), np.uint8)
                     reader.files[table.file].read_exact(rows.ctypes.data, table.offset, rows.nbytes)
                     self._tables[layer].append((Window(table, base, region.stride), rows))
+        self._prefault = Prefault(self.regions)
 
-    def _reserve(self, nbytes: int) -> int:
+    def _reserve(self, slots: int, region: Region) -> int:
+        """Memory of a region of the latest group; its address."""
+        nbytes = slots * region.stride
         memory, address = reserve_huge(nbytes)
         if hasattr(
             mmap, "MADV_DONTFORK"
@@ -136,33 +133,34 @@ class SlotPool:
             memory.madvise(mmap.MADV_DONTFORK)
         self._maps.append(memory)
         self._reader.keep(memory)
+        self._strides[-1].append((len(self.regions), region.stride))
         self.regions.append((address, nbytes))
         return address
 
     def prefault(self) -> None:
-        """Commit the memory in the background: touching it first while reading costs more than the read itself."""
-        self._prefault = threading.Thread(target=self._populate, name="flashmoe-prefault", daemon=True)
+        """Commit the memory in the background."""
         self._prefault.start()
 
-    def _populate(self) -> None:
-        try:
-            madvise = ctypes.CDLL(None).madvise  # releases the GIL, which mmap.madvise does not
-        except AttributeError:
-            return
-        madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        if sys.platform == "linux":  # where a thread has a priority of its own
-            # compute threads spin for each other: one that has to give way to this thread stops them all
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LEAST_PRIORITY)
-        # region by region in steps, all regions at the same pace: low slots are taken first
-        done = 0
-        while any(done < size for _, size in self.regions):
-            for address, size in self.regions:
-                if self._stop.is_set():
-                    return
-                step = min(_PREFAULT_STEP, size - done)
-                if step > 0 and madvise(address + done, step, _MADV_POPULATE_WRITE) != 0:
-                    return
-            done += _PREFAULT_STEP
+    @property
+    def absent(self) -> int:
+        """Bytes of the slots in use whose memory is not committed yet."""
+        return self._prefault.absent
+
+    @property
+    def slot_bytes(self) -> list[int]:
+        """Bytes of a slot of each size group."""
+        return [sum(stride for _, stride in regions) for regions in self._strides]
+
+    def use(self, group: int, slots: int) -> None:
+        """Use the first `slots` slots of a size group only: the memory of the others is given back."""
+        for region, stride in self._strides[group]:
+            self._prefault.bound(region, slots * stride)
+
+    def move(self, group: int, source: int, target: int) -> None:
+        """Copy what is in one slot of a size group to another one."""
+        for region, stride in self._strides[group]:
+            base = self.regions[region][0]
+            ctypes.memmove(base + target * stride, base + source * stride, stride)
 
     def reads(self, layer: int, expert: int, slot: int) -> list[Read]:
         """What must be read to fill `slot` (numbered in the layer's group) with an expert, tensor by tensor."""
@@ -185,8 +183,6 @@ class SlotPool:
 
     def close(self) -> None:
         """End prefaulting and give the memory back: what follows needs it."""
-        self._stop.set()
-        if self._prefault:
-            self._prefault.join()
+        self._prefault.close()
         for memory in self._maps:  # addresses stay reserved until nothing refers to the pool any more
             memory.madvise(mmap.MADV_DONTNEED)

@@ -118,10 +118,7 @@ def make_residency(
     start = np.zeros(n_groups + 1, np.int32)
     np.cumsum(sizes + np.asarray(spare or [0] * n_groups, np.int32), out=start[1:])
     n_slots = int(start[-1])
-    free = np.empty(n_slots, np.int32)
-    for g, size in enumerate(sizes):  # the top of each stack is the group's lowest slot
-        free[start[g] : start[g] + size] = np.arange(start[g] + size - 1, start[g] - 1, -1)
-    return Residency(
+    residency = Residency(
         slot_of=np.full((n_layers, n_experts), -1, np.int32),
         owner=np.full(n_slots, -1, np.int32),
         pin=np.full(n_slots, -1, np.int64),
@@ -134,13 +131,16 @@ def make_residency(
         used=np.zeros(n_layers, np.int32),
         group=groups,
         group_start=start,
-        free=free,
-        free_count=sizes.copy(),
+        free=np.empty(n_slots, np.int32),
+        free_count=np.zeros(n_groups, np.int32),
         partition=np.array([PARTITIONS[partition]], np.int32),
         window=np.full(n_slots, -1, np.int32),
         window_count=np.zeros(n_groups, np.int32),
         lent=np.zeros(n_layers, np.int32),
     )
+    for g, size in enumerate(sizes.tolist()):
+        set_free(residency, g, range(start[g], start[g] + size))
+    return residency
 
 
 def exchange(res: Residency, layer: int, expert: int, slot: int) -> int:
@@ -175,6 +175,13 @@ def free_slot(res: Residency, layer: int, slot: int) -> None:
     group = int(res.group[layer])
     res.free[res.group_start[group] + res.free_count[group]] = slot
     res.free_count[group] += 1
+
+
+def set_free(res: Residency, group: int, slots: Sequence[int]) -> None:
+    """Let exactly `slots` be the free ones of a group; the lowest is taken first."""
+    start = int(res.group_start[group])
+    res.free[start : start + len(slots)] = sorted(slots, reverse=True)
+    res.free_count[group] = len(slots)
 
 
 def admit(res: Residency, layer: int, expert: int, slot: int) -> None:

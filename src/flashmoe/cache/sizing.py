@@ -41,6 +41,12 @@ def micro_batch(catalog: ExpertCatalog, slots: Sequence[int], wished: int, seque
     return min(wished, fitting)
 
 
+def least_slots(catalog: ExpertCatalog, tokens: int, sequences: int = 1) -> list[int]:
+    """Slots of each size group with which `micro_batch` allows `tokens` tokens."""
+    together = tokens + (tokens < sequences)
+    return [min(catalog.n_experts, together * k) for k in group_top_k(catalog)]
+
+
 def prompt_reads(catalog: ExpertCatalog, tokens: int) -> float:
     """Distinct experts that a layer of a micro-batch asks for, per token: what a prompt reads with an empty pool.
 

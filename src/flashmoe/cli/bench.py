@@ -173,7 +173,10 @@ def run(
 @app.command("make-model")
 def make(
     shape: Annotated[
-        str, typer.Argument(help="Model shape: OLMoE-1B-7B, DeepSeek-V2-Lite, Qwen3-30B-A3B or gpt-oss-20b.")
+        str,
+        typer.Argument(
+            help="Model shape: OLMoE-1B-7B, DeepSeek-V2-Lite, Qwen3-30B-A3B, gpt-oss-20b or gpt-oss-120b."
+        ),
     ],
     out: Annotated[Path | None, typer.Argument(help="Output file (default: SHAPE-QUANT.gguf).")] = None,
     quant: Annotated[

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashmoe.common.files import write_atomically
-from flashmoe.common.text import decode
 from flashmoe.errors import FlashMoEError, UsageError
 from flashmoe.runtime.conversation import Conversation
 
@@ -88,7 +87,7 @@ class Commands:
     def _load(self, name: str) -> str:
         path = Path(name).expanduser()
         try:
-            messages = [_message(m) for m in json.loads(decode(path.read_bytes(), name))["messages"]]
+            messages = [_message(m) for m in json.loads(path.read_bytes())["messages"]]
         except OSError as error:
             raise FlashMoEError(f"{path}: cannot be read ({error.strerror})") from None
         except (ValueError, KeyError, TypeError):

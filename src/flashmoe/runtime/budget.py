@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from flashmoe.cache.sizing import least_pool, parse_cache, slots_for
+from flashmoe.cache.sizing import group_top_k, least_pool, parse_cache, slots_for
 from flashmoe.common import memory
 from flashmoe.common.units import format_bytes
 from flashmoe.errors import BudgetError, UsageError
@@ -20,7 +21,7 @@ _MOST_FOR_AGENTS = 1 / 3
 MOST_PARALLEL = 4  # conversations, where their number is not given
 _MOST_FOR_CONVERSATIONS = 1 / 16  # that wait in RAM for their next turn, and as much for checkpoints
 _MOST_CACHE_RAM, _MOST_CHECKPOINTS = 8192 << 20, 32  # llama.cpp's defaults
-# Not seen when the pool is sized: scratch of the expert products, read buffers, what Python takes while it runs
+# Not seen when the pool is sized: read buffers (storage.direct, storage.disk), what Python takes while it runs
 RESERVE = 32 << 20
 # Interpreter, libraries, compute buffers, as seen with small models: for decisions before loading
 _BEFORE_LOADING = 160 << 20
@@ -93,14 +94,25 @@ class PoolPlan:
     slots: list[int]  # of each size group; empty where the budget is smaller than that
 
 
-def plan_pool(catalog: ExpertCatalog, budget: int, used: int, align: int, least: int = 0) -> PoolPlan:
+def plan_pool(
+    catalog: ExpertCatalog,
+    budget: int,
+    used: int,
+    align: int,
+    least: int = 0,
+    scratch: Callable[[list[int]], int] = lambda slots: 0,
+) -> PoolPlan:
     """The pool beside what else takes memory under a budget, as loading sizes it and `flashmoe plan` predicts it.
 
     used: bytes of all else: weights, context, buffers. least: what the process has taken already at some time, which a
-    budget cannot undercut.
+    budget cannot undercut. scratch: bytes that the engine takes beside so many slots of each size group.
     """
-    least = max(used + least_pool(catalog, align), least)
-    return PoolPlan(least, slots_for(catalog, budget - used, align) if least <= budget else [])
+    smallest = least_pool(catalog, align)
+    least = max(used + smallest + scratch(group_top_k(catalog)), least)
+    if least > budget:
+        return PoolPlan(least, [])
+    beside = scratch(slots_for(catalog, budget - used, align))  # fewer slots need no more
+    return PoolPlan(least, slots_for(catalog, max(smallest, budget - used - beside), align))
 
 
 def expected_share(catalog: ExpertCatalog, budget: int, cache: str | None, align: int) -> float:

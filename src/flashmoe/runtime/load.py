@@ -24,12 +24,14 @@ from flashmoe.common import memory
 from flashmoe.common.machine import cores
 from flashmoe.common.signals import run_apart
 from flashmoe.common.units import parse_bytes
+from flashmoe.engines.base import Engine
 from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.serving.options import ServerOptions, projector_bytes
 from flashmoe.errors import FlashMoEError, FlashMoEWarning, UsageError
 from flashmoe.prefetch import Predictor, scheduler
 from flashmoe.prefetch import create_all as create_predictors
 from flashmoe.prefetch.scheduler import Prefetcher
+from flashmoe.runtime.governor import Governor
 from flashmoe.runtime.model import Model, Progress
 from flashmoe.runtime.opening import Loading, Opened
 from flashmoe.runtime.options import LLAMACPP, TRANSFORMERS, LoadOptions
@@ -103,7 +105,9 @@ def _load(
 
     def prepare(catalog: ExpertCatalog) -> int:
         """Compile what is compiled; the bytes that the predictors take."""
-        compile_policy(evict, len(catalog.layers), catalog.n_experts, ranking=bool(options.save_cache))
+        compile_policy(
+            evict, len(catalog.layers), catalog.n_experts, ranking=bool(limit or options.save_cache)
+        )
         if predictors:
             scheduler.compile_kernels()
         if options.engine == LLAMACPP:
@@ -145,6 +149,8 @@ def _load(
         if predictors and any(spare):
             prefetcher = Prefetcher(predictors, runner.tiers or experts)
             runner.prefetch(prefetcher)
+        if limit and not runner.tiers:  # copies to a device need slots to stay where they are
+            experts.before_step = _governor(experts, runner, catalog, limit, spare).before_step
         resources = ExitStack()
         ranked = None
         saved = None
@@ -184,6 +190,15 @@ def _load(
         loaded_model.telemetry.load_seconds = time.perf_counter() - started
         resources.enter_context(stack.pop_all())
         return loaded_model
+
+
+def _governor(
+    experts: ExpertCache, engine: Engine, catalog: ExpertCatalog, limit: int, spare: Sequence[int]
+) -> Governor:
+    """What keeps the process to `limit` bytes, and leaves the engine slots for its micro-batches."""
+    sequences = engine.sequences if isinstance(engine, LlamaEngine) else 1
+    needed = sizing.least_slots(catalog, engine.n_ubatch, sequences)
+    return Governor(experts, limit, [n + away for n, away in zip(needed, spare, strict=True)])
 
 
 def _saved_conversations(session: Session, opened: Opened, most: int) -> SavedConversations | None:

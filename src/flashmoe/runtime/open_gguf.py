@@ -11,6 +11,7 @@ from flashmoe.common import memory
 from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.loader import LoadedModel
+from flashmoe.engines.llamacpp.scratch import touched_bytes
 from flashmoe.engines.llamacpp.tested import tested_library
 from flashmoe.runtime import budget
 from flashmoe.runtime.embedding import choose_pooling
@@ -134,9 +135,11 @@ def _best_step(
         engine, nbytes, _ = _measured(partial(make, n_ubatch=n))
         engine.close()
         taken.append(nbytes)
-    each = max(0, taken[1] - taken[0]) / (many - few)
     left = limit - memory.status_bytes("VmRSS") - budget.RESERVE - taken[0]
-    found = sizing.ubatches(catalog, context, left, each, align)
+    slots = sizing.slots_for(catalog, max(left, sizing.least_pool(catalog, align)), align)
+    scratch = [touched_bytes(catalog, slots, n) for n in (few, many)]
+    each = max(0, taken[1] + scratch[1] - taken[0] - scratch[0]) / (many - few)
+    found = sizing.ubatches(catalog, context, left - scratch[0], each, align)
     return found[0].tokens if found else sizing.USUAL_UBATCH
 
 
@@ -196,7 +199,14 @@ def _fit(
                 limit - used, options.cache_ram_bytes, engine.checkpoint_bytes(), sequences
             )
             used += kept.nbytes
-            pool = budget.plan_pool(catalog, limit, used, align, memory.status_bytes("VmHWM"))
+            pool = budget.plan_pool(
+                catalog,
+                limit,
+                used,
+                align,
+                memory.status_bytes("VmHWM"),
+                partial(touched_bytes, catalog, n_ubatch=max(step, sequences)),
+            )
             allowed = 0
             if pool.slots:
                 allowed = fit_step(pool.slots, step, sequences)

@@ -99,9 +99,18 @@ class Report:
             f"reads {io['read_bytes_per_second'] / 1e9:.2f} GB/s on average{ceiling}; "
             f"memory {format_bytes(m['peak_bytes'])} at most{budget}; weights {self.layout}"
             + (f", kernels {self.kernels}" if self.kernels else ""),
+            *self._given_back(),
             *self._tiers(),
             self.advice["sentence"],
             *([self.kernels_hint] if self.kernels_hint else []),
+        ]
+
+    def _given_back(self) -> list[str]:
+        now, most = self.memory["given_back_bytes"], self.memory["most_given_back_bytes"]
+        if not most:
+            return []
+        return [
+            f"the pool has given back up to {format_bytes(most)} of its memory, {format_bytes(now)} at present"
         ]
 
     def _tiers(self) -> list[str]:
@@ -143,12 +152,14 @@ def make_report(
     ceiling: float,
     tiers: dict[str, float],
     warm: tuple[int, int] = (0, 0),
+    given_back: tuple[int, int] = (0, 0),
 ) -> Report:
     """Put the counters together. `cache` and `io` cover decoding; their prefill counterparts stand beside them.
 
     kernels: those in use, and what better ones would be worth. tiers: see engines.base.Tiers.
     expert_bytes, misses, others: see runtime.advice.advise.
-    warm: experts that a warm start brought back, and bytes that it read in the background.
+    warm: experts that a warm start brought back, and bytes that it read in the background. given_back: bytes of the
+    pool that it does without, now and at most so far.
     """
     decode, prefill = stats["decode"], stats["prefill"]
     main, phase = (decode, telemetry.decode) if telemetry.decode.tokens else (prefill, telemetry.prefill)
@@ -204,7 +215,12 @@ def make_report(
             "stall_seconds": main.stall_seconds,
             "overhead_seconds_per_token": main.overhead_seconds / max(1, phase.tokens),
         },
-        memory={"budget_bytes": budget, "peak_bytes": status_bytes("VmHWM")},
+        memory={
+            "budget_bytes": budget,
+            "peak_bytes": status_bytes("VmHWM"),
+            "given_back_bytes": given_back[0],
+            "most_given_back_bytes": given_back[1],
+        },
         start={
             "load_seconds": telemetry.load_seconds,
             "first_token_seconds": telemetry.first_token_seconds,

@@ -25,7 +25,6 @@ class Comparing:
     def __init__(self, model: Model, broadcast: Broadcast) -> None:
         self._model, self._broadcast = model, broadcast
         self._group = model.cache.policy.residency.group.copy()
-        self._quota = model.cache.policy.residency.quota.copy()  # before a prompt borrows from it
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._wanted_until = self._worked = 0.0
@@ -52,7 +51,9 @@ class Comparing:
                 continue
             seen = blocks[-1]
             self._worked = time.thread_time()
-            for found in compare(blocks, self._quota, self._group):
+            residency = self._model.cache.policy.residency
+            quota = residency.quota + residency.lent  # a prompt borrows from it
+            for found in compare(blocks, quota, self._group):
                 self._rest()
                 self._latest = found or self._latest
             self.advice = self._model.report(pause=self._rest).advice

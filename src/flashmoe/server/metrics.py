@@ -60,7 +60,7 @@ class _ModelCollector(Collector):
         yield read
         residency = model.cache.policy.residency
         for name, text, gauge in (
-            ("pool_slots", "Slots of the expert pool.", residency.n_slots),
+            ("pool_slots", "Slots of the expert pool that are in use.", sum(model.cache.elastic.slots)),
             ("pool_slots_used", "Slots that hold an expert.", int(residency.used.sum())),
             ("experts", "Experts of the model, all layers.", model.catalog.total_experts),
             ("requests_running", "Requests that have a slot of the server.", self._traffic.running),

@@ -1,4 +1,4 @@
-"""Anonymous memory that is reserved at once and committed page by page, when touched."""
+"""Anonymous memory that is reserved at once, committed page by page, when touched or asked for, and given back."""
 
 from __future__ import annotations
 
@@ -14,17 +14,28 @@ from flashmoe.errors import BudgetError
 
 # In Python's mmap module from 3.13 on; the value is Linux's on x86 and Arm
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; not in Python's mmap module
+_LOOK = 256 << 20  # bytes whose pages are asked for at once
+_PRESENT = bytes(byte & 1 for byte in range(256))  # mincore's lowest bit; the others are reserved
 
-_HUGE_PAGE_SIZE = Path("/sys/kernel/mm/transparent_hugepage/hpage_pmd_size")
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 
 
 @cache
 def huge_page() -> int:
     """Bytes of this machine's transparent huge pages; of a usual one where it has none."""
     try:
-        return int(_HUGE_PAGE_SIZE.read_text())
+        return int((_HUGE_PAGES / "hpage_pmd_size").read_text())
     except (OSError, ValueError):
         return 2 << 20
+
+
+def huge_pages_everywhere() -> bool:
+    """Whether large memory is made of huge pages unasked: then touching a byte of it takes one."""
+    try:
+        return "[always]" in (_HUGE_PAGES / "enabled").read_text()
+    except OSError:
+        return False
 
 
 def reserve(nbytes: int) -> tuple[mmap.mmap, int]:
@@ -82,3 +93,39 @@ def reserve_huge(nbytes: int) -> tuple[mmap.mmap, int]:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE, aligned - start, nbytes // page * page)
     return memory, aligned
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    """Its functions release Python's lock, which those of mmap objects do not."""
+    libc = ctypes.CDLL(None)
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+    return libc
+
+
+def commit(address: int, nbytes: int) -> bool:
+    """Have memory at a page's beginning present; whether the system can do that (Linux 5.14)."""
+    return bool(_libc().madvise(address, nbytes, _MADV_POPULATE_WRITE) == 0)
+
+
+def give_back(address: int, nbytes: int) -> None:
+    """Free the whole pages among `nbytes` of reserved memory; where they are touched again, they are zero."""
+    first, end = (
+        -(-address // mmap.PAGESIZE) * mmap.PAGESIZE,
+        (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE,
+    )
+    if end > first:
+        _libc().madvise(first, end - first, mmap.MADV_DONTNEED)
+
+
+def absent_bytes(address: int, nbytes: int) -> int:
+    """How much of reserved memory, from a page's beginning on, is not present; 0 where that cannot be told."""
+    absent = 0
+    for done in range(0, nbytes, _LOOK):
+        pages = -(-min(_LOOK, nbytes - done) // mmap.PAGESIZE)
+        present = ctypes.create_string_buffer(pages)
+        if _libc().mincore(address + done, pages * mmap.PAGESIZE, present) != 0:
+            return 0
+        absent += pages - present.raw[:pages].translate(_PRESENT).count(1)
+    return absent * mmap.PAGESIZE

@@ -29,6 +29,7 @@ _SAMPLE_BYTES = 32 << 20
 _ROUNDS = 3
 _MOST_SECONDS = 2.0  # no further round after that
 _SLOTS = 8
+_MOST_HELD = 16 << 20  # bytes of them: a budget counts with so much for all that comes late
 _SECONDS = 0.15  # for one rate
 _LEAST_FILE = 256 << 20  # smaller files tell nothing about a drive
 #: Reads under way and bytes per read (0: whole weights) that are tried; the first is what a reader does untold.
@@ -62,7 +63,7 @@ def read_ceiling(
     key = _key(reader, read_bytes)
     if fresh or key not in notes or notes[key].gb_per_s < reached:
         try:
-            notes[key] = _measure(reader, read_bytes)
+            notes[key] = _measure(reader.files[_largest(reader)].path, read_bytes)
         except ReadError:
             return 0.0
         with suppress(OSError):  # measured again next time
@@ -109,42 +110,42 @@ def _read_notes() -> dict[str, Drive]:
     return {key: drive for key, drive in drives.items() if (drive.depth, drive.chunk) in _TRIED}
 
 
-def _measure(reader: ExpertReader, read_bytes: int) -> Drive:
-    """Try each way in turn, several times. Raises ReadError."""
-    number = _largest(reader)
-    file = reader.files[number]
-    unit = max(file.align, file.align_memory, 4096)
-    size = max(unit, min(read_bytes, 8 << 20) // unit * unit)
-    # the pool's kind of memory: a read into huge pages is one piece for the drive, into small ones it is hundreds;
-    # a few slots in turn, so that the measurement fits into a tight budget
-    memory, address = reserve_huge(_SLOTS * size)
-    ctypes.memset(address, 0, _SLOTS * size)  # first touch is not the drive's time
-    draw = random.Random(0)
-    units = file.size // unit - size // unit
-    rates: dict[tuple[int, int], list[float]] = {way: [] for way in _TRIED}
-    began = time.perf_counter()
-    for _ in range(_ROUNDS):
-        for way, measured in rates.items():
-            reader.tune(*way)
-            count = max(_SLOTS, _SAMPLE_BYTES // size)
-            reads = [
-                Read(number, draw.randrange(units) * unit, size, address + i % _SLOTS * size)
-                for i in range(count)
-            ]
-            started = time.perf_counter()
-            try:
+def _measure(path: Path, read_bytes: int) -> Drive:
+    """Try each way in turn, several times, with a reader of its own: others may be at work. Raises ReadError."""
+    reader = ExpertReader([path])
+    try:
+        file = reader.files[0]
+        unit = max(file.align, file.align_memory, 4096)
+        size = max(unit, min(read_bytes, _MOST_HELD // 2) // unit * unit)
+        # the pool's kind of memory: a read into huge pages is one piece for the drive, into small ones it is hundreds;
+        # a few slots in turn, so that the measurement fits into a tight budget
+        slots = min(_SLOTS, _MOST_HELD // size)
+        memory, address = reserve_huge(slots * size)
+        reader.keep(memory)  # reads may still be under way where one fails
+        ctypes.memset(address, 0, slots * size)  # first touch is not the drive's time
+        draw = random.Random(0)
+        units = file.size // unit - size // unit
+        count = max(_SLOTS, _SAMPLE_BYTES // size)
+        rates: dict[tuple[int, int], list[float]] = {way: [] for way in _TRIED}
+        began = time.perf_counter()
+        for _ in range(_ROUNDS):
+            for way, measured in rates.items():
+                reader.tune(*way)
+                reads = [
+                    Read(0, draw.randrange(units) * unit, size, address + i % slots * size)
+                    for i in range(count)
+                ]
+                started = time.perf_counter()
                 reader.wait(reader.demand(reads))
-            except ReadError:
-                reader.keep(memory)  # reads may still be under way
-                raise
-            measured.append(count * size / (time.perf_counter() - started) / 1e9)
-        if time.perf_counter() - began > _MOST_SECONDS:
-            break
+                measured.append(count * size / (time.perf_counter() - started) / 1e9)
+            if time.perf_counter() - began > _MOST_SECONDS:
+                break
+    finally:
+        reader.close()
     medians = {way: statistics.median(measured) for way, measured in rates.items()}
     usual, best = _TRIED[0], max(_TRIED, key=medians.__getitem__)
     pairs = list(zip(rates[best], rates[usual], strict=True))
     chosen = best if len(pairs) == _ROUNDS and all(a > _BETTER * b for a, b in pairs) else usual
-    reader.tune(*chosen)
     return Drive(medians[chosen], *chosen)
 
 

@@ -64,6 +64,7 @@ class Context:
             params.cb_eval, params.cb_eval_user_data = callback
         lib.messages.clear()
         self._pool: int | None = None
+        own_threads = not lib.openmp
         self._pointer: int | None = lib.llama_init_from_model(model, params)
         self._memory = lib.llama_get_memory(self._pointer) if self._pointer else None
         if self._pointer and not self._memory and params.n_outputs_max < n_ubatch:  # then all are outputs
@@ -95,8 +96,12 @@ class Context:
             ),
             logits=(C.c_int8 * n_ubatch)(),
         )
-        if not lib.openmp:
-            self._attach_threads(threads)
+        if own_threads:
+            try:
+                self._attach_threads(threads)
+            except BaseException:
+                self.close()
+                raise
 
     def _attach_threads(self, threads: int) -> None:
         """Without OpenMP, every cut of the graph would start threads anew: keep them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes as C
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,6 @@ class LlamaEngine:
             cache_types=cache_types,
         )
         self.threads, self._cache_types = threads, cache_types
-        self._spinning = Spinning(lib, threads)
         self._serving = False
         #: How `embedding` is made: one of context.POOLING.
         self.pooling = pooling
@@ -77,8 +76,12 @@ class LlamaEngine:
         #: What will be taken when the first tokens come: outputs of an embedding's micro-batch, rows of tables.
         outputs = pooling != "none" or not self._context.remembers
         self.late_bytes = 4 * n_ubatch * (self.n_vocab + self.n_embd) if outputs else 0
-        self.late_bytes += sum(table.bytes_for(n_ubatch) for table in model.tables.values())
         self.n_ctx, self.n_ubatch, self.sequences = self._context.n_ctx, n_ubatch, sequences
+        with ExitStack() as undo:
+            undo.callback(self._context.close)
+            self.late_bytes += sum(table.bytes_for(n_ubatch) for table in model.tables.values())
+            self._spinning = Spinning(lib, threads)
+            undo.pop_all()
 
     def attach(self, pool: SlotPool, slots: Sequence[int], cache: ExpertCache) -> None:
         """Let the experts live in `pool`, of `slots[g]` slots in size group g, filled by `cache`."""

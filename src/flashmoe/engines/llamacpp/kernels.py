@@ -145,4 +145,7 @@ def hint(lib: Library) -> str:
         return ""
     own = compiled_for(lib.features) or "no special instructions"
     worth = _WORTH.get((own, better), "a good deal")
-    return f"the engine in use has {own}, this processor {better}: `flashmoe engine build` (a minute) is worth {worth}"
+    return (
+        f"the engine in use has {own}, this processor {better}: "
+        f"`flashmoe engine build` (a minute or two) is worth {worth}"
+    )

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import subprocess
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -31,7 +30,7 @@ _OPTIONS = {
     "CMAKE_BUILD_WITH_INSTALL_RPATH": "ON",
     "CMAKE_INSTALL_RPATH": "$ORIGIN",
 }
-_LAST_LINES = 3
+_LINES = 3  # of an error
 
 #: Called with a variant's name, the steps done and their number.
 Progress = Callable[[str, int, int], None]
@@ -98,7 +97,8 @@ class Tree:
         """What ggml thinks of a variant on this processor; 0 for one that does not run here."""
         objects = list(self._folder.rglob(f"ggml-cpu-{variant}-feats.dir/**/*.o"))
         library = self._folder / f"feats-{variant}.so"
-        self._output([*self._tools.cxx, "-shared", "-o", str(library), *map(str, objects)])
+        link = [*self._tools.cxx, "-shared", "-o", str(library), *map(str, objects)]
+        self._run(link, "linking", lambda line: None)
         return score(library)
 
     def _build(self, targets: Sequence[str], what: str, progress: Callable[[int, int], None]) -> None:
@@ -119,14 +119,9 @@ class Tree:
         ]
         self._run(command, what, look)
 
-    def _output(self, command: Sequence[str]) -> str:
-        lines: list[str] = []
-        self._run(command, "compiling", lines.append)
-        return "\n".join(lines)
-
     def _run(self, command: Sequence[str], what: str, look: Callable[[str], None]) -> None:
         """Run a command, whose children end with it whatever happens here."""
-        last: deque[str] = deque(maxlen=_LAST_LINES)
+        said: list[str] = []  # from the first error on
         with subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -140,12 +135,12 @@ class Tree:
                 assert child.stdout
                 for line in child.stdout:
                     look(line.rstrip())
-                    if re.search(r"error|not found|cannot", line, re.I) or not last:
-                        last.append(line.strip())
+                    if line.strip() and (said or re.search(r"\berror\b", line, re.I)):
+                        said += [line.strip()][: _LINES - len(said)]
                 status = child.wait()
             except BaseException:
                 with suppress(ProcessLookupError):
                     os.killpg(child.pid, signal.SIGKILL)
                 raise
         if status:
-            raise FlashMoEError(f"{what} with {self._tools.compiler} has failed ({'; '.join(last)})")
+            raise FlashMoEError(f"{what} with {self._tools.compiler} has failed ({' '.join(said)})")
