@@ -25,6 +25,7 @@ from tests.models.families import FAMILIES, WIDE
 from tests.models.library import families
 
 PART = "50%"
+WITHOUT_LOGITS = ("llama-embed-moe", "nomic-bert-moe")  # their graphs end with embeddings
 BATCH = 16  # models that are made together
 MACHINE = Machine(compute={"Q8_0": 10.0}, drive={1: 1.0, 4: 2.0, 32: 3.0})
 
@@ -77,7 +78,7 @@ def test_a_family(name: str, path_of: Callable[[str], Path], lib: Library) -> No
                 differing = np.flatnonzero((got.view(np.int32) != expected.logits.view(np.int32)).any(axis=1))
                 assert not len(differing), f"{cache}: logits differ from token {differing[0]} on"
                 assert np.isfinite(got).all()
-                assert np.std(got, axis=0).mean() > 0  # they depend on the text
+                assert np.std(got, axis=0).mean() > 0 or name in WITHOUT_LOGITS  # they depend on the text
                 as_recorded(model)
             if cache == "1":
                 assert model.cache.policy.residency.n_slots == sum(group_top_k(model.catalog))

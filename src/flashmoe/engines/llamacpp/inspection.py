@@ -131,7 +131,9 @@ class Inspection:
         layer = self._tensors[_root(node.src[table])]
         if self._renamed[_root(node.src[indices])] != layer:
             raise self._refusal(node, _UNKNOWN)
-        if node.src[table] in self._last:
+        if self._model.catalog.layers[layer].values:  # afterwards its ids are those of experts again
+            del self._renamed[_root(node.src[indices])]
+        elif node.src[table] in self._last:
             name, _, number = Tensor.from_address(node.src[1]).name.rpartition(b"-")
             self._late_inputs.add(name + b"-" if number.isdigit() else b"")
 
