@@ -46,7 +46,7 @@ def test_prefetching_among_64_experts(name: str, paths: dict[str, Path], lib: Li
         with (
             streaming_tables_from(0),
             flashmoe.load(
-                paths[name], cache="40%", prefetch="gate", threads=1, layout="plain", n_ctx=CONTEXT,
+                paths[name], cache="70%", prefetch="gate", threads=1, layout="plain", n_ctx=CONTEXT,
                 all_logits=True, library=lib,
             ) as model,
         ):  # fmt: skip
