@@ -169,7 +169,7 @@ def test_change_of_a_policy_or_of_what_policies_share(tmp_path: Path) -> None:
     recompiled = {name: [*found[:2], [] if name == "lru" else ["begin"]] for name, found in kept.items()}
     assert python(tmp_path, POLICIES) == recompiled
 
-    at = "slot = res.slot_of[layer, expert]\n    if slot < 0:\n        return -"
+    at = "slot = np.int64(res.slot_of[layer, expert])\n    if slot < 0:\n        return -"
     edit(package / "cache/kernels/loops.py", at + "1", at + "2")
     assert python(tmp_path, POLICIES) == {**kept, "lru": [-2, kept["lru"][1], ["release"]]}
 
