@@ -31,7 +31,7 @@ import flashmoe
 from flashmoe.common.memory import status_bytes
 
 model, ram, n_prompt, n_decode, step = sys.argv[1], *map(int, sys.argv[2:])
-with flashmoe.load(model, ram=ram, n_ctx=2048, n_ubatch=step or None) as loaded:
+with flashmoe.load(model, ram=ram, n_ctx=512 if model == "demo" else 2048, n_ubatch=step or None) as loaded:
     draw, experts = np.random.default_rng(0), loaded.catalog.n_experts
 
     def pick(layer, ids):

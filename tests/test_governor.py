@@ -5,9 +5,17 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from flashmoe.bench.make_model import make_model
+from flashmoe.bench.shapes import SHAPES
+from tests import pressure
+from tests.test_budget import ControlGroup, control_group
+
+__all__ = ["control_group"]  # a fixture
 
 # generates twice, at first beside memory that no estimate knows of: so many MiB beyond the budget
 UNCOUNTED = """
@@ -30,7 +38,7 @@ with flashmoe.load("demo", ram=ram, threads=1, n_ctx=512, prefetch="none") as mo
             made.step()
         governor = model.cache.before_step.__self__
         governor._next = 0.0
-        governor.before_step()
+        governor._before_step()
         model.cache.begin_step(1, model.catalog.top_k)
         found.append({
             "tokens": made.made,
@@ -76,3 +84,31 @@ def test_what_nobody_counted_is_given_back_and_taken_again(usual: dict) -> None:
     assert roomy["resident"] <= 300 << 20
     assert roomy["memory"]["most_given_back_bytes"] == tight["memory"]["given_back_bytes"]
     assert any("the pool has given back up to" in line for line in other["lines"])
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 480 MB of experts, 64 in each of 12 layers."""
+    path = tmp_path_factory.mktemp("pressure") / "m.gguf"
+    shape = replace(SHAPES["OLMoE-1B-7B"].scaled(0.4), layers=12, experts=64, vocab=2048)
+    make_model("OLMoE", shape, path)
+    return path
+
+
+def test_memory_gives_way_to_a_neighbour(control_group: ControlGroup, large: Path) -> None:
+    """In one control group: what the neighbour wants is given back, and taken again later; the output is the same."""
+    del control_group  # there is a right to make one
+    limit, takes = 900 << 20, 420 << 20
+    seen = pressure.run(large, limit, takes, 150, piece=24 << 20, held=50, calm=0.3)
+    assert seen.oom_kills == 0
+    assert len(seen.tokens) == 150
+    begun, freed = seen.taken
+    assert seen.slots[begun - 1] == seen.most
+    beside = min(seen.slots[begun:freed])
+    assert beside < 0.8 * seen.most
+    assert max(seen.slots[freed:]) > beside + 0.5 * (seen.most - beside)  # most come again
+    assert seen.report["memory"]["most_given_back_bytes"] > 0
+    usual = pressure.run(large, limit, 0, 150)
+    assert set(usual.slots) == {usual.most}
+    assert usual.report["memory"]["most_given_back_bytes"] == 0
+    assert usual.tokens == seen.tokens

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flashmoe.cache import sizing
-from flashmoe.errors import BudgetError, ModelError, UsageError
+from flashmoe.errors import BudgetError, FlashMoEWarning, ModelError
 from flashmoe.routing.trace import RoutingTrace
 from flashmoe.simulate.curve import HitCurve, hit_curve, nearest, shipped
 from flashmoe.storage import disk
@@ -77,8 +77,8 @@ def test_a_context_takes_slots(tiny: Tiny) -> None:
     assert few.slots == many.slots  # the smallest pool in both
     more = context_bytes(catalog.gguf, 512) - context_bytes(catalog.gguf, 64)
     assert many.budget_bytes - few.budget_bytes == more > 0
-    with pytest.raises(UsageError, match="more than this model was trained for"):
-        make_plan(catalog, MACHINE, CURVE, n_ctx=513)
+    with pytest.warns(FlashMoEWarning, match="more than this model was trained for"):
+        assert make_plan(catalog, MACHINE, CURVE, n_ctx=1024).rows[0].context == 1024
 
 
 def test_the_micro_batch_is_what_loading_chooses(tiny: Tiny) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from flashmoe.cache import prefault as prefaults
 from flashmoe.cache import sizing
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.cache.policies import create
@@ -145,7 +147,54 @@ def test_prefault_stops_at_its_bound_and_goes_on_where_it_stopped() -> None:
     prefault.close()
 
 
-def test_a_file_is_not_needed_for_addresses(tmp_path: Path) -> None:
+def test_prefault_rests_while_reads_are_far_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the priority of every other thread, and works as long as reads come near."""
+    monkeypatch.setattr(prefaults, "_LEAD", 8 << 20)
+    priorities, steps = set(), []
+
+    def commit(address: int, nbytes: int) -> bool:
+        priorities.add(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        steps.append((address, nbytes))
+        return True
+
+    monkeypatch.setattr(prefaults, "commit", commit)
+    prefault = Prefault([(1 << 30, 64 << 20), (2 << 30, 16 << 20)])
+    assert not prefault.far_ahead
+    for _ in range(2):
+        assert prefault._go_on()
+    assert prefault.far_ahead  # 4 MiB of each
+    prefault.reach(1, 1 << 20)
+    assert not prefault.far_ahead
+    assert prefault._go_on()
+    assert prefault.far_ahead
+    prefault.reach(1, 16 << 20)
+    while not prefault.far_ahead:
+        assert prefault._go_on()
+    assert sum(nbytes for address, nbytes in steps if address >= 2 << 30) == 16 << 20
+    prefault.reach(0, 64 << 20)
+    prefault.start()
+    prefault.join()
+    assert sum(nbytes for _, nbytes in steps) == 80 << 20
+    assert priorities == {os.getpriority(os.PRIO_PROCESS, 0)}
+
+
+def test_reads_say_how_far_they_have_come(checked: Checked) -> None:
+    pool = checked.pool
+    lead = pool._prefault._lead
+    assert pool._prefault._reached == [0] * len(pool.regions)
+    checked.ensure(2, [1, 2, 3])  # of the second size group
+    strides = [stride for _, stride in pool._strides[1]]
+    first = len(pool._strides[0])
+    assert pool._prefault._reached[first:] == [3 * stride for stride in strides]
+    assert set(pool._prefault._reached[:first]) == {0}
+    assert lead >= 2 << 20
+    checked.ensure(2, [2])
+    assert pool._prefault._reached[first] == 3 * strides[0]
+    pool.use(1, 2)
+    assert pool._prefault._reached[first] == 2 * strides[0]
+
+
+def test_absent_bytes() -> None:
     """What was touched is present, what was not is absent, to the page."""
     memory, address = reserve(1 << 20)
     assert absent_bytes(address, 1 << 20) == 1 << 20

@@ -128,8 +128,14 @@ def test_unknown_policy(tiny: Tiny) -> None:
 
 
 def test_context(tiny: Tiny) -> None:
-    fails(2, "a context of 5000 tokens is more than this model was trained for", tiny("llama"), "-c", 5000)
-    fails(2, "at least 1", tiny("llama"), "-c", 0)
+    for wrong in (0, -5, 5_000_000_000):
+        fails(2, "at least 1, and at most", tiny("llama"), "-c", wrong)
+
+
+def test_threads(tiny: Tiny) -> None:
+    fails(
+        2, "at most 512 threads", tiny("llama"), "-t", 513, stdin="x"
+    )  # beyond that the library ends the process
 
 
 def test_prompt_longer_than_the_context(tiny: Tiny) -> None:

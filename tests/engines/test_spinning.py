@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 from flashmoe.common.machine import seconds_without_core
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.spinning import Team
 
+PATIENCE = 10.0  # seconds that OpenMP's threads may take to end: nothing joins them
 
-def threads() -> int:
-    return len(os.listdir("/proc/self/task"))
+
+def threads_settle_at(wanted: int) -> bool:
+    """Whether this process comes to have so many threads."""
+    end = time.monotonic() + PATIENCE
+    while len(os.listdir("/proc/self/task")) != wanted:
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def test_a_team_comes_and_goes(lib: Library) -> None:
-    before, team = threads(), Team(lib.openmp_runtime, 3)
+    before, team = len(os.listdir("/proc/self/task")), Team(lib.openmp_runtime, 3)
     for _ in range(2):
         team.assemble()
         team.assemble()
-        assert threads() == before + 1 + 3  # the one that leads
+        assert threads_settle_at(before + 1 + 3)  # the one that leads
         team.dismiss()
         team.dismiss()
-        assert threads() == before
+        assert threads_settle_at(before)
 
 
 def test_waiting_is_counted() -> None:

@@ -51,10 +51,10 @@ class ElasticPool:
                 continue
             self._evict(np.flatnonzero(residency.group == group), left[group])
             self._move(group, wanted)
-            self.slots[group] = wanted
             self._pool.use(group, wanted)
             if wanted > before:
                 self._pool.prefault()
+        self.slots = list(slots)  # at once: other threads read it
         self.most_unused_bytes = max(self.most_unused_bytes, self.unused_bytes)
 
     def _evict(self, members: np.ndarray, most: int) -> None:

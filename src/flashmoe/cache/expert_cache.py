@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
@@ -24,6 +25,7 @@ from flashmoe.storage.reader import ExpertReader
 
 Int32 = NDArray[np.int32]
 
+_NOTICED = 0.001  # seconds after which what one thread has written is seen by compiled code in another one
 SURE = 0.7  # of a layer's experts asked for by a micro-batch: then the next layer's are read ahead
 
 
@@ -51,6 +53,9 @@ class ExpertCache:
         self._wanted: Sequence[int] | None = None  # slots, where others are to be in use
         #: Called before every step; it may call `resize`.
         self.before_step: Callable[[], None] = lambda: None
+        #: The engine's, for any thread: has its next step announced, come what may; whether it computes none now.
+        self.on_resize: Callable[[], bool] = lambda: True
+        self._stepping = False
         self._filling = Filling(pool, reader, policy)
         self._first_slot = self._filling.first_slots
         self.warm: WarmStart | None = None
@@ -87,6 +92,7 @@ class ExpertCache:
         slots that other layers need last (`find_victim`), for as long as it is asked for.
         """
         with self._lock:
+            self._stepping = True
             self._filling.finish(self.stats[self.phase])
             self.before_step()
             self._adjust()
@@ -99,12 +105,27 @@ class ExpertCache:
             self._step = 1 if together else tokens, top_k
             self._window.resize(*self._step)
 
+    def end_step(self) -> None:
+        """What `begin_step` has announced is computed, or has failed."""
+        self._stepping = False
+
     def resize(self, slots: Sequence[int]) -> None:
         """Have `slots[g]` slots of each size group in use (see ElasticPool), from the next step or layer on.
 
         From any thread.
         """
         self._wanted = list(slots)
+
+    def resize_now(self, slots: Sequence[int]) -> None:
+        """`resize`, at once where no step is under way. From a thread that evaluates nothing."""
+        if list(slots) == self.elastic.slots:
+            return
+        self.resize(slots)
+        self.on_resize()
+        time.sleep(_NOTICED)
+        with self._lock:
+            if not self._stepping and self.on_resize():
+                self._adjust()
 
     def _adjust(self) -> None:
         """Have as many slots in use as are wanted; while none is used."""

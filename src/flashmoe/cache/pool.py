@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe.cache.prefault import Prefault
+from flashmoe.common import numa
 from flashmoe.storage.addresses import reserve_huge
 from flashmoe.storage.catalog import ExpertCatalog, ExpertTensor
 from flashmoe.storage.reader import ExpertReader, Read
@@ -105,7 +106,9 @@ class SlotPool:
         self._maps: list[mmap.mmap] = []
         #: Address and bytes of all its memory.
         self.regions: list[tuple[int, int]] = []
+        self._groups = catalog.groups
         self._strides: list[list[tuple[int, int]]] = []  # of each group: its regions' numbers and strides
+        self._highest = [-1] * len(slots)  # slot of each group that was read to
         self.windows: list[list[Window]] = [[] for _ in catalog.layers]
         self._tables: list[list[tuple[Window, NDArray[np.uint8]]]] = [[] for _ in catalog.layers]
         weights, tables = _regions(catalog, align)
@@ -127,6 +130,7 @@ class SlotPool:
         """Memory of a region of the latest group; its address."""
         nbytes = slots * region.stride
         memory, address = reserve_huge(nbytes)
+        numa.spread(address, nbytes)
         if hasattr(
             mmap, "MADV_DONTFORK"
         ):  # a forked process would get page tables of gigabytes, and never use them
@@ -153,6 +157,7 @@ class SlotPool:
 
     def use(self, group: int, slots: int) -> None:
         """Use the first `slots` slots of a size group only: the memory of the others is given back."""
+        self._highest[group] = min(self._highest[group], slots - 1)
         for region, stride in self._strides[group]:
             self._prefault.bound(region, slots * stride)
 
@@ -164,6 +169,11 @@ class SlotPool:
 
     def reads(self, layer: int, expert: int, slot: int) -> list[Read]:
         """What must be read to fill `slot` (numbered in the layer's group) with an expert, tensor by tensor."""
+        group = self._groups[layer]
+        if slot > self._highest[group]:
+            self._highest[group] = slot
+            for region, stride in self._strides[group]:
+                self._prefault.reach(region, (slot + 1) * stride)
         return [
             Read(file, offset, nbytes, window.address + slot * window.stride + at, place, whole)
             for window in self.windows[layer]

@@ -1,17 +1,23 @@
-"""Commits a pool's memory in the background: touching it first while reading costs more than the read itself."""
+"""Commits a pool's memory in the background: touching it first while reading costs more than the read itself.
+
+Compute threads spin while they wait for each other: a thread of the least priority would hardly run beside them, and
+one that takes a core stops them all. So the thread has a usual priority, works as long as reads are close behind it,
+and else rests most of the time.
+"""
 
 from __future__ import annotations
 
-import os
-import sys
 import threading
+import time
 from collections.abc import Sequence
 from mmap import PAGESIZE
 
 from flashmoe.storage.addresses import absent_bytes, commit, give_back
 
 _STEP = 2 << 20  # bytes; small: page faults of other threads may have to wait for its end
-_LEAST_PRIORITY = 19
+_LEAD = 256 << 20  # bytes, of all regions: what drives read in some 50 ms
+_RESTS = 20  # times as long as it works, where reads are so far behind
+_PAUSE = 0.02  # seconds between two looks whether they are
 
 
 class Prefault:
@@ -22,8 +28,10 @@ class Prefault:
         self._addresses = [address for address, _ in regions]
         self._bounds = [nbytes for _, nbytes in regions]
         self._done = [0] * len(regions)
+        self._reached = [0] * len(regions)  # what reads go to
         self._lock = threading.Lock()  # held while memory is committed or given back
-        self._stop = False
+        self._lead = max(_STEP, _LEAD // max(1, len(regions)))
+        self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     @property
@@ -42,8 +50,21 @@ class Prefault:
         with self._lock:
             before, self._bounds[region] = self._bounds[region], nbytes
             self._done[region] = min(self._done[region], nbytes) // PAGESIZE * PAGESIZE
+            self._reached[region] = min(self._reached[region], nbytes)
             if nbytes < before:
                 give_back(self._addresses[region] + nbytes, before - nbytes)
+
+    def reach(self, region: int, nbytes: int) -> None:
+        """Reads go to the first `nbytes` of a region from here on."""
+        self._reached[region] = nbytes
+
+    @property
+    def far_ahead(self) -> bool:
+        """Whether it is long before reads get to memory that is not committed."""
+        return all(
+            done >= min(bound, reached + self._lead)
+            for done, bound, reached in zip(self._done, self._bounds, self._reached, strict=True)
+        )
 
     def join(self) -> None:
         """Wait until everything is committed, or that has failed."""
@@ -52,16 +73,17 @@ class Prefault:
 
     def close(self) -> None:
         """End."""
-        self._stop = True
+        self._stop.set()
         self.join()
 
     def _run(self) -> None:
-        if sys.platform == "linux":  # where a thread has a priority of its own
-            # compute threads spin for each other: one that has to give way to this thread stops them all
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LEAST_PRIORITY)
         # region by region in steps, all regions at the same pace: low slots are taken first
+        began = time.perf_counter()
         while self._go_on():
-            pass
+            rest = _RESTS * (time.perf_counter() - began)
+            while rest > 0 and self.far_ahead and not self._stop.wait(min(rest, _PAUSE)):
+                rest -= _PAUSE
+            began = time.perf_counter()
 
     def _go_on(self) -> bool:
         """Commit a step of each region; whether anything is left to do."""
@@ -70,7 +92,7 @@ class Prefault:
             with self._lock:
                 done = self._done[region]
                 step = min(_STEP, self._bounds[region] - done)
-                if self._stop or (step > 0 and not commit(address + done, step)):
+                if self._stop.is_set() or (step > 0 and not commit(address + done, step)):
                     return False
                 if step > 0:
                     self._done[region] = done + step

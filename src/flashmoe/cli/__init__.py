@@ -75,14 +75,28 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output has gone (`| head`)
         sys.stderr.close()
         sys.exit(0)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except (OSError, MemoryError, RuntimeError) as error:
+        reason = _limit(error)
+        if reason is None:
             raise
-        print_error(
-            stderr_console(quiet=False), FlashMoEError(f"the output cannot be written ({error.strerror})")
-        )
+        print_error(stderr_console(quiet=False), FlashMoEError(reason))
         _drop_output()
         sys.exit(1)
+
+
+def _limit(error: BaseException) -> str | None:
+    """Which limit of the system an error is, and what to do; None where it is another error."""
+    if isinstance(error, MemoryError):
+        return "the system refuses memory: give a smaller --ram or --cache, or lift a limit (ulimit -v)"
+    if isinstance(error, RuntimeError):
+        refused = "can't start new thread" in str(error)
+        return "the system refuses a thread: raise its limits (ulimit -u, ulimit -v)" if refused else None
+    code = error.errno if isinstance(error, OSError) else None
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        return f"the output cannot be written ({os.strerror(code)})"
+    if code in (errno.EMFILE, errno.ENFILE):
+        return f"{os.strerror(code)}: raise the limit (ulimit -n)"
+    return None
 
 
 def _drop_output() -> None:

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from flashmoe.cli import options
-from flashmoe.cli.progress import stderr_console
+from flashmoe.cli.progress import stderr_console, stdout_console
 from flashmoe.errors import FlashMoEError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def list_(json_file: options.Json = None) -> None:
         origin += "" if row.get("repacks", True) else ", fails with repacked weights"
         speeds = (f"{row[name]:.2f}x" if name in row else "" for name in ("decode_ratio", "prompt_ratio"))
         table.add_row("in use" if row["in_use"] else "", row["name"], origin, *speeds)
-    Console(soft_wrap=True, highlight=False).print(table)
+    stdout_console().print(table, soft_wrap=True)
 
 
 @app.command("build")
@@ -107,9 +107,9 @@ def check(json_file: options.Json = None, quiet: options.NoProgress = False) -> 
         trials = examine(bar.update)
     if json_file:
         json_file.write([_as_dict(trial) for trial in trials])
-    console = Console(soft_wrap=True, highlight=False)
+    console = stdout_console()
     for trial in trials:
-        console.print(f"{trial.name}: {_in_words(trial)}", markup=False)
+        console.print(f"{trial.name}: {_in_words(trial)}", soft_wrap=True)
     if not trials:
         console.print("no kernels beside the built-in ones: `flashmoe engine build` makes some")
     if not all(trial.proof.plain for trial in trials):
@@ -136,7 +136,7 @@ def _written(act: Any) -> None:
 
 def _report(result: Result, json_file: Any) -> None:
     """The result in a line, and as JSON."""
-    Console(soft_wrap=True, highlight=False).print(result.sentence(), markup=False)
+    stdout_console().print(result.sentence(), soft_wrap=True)
     if json_file:
         kept = result.kept
         json_file.write(

@@ -31,7 +31,8 @@ Ram = Annotated[
     str | None,
     typer.Option(
         "--ram",
-        help="Memory budget of the whole process, e.g. 6GiB (default: a share of the available memory).",
+        help="Memory budget of the whole process, e.g. 6GiB, or auto: a share of the available memory, and less while "
+        "others need it (default: auto).",
     ),
 ]
 Cache = Annotated[

@@ -62,7 +62,7 @@ def run(
             stream = (
                 _answer(loaded, text, n_predict, chosen)
                 if chat
-                else loaded.generate(text, max_tokens=n_predict, sampling=chosen)
+                else loaded.generate(text, max_tokens=n_predict, sampling=chosen, special=True)
             )
             made: list[str] = []
             try:

@@ -53,6 +53,17 @@ def memory_left() -> int:
     return max(0, min(psutil.virtual_memory().available, *left, psutil.virtual_memory().total))
 
 
+def stalled_seconds() -> float:
+    """How long programs have had to wait for memory so far, in this process's control group or on the machine; 0 where
+    the system does not tell (Linux before 4.20, or without PSI)."""
+    own = [folder / "memory.pressure" for version, folder in groups("memory") if version == 2][:1]
+    for file in (*own, Path("/proc/pressure/memory")):
+        with suppress(OSError):
+            if match := re.search(r"^some .*total=(\d+)", file.read_text(), re.MULTILINE):
+                return int(match[1]) / 1e6
+    return 0.0
+
+
 def _group_limits() -> Iterator[tuple[int, int]]:
     """Of each control group around this process with a limit: bytes of it, and bytes that are used, by all in it."""
     total = psutil.virtual_memory().total

@@ -71,6 +71,11 @@ class LayerStep:
         if self._asked is not None:
             self._asked.begin_step(tokens)
 
+    def end(self) -> None:
+        """The graph has been computed, or has failed."""
+        if self.cache is not None:
+            self.cache.end_step()
+
     def record(self, layer: int, ids: Int32, weights: Callable[[], NDArray[np.float32]]) -> None:
         """The router of a layer has picked `ids`, int32 [tokens, top_k], with `weights` of the same shape."""
         recorder = self.recorder  # another thread may take it away

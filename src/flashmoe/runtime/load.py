@@ -20,11 +20,10 @@ from flashmoe.cache.policies import create
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.pool import SlotPool
 from flashmoe.cache.residency import make_residency
-from flashmoe.common import memory
+from flashmoe.common import memory, numa
 from flashmoe.common.machine import cores
 from flashmoe.common.signals import run_apart
 from flashmoe.common.units import parse_bytes
-from flashmoe.engines.base import Engine
 from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.serving.options import ServerOptions, projector_bytes
 from flashmoe.errors import FlashMoEError, FlashMoEWarning, UsageError
@@ -34,7 +33,7 @@ from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.runtime.governor import Governor
 from flashmoe.runtime.model import Model, Progress
 from flashmoe.runtime.opening import Loading, Opened
-from flashmoe.runtime.options import LLAMACPP, TRANSFORMERS, LoadOptions
+from flashmoe.runtime.options import AUTO_RAM, LLAMACPP, TRANSFORMERS, LoadOptions
 from flashmoe.runtime.session import Session
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.hub import default_policy
@@ -99,9 +98,10 @@ def _load(
     make_policy = partial(create, options.policy or default_policy(model))
     evict = make_policy()
     predictors = create_predictors(options.prefetch)
+    auto = options.cache is None and options.ram in (None, AUTO_RAM)
     limit = 0
     if options.cache is None:
-        limit = memory.default_ram() if options.ram is None else parse_bytes(options.ram)
+        limit = memory.default_ram() if auto else parse_bytes(options.ram or 0)
 
     def prepare(catalog: ExpertCatalog) -> int:
         """Compile what is compiled; the bytes that the predictors take."""
@@ -128,14 +128,15 @@ def _load(
         progress=lambda done, total: report_progress("load", min(done, total), total),
     )
     with ExitStack() as stack:
-        if options.engine == TRANSFORMERS:
-            from flashmoe.runtime.open_checkpoint import open_checkpoint
+        with numa.spreading():
+            if options.engine == TRANSFORMERS:
+                from flashmoe.runtime.open_checkpoint import open_checkpoint
 
-            opened = open_checkpoint(loading, stack)
-        else:
-            from flashmoe.runtime.open_gguf import open_gguf
+                opened = open_checkpoint(loading, stack)
+            else:
+                from flashmoe.runtime.open_gguf import open_gguf
 
-            opened = open_gguf(loading, stack, library)
+                opened = open_gguf(loading, stack, library)
         catalog, slots, runner = opened.catalog, opened.slots, opened.engine
         pool = SlotPool(catalog, slots, opened.reader)
         stack.callback(pool.close)
@@ -150,7 +151,10 @@ def _load(
             prefetcher = Prefetcher(predictors, runner.tiers or experts)
             runner.prefetch(prefetcher)
         if limit and not runner.tiers:  # copies to a device need slots to stay where they are
-            experts.before_step = _governor(experts, runner, catalog, limit, spare).before_step
+            sequences = runner.sequences if isinstance(runner, LlamaEngine) else 1
+            needed = sizing.least_slots(catalog, runner.n_ubatch, sequences)
+            least = [n + away for n, away in zip(needed, spare, strict=True)]
+            stack.callback(Governor(experts, limit, least, gives_way=auto).close)
         resources = ExitStack()
         ranked = None
         saved = None
@@ -190,15 +194,6 @@ def _load(
         loaded_model.telemetry.load_seconds = time.perf_counter() - started
         resources.enter_context(stack.pop_all())
         return loaded_model
-
-
-def _governor(
-    experts: ExpertCache, engine: Engine, catalog: ExpertCatalog, limit: int, spare: Sequence[int]
-) -> Governor:
-    """What keeps the process to `limit` bytes, and leaves the engine slots for its micro-batches."""
-    sequences = engine.sequences if isinstance(engine, LlamaEngine) else 1
-    needed = sizing.least_slots(catalog, engine.n_ubatch, sequences)
-    return Governor(experts, limit, [n + away for n, away in zip(needed, spare, strict=True)])
 
 
 def _saved_conversations(session: Session, opened: Opened, most: int) -> SavedConversations | None:

@@ -231,7 +231,8 @@ class Model:
         assert isinstance(self.engine, TemplateEngine)
         if request:
             raise UsageError(f"the transformers engine does not know {', '.join(request)}")
-        tokens = self.engine.tokenize(self.engine.chat_prompt(messages), True)
+        # the library's templates write the token that a text begins with, as far as the model wants one
+        tokens = self.engine.tokenize(self.engine.chat_prompt(messages), True, begin=False)
         generation = self.start(tokens, max_tokens=max_tokens, sampling=sampling)
         for piece in generation.stream():
             yield {"content": piece}

@@ -11,6 +11,7 @@ from flashmoe.common import memory
 from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.loader import LoadedModel
+from flashmoe.engines.llamacpp.metadata import told_otherwise
 from flashmoe.engines.llamacpp.scratch import touched_bytes
 from flashmoe.engines.llamacpp.tested import tested_library
 from flashmoe.runtime import budget
@@ -58,6 +59,7 @@ def open_gguf(loading: Loading, stack: ExitStack, library: Library | None) -> Op
         reader,
         lambda n: loading.progress(n, dense),
         repack=layout == REPACKED,
+        told=told_otherwise(catalog.gguf, n_ctx=options.n_ctx, embeds=pooling != "none"),
     )
     stack.callback(loaded.close)
     catalog = pack.apply(loaded.catalog, reader.files) if pack else loaded.catalog

@@ -12,6 +12,9 @@ from flashmoe.errors import UsageError
 from flashmoe.runtime.layout import AUTO, REPACKED, check_layout
 
 ENGINES = (LLAMACPP, TRANSFORMERS) = ("llama.cpp", "transformers")
+AUTO_RAM = "auto"
+_MOST = (1 << 31) - 1
+_MOST_THREADS = 512  # GGML_MAX_N_THREADS
 DEFAULT_SAVED = "4GiB"  # of conversations on the drive
 
 
@@ -20,7 +23,8 @@ class LoadOptions:
     """How to load a model, checked when it is made.
 
     engine: "llama.cpp", or "transformers": Hugging Face's own model, as `.model`, in BF16, F16 or F32.
-    ram: memory for the whole process, for example "6GiB"; by default a share of what is available.
+    ram: memory for the whole process, for example "6GiB"; by default ("auto") a share of what is available, and less
+        while other programs need memory.
     cache: sizes the expert pool directly instead: "25%" of the experts, "2GiB", or a number of slots ("300").
     vram: of the transformers engine: compute on the GPU, with a tier of experts there in front of those in RAM: "50%"
         of the experts, or a size of all that the model takes there ("16GiB"). Without it the CPU computes.
@@ -82,8 +86,10 @@ class LoadOptions:
         if self.ram is not None and self.cache is not None:
             raise UsageError("give either a budget (ram) or a pool size (cache), not both")
         for count in (self.n_ubatch, self.threads, self.n_ctx):
-            if count is not None and count < 1:
-                raise UsageError("context, micro-batch and threads must be at least 1")
+            if count is not None and not 1 <= count <= _MOST:
+                raise UsageError(f"context, micro-batch and threads must be at least 1, and at most {_MOST}")
+        if self.threads is not None and self.threads > _MOST_THREADS:
+            raise UsageError(f"at most {_MOST_THREADS} threads can compute, not {self.threads}")
         if self.engine not in ENGINES:
             raise UsageError(f"unknown engine {self.engine!r}: choose from {', '.join(ENGINES)}")
         if self.vram is not None and self.engine != TRANSFORMERS:
@@ -99,7 +105,7 @@ class LoadOptions:
         check_layout(self.layout)
         for size in (self.cache_ram, self.save_cache_size):
             parse_bytes(size or 0)
-        if self.ram is not None and not parse_bytes(self.ram):
+        if self.ram not in (None, AUTO_RAM) and not parse_bytes(self.ram or 0):
             raise UsageError("a budget (ram) of 0 holds no model: give for example 6GiB")
 
     def _check_transformers(self) -> None:

@@ -13,6 +13,8 @@ _CHUNK = 1 << 20  # bytes
 _AHEAD = 4  # chunks under way beside the one that is waited for
 _SLACK = 2 * mmap.PAGESIZE  # alignment adds as much around a chunk
 
+_Chunk = tuple[DirectFile, tuple[int, int], int]
+
 
 class ReadAhead:
     """Copies parts of segments of files, mostly one after the other. `close` it afterwards. Not thread-safe."""
@@ -20,9 +22,9 @@ class ReadAhead:
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(_AHEAD, "flashmoe-load")
         self._free = [reserve(_CHUNK + _SLACK) for _ in range(_AHEAD + 2)]
-        #: (file, where its segment begins, number of the chunk) -> the buffer, in which its first byte is at an offset.
-        self._chunks: dict[tuple[DirectFile, int, int], Future[int]] = {}
-        self._buffers: dict[tuple[DirectFile, int, int], tuple[mmap.mmap, int]] = {}
+        #: (file, its segment, number of the chunk) -> the address of its first byte in the buffer
+        self._chunks: dict[_Chunk, Future[int]] = {}
+        self._buffers: dict[_Chunk, tuple[mmap.mmap, int]] = {}
 
     def copy(
         self, file: DirectFile, address: int, segment: tuple[int, int], offset: int, nbytes: int
@@ -32,7 +34,7 @@ class ReadAhead:
         while done < nbytes:
             number, skip = divmod(offset + done, _CHUNK)
             self._want(file, segment, number)
-            source = self._chunks[file, segment[0], number].result()
+            source = self._chunks[file, segment, number].result()
             count = min(nbytes - done, _CHUNK - skip)
             ctypes.memmove(address + done, source + skip, count)
             done += count
@@ -40,7 +42,7 @@ class ReadAhead:
     def _want(self, file: DirectFile, segment: tuple[int, int], number: int) -> None:
         """Have a chunk and those after it read; those of elsewhere are given up."""
         begin, size = segment
-        wanted = [(file, begin, n) for n in range(number, min(number + _AHEAD + 1, -(-size // _CHUNK)))]
+        wanted = [(file, segment, n) for n in range(number, min(number + _AHEAD + 1, -(-size // _CHUNK)))]
         for key in [key for key in self._chunks if key not in wanted]:
             self._chunks.pop(key).exception()  # its buffer is written to until then
             self._free.append(self._buffers.pop(key))

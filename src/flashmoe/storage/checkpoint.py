@@ -82,7 +82,8 @@ def is_checkpoint(path: Path) -> bool:
 def read_checkpoint(path: str | Path) -> Checkpoint:
     """Read the headers of the checkpoint in a folder.
 
-    Raises ModelError (missing, unreadable, damaged, truncated, a file of several missing, a tensor twice).
+    Where several files have a tensor, the index says which one counts: a repaired model has it anew in a further file.
+    Raises ModelError (missing, unreadable, damaged, truncated, a file of several missing).
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -91,23 +92,23 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if not (folder / CONFIG).is_file():
         raise ModelError(f"{folder}: has no {CONFIG}; name the folder of a Hugging Face checkpoint")
     config = _json(folder / CONFIG)
-    files = _files(folder)
+    files, named = _files(folder)
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         for tensor in read_header(file):
-            if tensor.name in tensors:
-                raise ModelError(f"{file}: tensor {tensor.name!r} appears twice")
-            tensors[tensor.name] = tensor
+            if tensor.name not in tensors or named.get(tensor.name) == file.name:
+                tensors[tensor.name] = tensor
     return Checkpoint(folder, files, config, tensors)
 
 
-def _files(folder: Path) -> tuple[Path, ...]:
+def _files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
+    """The weight files, and which of them an index names for a tensor."""
+    if (folder / SINGLE).is_file():  # before an index, as for the library
+        return (folder / SINGLE,), {}
     if not (folder / INDEX).is_file():
-        if not (folder / SINGLE).is_file():
-            raise ModelError(
-                f"{folder}: has neither {SINGLE} nor {INDEX}; FlashMoE reads safetensors checkpoints only"
-            )
-        return (folder / SINGLE,)
+        raise ModelError(
+            f"{folder}: has neither {SINGLE} nor {INDEX}; FlashMoE reads safetensors checkpoints only"
+        )
     named = _json(folder / INDEX).get("weight_map")
     if not isinstance(named, dict) or not named or not all(isinstance(n, str) for n in named.values()):
         raise ModelError(f"{folder / INDEX}: damaged (no weight_map); download it again")
@@ -117,7 +118,7 @@ def _files(folder: Path) -> tuple[Path, ...]:
             raise ModelError(f"{folder / INDEX}: damaged (it names {file.name!r} in another folder)")
         if not file.is_file():
             raise ModelError(f"{file}: is missing, {INDEX} names it; download the model again")
-    return files
+    return files, named
 
 
 def _json(path: Path) -> dict[str, Any]:

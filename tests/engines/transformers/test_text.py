@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 import transformers
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from typer.testing import CliRunner
 
 import flashmoe
@@ -87,6 +87,25 @@ def test_run(spoken: Path, tmp_path: Path) -> None:
         texts.append(report["text"])
     assert texts[0] == texts[1]  # the same seed
     assert len(RoutingTrace.load(tmp_path / "t.safetensors").token_id) >= len(TEXT.encode())
+
+
+def test_a_chat_begins_once(spoken: Path, tmp_path: Path) -> None:
+    """The tokenizer writes the token that a text begins with, and so does the template, as Llama's and Mixtral's."""
+    folder = Path(shutil.copytree(spoken, tmp_path / "begins"))
+    made = byte_level()
+    begin = 299
+    made.add_special_tokens([f"<{i}>" for i in range(made.get_vocab_size(), begin)] + ["<s>"])
+    made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", begin)])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>")
+    fast.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    fast.save_pretrained(folder)
+    with flashmoe.load(folder, engine="transformers", cache="50%", threads=1, trace=True) as model:
+        list(model.chat([{"role": "user", "content": "AAA"}], max_tokens=1))
+        assert model.recorder
+        seen = model.recorder.trace().token_id.tolist()
+    assert seen[0] == begin
+    assert seen.count(begin) == 1
+    assert len(seen) == 4
 
 
 def test_interrupt_stops_cleanly(spoken: Path) -> None:

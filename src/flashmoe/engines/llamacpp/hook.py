@@ -113,6 +113,7 @@ class RouterHook:
     @cache.setter
     def cache(self, cache: ExpertCache) -> None:
         cache.reserve(self._n_ids)
+        cache.on_resize = self._look_in
         self._step.cache, self._ids = cache, cache.ids
         for block, layer in self._layer_of_block.items():
             self._blocks[:, block] = layer, cache.first_slots[layer]
@@ -121,6 +122,11 @@ class RouterHook:
         control.slots, control.spans = cache.slots.ctypes.data, self._model.spans.address
         control.layers, control.first_slots = (row.ctypes.data for row in self._blocks)
         control.recent_at, control.recent_size = cache.recent.at.ctypes.data, cache.recent.ids.shape[1]
+
+    def _look_in(self) -> bool:
+        """Let the next graph call Python where it begins, from any thread; whether none is under way."""
+        self._control.quiet = 0
+        return self._control.thread == 0
 
     def record(self, recorder: RoutingObserver | None) -> None:
         """Let `recorder` see every layer's routing from here on."""
@@ -252,6 +258,7 @@ class RouterHook:
             )
             with suppress(FlashMoEError):
                 self._step.cache.finish()
+        self._step.end()
 
     def _count_hits(self) -> None:
         """Count what compiled code has answered by itself; under `_collecting`."""

@@ -24,6 +24,8 @@ _LEVELS = {
 }
 _CONTINUED = CONSTANTS["GGML_LOG_LEVEL_CONT"]  # of the line before
 
+_MOST_WARNINGS = 200  # of a model with as many tensors that are not used
+
 ENVIRONMENT = "FLASHMOE_LIBLLAMA"
 _SUFFIXES = (".so", ".dylib", ".dll")
 # Turns that a compute thread waits for the others before it sleeps, some 30 ms: longer than a layer's reads take. With
@@ -124,7 +126,8 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 class Library:
-    """libllama with its functions as attributes. `messages` keeps the last lines that it logged as errors."""
+    """libllama with its functions as attributes. `messages` keeps the last lines that it logged as errors, `warnings`
+    those that it logged as warnings."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -136,6 +139,7 @@ class Library:
         self.build = self._recognise()
         self.structs = self.build.layout.structs
         self.messages: list[str] = []
+        self.warnings: list[str] = []
         self._level = 0  # of the last line, as `logging` has it
         self._log = abi.LOG_CALLBACK(self._on_log)
         self.llama_log_set(self._log, None)
@@ -263,6 +267,8 @@ class Library:
             _log.log(self._level, "%s", line)
             if self._level == logging.ERROR:
                 self.messages = [*self.messages[-19:], line]
+            elif len(self.warnings) < _MOST_WARNINGS:
+                self.warnings.append(line)
 
 
 def spin_as_openmp_does() -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes as C
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
+from typing import Any
 
 from flashmoe.cache.pool import SlotPool, Window
 from flashmoe.engines.llamacpp.buffer import ExpertBuffer
 from flashmoe.engines.llamacpp.library import Library
+from flashmoe.engines.llamacpp.metadata import overrides, warn_of_text
 from flashmoe.engines.llamacpp.repack import Repacker
 from flashmoe.engines.llamacpp.row_table import TableRows
 from flashmoe.engines.llamacpp.spans import Spans, fewest_slots
@@ -30,11 +32,13 @@ class LoadedModel:
         progress: Callable[[int], None] = lambda _: None,
         *,
         repack: bool = False,
+        told: Mapping[str, Any] | None = None,
     ) -> None:
         """Load; `progress` gets the dense bytes read so far.
 
         reader: its first files are the model's.
         repack: let the engine choose the layouts of all weights, as it does by default; else they are the file's.
+        told: metadata in place of the file's, see `metadata.told_otherwise`.
         Raises ModelError, with the engine's own reason.
         """
         self.lib = lib
@@ -44,7 +48,7 @@ class LoadedModel:
         self._tables: list[TableRows] = []
         with ExitStack() as undo:
             undo.callback(self.close)
-            self._load(catalog, reader, progress, repack)
+            self._load(catalog, reader, progress, repack, told or {})
             #: Whether some of its memory is a state, not a cache of tokens.
             self.recurrent = bool(
                 lib.llama_model_is_recurrent(self.pointer) or lib.llama_model_is_hybrid(self.pointer)
@@ -69,6 +73,7 @@ class LoadedModel:
         reader: ExpertReader,
         progress: Callable[[int], None],
         repack: bool,
+        told: Mapping[str, Any],
     ) -> None:
         """Let the library load what stays in memory."""
         tables = {table.tensor.name for layer in catalog.layers for table in layer.tables}
@@ -82,7 +87,10 @@ class LoadedModel:
         self._devices = (C.c_void_p * 1)()  # none: the list ends at once
         params.devices = C.addressof(self._devices)
         params.tensor_buft_overrides = self._buffer.overrides(catalog.override_pattern)
+        instead = overrides(told)
+        params.kv_overrides = C.addressof(instead)
         self.lib.messages.clear()
+        self.lib.warnings.clear()
         try:
             self.pointer = self.lib.llama_model_load_from_file_ptr(file.stream, params)
         finally:
@@ -91,6 +99,7 @@ class LoadedModel:
             raise error
         if not self.pointer:
             raise load_error(self.lib, catalog)
+        warn_of_text(self.lib, catalog.gguf)
         self._buffer.seal()
 
     def _repack(self, repacker: Repacker) -> None:

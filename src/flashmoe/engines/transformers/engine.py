@@ -218,6 +218,7 @@ class TransformersEngine:
         self._routing.begin(ids, count)
 
     def _after(self, _module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
+        self._routing.step.end()
         if self._recorder is not None and not self._driven:
             ids, count = count_tokens(args, kwargs)
             rows = len(ids if ids is not None else kwargs["inputs_embeds"])

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +32,7 @@ _OPTIONS = {
     "CMAKE_INSTALL_RPATH": "$ORIGIN",
 }
 _LINES = 3  # of an error
+_PATIENCE = 50  # tenths of a second for tools that are to end
 
 #: Called with a variant's name, the steps done and their number.
 Progress = Callable[[str, int, int], None]
@@ -139,8 +141,18 @@ class Tree:
                         said += [line.strip()][: _LINES - len(said)]
                 status = child.wait()
             except BaseException:
-                with suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
+                _end(child)
                 raise
         if status:
             raise FlashMoEError(f"{what} with {self._tools.compiler} has failed ({' '.join(said)})")
+
+
+def _end(child: subprocess.Popen[str]) -> None:
+    """End a tool and the compilers that it has started; ninja's are in groups of their own, and it ends them itself."""
+    with suppress(ProcessLookupError):  # raised when all of them are gone
+        os.killpg(child.pid, signal.SIGTERM)
+        for _ in range(_PATIENCE):
+            time.sleep(0.1)
+            child.poll()
+            os.killpg(child.pid, 0)
+        os.killpg(child.pid, signal.SIGKILL)
