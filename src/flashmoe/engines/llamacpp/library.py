@@ -176,6 +176,7 @@ class Library:
         """
         assert self.module is None
         own = self.ggml_backend_dev_backend_reg(self.ggml_backend_dev_by_type(CPU_DEVICE))
+        self.keep_log()  # where ggml says why it refuses one
         self.messages.clear()
         loaded = self.ggml_backend_load(os.fsencode(module))
         if not loaded:
