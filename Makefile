@@ -17,7 +17,7 @@ test: $(STAMP)
 test-fast: $(STAMP)
 	$(PYTHON) -m pytest $(PARALLEL) tests/cache tests/prefetch tests/routing tests/simulate tests/storage tests/test_floors.py tests/test_budget.py tests/test_session.py
 
-# exactness on earlier builds of llama.cpp, whose wheels are fetched for it
+# exactness on earlier builds of llama.cpp, whose wheels are fetched for it, and on kernels that are compiled for it
 builds: $(STAMP)
 	$(PYTHON) -m tests.builds
 

@@ -181,7 +181,7 @@ class Library:
         """
         assert self.module is None
         own = self.ggml_backend_dev_backend_reg(self.ggml_backend_dev_by_type(CPU_DEVICE))
-        self.listen()
+        self.listen()  # ggml says why it refuses one
         loaded = self.ggml_backend_load(os.fsencode(module))
         if not loaded:
             reason = (self.messages or ["for another processor"])[-1].removeprefix("load_backend: ")
