@@ -86,15 +86,16 @@ class Control(C.Structure):
         ("spans", C.c_int64),  # address of where every block's tensors lie in the pool, see spans.Spans
         ("whole", C.c_int64),  # whether they have to show all of it
         ("tables", C.c_int64),  # address of int64 [...]: tensors whose rows are read when gathered, then 0
+        ("look_in", C.c_int64),  # whether the next layer is to ask Python, come what may
     ]
 
 
-_FIELDS = 43
+_FIELDS = 44
 _PYTHON, _INSPECT, _OUTCOME, _BUFFER, _CAPACITY, _BLOCK, _TOKENS, _TOP_K, _IDS, _WEIGHTS = range(10)
 _PENDING, _LATE, _LATE_LENGTH, _LOGITS, _HIDDEN, _BEGUN, _THREAD, _IGNORE, _INPUTS = range(10, 19)
 _REQUEST, _POOL, _ARRAYS, _SLOTS, _LAYERS, _FIRST_SLOTS, _DONE, _HITS = range(19, 27)
 _RECENT, _RECENT_AT, _RECENT_SIZE, _QUIET, _IS_QUIET, _GRAPHS, _GRAPH_TOKENS, _NANOSECONDS = range(27, 35)
-_BEGAN, _ENDED, _STOP, _SPANS, _WHOLE, _TABLES = 35, 37, 39, 40, 41, 42
+_BEGAN, _ENDED, _STOP, _SPANS, _WHOLE, _TABLES, _LOOK_IN = 35, 37, 39, 40, 41, 42, 43
 _WEIGHTS_NAME, _IDS_NAME = np.frombuffer(ROUTER_WEIGHTS, np.uint8), np.frombuffer(ROUTER_IDS, np.uint8)
 _LOGITS_NAME, _TOKENS_NAME = np.frombuffer(ROUTER_LOGITS, np.uint8), np.frombuffer(INPUT_TOKENS, np.uint8)
 _STEPS_TO_LOGITS = 12  # at most, from the gathered weights back: reshape, softmax, bias, groups
@@ -332,7 +333,8 @@ def on_node(node: Any, ask: Any, address: Any) -> Any:  # pragma: no cover - com
             return 0
         _copy_ids(ids, control[_BUFFER], False)
         control[_DONE] = -1
-        if control[_REQUEST] != 0 and control[_BEGUN] != 0 and _hit(control, ids, n):
+        compiled = control[_REQUEST] != 0 and control[_BEGUN] != 0 and control[_LOOK_IN] == 0
+        if compiled and _hit(control, ids, n):
             _place(control, block, ids, n)
             return 1
         _find_logits(control, node)
