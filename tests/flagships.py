@@ -2,7 +2,7 @@
 
     python -m tests.flagships FOLDER [NAME ...]
 
-Weights are zeros, in 2 bits; numbers of layers, experts and parameters are those of the models, or near them.
+Weights are zeros, in 1.6 bits (IQ1_S); numbers of layers, experts and parameters are those of the models, or near them.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from tests.models.library import wanted
 from tests.models.sparse import write_sparse
 from tests.models.spec import U64
 
-_PLAIN = re.compile(r"norm|gate_inp|conv|_ape|hc_|ssm_(a|dt|beta)|probs_b|tid2eid|\.bias$")
+_PLAIN = re.compile(r"norm|conv|_ape|hc_|ssm_(a|dt|beta)|probs_b|tid2eid|\.bias$")
 _TABLE = "per_layer_token_embd.weight"
 
 
 @dataclass(frozen=True)
 class Flagship(Family):
-    """A family at a real shape; its matrices have 2 bits as well."""
+    """A family at a real shape; its matrices are as small as its experts."""
 
     rows: int = 0  # of a table of per-layer embeddings
 
@@ -41,7 +41,7 @@ class Flagship(Family):
             elif shape[0] % 256:
                 kind = "Q8_0"
             else:
-                kind = "Q4_K" if "embd" in name else "IQ2_XXS"
+                kind = "Q4_K" if "embd" in name else "IQ1_S"
             yield name, (shape[0], self.rows) if self.rows and name == _TABLE else shape, kind
 
 
@@ -174,7 +174,7 @@ def main() -> None:
     for name in sys.argv[2:] or FLAGSHIPS:
         path = folder / f"{name}.gguf"
         if not path.is_file():
-            write_sparse(replace(FLAGSHIPS[name], wanted=wanted), path)
+            write_sparse(replace(FLAGSHIPS[name], wanted=wanted), path, router="IQ1_S")
         gib = 2 if FLAGSHIPS[name].rows else 8
         command = [sys.executable, "-m", "tests.flagships", "--run", str(path), f"{gib}GiB"]
         group = memory_group(gib << 30)

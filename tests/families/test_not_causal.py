@@ -17,7 +17,12 @@ from tests.engines.reference import prompt
 from tests.engines.test_embeddings import stock
 from tests.models.library import families
 
-NAMES = {"nomic-bert-moe": "encoder", "llada-moe": "diffusion", "rnd1": "diffusion"}
+NAMES = {
+    "nomic-bert-moe": "encoder",
+    "qwen3moe-not-causal": "encoder",  # with a cache of tokens
+    "llada-moe": "diffusion",
+    "rnd1": "diffusion",
+}
 
 
 @pytest.fixture(scope="module")

@@ -92,15 +92,17 @@ class Control(C.Structure):
         ("chosen", C.c_int64),  # address of ids that become true again when their product is computed, or 0
         ("true_ids", C.c_int64),  # address of int32 [capacity]: what they were
         ("tables", C.c_int64),  # address of int64 [...]: tensors whose rows are read when gathered, then 0
+        ("look_in", C.c_int64),  # whether the next layer is to ask Python, come what may
     ]
 
 
-_FIELDS = 46
+_FIELDS = 47
 _PYTHON, _INSPECT, _OUTCOME, _BUFFER, _CAPACITY, _BLOCK, _TOKENS, _TOP_K, _IDS, _WEIGHTS = range(10)
 _PENDING, _LATE, _LATE_LENGTH, _LOGITS, _HIDDEN, _BEGUN, _THREAD, _IGNORE, _INPUTS = range(10, 19)
 _REQUEST, _POOL, _ARRAYS, _SLOTS, _LAYERS, _FIRST_SLOTS, _DONE, _HITS = range(19, 27)
 _RECENT, _RECENT_AT, _RECENT_SIZE, _QUIET, _IS_QUIET, _GRAPHS, _GRAPH_TOKENS, _NANOSECONDS = range(27, 35)
-_BEGAN, _ENDED, _STOP, _SPANS, _WHOLE, _VALUES, _CHOSEN, _TRUE_IDS, _TABLES = 35, 37, *range(39, 46)
+_BEGAN, _ENDED = 35, 37
+_STOP, _SPANS, _WHOLE, _VALUES, _CHOSEN, _TRUE_IDS, _TABLES, _LOOK_IN = range(39, 47)
 _WEIGHTS_NAME, _IDS_NAME = np.frombuffer(ROUTER_WEIGHTS, np.uint8), np.frombuffer(ROUTER_IDS, np.uint8)
 _LOGITS_NAME, _TOKENS_NAME = np.frombuffer(ROUTER_LOGITS, np.uint8), np.frombuffer(INPUT_TOKENS, np.uint8)
 _VALUES_NAME = np.frombuffer(VALUE_IDS, np.uint8)
@@ -357,7 +359,8 @@ def on_node(node: Any, ask: Any, address: Any) -> Any:  # pragma: no cover - com
             _copy_ids(ids, control[_TRUE_IDS], False)
             control[_CHOSEN] = ids
         control[_DONE] = -1
-        if control[_REQUEST] != 0 and control[_BEGUN] != 0 and _hit(control, ids, n):
+        compiled = control[_REQUEST] != 0 and control[_BEGUN] != 0 and control[_LOOK_IN] == 0
+        if compiled and _hit(control, ids, n):
             _place(control, block, ids, n)
             return 1
         control[_LOGITS] = control[_HIDDEN] = 0

@@ -174,8 +174,7 @@ def load_through(
     params.tensor_buft_overrides = buffer.overrides(pattern)
     instead = overrides(told or {})
     params.kv_overrides = C.addressof(instead)
-    lib.messages.clear()
-    lib.warnings.clear()
+    lib.listen()
     try:
         pointer: int | None = lib.llama_model_load_from_file_ptr(file.stream, params)
     finally:
