@@ -44,7 +44,6 @@ class LoadedModel:
         Raises ModelError, with the engine's own reason.
         """
         self.lib = lib
-        arrange(lib)
         self._repacker: Repacker | None = None
         self._buffer = ExpertBuffer(lib)
         self.pointer: int | None = None
@@ -165,6 +164,7 @@ def load_through(
 
     Raises what the file or the buffer has met, and ModelError with the engine's own reason.
     """
+    arrange(lib)
     params = lib.llama_model_default_params()
     lib.build.layout.map_file(params, False)
     params.use_extra_bufts = repack
