@@ -19,8 +19,8 @@ Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
 #: Options of numba. What would let C call these functions is left out, as is what would let Python: it takes longer to
 #: compile than they do.
-LEAN: dict[str, Any] = {"_nrt": False, "no_cfunc_wrapper": True}
-INLINED: dict[str, Any] = {"forceinline": True, **LEAN}
+LEAN: Any = {"_nrt": False, "no_cfunc_wrapper": True}
+INLINED: Any = {"forceinline": True, **LEAN}
 
 
 def _decorator(**options: Any) -> Callable[[Kernel], Kernel]:

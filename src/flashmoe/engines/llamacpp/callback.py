@@ -29,6 +29,9 @@ ROUTER_WEIGHTS = (
     b"ffn_moe_weights-"  # gathers the router's weights by the true ids, before any expert product
 )
 ROUTER_IDS = b"ffn_moe_topk-"
+VALUE_IDS = (
+    b"v_moe_topk-"  # the choice of experts for values: a product, and only then weights by the true ids
+)
 ROUTER_LOGITS = b"ffn_moe_logits-"  # the router's product with the layer's hidden state
 INPUT_TOKENS = b"inp_tokens"  # the token ids that a graph gathers embeddings by
 RETURNED, NOT_RETURNED = 0, 1
@@ -56,8 +59,8 @@ class Control(C.Structure):
         ("ids", C.c_int64),  # address of the ids' tensor
         ("weights", C.c_int64),  # address of float32 [tokens, top_k]
         ("pending", C.c_int64),  # whether reads for the layer's last product are still under way
-        ("late", C.c_int64),  # address and length of the name's prefix of that product's input
-        ("late_length", C.c_int64),
+        ("late", C.c_int64),  # address of prefixes, each ended by 0, of the names of that product's inputs
+        ("late_length", C.c_int64),  # of all of them, 0 for none
         ("logits", C.c_int64),  # address of the router's logits' tensor, 0 if it was not found
         ("hidden", C.c_int64),  # address of the router's input, float32 [tokens, n]
         ("begun", C.c_int64),  # whether Python knows of the graph under way
@@ -85,19 +88,23 @@ class Control(C.Structure):
         ("stop", C.c_int64),  # whether the graph under way is to end at its next node
         ("spans", C.c_int64),  # address of where every block's tensors lie in the pool, see spans.Spans
         ("whole", C.c_int64),  # whether they have to show all of it
+        ("values", C.c_int64),  # the first place of layers for values, 0 where there are none
+        ("chosen", C.c_int64),  # address of ids that become true again when their product is computed, or 0
+        ("true_ids", C.c_int64),  # address of int32 [capacity]: what they were
         ("tables", C.c_int64),  # address of int64 [...]: tensors whose rows are read when gathered, then 0
         ("look_in", C.c_int64),  # whether the next layer is to ask Python, come what may
     ]
 
 
-_FIELDS = 44
+_FIELDS = 47
 _PYTHON, _INSPECT, _OUTCOME, _BUFFER, _CAPACITY, _BLOCK, _TOKENS, _TOP_K, _IDS, _WEIGHTS = range(10)
 _PENDING, _LATE, _LATE_LENGTH, _LOGITS, _HIDDEN, _BEGUN, _THREAD, _IGNORE, _INPUTS = range(10, 19)
 _REQUEST, _POOL, _ARRAYS, _SLOTS, _LAYERS, _FIRST_SLOTS, _DONE, _HITS = range(19, 27)
 _RECENT, _RECENT_AT, _RECENT_SIZE, _QUIET, _IS_QUIET, _GRAPHS, _GRAPH_TOKENS, _NANOSECONDS = range(27, 35)
-_BEGAN, _ENDED, _STOP, _SPANS, _WHOLE, _TABLES, _LOOK_IN = 35, 37, 39, 40, 41, 42, 43
+_BEGAN, _ENDED, _STOP, _SPANS, _WHOLE, _VALUES, _CHOSEN, _TRUE_IDS, _TABLES, _LOOK_IN = 35, 37, *range(39, 47)
 _WEIGHTS_NAME, _IDS_NAME = np.frombuffer(ROUTER_WEIGHTS, np.uint8), np.frombuffer(ROUTER_IDS, np.uint8)
 _LOGITS_NAME, _TOKENS_NAME = np.frombuffer(ROUTER_LOGITS, np.uint8), np.frombuffer(INPUT_TOKENS, np.uint8)
+_VALUES_NAME = np.frombuffer(VALUE_IDS, np.uint8)
 _STEPS_TO_LOGITS = 12  # at most, from the gathered weights back: reshape, softmax, bias, groups
 _NAME, _NAME_END = Tensor.name.offset, Tensor.name.offset + Tensor.name.size
 _DATA, _NE0, _NE1, _NB1 = (
@@ -106,7 +113,7 @@ _DATA, _NE0, _NE1, _NB1 = (
     Tensor.ne.offset + 8,
     Tensor.nb.offset + 8,
 )
-_SOURCE0, _SOURCE1 = Tensor.src.offset, Tensor.src.offset + 8
+_SOURCE0, _SOURCE1, _SOURCE2 = (Tensor.src.offset + 8 * i for i in range(3))
 
 
 _pthread_self = types.ExternalFunction("pthread_self", types.int64())
@@ -286,13 +293,19 @@ def _is_late(control: Any, node: Any) -> Any:  # pragma: no cover - compiled
     """Whether a node is the input of the last product of a layer whose reads are still under way."""
     if control[_PENDING] == 0 or control[_LATE_LENGTH] == 0:
         return False
-    return _block_of(node, carray(bytes_at(control[_LATE]), control[_LATE_LENGTH])) >= 0
+    prefixes = carray(bytes_at(control[_LATE]), control[_LATE_LENGTH] + 1)
+    first = 0
+    for i in range(len(prefixes)):
+        if prefixes[i] == 0:
+            if _block_of(node, prefixes[first:i]) >= 0:
+                return True
+            first = i + 1
+    return False
 
 
 @kept()
 def _find_logits(control: Any, node: Any) -> Any:  # pragma: no cover - compiled
     """From the gathered weights back to the router's product and its input."""
-    control[_LOGITS] = control[_HIDDEN] = 0
     for _ in range(_STEPS_TO_LOGITS):
         node = _read(node + _SOURCE0)
         if node == 0:
@@ -309,7 +322,12 @@ def on_node(node: Any, ask: Any, address: Any) -> Any:  # pragma: no cover - com
     control = carray(int64_at(address), _FIELDS)
     if control[_IGNORE] != 0 or control[_STOP] != 0 or control[_OUTCOME] == NOT_RETURNED:
         return ask  # it has failed, or is not to be: want this node, and end the evaluation at it
-    block = _block_of(node, _WEIGHTS_NAME)
+    block, values = _block_of(node, _WEIGHTS_NAME), False
+    if block < 0 and control[_VALUES] != 0:
+        block = _block_of(node, _VALUES_NAME)
+        if block >= 0:
+            block, values = block + control[_VALUES], True
+    used = control[_CHOSEN] != 0 and _read(node + _SOURCE2) == control[_CHOSEN]
     if ask != 0:
         if control[_THREAD] == 0:
             control[_THREAD] = _pthread_self()
@@ -319,25 +337,34 @@ def on_node(node: Any, ask: Any, address: Any) -> Any:  # pragma: no cover - com
             return 1
         if _is_table(control, _read(node + _SOURCE0)) and not ask_python(control, node, GATHER):
             return 1
-        return block >= 0 or _is_late(control, node)
+        return block >= 0 or used or _is_late(control, node)
+    if used:
+        _copy_ids(control[_CHOSEN], control[_TRUE_IDS], True)
+        control[_CHOSEN] = 0
+        return 1
     control[_BLOCK] = -1
-    ids = _read(node + _SOURCE1) if block >= 0 else 0
+    ids = node if values else _read(node + _SOURCE1) if block >= 0 else 0
     if block >= 0:
         control[_BLOCK], control[_IDS], control[_WEIGHTS] = block, ids, _read(node + _DATA)
         control[_TOKENS], control[_TOP_K] = _read(ids + _NE1), _read(ids + _NE0)
         # no token left: the last layer of a micro-batch without outputs; another name: a second, dense set of experts
-        if control[_TOKENS] == 0 or _block_of(ids, _IDS_NAME) < 0:
+        if control[_TOKENS] == 0 or (not values and _block_of(ids, _IDS_NAME) < 0):
             return 1
         n = control[_TOKENS] * control[_TOP_K]
         if n > control[_CAPACITY]:
             return 0
         _copy_ids(ids, control[_BUFFER], False)
+        if values:
+            _copy_ids(ids, control[_TRUE_IDS], False)
+            control[_CHOSEN] = ids
         control[_DONE] = -1
         compiled = control[_REQUEST] != 0 and control[_BEGUN] != 0 and control[_LOOK_IN] == 0
         if compiled and _hit(control, ids, n):
             _place(control, block, ids, n)
             return 1
-        _find_logits(control, node)
+        control[_LOGITS] = control[_HIDDEN] = 0
+        if not values:
+            _find_logits(control, node)
     if not ask_python(control, node, READY):
         return 0
     if block >= 0:

@@ -74,7 +74,8 @@ class LlamaEngine:
         self.pooling = pooling
         self.n_embd = self._context.n_embd
         #: What will be taken when the first tokens come: outputs of an embedding's micro-batch, rows of tables.
-        self.late_bytes = 4 * n_ubatch * (self.n_vocab + self.n_embd) if pooling != "none" else 0
+        outputs = pooling != "none" or not self._context.remembers
+        self.late_bytes = 4 * n_ubatch * (self.n_vocab + self.n_embd) if outputs else 0
         self.n_ctx, self.n_ubatch, self.sequences = self._context.n_ctx, n_ubatch, sequences
         with ExitStack() as undo:
             undo.callback(self._context.close)
@@ -102,6 +103,15 @@ class LlamaEngine:
     @property
     def library(self) -> Library:
         return self._lib
+
+    @cached_property
+    def no_text(self) -> str:
+        """Why it makes no text, token by token; "" where it does."""
+        if self._context.remembers:
+            return ""
+        if self._lib.llama_model_is_diffusion(self._model.pointer):
+            return "a diffusion model makes a text as a whole, by a program of llama.cpp's own (llama-diffusion-cli)"
+        return "this model is an encoder: it makes embeddings, no text"
 
     @cached_property
     def has_server(self) -> bool:

@@ -69,23 +69,26 @@ class RouterHook:
     """
 
     def __init__(self, model: LoadedModel, n_ubatch: int) -> None:
-        self._layer_of_block = {layer.block: i for i, layer in enumerate(model.catalog.layers)}
+        self._layer_at = {place: i for i, place in enumerate(model.catalog.places)}
         self._model = model
         self._inspection = Inspection(model)
         self._step = LayerStep(model.catalog.top_k)
-        self._late = C.create_string_buffer(64)
+        self._late = C.create_string_buffer(256)
         self._n_ids = n_ubatch * model.catalog.top_k
         self._ids = np.zeros(0, np.int32)
+        self._true_ids = np.zeros(self._n_ids, np.int32)
         self._python = PYTHON_CALLBACK(self._on_python)
         self._control = Control(
             python=C.cast(self._python, C.c_void_p).value,
             outcome=RETURNED,
             late=C.addressof(self._late),
+            values=model.catalog.first_value_place,
+            true_ids=self._true_ids.ctypes.data,
         )
         self._tables = np.array([*model.tables, 0], np.int64)
         if model.tables:
             self._control.tables = self._tables.ctypes.data
-        self._blocks = np.zeros((2, max(self._layer_of_block) + 1), np.int64)
+        self._blocks = np.zeros((2, max(self._layer_at) + 1), np.int64)
         self._met: dict[int, Router | None] = {}
         self._routers: list[Router] = []  # of all layers, once a graph of one token was inspected
         self._hidden: dict[int, NDArray[np.float32]] = {}
@@ -115,8 +118,8 @@ class RouterHook:
         cache.reserve(self._n_ids)
         cache.on_resize = self._look_in
         self._step.cache, self._ids = cache, cache.ids
-        for block, layer in self._layer_of_block.items():
-            self._blocks[:, block] = layer, cache.first_slots[layer]
+        for place, layer in self._layer_at.items():
+            self._blocks[:, place] = layer, cache.first_slots[layer]
         control = self._control
         control.buffer, control.capacity = self._ids.ctypes.data, len(self._ids)
         control.slots, control.spans = cache.slots.ctypes.data, self._model.spans.address
@@ -213,11 +216,12 @@ class RouterHook:
         prefetcher = self._step.prefetcher
         if prefetcher is not None and not self._routers:
             routers = [router for _, router in sorted(self._met.items()) if router]
-            if len(routers) == len(self._layer_of_block):
+            if len(routers) == len(self._layer_at):
                 self._routers = routers
                 prefetcher.use_routers(routers)
-        if late := self._inspection.take_late_input():
-            self._late.value = late
+        late = b"\0".join(self._inspection.take_late_inputs())
+        if late and len(late) + 2 <= len(self._late):
+            self._late.raw = late.ljust(len(self._late), b"\0")
             self._control.late_length = len(late)
 
     def ready(self) -> None:
@@ -243,14 +247,14 @@ class RouterHook:
 
     def _settle(self) -> None:
         """An evaluation has ended. No read may be under way then; only one that failed leaves any."""
-        self._control.pending = False
+        self._control.pending = self._control.chosen = 0
         self._inspection.restore()
         if not self._step.cache:
             return
         with self._collecting:
             self._count_hits()
         if self._control.done > 0:  # misses of a compiled request that were never read
-            self._step.cache.withdraw(self._layer_of_block[self._control.block], self._control.done)
+            self._step.cache.withdraw(self._layer_at[self._control.block], self._control.done)
             self._control.done = -1
         if self._step.cache.pending:
             self.error = self.error or ModelError(
@@ -361,7 +365,10 @@ class RouterHook:
         step, cache = self._step, self._step.cache
         assert cache is not None
         tokens, top_k = control.tokens, control.top_k
-        layer = self._layer_of_block[control.block]
+        layer = self._layer_at[control.block]
+        values = self._model.catalog.layers[
+            layer
+        ].values  # then weights come later, and nothing before the product
         if control.inspect:
             self._inspection.rename(control.ids, layer)
         if control.done < 0:  # no compiled request: `ensure` does what is wanted
@@ -370,7 +377,8 @@ class RouterHook:
         picked = ids.reshape(tokens, top_k)
         if step.override is not None:
             step.override(layer, picked)
-        step.record(layer, picked, partial(_floats, control.weights, tokens, top_k))
+        weights = partial(_floats, control.weights, tokens, top_k)
+        step.record(layer, picked, (lambda: np.zeros(picked.shape, np.float32)) if values else weights)
         if cache.pending:
             raise ModelError(
                 f"the last product of layer {layer - 1} did not wait for its reads; please report it"
@@ -381,7 +389,7 @@ class RouterHook:
             cache.ensure,
             layer,
             ids if tokens == 1 else picked,
-            leave_last=control.late_length > 0,
+            leave_last=control.late_length > 0 and not values,
             requested=control.done,
         )
         ids[:] = step.serve(layer, picked, lambda meanwhile: ensure(meanwhile=meanwhile), self._router_input)
