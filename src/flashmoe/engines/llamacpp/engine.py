@@ -73,12 +73,12 @@ class LlamaEngine:
         #: How `embedding` is made: one of context.POOLING.
         self.pooling = pooling
         self.n_embd = self._context.n_embd
-        #: What will be taken when the first tokens come: outputs of an embedding's micro-batch, rows of tables.
-        outputs = pooling != "none" or not self._context.remembers
-        self.late_bytes = 4 * n_ubatch * (self.n_vocab + self.n_embd) if outputs else 0
         self.n_ctx, self.n_ubatch, self.sequences = self._context.n_ctx, n_ubatch, sequences
         with ExitStack() as undo:
             undo.callback(self._context.close)
+            outputs = pooling != "none" or not self._context.remembers
+            #: What will be taken when the first tokens come: outputs of an embedding's micro-batch, rows of tables.
+            self.late_bytes = 4 * n_ubatch * (self.n_vocab + self.n_embd) if outputs else 0
             self.late_bytes += sum(table.bytes_for(n_ubatch) for table in model.tables.values())
             self._spinning = Spinning(lib, threads)
             undo.pop_all()
