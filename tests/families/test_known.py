@@ -6,6 +6,8 @@ import re
 import warnings
 from pathlib import Path
 
+import pytest
+
 from flashmoe.engines.llamacpp.library import Library
 from tests.models import ARCHITECTURES
 from tests.models.families import FAMILIES
@@ -25,17 +27,31 @@ OTHER_NAMES = {"gpt-oss": "openai_moe"}
 
 def architectures(library: Path) -> set[str]:
     """Those that a library has a class of models for, without "-" and "_": names of types stay in the file."""
-    found = re.finditer(rb"(?<=\0)(\d+)(llama_model_([a-z0-9_]+))(?=\0)", library.read_bytes())
-    return {plain(match[3].decode()) for match in found if int(match[1]) == len(match[2])}
+    content = library.read_bytes()
+    found = re.finditer(rb"llama_model_([a-z0-9_]+)\0", content)
+    sized = ((match, b"\0%d" % (len(match[0]) - 1)) for match in found)  # a type's name comes after its length
+    return {plain(match[1].decode()) for match, size in sized if content.endswith(size, 0, match.start())}
 
 
 def plain(name: str) -> str:
     return re.sub("[-_]", "", OTHER_NAMES.get(name, name))
 
 
-def test_architectures_of_the_library(lib: Library) -> None:
-    found = architectures(lib.path)
+def report_untested(found: set[str]) -> None:
+    """Warnings are in the summary of every test run."""
     tested = {plain(spec.arch) for spec in (*ARCHITECTURES.values(), *FAMILIES.values())}
     assert tested <= found, "tested architectures that this library does not have"
     if untested := found - tested - set(map(plain, WITHOUT_EXPERTS.split())):
-        warnings.warn(f"architectures that no test knows: {', '.join(sorted(untested))}", stacklevel=1)
+        warnings.warn(f"untested architectures: {', '.join(sorted(untested))}", stacklevel=1)
+
+
+def test_architectures_of_the_library(lib: Library) -> None:
+    report_untested(architectures(lib.path))
+
+
+def test_a_new_architecture_shows(lib: Library, tmp_path: Path) -> None:
+    newer = tmp_path / "libllama.so"
+    newer.write_bytes(lib.path.read_bytes() + b"\0" + b"23llama_model_brand_new_9\0" + b"\0llama_model_load\0")
+    with pytest.warns(UserWarning, match="untested architectures: .*brandnew9"):
+        report_untested(architectures(newer))
+    assert "load" not in architectures(newer)

@@ -11,7 +11,7 @@ from typing import Any
 _PIECE = re.compile(r"(\.part-?\d*of\d+|\.gguf\.part[-_.]?\w+|\.gguf[-.]split-?\w+|\.gguf\.\d{2,3})$", re.I)
 _UNFINISHED = re.compile(r"\.(incomplete|part|partial|download|crdownload|aria2|tmp)$", re.I)
 _OLD_EXPERT = re.compile(r"blk\.\d+\.ffn_(gate|up|down)\.\d+\.weight")
-_IK_TYPES = range(97, 400)  # ik_llama.cpp's own formats
+_IK_TYPES = range(133, 400)  # ik_llama.cpp's own formats
 _REMOVED = {4, 5, 31, 32, 33, 36, 37, 38}  # formats that llama.cpp no longer reads: Q4_0_4_4 and others
 
 _MAGICS = (
@@ -63,7 +63,7 @@ def of_type(name: str, number: int) -> str:
         )
     if number in _REMOVED:
         return (
-            f"tensor {name!r} has a format that llama.cpp reads no more (type {number}): get a Q4_0 or IQ4_NL file, "
+            f"tensor {name!r} has a format that llama.cpp no longer reads (type {number}): get a Q4_0 or IQ4_NL file, "
             "which it repacks while it loads"
         )
     return f"tensor {name!r} has the unknown type {number}; a newer FlashMoE may read it"
