@@ -12,11 +12,14 @@ from typing import Any
 import numba
 import numpy as np
 
+from flashmoe.cache import residency
+
 _njit: Any = numba.njit  # its types do not know the option `_nrt`
 lean = _njit(_nrt=False)
 inlined = _njit(_nrt=False, forceinline=True)
 loose = _njit(_nrt=False, fastmath=True)  # sums in any order, so that they use vector instructions
 allocating = _njit(_nrt=True)
+centre = inlined(residency.centre)
 
 
 @inlined
@@ -50,6 +53,26 @@ def lowest(score, res, layer, g):
                     best = e
                     best_layer = m
     return res.slot_of[best_layer, best] if best >= 0 else -1
+
+
+@lean
+def nearest_free(res, layer):
+    """The free slot that lies best for a layer, which comes to the top of its group's stack; there must be one."""
+    start = res.group_start[res.group[layer]]
+    top = start + res.free_count[res.group[layer]] - 1
+    middle = centre(res, layer)
+    share = res.quota[layer] + res.lent[layer]
+    best = top
+    for i in range(top, start - 1, -1):
+        if abs(res.free[i] - middle) < abs(res.free[best] - middle):
+            best = i
+        if 0 <= res.free[i] - middle + share // 2 < share:
+            best = i  # its own: no need to look on
+            break
+    slot = res.free[best]
+    res.free[best] = res.free[top]
+    res.free[top] = slot
+    return slot
 
 
 @inlined
