@@ -2,7 +2,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 # files of tests are spread over the cores; more than four processes would want more memory than most machines have
-PARALLEL := -n logical --maxprocesses 4 --dist loadfile --max-worker-restart=0
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
 .PHONY: demo test test-fast lint docs builds
 
@@ -17,7 +17,7 @@ test: $(STAMP)
 test-fast: $(STAMP)
 	$(PYTHON) -m pytest $(PARALLEL) tests/cache tests/prefetch tests/routing tests/simulate tests/storage tests/test_floors.py tests/test_budget.py tests/test_session.py
 
-# exactness on earlier builds of llama.cpp, whose wheels are fetched for it
+# exactness on earlier builds of llama.cpp, whose wheels are fetched for it, and on kernels that are compiled for it
 builds: $(STAMP)
 	$(PYTHON) -m tests.builds
 

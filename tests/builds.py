@@ -1,7 +1,8 @@
-"""The exactness tests of ten architectures on other builds of llama.cpp: python -m tests.builds
+"""What needs downloads and minutes: exactness on other builds of llama.cpp, and on kernels compiled here.
 
-The builds are wheels, fetched with pip into folders that are thrown away; one that cannot be fetched is skipped. The
-installed build is not among them: the suite is about that.
+python -m tests.builds. The builds are wheels, fetched with pip into folders that are thrown away; one that cannot be
+fetched is skipped. The installed build is not among them: the suite is about that, and its kernels, compiled for this
+processor, are what tests/builder/real.py is about.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 #: The oldest that is known, which has no llama_version() and maps files by a flag; and one between it and the latest.
@@ -17,6 +19,16 @@ BUILDS = ("2026.7.9873", "2026.9.11063")
 ARCHITECTURES = (
     "llama", "olmoe", "qwen2moe", "deepseek2", "gpt-oss", "qwen3moe", "glm4moe", "granitemoe", "phimoe", "nvfp4",
 )  # fmt: skip
+LAYOUTS = ("plain", "repacked")
+#: For pytest: on all cores.
+SPREAD = ("-n", "logical", "--maxprocesses", "4")
+ROOT = Path(__file__).parents[1]
+
+
+def exact_cases(layouts: Sequence[str] = LAYOUTS) -> list[str]:
+    """The exactness tests of the ten architectures, each of them with three pools."""
+    exact = "tests/engines/test_exact.py::test_logits_equal_stock"
+    return [f"{exact}[{name}-{layout}]" for name in ARCHITECTURES for layout in layouts]
 
 
 def fetch(version: str, folder: str) -> str:
@@ -38,17 +50,19 @@ def fetch(version: str, folder: str) -> str:
 
 def test(folder: str) -> int:
     """Run the self-test, which has the library's server answer too, and the exactness tests; the exit status."""
-    source = Path(__file__).parents[1] / "src"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, str(source)]), "GGML_NO_BACKTRACE": "1"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([folder, str(ROOT / "src")]),
+        "GGML_NO_BACKTRACE": "1",
+    }
     library = Path(folder) / "xllamacpp/xllamacpp.abi3.so"
     if status := subprocess.run(
         [sys.executable, "-m", "flashmoe.tools.self_test", library], env=env
     ).returncode:
         return status
-    exact = "tests/engines/test_exact.py::test_logits_equal_stock"
-    cases = [f"{exact}[{name}-{layout}]" for name in ARCHITECTURES for layout in ("plain", "repacked")]
-    spread = ["-n", "logical", "--maxprocesses", "4"]
-    return subprocess.run([sys.executable, "-m", "pytest", *spread, *cases], env=env).returncode
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", *SPREAD, *exact_cases()], cwd=ROOT, env=env
+    ).returncode
 
 
 def main() -> int:
@@ -60,6 +74,9 @@ def main() -> int:
                 continue
             print(f"xllamacpp {version}", flush=True)
             failed |= test(folder) != 0
+    print("kernels that are compiled here", flush=True)
+    real = [sys.executable, "-m", "pytest", "-rs", "-o", "timeout=900", "tests/builder/real.py"]
+    failed |= subprocess.run(real, cwd=ROOT).returncode != 0
     return int(failed)
 
 

@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -79,7 +81,7 @@ def test_a_stopped_build_leaves_nothing(
     archive = source(
         {"a": (1, "")},
         more=f"""
-add_custom_command(OUTPUT never.c COMMAND sh -c "echo $$ >{mark}; exec sleep 60" VERBATIM)
+add_custom_command(OUTPUT never.c COMMAND sh -c "echo $$ >{mark}; exec sleep 600" VERBATIM)
 add_custom_target(never DEPENDS never.c)
 add_dependencies(ggml-cpu-a never)
 """,
@@ -87,36 +89,46 @@ add_dependencies(ggml-cpu-a never)
     child = subprocess.Popen(
         [*COMMAND, "engine", "build", str(archive)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
-    for _ in range(600):
+    for _ in range(2000):
         if mark.exists() and mark.read_text().strip():
             break
         assert child.poll() is None, child.communicate()
         time.sleep(0.1)
     compiling = int(mark.read_text())
+    tools = os.getsid(compiling)
     child.send_signal(number)
     child.communicate(timeout=60)
     if number == signal.SIGKILL:
-        os.kill(compiling, signal.SIGKILL)
+        os.kill(
+            compiling, signal.SIGKILL
+        )  # it would be ten minutes before the tools look whether anyone reads them
+        assert ended(tools)
         assert [name.startswith(".part-") for name in left(home)] == [True]
         with module._workshop() as shop:
             assert left(home) == [shop.name]
     else:
         assert child.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
-        assert ended(compiling)
+        assert ended(tools)
     assert left(home) == []
     assert kernels.choice() == Choice()
 
 
-def ended(pid: int) -> bool:
-    """Whether a process is gone, or will never run again."""
-    for _ in range(100):
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except FileNotFoundError:
+def ended(session: int) -> bool:
+    """Whether all processes of a session are gone, or will never run again."""
+    for _ in range(600):
+        if not any(state != "Z" for state in states(session)):
             return True
         time.sleep(0.1)
     return False
+
+
+def states(session: int) -> Iterator[str]:
+    """Of the processes of a session: R, S, Z, ..."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            state, _, _, its, *_ = path.read_text().rpartition(")")[2].split()
+            if int(its) == session:
+                yield state
 
 
 def test_one_build_at_a_time(home: Path) -> None:

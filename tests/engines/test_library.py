@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import shutil
@@ -129,6 +130,21 @@ def test_version_of_two_builds_is_read_by_the_layout_that_fits(
     monkeypatch.setattr(abi, "LAYOUTS", [*others, named(lib.build.layout, {"this": version})])
     found = Library(lib.path).build
     assert (found.name, found.layout.structs, found.known) == ("this", lib.structs, True)
+
+
+def test_a_library_that_is_opened_twice(lib: Library, demo: Path) -> None:
+    """The process has one log, whose last listener may be gone."""
+    Library(lib.path)
+    gc.collect()
+    called: list[Any] = []
+    others = [
+        abi.LOG_CALLBACK(lambda *told: called.append(told)) for _ in range(100)
+    ]  # in its place in memory
+    assert not lib.ggml_backend_load(os.fsencode(demo))
+    assert others
+    assert not called
+    with pytest.raises(LibraryError, match=r"ELF header"):
+        lib.exchange_kernels(demo)
 
 
 def test_library_of_no_known_layout(monkeypatch: pytest.MonkeyPatch, lib: Library) -> None:

@@ -53,7 +53,8 @@ class ExpertCache:
         self._wanted: Sequence[int] | None = None  # slots, where others are to be in use
         #: Called before every step; it may call `resize`.
         self.before_step: Callable[[], None] = lambda: None
-        #: The engine's, for any thread: has its next step announced, come what may; whether it computes none now.
+        #: The engine's, for any thread: has its next step announced and the next layer come to `ensure`, come what
+        #: may; whether it computes none now.
         self.on_resize: Callable[[], bool] = lambda: True
         self._stepping = False
         self._filling = Filling(pool, reader, policy)
@@ -119,6 +120,7 @@ class ExpertCache:
     def resize_now(self, slots: Sequence[int]) -> None:
         """`resize`, at once where no step is under way. From a thread that evaluates nothing."""
         if list(slots) == self.elastic.slots:
+            self._wanted = None
             return
         self.resize(slots)
         self.on_resize()

@@ -105,7 +105,7 @@ class LoadOptions:
         check_layout(self.layout)
         for size in (self.cache_ram, self.save_cache_size):
             parse_bytes(size or 0)
-        if self.ram not in (None, AUTO_RAM) and not parse_bytes(self.ram or 0):
+        if self.ram is not None and self.ram != AUTO_RAM and not parse_bytes(self.ram):
             raise UsageError("a budget (ram) of 0 holds no model: give for example 6GiB")
 
     def _check_transformers(self) -> None:

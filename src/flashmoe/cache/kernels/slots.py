@@ -3,22 +3,42 @@
 Compiled code counts references to each array that it touches, with atomic instructions, unless told otherwise:
 that took three quarters of a replay's time. The arrays here outlive every call and nothing is allocated, so these
 kernels are compiled without (`lean`, `inlined`). What allocates says so (`allocating`).
+
+Layers, groups, slots and counts are int64 in calls: numba compiles a function for each type that it is called with.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-import numba
 import numpy as np
+from numba.extending import register_jitable
 
 from flashmoe.cache import residency
 
-_njit: Any = numba.njit  # its types do not know the option `_nrt`
-lean = _njit(_nrt=False)
-inlined = _njit(_nrt=False, forceinline=True)
-loose = _njit(_nrt=False, fastmath=True)  # sums in any order, so that they use vector instructions
-allocating = _njit(_nrt=True)
+Kernel = TypeVar("Kernel", bound=Callable[..., Any])
+
+#: Options of numba. What would let C call these functions is left out, as is what would let Python: it takes longer to
+#: compile than they do.
+LEAN: dict[str, Any] = {"_nrt": False, "no_cfunc_wrapper": True}
+INLINED: dict[str, Any] = {"forceinline": True, **LEAN}
+
+
+def _decorator(**options: Any) -> Callable[[Kernel], Kernel]:
+    """For functions that compiled code calls; Python runs them as they are written."""
+
+    def decorate(function: Kernel) -> Kernel:
+        function.targetoptions = options  # type: ignore[attr-defined]  # as numba names them, for common.kept
+        return register_jitable(**options)(function)
+
+    return decorate
+
+
+lean = _decorator(**LEAN)
+inlined = _decorator(**INLINED)
+loose = _decorator(fastmath=True, **LEAN)  # sums in any order, so that they use vector instructions
+allocating = _decorator(**{**LEAN, "_nrt": True})
 centre = inlined(residency.centre)
 
 
@@ -72,7 +92,7 @@ def nearest_free(res, layer):
     slot = res.free[best]
     res.free[best] = res.free[top]
     res.free[top] = slot
-    return slot
+    return np.int64(slot)
 
 
 @inlined
@@ -80,9 +100,9 @@ def pop_free(res, g):
     """Take the slot on top of group g's free stack, or -1."""
     n = res.free_count[g]
     if n == 0:
-        return -1
+        return np.int64(-1)
     res.free_count[g] = n - 1
-    return res.free[res.group_start[g] + n - 1]
+    return np.int64(res.free[res.group_start[g] + n - 1])
 
 
 @inlined

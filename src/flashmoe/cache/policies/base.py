@@ -195,7 +195,9 @@ class EvictionPolicy:
         requests = np.zeros((len(steps) - 1, res.n_layers), np.int64)
         hits = np.zeros_like(requests)
         bits = np.zeros(ids.shape if want_bits else (0, 0, 0), np.uint8)
-        failed = self.kernels.replay(self._state, res, ids, steps, marks, bits, requests, hits)
+        longest = int(np.diff(steps).max(initial=1))
+        scratch = np.empty((6, longest * ids.shape[2]), np.int32), np.zeros(res.n_experts, np.int64)
+        failed = self.kernels.replay(self._state, res, ids, steps, marks, bits, requests, hits, *scratch)
         if failed >= 0:
             raise PolicyError(
                 f"step {failed} of the trace needs more experts at once than the pool holds: raise the capacity"
@@ -215,7 +217,7 @@ class EvictionPolicy:
         for group, lent in enumerate(res.window_count.tolist()):
             own = res.group == group
             slots, layers = int(res.quota[own].sum()) + lent, int(own.sum())
-            size = partial(window_size.py_func, slots, layers, res.n_experts, k)
+            size = partial(window_size, slots, layers, res.n_experts, k)
             windowed = [n for n in np.unique(sizes).tolist() if size(n) > 0]
             found[group] = np.where(np.repeat(np.isin(sizes, windowed), sizes), token, step)
         return found

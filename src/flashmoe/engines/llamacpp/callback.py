@@ -90,20 +90,22 @@ class Control(C.Structure):
         ("guesses", C.c_int64),
         ("held", C.c_int64),  # address of int64 [layers + 1]: how many experts of each are prefetched, then 0
         ("ahead", C.c_int64),  # whether these, or new guesses, concern Python
-        (
-            "log",
-            C.c_int64,
-        ),  # of the graph under way: address of a RoutingLog; 0: Python is to be told at once
+        ("log", C.c_int64),  # address of the RoutingLog of the graph under way; 0: Python is told at once
         ("tables", C.c_int64),  # address of int64 [...]: tensors whose rows are read when gathered, then 0
+        ("look_in", C.c_int64),  # whether the next layer is to ask Python, come what may
     ]
 
 
-_FIELDS = 48
+_FIELDS = 49
 _PYTHON, _INSPECT, _OUTCOME, _BUFFER, _CAPACITY, _BLOCK, _TOKENS, _TOP_K, _IDS, _WEIGHTS = range(10)
 _PENDING, _LATE, _LATE_LENGTH, _LOGITS, _HIDDEN, _BEGUN, _THREAD, _IGNORE, _INPUTS = range(10, 19)
 _REQUEST, _POOL, _ARRAYS, _SLOTS, _LAYERS, _FIRST_SLOTS, _DONE, _HITS = range(19, 27)
 _RECENT, _RECENT_AT, _RECENT_SIZE, _QUIET, _IS_QUIET, _GRAPHS, _GRAPH_TOKENS, _NANOSECONDS = range(27, 35)
-_BEGAN, _ENDED, _STOP, _SPANS, _WHOLE, _TURN, _GUESSES, _HELD, _AHEAD, _LOG, _TABLES = 35, 37, *range(39, 48)
+_BEGAN, _ENDED, _STOP, _SPANS, _WHOLE, _TURN, _GUESSES, _HELD, _AHEAD, _LOG, _TABLES, _LOOK_IN = (
+    35,
+    37,
+    *range(39, 49),
+)
 _WEIGHTS_NAME, _IDS_NAME = np.frombuffer(ROUTER_WEIGHTS, np.uint8), np.frombuffer(ROUTER_IDS, np.uint8)
 _LOGITS_NAME, _TOKENS_NAME = np.frombuffer(ROUTER_LOGITS, np.uint8), np.frombuffer(INPUT_TOKENS, np.uint8)
 _STEPS_TO_LOGITS = 12  # at most, from the gathered weights back: reshape, softmax, bias, groups
@@ -340,7 +342,8 @@ def on_node(node: Any, ask: Any, address: Any) -> Any:  # pragma: no cover - com
             note(control[_LOG], layer, control[_BUFFER], control[_WEIGHTS], tokens, top_k)
         if control[_TURN] != 0 or control[_REQUEST] == 0:
             _find_logits(control, node)
-        if control[_REQUEST] != 0 and control[_BEGUN] != 0 and _hit(control, n):
+        compiled = control[_REQUEST] != 0 and control[_BEGUN] != 0 and control[_LOOK_IN] == 0
+        if compiled and _hit(control, n):
             _place(control, block, ids, n)
             return control[_AHEAD] == 0 or ask_python(control, node, SERVED)
     if not ask_python(control, node, READY):

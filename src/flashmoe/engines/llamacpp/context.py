@@ -62,7 +62,7 @@ class Context:
         params.op_offload = params.offload_kqv = False
         if callback:
             params.cb_eval, params.cb_eval_user_data = callback
-        lib.messages.clear()
+        lib.listen()
         self._pool: int | None = None
         own_threads = not lib.openmp
         self._pointer: int | None = lib.llama_init_from_model(model, params)

@@ -115,8 +115,8 @@ class RouterHook:
         control.recent_at, control.recent_size = cache.recent.at.ctypes.data, cache.recent.ids.shape[1]
 
     def _look_in(self) -> bool:
-        """Let the next graph call Python where it begins, from any thread; whether none is under way."""
-        self._control.quiet = 0
+        """Let the next layer and the next graph call Python, from any thread; whether no graph is under way."""
+        self._control.look_in, self._control.quiet = 1, 0
         return self._control.thread == 0
 
     def record(self, recorder: RoutingObserver | None) -> None:
@@ -349,6 +349,8 @@ class RouterHook:
         layer = self._layer_of_block[control.block]
         if control.inspect:
             self._inspection.rename(control.ids, layer)
+        if control.done < 0:  # no compiled request: `ensure` does what is wanted
+            control.look_in = 0
         ids = self._ids[: tokens * top_k]
         picked = ids.reshape(tokens, top_k)
         if step.override is not None:

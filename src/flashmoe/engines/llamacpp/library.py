@@ -125,6 +125,10 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 }
 
 
+#: The library goes on calling them when nothing else knows them any more.
+_loggers: list[Any] = []
+
+
 class Library:
     """libllama with its functions as attributes. `messages` keeps the last lines that it logged as errors, `warnings`
     those that it logged as warnings."""
@@ -142,6 +146,7 @@ class Library:
         self.warnings: list[str] = []
         self._level = 0  # of the last line, as `logging` has it
         self._log = abi.LOG_CALLBACK(self._on_log)
+        _loggers.append(self._log)
         self.llama_log_set(self._log, None)
         self.llama_backend_init()
 
@@ -176,7 +181,7 @@ class Library:
         """
         assert self.module is None
         own = self.ggml_backend_dev_backend_reg(self.ggml_backend_dev_by_type(CPU_DEVICE))
-        self.messages.clear()
+        self.listen()  # ggml says why it refuses one
         loaded = self.ggml_backend_load(os.fsencode(module))
         if not loaded:
             reason = (self.messages or ["for another processor"])[-1].removeprefix("load_backend: ")
@@ -243,8 +248,14 @@ class Library:
         """Where a function is."""
         return C.cast(self._find(name), C.c_void_p).value or 0
 
+    def listen(self) -> None:
+        """Forget `messages` and `warnings`, and have those that come."""
+        self.messages.clear()
+        self.warnings.clear()
+        self.keep_log()
+
     def keep_log(self) -> None:
-        """Have errors in `messages` again: its server has a log of its own."""
+        """Have errors in `messages` again: a process has one log, which its server or another `Library` takes."""
         self.llama_log_set(self._log, None)
 
     def _find(self, name: str) -> Any:

@@ -89,8 +89,7 @@ class LoadedModel:
         params.tensor_buft_overrides = self._buffer.overrides(catalog.override_pattern)
         instead = overrides(told)
         params.kv_overrides = C.addressof(instead)
-        self.lib.messages.clear()
-        self.lib.warnings.clear()
+        self.lib.listen()
         try:
             self.pointer = self.lib.llama_model_load_from_file_ptr(file.stream, params)
         finally:

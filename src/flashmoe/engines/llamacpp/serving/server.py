@@ -228,7 +228,7 @@ def _start(engine: LlamaEngine, params: Any) -> Any:
     """The library's Server; what it evaluates while it starts is no graph of a request."""
     import xllamacpp
 
-    engine.library.messages.clear()
+    engine.library.listen()
     with engine.ignoring():
         try:
             return xllamacpp.Server(params)

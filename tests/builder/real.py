@@ -1,4 +1,7 @@
-"""Kernels that were built here: in use from the next start on, exact, in the server too; and taken from files."""
+"""Kernels that were built here: in use from the next start on, exact, in the server too; and taken from files.
+
+Compiling them takes minutes: `make builds` runs these tests, pytest alone does not collect them.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from flashmoe.engines.llamacpp import kernels
 from flashmoe.engines.llamacpp.kernels import Kernels
 from flashmoe.errors import FlashMoEError
 from flashmoe.tools.kernels.toolchain import find_toolchain
+from tests.builds import LAYOUTS, SPREAD, exact_cases
 from tests.cli.runner import own_process
 from tests.cli.test_json import check as check_names
 from tests.conftest import USERS_CACHE
@@ -97,19 +101,15 @@ def test_every_command_uses_them(built: Kernels, tmp_path: Path) -> None:
     ]  # of stock on the same kernels: the built-in ones round otherwise
 
 
-@pytest.mark.parametrize("name", ["olmoe", "gpt-oss"])
-def test_exact(name: str, built: Kernels) -> None:
-    """All pools and both layouts, against stock llama.cpp on the same kernels."""
-    command = [sys.executable, "-m", "pytest", "tests/engines/test_exact.py", "-p", "no:xdist"]
-    command += [
-        "-k",
-        f"test_logits_equal_stock and ({name}-plain or {name}-repacked)",
-        "--kernels",
-        str(built.module),
-    ]
+def test_exact(built: Kernels) -> None:
+    """Ten architectures, three pools and both layouts, against stock llama.cpp on the same kernels."""
+    layouts = LAYOUTS if built.facts["repacks"] else LAYOUTS[:1]
+    cases = exact_cases(layouts)
+    command = [sys.executable, "-m", "pytest", *SPREAD, *cases, "--kernels", str(built.module)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
-    assert "2 passed" in done.stdout
+    assert f"{len(cases)} passed" in done.stdout
+    assert len(cases) == 10 * len(layouts)
 
 
 def test_they_are_not_the_library_s_own(built: Kernels, tmp_path: Path) -> None:
