@@ -29,7 +29,9 @@ def architectures(library: Path) -> set[str]:
     """Those that a library has a class of models for, without "-" and "_": names of types stay in the file."""
     content = library.read_bytes()
     found = re.finditer(rb"llama_model_([a-z0-9_]+)\0", content)
-    sized = ((match, b"\0%d" % (len(match[0]) - 1)) for match in found)  # a type's name comes after its length
+    sized = (
+        (match, b"\0%d" % (len(match[0]) - 1)) for match in found
+    )  # a type's name comes after its length
     return {plain(match[1].decode()) for match, size in sized if content.endswith(size, 0, match.start())}
 
 
@@ -51,7 +53,9 @@ def test_architectures_of_the_library(lib: Library) -> None:
 
 def test_a_new_architecture_shows(lib: Library, tmp_path: Path) -> None:
     newer = tmp_path / "libllama.so"
-    newer.write_bytes(lib.path.read_bytes() + b"\0" + b"23llama_model_brand_new_9\0" + b"\0llama_model_load\0")
+    newer.write_bytes(
+        lib.path.read_bytes() + b"\0" + b"23llama_model_brand_new_9\0" + b"\0llama_model_load\0"
+    )
     with pytest.warns(UserWarning, match="untested architectures: .*brandnew9"):
         report_untested(architectures(newer))
     assert "load" not in architectures(newer)

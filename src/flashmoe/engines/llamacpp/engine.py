@@ -18,11 +18,12 @@ from flashmoe.common.signals import run_apart
 from flashmoe.engines.base import SamplingParams
 from flashmoe.engines.llamacpp import kernels
 from flashmoe.engines.llamacpp.context import Context
-from flashmoe.engines.llamacpp.hook import Evaluated, RouterHook
+from flashmoe.engines.llamacpp.counts import Evaluated
+from flashmoe.engines.llamacpp.hook import RouterHook
 from flashmoe.engines.llamacpp.library import Library, is_of_wheel
 from flashmoe.engines.llamacpp.loader import LoadedModel
 from flashmoe.engines.llamacpp.sampler import Sampler
-from flashmoe.engines.llamacpp.spinning import Spinning
+from flashmoe.engines.llamacpp.spinning import Spinning, release_threads
 from flashmoe.engines.llamacpp.stack import BYTES_PER_CHARACTER, on_large_stack, raise_thread_stacks
 from flashmoe.errors import FlashMoEError, ModelError, UsageError
 from flashmoe.prefetch.scheduler import Prefetcher
@@ -175,6 +176,7 @@ class LlamaEngine:
         on_error: Callable[[BaseException], None],
     ) -> int:
         """The library's server evaluates from here on, until `unserve`; see `RouterHook.serve`."""
+        run_apart(partial(release_threads, self._lib), lambda: None)
         self._serving = True
         return self._hook.serve(self.sequences, self.n_vocab, on_prompt, on_graph, on_error)
 
