@@ -248,6 +248,17 @@ def test_library_that_fails_its_probe(
     assert not notes.exists()
 
 
+def test_no_room_for_the_probe(notes: Path, lib: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No fault of the library's: files can have a KiB here."""
+    command = f"ulimit -f 1; exec {sys.executable} -B -m flashmoe.tools.self_test {lib.path}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.splitlines()[-1][-14:]) == (tested.NOT_TESTED, "File too large")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(LibraryError, match="no room for that .*File too large.*TMPDIR"):
+        self_test(lib.path)
+    assert not notes.exists()
+
+
 ILLEGAL = """
 #include <signal.h>
 __attribute__((constructor)) static void start(void) { raise(SIGILL); }

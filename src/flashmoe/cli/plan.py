@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,7 @@ from flashmoe.cli import options
 from flashmoe.cli.progress import stdout_console
 from flashmoe.common.machine import cores
 from flashmoe.common.units import format_bytes, parse_bytes
+from flashmoe.errors import UsageError
 
 
 def plan(
@@ -39,11 +41,15 @@ def plan(
     from flashmoe.engines.llamacpp.sizes import ContextSizes
     from flashmoe.engines.llamacpp.tested import tested_library
     from flashmoe.routing.files import read
+    from flashmoe.runtime.options import LoadOptions
     from flashmoe.simulate.curve import hit_curve, nearest, shipped
     from flashmoe.storage.catalog import ExpertCatalog
     from flashmoe.storage.hub import default_policy, header
     from flashmoe.tools.plan import make_plan, measure
 
+    if place is not None and not os.path.isdir(place):
+        raise UsageError(f"{place}: no such folder (--drive)")
+    LoadOptions(n_ctx=ctx_size, threads=threads)  # refuses what `run` refuses
     budgets = [parse_bytes(size) for size in ram.split(",")] if ram else []
     gguf, there = header(model)
     catalog = ExpertCatalog.from_gguf(gguf)

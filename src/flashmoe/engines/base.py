@@ -66,7 +66,7 @@ class SamplingParams:
         if self.json_schema is not None:
             try:
                 given["json_schema"] = json.loads(self.json_schema)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UsageError(f"the JSON schema is no JSON ({error})") from None
         return given
 

@@ -30,7 +30,7 @@ from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.disk import read_ceiling
 
 if TYPE_CHECKING:
-    from flashmoe.engines.llamacpp.hook import Evaluated
+    from flashmoe.engines.llamacpp.counts import Evaluated
     from flashmoe.engines.llamacpp.serving.options import ServerOptions
     from flashmoe.engines.llamacpp.serving.saved import SavedConversations
     from flashmoe.engines.llamacpp.serving.server import InnerServer

@@ -88,6 +88,8 @@ class LoadOptions:
         for count in (self.n_ubatch, self.threads, self.n_ctx):
             if count is not None and not 1 <= count <= _MOST:
                 raise UsageError(f"context, micro-batch and threads must be at least 1, and at most {_MOST}")
+        if self.n_ctx == 1:
+            raise UsageError("a context of 1 token has no room for an answer: give at least 2")
         if self.threads is not None and self.threads > _MOST_THREADS:
             raise UsageError(f"at most {_MOST_THREADS} threads can compute, not {self.threads}")
         if self.engine not in ENGINES:

@@ -319,14 +319,14 @@ def _parse(header: _Header, part: Part) -> Part:
 
 def split_paths(first: Path, count: int) -> list[Path]:
     """The files of a split model, from its first ("name-00001-of-00003.gguf")."""
-    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", first.name)
+    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", first.name, re.IGNORECASE)
     if not match or int(match[3]) != count:
         raise ModelError(
             f"{first}: says it is one of {count} parts, but is not named -00001-of-{count:05d}.gguf"
         )
     if int(match[2]) != 1:
         raise ModelError(f"{first}: is part {int(match[2])} of a split model; name the first part")
-    return [first.with_name(f"{match[1]}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
+    return [first.with_name(f"{match[1]}-{i:05d}-of-{count:05d}{match[4]}") for i in range(1, count + 1)]
 
 
 def read_gguf(path: str | Path) -> GGUF:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from flashmoe.common.files import expanded
 from flashmoe.engines.llamacpp import abi
 from flashmoe.engines.llamacpp.abi import CONSTANTS, f32, flag, i32, ptr, u32
 from flashmoe.engines.llamacpp.facts import differences
@@ -322,7 +323,7 @@ def find_library() -> Path:
     """
     named = os.environ.get(ENVIRONMENT)
     if named:
-        path = Path(named).expanduser().absolute()  # a mere name would be looked for elsewhere
+        path = expanded(named).absolute()  # a mere name would be looked for elsewhere
         found = [path] if path.is_file() else [p for s in _SUFFIXES if (p := path / f"libllama{s}").is_file()]
         if not found:
             raise LibraryError(
