@@ -17,7 +17,7 @@ from flashmoe.common.units import format_bytes, parse_bytes
 from flashmoe.errors import BudgetError, UsageError
 from flashmoe.storage.catalog import ExpertCatalog
 
-# Slots for experts that are prefetched and not yet asked for: a layer's guesses (prefetch.scheduler.MOST), and one
+# Slots for experts that are prefetched and not yet asked for: a layer's guesses (prefetch.guessing.MOST), and one
 # whose read has to end although it is wanted no more. Every further one would cost more hits than it brings
 SPARE = 4
 _MOST_SPARE = 0.03  # of the slots

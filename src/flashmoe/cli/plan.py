@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +38,7 @@ def plan(
     quiet: options.Silent = False,
 ) -> None:
     """Predict a model's tokens/s at several memory budgets. Of a model on the hub, only the header is downloaded."""
+    from flashmoe.engines.llamacpp.sizes import ContextSizes
     from flashmoe.engines.llamacpp.tested import tested_library
     from flashmoe.routing.files import read
     from flashmoe.runtime.options import LoadOptions
@@ -55,13 +56,16 @@ def plan(
     if trace:
         recorded = read(trace)
         recorded.check_model(len(catalog.layers), catalog.n_experts)
+        recorded = replace(recorded, model={**recorded.model, "groups": catalog.identity["groups"]})
         curve = hit_curve(recorded, trace.stem, default_policy(""))
     else:
         curve = nearest(shipped(), catalog.gguf.name, catalog.n_experts, catalog.top_k)
     n_threads = threads or cores()
     drive = place or (catalog.gguf.files[0] if there else Path())
-    machine = measure(catalog, tested_library(), n_threads, drive)
-    made = make_plan(catalog, machine, curve, budgets, ctx_size)
+    library = tested_library()
+    machine = measure(catalog, library, n_threads, drive)
+    with ContextSizes(library, gguf) as sizes:
+        made = make_plan(catalog, machine, curve, sizes.nbytes, budgets, ctx_size)
     if json_file:
         json_file.write(asdict(made))
     console = stdout_console(quiet)

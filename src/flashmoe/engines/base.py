@@ -135,6 +135,11 @@ class Engine(Protocol):
     kernels_hint: str  # what better ones would be worth, a sentence; "" where there are none
 
     @property
+    def no_text(self) -> str:
+        """Why it makes no text, token by token; "" where it does."""
+        ...
+
+    @property
     def has_server(self) -> bool:
         """Whether llama.cpp's own server can run over it."""
         ...

@@ -93,5 +93,12 @@ def compiled(
         own = FunctionType(loop.__code__, loop.__globals__)
         return keep(own, _nrt=False, no_cfunc_wrapper=True)
 
-    loops = (access_each_loop, window_loop, release_loop, replay_loop)
-    return Kernels(keep(access, addressed), *map(entry, loops), keep(start), entry(rank_loop))
+    return Kernels(
+        keep(access, addressed),
+        entry(access_each_loop),
+        entry(window_loop),
+        entry(release_loop),
+        entry(replay_loop),
+        keep(start),
+        entry(rank_loop),
+    )

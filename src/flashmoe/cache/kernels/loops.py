@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from flashmoe.cache.kernels.rules import evicted_rule, record_rule, victim_rule
-from flashmoe.cache.kernels.slots import drop, enough_room, inlined, lean, pop_free, push_free, put
+from flashmoe.cache.kernels.slots import (
+    drop,
+    enough_room,
+    inlined,
+    lean,
+    nearest_free,
+    pop_free,
+    push_free,
+    put,
+)
 from flashmoe.cache.residency import GLOBAL
 
 
@@ -45,7 +54,7 @@ def borrow_from_others(st, res, layer):
     behind."""
     g = np.int64(res.group[layer])
     if res.free_count[g] > 0:
-        return np.int64(res.free[res.group_start[g] + res.free_count[g] - 1])
+        return nearest_free(res, layer)
     slot = donor_above_quota(st, res, g, layer)
     n_layers = res.quota.shape[0]
     for back in range(1, n_layers):
@@ -59,7 +68,7 @@ def borrow_from_others(st, res, layer):
 
 @lean
 def find_victim(st, res, layer):
-    """Slot that `layer` may take for a new expert, without changing anything; free (owner < 0) or owned, -1
+    """Slot that `layer` may take for a new expert, without taking it; on top of the free ones (owner < 0) or owned, -1
     if none.
 
     Global partition: a free slot, else any layer's victim. Otherwise a layer below its quota takes a free
@@ -70,7 +79,7 @@ def find_victim(st, res, layer):
     everyone = res.partition[0] == GLOBAL
     if everyone or res.used[layer] < res.quota[layer]:
         if res.free_count[g] > 0:
-            return np.int64(res.free[res.group_start[g] + res.free_count[g] - 1])
+            return nearest_free(res, layer)
         if not everyone:
             slot = donor_above_quota(st, res, g, layer)
             if slot >= 0:

@@ -15,12 +15,14 @@ from typing import Any, TypeVar
 import numpy as np
 from numba.extending import register_jitable
 
+from flashmoe.cache import residency
+
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
 #: Options of numba. What would let C call these functions is left out, as is what would let Python: it takes longer to
 #: compile than they do.
-LEAN: dict[str, Any] = {"_nrt": False, "no_cfunc_wrapper": True}
-INLINED: dict[str, Any] = {"forceinline": True, **LEAN}
+LEAN: Any = {"_nrt": False, "no_cfunc_wrapper": True}
+INLINED: Any = {"forceinline": True, **LEAN}
 
 
 def _decorator(**options: Any) -> Callable[[Kernel], Kernel]:
@@ -37,6 +39,7 @@ lean = _decorator(**LEAN)
 inlined = _decorator(**INLINED)
 loose = _decorator(fastmath=True, **LEAN)  # sums in any order, so that they use vector instructions
 allocating = _decorator(**{**LEAN, "_nrt": True})
+centre = inlined(residency.centre)
 
 
 @inlined
@@ -70,6 +73,26 @@ def lowest(score, res, layer, g):
                     best = e
                     best_layer = m
     return res.slot_of[best_layer, best] if best >= 0 else -1
+
+
+@lean
+def nearest_free(res, layer):
+    """The free slot that lies best for a layer, which comes to the top of its group's stack; there must be one."""
+    start = res.group_start[res.group[layer]]
+    top = start + res.free_count[res.group[layer]] - 1
+    middle = centre(res, layer)
+    share = res.quota[layer] + res.lent[layer]
+    best = top
+    for i in range(top, start - 1, -1):
+        if abs(res.free[i] - middle) < abs(res.free[best] - middle):
+            best = i
+        if 0 <= res.free[i] - middle + share // 2 < share:
+            best = i  # its own: no need to look on
+            break
+    slot = res.free[best]
+    res.free[best] = res.free[top]
+    res.free[top] = slot
+    return np.int64(slot)
 
 
 @inlined

@@ -15,7 +15,7 @@ from flashmoe.cache.kernels.entries import REQUEST, Kernels
 from flashmoe.cache.kernels.loops import window_size
 from flashmoe.cache.residency import Residency
 from flashmoe.cache.saved import Limits, load_state
-from flashmoe.common.compiled import Pinned
+from flashmoe.common.compiled import Pinned, address_of
 from flashmoe.errors import PolicyError
 
 Int32 = NDArray[np.int32]
@@ -138,9 +138,7 @@ class EvictionPolicy:
         """`request` as an address, for compiled code that makes it without Python."""
         assert self._pool is not None
         arrays = Pinned(REQUEST, (ids, slots_out, miss_expert, miss_slot))
-        self.kernels.access.compile(_REQUEST_SIGNATURE.args)
-        compiled = self.kernels.access.overloads[_REQUEST_SIGNATURE.args]
-        address = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name)
+        address = address_of(self.kernels.access, _REQUEST_SIGNATURE)
         return CompiledRequest(address, self._pool.address, arrays.address, (self._pool, arrays))
 
     def access_each(

@@ -66,13 +66,17 @@ class Context:
         self._pool: int | None = None
         own_threads = not lib.openmp
         self._pointer: int | None = lib.llama_init_from_model(model, params)
+        self._memory = lib.llama_get_memory(self._pointer) if self._pointer else None
+        if self._pointer and not self._memory and params.n_outputs_max < n_ubatch:  # then all are outputs
+            lib.llama_free(self._pointer)
+            params.n_outputs_max = n_ubatch
+            self._pointer = lib.llama_init_from_model(model, params)
         if not self._pointer:
             reason = (lib.messages or ["no reason given"])[-1]
             raise ModelError(
                 f"llama.cpp cannot make a context of {n_ctx} tokens ({reason}); try a smaller one (-c)"
             )
         self.n_ctx = int(lib.llama_n_ctx(self._pointer)) // sequences
-        self._memory = lib.llama_get_memory(self._pointer)
         self._vocab = lib.llama_model_get_vocab(model)
         self.n_vocab = int(lib.llama_vocab_n_tokens(self._vocab))
         self.n_embd = int(lib.llama_model_n_embd_out(model))
@@ -114,6 +118,11 @@ class Context:
             self._lib.llama_attach_threadpool(self._pointer, self._pool, self._pool)
 
     @property
+    def remembers(self) -> bool:
+        """Whether tokens are evaluated after others; else (encoders, diffusion) all of a text at once."""
+        return bool(self._memory)
+
+    @property
     def pointer(self) -> int | None:
         """The llama_context, for samplers."""
         return self._pointer
@@ -136,14 +145,15 @@ class Context:
 
     def rewind(self, n_past: int) -> None:
         """Forget tokens from position `n_past` on; all where the memory cannot be cut (Mamba)."""
-        n_past = min(n_past, self.past)
+        n_past = min(n_past, self.past) if self._memory else 0
         if n_past and self._lib.llama_memory_seq_rm(self._memory, 0, n_past, -1):
             # a cache of the window's size forgets what attention needs after a cut
             oldest = self._lib.llama_memory_seq_pos_min(self._memory, 0)
             if oldest <= max(0, n_past - self._window):
                 self.past = n_past
                 return
-        self._lib.llama_memory_clear(self._memory, True)  # of all sequences
+        if self._memory:
+            self._lib.llama_memory_clear(self._memory, True)  # of all sequences
         self.past = 0
 
     def partial_state_bytes(self) -> int:

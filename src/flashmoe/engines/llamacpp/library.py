@@ -58,6 +58,7 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_model_has_encoder": (flag, (ptr,)),
     "llama_model_is_recurrent": (flag, (ptr,)),
     "llama_model_is_hybrid": (flag, (ptr,)),
+    "llama_model_is_diffusion": (flag, (ptr,)),
     "llama_state_seq_get_size_ext": (_size, (ptr, i32, u32)),
     "llama_model_n_embd_out": (i32, (ptr,)),
     "llama_model_chat_template": (_text, (ptr, _text)),

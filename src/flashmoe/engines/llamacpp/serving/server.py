@@ -20,8 +20,8 @@ from typing import Any
 
 from flashmoe.common.files import make_socket_folder
 from flashmoe.common.text import printable
+from flashmoe.engines.llamacpp.counts import Evaluated
 from flashmoe.engines.llamacpp.engine import LlamaEngine
-from flashmoe.engines.llamacpp.hook import Evaluated
 from flashmoe.engines.llamacpp.serving.borrow import lend
 from flashmoe.engines.llamacpp.serving.options import ServerOptions
 from flashmoe.engines.llamacpp.stack import BYTES_PER_CHARACTER, check_threads, raise_thread_stacks
