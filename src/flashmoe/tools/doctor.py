@@ -86,7 +86,7 @@ def cache() -> Check:
         "cache",
         ADVICE,
         f"no cache folder of yours can be written: {folder} is used",
-        "what is kept there goes when temporary folders are emptied: name a folder that can be written in XDG_CACHE_HOME",
+        "it is lost when temporary folders are emptied: name a folder that can be written in XDG_CACHE_HOME",
         facts,
     )
 
