@@ -115,7 +115,7 @@ def test_budget_that_cannot_be_read(ram: str, tiny: Tiny) -> None:
     fails(2, "cannot read the size", tiny("llama"), "--ram", ram)
 
 
-@pytest.mark.parametrize("cache", ["lots", "-5", "5%%", "half", ""])
+@pytest.mark.parametrize("cache", ["lots", "-5", "5%%", "half", "", "\u00b2", "9" * 5000])
 def test_cache_that_cannot_be_read(cache: str, tiny: Tiny) -> None:
     fails(2, "cannot read --cache", tiny("llama"), "--cache", cache)
 
@@ -246,6 +246,7 @@ def test_names_that_no_file_can_have(verb: str, name: str) -> None:
         ("simulate", "TRACE", "--compute", -1), ("plan", "demo", "-c", 0), ("plan", "demo", "-t", 100_000),
         ("plan", "demo", "--drive", "/none"), ("trace", "split", "TRACE", "-o", "a", "b", "--seed", -1),
         ("train", "policy", "TRACE", "-o", "p", "-t", 0), ("train", "prefetch", "TRACE", "-o", "p", "--seed", -1),
+        ("bench", "run", "demo", "--cache", "50%,x"), ("bench", "run", "demo", "--ram", HUGE + "%"),
         ("bench", "make-model", "OLMoE-1B-7B", "m", "-s", -1), ("serve", "demo", "--host", "a" * 300),
         ("serve", "demo", "--port", 0, "--alias", "\udcff"), ("serve", "demo", "--port", 0, "--api-key", "\udcff"),
     ],

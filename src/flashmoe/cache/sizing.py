@@ -108,7 +108,7 @@ def parse_cache(text: str, catalog: ExpertCatalog, align: int) -> list[int]:
     share = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)
     if share:
         return shares_of(catalog, min(1.0, float(share[1]) / 100))
-    if text.strip().isdigit():
+    if re.fullmatch(r"\s*\d{1,18}\s*", text):
         return _split(catalog, int(text))
     try:
         return slots_for(catalog, parse_bytes(text), align)

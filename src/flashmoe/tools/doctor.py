@@ -86,7 +86,7 @@ def cache() -> Check:
         "cache",
         ADVICE,
         f"no cache folder of yours can be written: {folder} is used",
-        "each machine's start compiles anew: name a folder that can be written in XDG_CACHE_HOME",
+        "it is lost when temporary folders are emptied: name a folder that can be written in XDG_CACHE_HOME",
         facts,
     )
 
@@ -193,7 +193,7 @@ def huge_pages() -> Check:
 
 def drive(place: Path) -> Check:
     """Direct reads at sizes and depths of experts. Raises ReadError."""
-    kind = file_system(place)
+    kind = file_system(place) or "an unknown file system"
     facts: dict[str, Any] = {"file_system": kind}
     with ExitStack() as stack:
         try:

@@ -85,7 +85,7 @@ class InnerServer:
             engine.unserve()
             self._remove_folder()
             raise
-        if os.path.exists(descriptor := f"/proc/self/fd/{self._socket}"):
+        if _connects(descriptor := f"/proc/self/fd/{self._socket}"):
             # clients come through it: a process that is killed leaves nothing behind
             self.socket = descriptor
             self._remove_folder()
@@ -216,6 +216,16 @@ class InnerServer:
 
     def _remove_folder(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _connects(path: str) -> bool:
+    """Whether a Unix socket is there: without /proc, and in some sandboxes, not by its descriptor."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        try:
+            client.connect(path)
+        except OSError:
+            return False
+    return True
 
 
 class _UnixConnection(http.client.HTTPConnection):
