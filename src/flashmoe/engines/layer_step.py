@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe.cache.expert_cache import ExpertCache
+from flashmoe.common.signals import SafeLock
 from flashmoe.errors import FlashMoEWarning
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import RoutingObserver
@@ -50,6 +51,7 @@ class LayerStep:
         #: Called with (layer, ids [tokens, top_k]) to put other experts in place of the router's.
         self.override: Callable[[int, Int32], None] | None = None
         self._asked: Prefetcher | None = None  # in the present graph
+        self._lock = SafeLock()
 
     @property
     def observed(self) -> bool:
@@ -68,8 +70,8 @@ class LayerStep:
         # several sequences decoded together ask the next layer for too many experts to guess them
         together = len(tokens) > 1 and self.cache.phase == "decode"
         self._asked = None if together or min(tokens, default=-1) < 0 else self.prefetcher
-        if self._asked is not None:
-            self._asked.begin_step(tokens)
+        if (asked := self._asked) is not None:
+            self._ask(lambda: asked.begin_step(tokens))
 
     def end(self) -> None:
         """The graph has been computed, or has failed."""
@@ -81,11 +83,27 @@ class LayerStep:
         recorder = self.recorder  # another thread may take it away
         if recorder is None:
             return
-        try:
-            recorder.add(layer, ids, weights())
-        except Exception as error:  # an evaluation does not fail because it is looked at
+        if failed := self._failure(lambda: recorder.add(layer, ids, weights())):
             self.recorder = None
-            warnings.warn(f"recording of the routing has ended: {error}", FlashMoEWarning, stacklevel=2)
+            warnings.warn(f"recording of the routing has ended: {failed}", FlashMoEWarning, stacklevel=2)
+
+    def _failure(self, call: Callable[[], None]) -> Exception | None:
+        """What `call` has raised: an evaluation does not fail because it is looked at.
+
+        What a signal's handler raises is no failure of it, and comes afterwards.
+        """
+        with self._lock:
+            try:
+                call()
+            except Exception as error:
+                return error
+        return None
+
+    def _ask(self, call: Callable[[], None]) -> None:
+        """Call the prefetcher, whose predictors may be a user's own."""
+        if failed := self._failure(call):
+            self._asked = self.prefetcher = None
+            warnings.warn(f"prefetching has ended: {failed}", FlashMoEWarning, stacklevel=2)
 
     def serve(
         self,
@@ -112,9 +130,10 @@ class LayerStep:
                 asked.predictor.see(layer, seen)
             asked.routed(layer, ids[0])
 
+        meanwhile = None if asked is None else lambda: self._ask(look_ahead)
         began = time.perf_counter()
         waited = stats.stall_seconds + (residents.waited if residents else 0.0)
-        slots = ensure(look_ahead if asked is not None else None)
+        slots = ensure(meanwhile)
         waited = stats.stall_seconds + (residents.waited if residents else 0.0) - waited
         stats.overhead_seconds += time.perf_counter() - began - waited - computed()
         return slots
