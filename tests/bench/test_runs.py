@@ -66,7 +66,7 @@ def test_a_benchmark_of_pairs(model: Path) -> None:
         lambda what, done, total: seen.append((done, total)),
     )
     assert json.loads(json.dumps(report)) == report
-    assert seen[-1] == (4, 4)
+    assert seen[-1] == (6, 6)
     rows = report["rows"]
     assert [(r["policy"], r["baseline"]) for r in rows] == [("lru", "mmap"), ("lfu", "mmap")]
     for row in rows:

@@ -103,6 +103,19 @@ def test_while_a_prompt_is_read(checked: Checked) -> None:
     check_residency(checked.policy.residency, unused(cache))
 
 
+def test_nothing_moves_where_late_bytes_may_arrive(checked: Checked) -> None:
+    """A read that was given up, as a drive hung, may still end."""
+    cache, reader = checked.cache, checked.reader
+    reader._given_up[0] = cache.pool.reads(0, 0, 19)[0]
+    cache.resize([12, 6])
+    cache.begin_step(1, TOP_K)
+    cache.ensure(0, np.arange(4, dtype=np.int32))
+    assert cache.elastic.slots == [20, 10]
+    del reader._given_up[0]
+    cache.begin_step(1, TOP_K)
+    assert cache.elastic.slots == [12, 6]
+
+
 def test_memory_goes_and_comes(tiny: Tiny) -> None:
     checked = Checked(tiny("hunyuan-moe"), 1)
     slots = 2048

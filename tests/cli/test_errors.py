@@ -43,6 +43,8 @@ def test_folder(tmp_path: Path, tiny: Tiny) -> None:
 
 def test_not_a_gguf(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_text("<html>not found</html>" * 10)
+    fails(1, "a web page, not the file itself: download that again", tmp_path / "m.gguf")
+    (tmp_path / "m.gguf").write_text("not found" * 10)
     fails(1, "not a GGUF file", tmp_path / "m.gguf")
     (tmp_path / "empty.gguf").write_bytes(b"")
     fails(1, "not a GGUF file", tmp_path / "empty.gguf")

@@ -43,9 +43,7 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
 def test_closed_streams(closed: str, tmp_path: Path) -> None:
     """The next file that is opened must not be taken for one of them: here the report."""
-    command = (
-        f"{sys.executable} -m flashmoe.cli run demo -p x -n 1 -t 1 --json {tmp_path / 'report'} {closed}"
-    )
+    command = f"{sys.executable} -m flashmoe.cli run demo -p x -n 1 -t 1 --temp 0 --json {tmp_path / 'report'} {closed}"
     assert subprocess.run(command, shell=True, stdin=subprocess.DEVNULL).returncode == 0
     assert json.loads((tmp_path / "report").read_text())["text"]
 

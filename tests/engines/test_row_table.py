@@ -129,7 +129,9 @@ def test_a_table_larger_than_memory(lib: Library, tmp_path: Path) -> None:
                 np.random.default_rng(place).standard_normal((ROWS_OF_A_HASH, 16)).astype("<f2").tobytes()
             )
     before = status_bytes("RssAnon")
-    with flashmoe.load(path, ram="1GiB", n_ctx=64, threads=1, layout="plain", library=lib) as model:
+    with flashmoe.load(
+        path, ram=before + (1 << 30), n_ctx=64, threads=1, layout="plain", library=lib
+    ) as model:
         tokens = prompt(model.engine.n_vocab)[: model.engine.n_ubatch]
         model.engine.decode(tokens)
         got = model.engine.logits()

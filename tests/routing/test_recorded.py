@@ -18,6 +18,8 @@ from flashmoe.cli.trace import app
 from flashmoe.engines.base import SamplingParams
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.errors import FlashMoEWarning
+from flashmoe.prefetch.base import Predictor
+from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.trace import PREFILL, RoutingTrace
 from flashmoe.runtime import open_gguf as gguf
 from flashmoe.runtime.model import Model
@@ -158,6 +160,39 @@ def test_an_observer_that_fails_ends_nothing_but_itself(lib: Library, demo: Path
     with pytest.warns(FlashMoEWarning, match="recording of the routing has ended: no room left"):
         assert logits(observer) == expected
     assert observer.calls == 5
+
+
+def test_a_predictor_that_fails_ends_nothing_but_itself(lib: Library, demo: Path) -> None:
+    class Broken(Predictor):
+        name = "broken"
+        calls = 0
+
+        def make_state(self, n_layers: int, n_experts: int, top_k: int) -> None:
+            pass
+
+        def begin_step(self, token: int) -> None:
+            self.calls += 1
+
+        def observe(self, layer: int, ids: Any) -> None:
+            if self.calls == 2 and layer:
+                raise ZeroDivisionError("division by zero")
+
+        def predict(self, layer: int, target: int, out: Any) -> None:
+            out[:] = 0
+
+    def logits(predictor: Predictor | None) -> bytes:
+        with flashmoe.load(demo, cache="50%", n_ctx=64, threads=1, prefetch="none", library=lib) as model:
+            if predictor:
+                model.engine.prefetch(Prefetcher([predictor], model.cache))
+            model.cache.phase = "decode"
+            for token in range(100, 104):
+                model.engine.decode([token])
+            return model.engine.logits().tobytes()
+
+    expected, predictor = logits(None), Broken()
+    with pytest.warns(FlashMoEWarning, match="prefetching has ended: division by zero"):
+        assert logits(predictor) == expected
+    assert predictor.calls == 2
 
 
 def test_recording_goes_on_where_it_was_interrupted(

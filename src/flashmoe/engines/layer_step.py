@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe.cache.expert_cache import ExpertCache
+from flashmoe.common.signals import SafeLock
 from flashmoe.errors import FlashMoEWarning
 from flashmoe.prefetch.scheduler import CompiledTurn, Prefetcher
 from flashmoe.routing.recorder import RoutingObserver
@@ -51,6 +52,7 @@ class LayerStep:
         self.override: Callable[[int, Int32], None] | None = None
         self._asked: Prefetcher | None = None  # in the present graph
         self._single = False  # whether it is of one token
+        self._lock = SafeLock()
 
     @property
     def observed(self) -> bool:
@@ -83,8 +85,8 @@ class LayerStep:
         self._single = len(tokens) == 1
         together = not self._single and self.cache.phase == "decode"
         self._asked = None if together or min(tokens, default=-1) < 0 else self.prefetcher
-        if self._asked is not None:
-            self._asked.begin_step(tokens)
+        if (asked := self._asked) is not None:
+            self._ask(lambda: asked.begin_step(tokens))
 
     def end(self) -> None:
         """The graph has been computed, or has failed."""
@@ -99,11 +101,27 @@ class LayerStep:
         recorder = self.recorder  # another thread may take it away
         if recorder is None:
             return
-        try:
-            what(recorder)
-        except Exception as error:  # an evaluation does not fail because it is looked at
+        if failed := self._failure(lambda: what(recorder)):
             self.recorder = None
-            warnings.warn(f"recording of the routing has ended: {error}", FlashMoEWarning, stacklevel=3)
+            warnings.warn(f"recording of the routing has ended: {failed}", FlashMoEWarning, stacklevel=3)
+
+    def _failure(self, call: Callable[[], None]) -> Exception | None:
+        """What `call` has raised: an evaluation does not fail because it is looked at.
+
+        What a signal's handler raises is no failure of it, and comes afterwards.
+        """
+        with self._lock:
+            try:
+                call()
+            except Exception as error:
+                return error
+        return None
+
+    def _ask(self, call: Callable[[], None]) -> None:
+        """Call the prefetcher, whose predictors may be a user's own."""
+        if failed := self._failure(call):
+            self._asked = self.prefetcher = None
+            warnings.warn(f"prefetching has ended: {failed}", FlashMoEWarning, stacklevel=2)
 
     def serve(
         self,
@@ -130,9 +148,10 @@ class LayerStep:
                 asked.predictor.see(layer, seen)
             asked.routed(layer, ids[0])
 
+        meanwhile = None if asked is None else lambda: self._ask(look_ahead)
         began = time.perf_counter()
         waited = stats.stall_seconds + (residents.waited if residents else 0.0)
-        slots = ensure(look_ahead if asked is not None else None)
+        slots = ensure(meanwhile)
         waited = stats.stall_seconds + (residents.waited if residents else 0.0) - waited
         stats.overhead_seconds += time.perf_counter() - began - waited - computed()
         return slots

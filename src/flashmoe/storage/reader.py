@@ -124,6 +124,11 @@ class ExpertReader:
         """Whether every file is read past the page cache."""
         return all(file.direct for file in self.files)
 
+    @property
+    def hangs(self) -> bool:
+        """Whether reads that were given up may still write to their memory."""
+        return bool(self._given_up)
+
     def reserve_bounce_buffers(self, nbytes: int) -> int:
         """Make buffers for reads with a `place`, of up to `nbytes` each; the memory that they take. Call it once."""
         unit = 2 * max(file.align for file in self.files)

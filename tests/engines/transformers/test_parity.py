@@ -138,6 +138,6 @@ def test_prefetching_reads_ahead_and_changes_nothing(tmp_path: Path) -> None:
             made.append(model.recorder.trace())
             if prefetch != "none":
                 assert model.prefetcher is not None
-                assert model.prefetcher._asked.sum() > 0  # it has guessed
+                assert model.prefetcher._state.asked.sum() > 0  # it has guessed
     for trace in made[1:]:
         np.testing.assert_array_equal(made[0].expert_ids, trace.expert_ids)
