@@ -69,7 +69,7 @@ def test_arguments_that_python_could_not_decode() -> None:
 
 
 @given(name=file_names)
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_a_model_of_any_name(name: bytes, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> None:
     """Its checksums are taken and compared; the report is JSON, and an error is one line."""
     folder = tmp_path_factory.mktemp("names")
@@ -97,9 +97,9 @@ def test_a_model_of_an_odd_name_is_run(name: bytes, tiny: Tiny, tmp_path: Path) 
     run = own_process("run", path, "--chat", "-p", "hi", "--trace", trace, "--json", report, *common)
     assert run.status == 0, run.err
     assert json.loads(report.read_text())["model"] == printable(path.name)
-    info = own_process("trace", "info", trace)
+    info = flashmoe("trace", "info", trace)
     assert info.status == 0, info.err
-    missing = own_process("run", path.with_suffix(".none"), "-p", "hi")
+    missing = flashmoe("run", path.with_suffix(".none"), "-p", "hi")
     assert (missing.status, "no such file" in missing.message) == (1, True)
 
 
