@@ -159,7 +159,8 @@ def test_prefault_stops_at_its_bound_and_goes_on_where_it_stopped() -> None:
     prefault.start()
     prefault.join()
     assert prefault.absent == 0
-    assert absent_bytes(held[0][1], nbytes) == 23 << 20
+    left = absent_bytes(held[0][1], nbytes)
+    assert left in (23 << 20, 22 << 20)  # the system may make the huge page whole again that was cut
     prefault.close()
 
 
