@@ -196,6 +196,7 @@ def test_a_tight_budget_gets_a_smaller_context() -> None:
         def __init__(self, n_ctx: int, n_ubatch: int) -> None:
             made.append(n_ctx)
             self._cells = np.ones((n_ctx, 128 << 10), np.uint8)
+            self.tensor_bytes = self._cells.nbytes
 
         def close(self) -> None:
             del self._cells

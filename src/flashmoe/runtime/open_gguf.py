@@ -27,6 +27,8 @@ from flashmoe.storage.hub import resolve
 from flashmoe.storage.pack import find_pack
 from flashmoe.storage.reader import ExpertReader
 
+_BESIDE_TENSORS = 64 << 20  # of a context
+
 
 def open_gguf(loading: Loading, stack: ExitStack, library: Library | None) -> Opened:
     """What is opened is closed by `stack`. Raises ModelError, BudgetError, PolicyError, LibraryError, UsageError."""
@@ -159,12 +161,16 @@ def _step(
 
 
 def _measured(make: Callable[[], LlamaEngine]) -> tuple[LlamaEngine, int, int]:
-    """An engine, the bytes that its context (KV cache, compute buffers) takes, and how many of them not yet."""
+    """An engine, the bytes that its context (KV cache, compute buffers) takes, and how many of them not yet.
+
+    Beside its tensors the library reserves memory for the largest graph that there could be, gigabytes where there are
+    many layers and experts, and touches next to nothing of that.
+    """
     data, anonymous = memory.status_bytes("VmData"), memory.status_bytes("RssAnon")
     with ExitStack() as stack:
         engine = make()
         stack.callback(engine.close)
-        taken = memory.status_bytes("VmData") - data
+        taken = min(memory.status_bytes("VmData") - data, engine.tensor_bytes + _BESIDE_TENSORS)
         touched = memory.status_bytes("RssAnon") - anonymous
         stack.pop_all()
     return engine, taken, max(0, taken - touched) + engine.late_bytes

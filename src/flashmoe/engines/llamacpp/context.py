@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes as C
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe.engines.llamacpp.abi import CONSTANTS, Batch
+from flashmoe.engines.llamacpp.allocations import counting
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.errors import ModelError
 
@@ -68,12 +70,12 @@ class Context:
         lib.listen()
         self._pool: int | None = None
         own_threads = not lib.openmp
-        self._pointer: int | None = lib.llama_init_from_model(model, params)
+        self._pointer: int | None = self._make(model, params)
         self._memory = lib.llama_get_memory(self._pointer) if self._pointer else None
         if self._pointer and not self._memory and not every_token:  # then all are outputs
             lib.llama_free(self._pointer)
             params.n_outputs_max = self.n_batch
-            self._pointer = lib.llama_init_from_model(model, params)
+            self._pointer = self._make(model, params)
         if not self._pointer:
             reason = (lib.messages or ["no reason given"])[-1]
             raise ModelError(
@@ -105,6 +107,13 @@ class Context:
             except BaseException:
                 self.close()
                 raise
+
+    def _make(self, model: int, params: Any) -> int | None:
+        with counting(self._lib) as sizes:
+            pointer: int | None = self._lib.llama_init_from_model(model, params)
+        #: Bytes of its tensors: state and compute buffers.
+        self.tensor_bytes = sum(sizes)
+        return pointer
 
     def _attach_threads(self, threads: int) -> None:
         """Without OpenMP, every cut of the graph would start threads anew: keep them."""

@@ -74,6 +74,8 @@ class LlamaEngine:
         #: How `embedding` is made: one of context.POOLING.
         self.pooling = pooling
         self.n_embd = self._context.n_embd
+        #: Bytes of the context's tensors.
+        self.tensor_bytes = self._context.tensor_bytes
         self.n_ctx, self.n_ubatch, self.sequences = self._context.n_ctx, n_ubatch, sequences
         with ExitStack() as undo:
             undo.callback(self._context.close)

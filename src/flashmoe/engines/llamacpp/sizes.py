@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 from flashmoe.engines.llamacpp.abi import BufferInterface, ptr
+from flashmoe.engines.llamacpp.allocations import allocating
 from flashmoe.engines.llamacpp.buffer import ExpertBuffer
 from flashmoe.engines.llamacpp.context import Context
 from flashmoe.engines.llamacpp.library import Library
@@ -46,7 +47,7 @@ class ContextSizes:
 
         Raises ModelError where the library does not make it.
         """
-        with _addresses_alone(self._lib) as sizes:
+        with _addresses_alone(self._lib):
             context = Context(
                 self._lib,
                 self._model,
@@ -56,7 +57,7 @@ class ContextSizes:
                 cache_types=self._cache_types,
             )
             context.close()
-        return sum(sizes)
+        return context.tensor_bytes
 
     def __enter__(self) -> ContextSizes:
         return self
@@ -66,11 +67,9 @@ class ContextSizes:
 
 
 @contextmanager
-def _addresses_alone(lib: Library) -> Iterator[list[int]]:
-    """Let the library have addresses in place of the CPU's memory; gives the sizes that it has asked for."""
+def _addresses_alone(lib: Library) -> Iterator[None]:
+    """Let the library have addresses in place of the CPU's memory."""
     address = lib.ggml_backend_cpu_buffer_type()
-    interface = lib.structs["ggml_backend_buffer_type"].from_address(address).iface
-    sizes: list[int] = []
     kept: list[Any] = []
 
     def function(body: Callable[..., Any], result: Any, *arguments: Any) -> int:
@@ -85,7 +84,6 @@ def _addresses_alone(lib: Library) -> Iterator[list[int]]:
             memory, base = reserve_uncounted(size)
         except Exception:  # nothing may leave a C callback; the library says that it has no memory
             return None
-        sizes.append(size)
         kept.append(memory)
         own = BufferInterface(
             free_buffer=function(lambda _: memory.madvise(mmap.MADV_DONTNEED), None, ptr),
@@ -98,8 +96,5 @@ def _addresses_alone(lib: Library) -> Iterator[list[int]]:
         found: int = lib.ggml_backend_buffer_init(address, own, None, size)
         return found
 
-    before, interface.alloc_buffer = interface.alloc_buffer, function(allocate, ptr, ptr, C.c_size_t)
-    try:
-        yield sizes
-    finally:
-        interface.alloc_buffer = before
+    with allocating(lib, lambda _: allocate):
+        yield
