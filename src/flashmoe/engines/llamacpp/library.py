@@ -33,6 +33,9 @@ _SUFFIXES = (".so", ".dylib", ".dll")
 _SPINS, _OWN_SPINS = "3000000", "300000"
 _text, _size, _ne = C.c_char_p, C.c_size_t, C.c_int64
 
+#: Called by what was loaded until the process ends, also where its `Library` is given up.
+_logs: list[Any] = []
+
 #: What the library's own kernels are called, where modules have names of their own.
 BUILT_IN = "built-in"
 CPU_DEVICE = CONSTANTS["GGML_BACKEND_DEVICE_TYPE_CPU"]
@@ -142,6 +145,7 @@ class Library:
         self.warnings: list[str] = []
         self._level = 0  # of the last line, as `logging` has it
         self._log = abi.LOG_CALLBACK(self._on_log)
+        _logs.append(self._log)
         self.llama_log_set(self._log, None)
         self.llama_backend_init()
 
