@@ -2,7 +2,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 # files of tests are spread over the cores; more than four processes would want more memory than most machines have
-PARALLEL := -n logical --maxprocesses 4 --dist loadfile --max-worker-restart=0
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
 .PHONY: demo test test-fast lint docs builds
 

@@ -19,7 +19,8 @@ os.environ["GGML_NO_BACKTRACE"] = "1"  # an abort in the library must not start 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in the background: tests interrupt all the same
     signal.signal(signal.SIGINT, signal.default_int_handler)
-for name in ("FLASHMOE_LIBLLAMA", "LLAMA_ARG_THREADS"):
+# the last: tests start hundreds of processes, and each would compile a hundred modules anew
+for name in ("FLASHMOE_LIBLLAMA", "LLAMA_ARG_THREADS", "PYTHONDONTWRITEBYTECODE"):
     os.environ.pop(name, None)
 
 # The same cases at every run: what fails has been changed. `--hypothesis-profile=explore` looks for new ones.
@@ -30,6 +31,22 @@ hypothesis.settings.load_profile("same")
 Tiny = Callable[[str], Path]
 #: $XDG_CACHE_HOME as it was: kernels that the user has built need not be built again.
 USERS_CACHE = os.environ.get("XDG_CACHE_HOME", "")
+#: Files that take long, the longest first: begun last, one would keep a process busy when the others have ended.
+LONGEST = (
+    "docs/test_docs", "serving/test_equal", "serving/test_templates", "transformers/test_exact", "cache/test_policies",
+    "simulate/test_simulate", "cli/test_chat", "faults/test_signals", "engines/test_exact", "serving/test_long_text",
+    "transformers/test_parity", "bench/test_runs", "learn/test_adaptive", "faults/test_writes", "serving/test_clients",
+    "serving/test_memory", "test_plan", "builder/", "server/", "serving/", "transformers/", "cache/",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files in the order of LONGEST, tests of a file in their own."""
+
+    def place(item: pytest.Item) -> int:
+        return next((i for i, part in enumerate(LONGEST) if part in item.nodeid), len(LONGEST))
+
+    items.sort(key=place)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -24,8 +24,9 @@ import flashmoe
 from flashmoe.engines.base import SamplingParams
 from flashmoe.runtime import governor
 
-model, tokens, threads, governor._CALM = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
-with flashmoe.load(model, ram="auto", n_ctx=max(512, tokens + 64), n_ubatch=16, threads=threads, prefetch="none") as m:
+tokens, threads, governor._CALM = int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
+options = {"n_ctx": max(512, tokens + 64), "n_ubatch": 16, "threads": threads, "prefetch": "none"}
+with flashmoe.load(sys.argv[1], ram=sys.argv[5], **options) as m:
     prompt = list(range(40, 72))
     made = m.start(prompt, max_tokens=tokens, sampling=SamplingParams(temperature=0))
     said = 0
@@ -82,11 +83,12 @@ def run(
     held: int = 0,
     threads: int = 1,
     calm: float = 5.0,
+    ram: str = "auto",
 ) -> Seen:
     """Generate `tokens` tokens, in a group of `limit` bytes; after a third of them the neighbour takes `takes` bytes.
 
     piece: bytes that it takes after each token; 0: all at once, as fast as it can. held: tokens for which it keeps
-    them. calm: seconds before slots are taken again; after each token they are waited for so long.
+    them. calm: seconds before slots are taken again; after each token they are waited for so long. ram: the budget.
     """
     seen = Seen()
     with ExitStack() as stack:
@@ -106,7 +108,7 @@ def run(
             stack.callback(process.kill)
             return process
 
-        runs = start(MODEL, str(model), str(tokens), str(threads), str(calm))
+        runs = start(MODEL, str(model), str(tokens), str(threads), str(calm), ram)
         neighbour = start(NEIGHBOUR)
         has, begun, freed = 0, 0, 0
         while line := _hear(runs.stdout):

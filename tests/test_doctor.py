@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import resource
 from pathlib import Path
 
 import pytest
 
+from flashmoe.common import machine, memory
+from flashmoe.common.machine import physical_cores
+from flashmoe.errors import FlashMoEWarning
 from flashmoe.storage import disk
 from flashmoe.storage.aio import ThreadQueue
 from flashmoe.storage.direct import DirectFile
@@ -84,3 +90,55 @@ def test_a_place_that_is_not_there(tmp_path: Path) -> None:
     result = flashmoe("doctor", tmp_path / "none")
     assert result.status == 2
     assert "no such file or folder" in result.message
+
+
+def test_fewer_cores_than_the_machine_has() -> None:
+    if physical_cores() < 2:
+        pytest.skip("one core")
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        check = doctor.processor_features()
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert check.status == "advice"
+    assert re.search(r"may use 1 of \d+ cores: widen its affinity", check.change)
+    assert (check.facts["usable"], check.facts["threads"]) == (1, 1)
+
+
+def test_a_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (doctor, machine):
+        monkeypatch.setattr(module, "processor_quota", lambda: 0.5)
+    check = doctor.processor_features()
+    assert re.search(r"a quota of 0.5 of \d+ .* with 1 threads: raise the quota", check.change)
+
+
+def test_few_addresses() -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (memory.status_bytes("VmSize") + (1 << 30), before[1]))
+    try:
+        check = doctor.memory()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert check.status == "advice"
+    assert re.search(r"ulimit -v leaves .* of addresses.*lift it", check.change)
+    assert check.facts["default_budget_bytes"] < 2 << 30
+
+
+def test_others_in_the_control_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, available = memory.machine_memory()
+    monkeypatch.setattr(memory, "_group_limits", lambda: iter([(available, available * 9 // 10)]))
+    check = doctor.memory()
+    assert re.search(r"in this control group, of which .* are left", check.text)
+    assert "others in this control group use most of it" in check.change
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with pytest.warns(FlashMoEWarning, match="cannot be written"):
+        check = doctor.cache()
+    assert check.status == "advice"
+    assert str(tmp_path) in check.text
+    assert "XDG_CACHE_HOME" in check.change

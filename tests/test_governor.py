@@ -88,27 +88,31 @@ def test_what_nobody_counted_is_given_back_and_taken_again(usual: dict) -> None:
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """About 480 MB of experts, 64 in each of 12 layers."""
+    """About 320 MB of experts, 64 in each of 8 layers."""
     path = tmp_path_factory.mktemp("pressure") / "m.gguf"
-    shape = replace(SHAPES["OLMoE-1B-7B"].scaled(0.4), layers=12, experts=64, vocab=2048)
+    shape = replace(SHAPES["OLMoE-1B-7B"].scaled(0.4), layers=8, experts=64, vocab=2048)
     make_model("OLMoE", shape, path)
     return path
 
 
 def test_memory_gives_way_to_a_neighbour(control_group: ControlGroup, large: Path) -> None:
-    """In one control group: what the neighbour wants is given back, and taken again later; the output is the same."""
+    """In one control group: what the neighbour wants is given back, and taken again later; the output is the same.
+
+    A budget that was asked for stays as it is.
+    """
     del control_group  # there is a right to make one
-    limit, takes = 900 << 20, 420 << 20
-    seen = pressure.run(large, limit, takes, 150, piece=24 << 20, held=50, calm=0.3)
+    limit, tokens, piece = 640 << 20, 72, 12 << 20
+    seen = pressure.run(large, limit, 340 << 20, tokens, piece=piece, held=10, calm=0.2)
     assert seen.oom_kills == 0
-    assert len(seen.tokens) == 150
+    assert len(seen.tokens) == tokens
     begun, freed = seen.taken
     assert seen.slots[begun - 1] == seen.most
     beside = min(seen.slots[begun:freed])
     assert beside < 0.8 * seen.most
     assert max(seen.slots[freed:]) > beside + 0.5 * (seen.most - beside)  # most come again
     assert seen.report["memory"]["most_given_back_bytes"] > 0
-    usual = pressure.run(large, limit, 0, 150)
-    assert set(usual.slots) == {usual.most}
-    assert usual.report["memory"]["most_given_back_bytes"] == 0
-    assert usual.tokens == seen.tokens
+    fixed = pressure.run(large, limit, 96 << 20, 36, piece=piece, ram="400MiB")
+    assert set(fixed.slots) == {fixed.most}
+    assert fixed.report["memory"]["most_given_back_bytes"] == 0
+    assert fixed.oom_kills == 0
+    assert fixed.tokens == seen.tokens[:36]

@@ -22,11 +22,9 @@ from flashmoe.storage.remote import RemoteFile
 from flashmoe.tools import plan as planning
 from flashmoe.tools.plan import (
     ALIGN,
-    OVERHEAD_BYTES,
     Machine,
     active_bytes,
-    buffer_bytes,
-    context_bytes,
+    fixed_bytes,
     make_plan,
 )
 from tests.cli.runner import flashmoe, own_process
@@ -36,6 +34,11 @@ from tests.simulate.traces import made_up
 
 CURVE = HitCurve("t", "m", 8, 2, 100, "lru", (0.25, 1.0), (0.5, 1.0))
 MACHINE = Machine({"Q4_0": 10.0, "F32": 10.0}, {1: 1.0, 4: 2.0, 32: 2.0})
+
+
+def context_bytes(tokens: int, ubatch: int) -> int:
+    """Of a made-up context: a KV cache and compute buffers."""
+    return 1000 * tokens + 50_000 * ubatch
 
 
 def test_hit_rates_between_the_points() -> None:
@@ -48,7 +51,7 @@ def test_read_rates_between_the_depths() -> None:
 
 def test_the_time_of_a_token(tiny: Tiny) -> None:
     catalog = ExpertCatalog.from_gguf(read_gguf(tiny("llama")))
-    made = make_plan(catalog, MACHINE, CURVE)
+    made = make_plan(catalog, MACHINE, CURVE, context_bytes)
     active = sum(active_bytes(catalog).values())
     experts = sum(layer.expert_bytes for layer in catalog.layers) * catalog.top_k
     assert experts < active < catalog.dense_bytes + experts
@@ -72,58 +75,47 @@ def test_the_time_of_a_token(tiny: Tiny) -> None:
 
 def test_a_context_takes_slots(tiny: Tiny) -> None:
     catalog = ExpertCatalog.from_gguf(read_gguf(tiny("llama")))
-    few, many = (make_plan(catalog, MACHINE, CURVE, n_ctx=n).rows[0] for n in (64, 512))
+    few, many = (make_plan(catalog, MACHINE, CURVE, context_bytes, n_ctx=n).rows[0] for n in (64, 512))
     assert (few.context, many.context) == (64, 512)
     assert few.slots == many.slots  # the smallest pool in both
-    more = context_bytes(catalog.gguf, 512) - context_bytes(catalog.gguf, 64)
-    assert many.budget_bytes - few.budget_bytes == more > 0
+    assert many.budget_bytes - few.budget_bytes == context_bytes(512, 1) - context_bytes(64, 1) > 0
     with pytest.warns(FlashMoEWarning, match="more than this model was trained for"):
-        assert make_plan(catalog, MACHINE, CURVE, n_ctx=1024).rows[0].context == 1024
+        assert make_plan(catalog, MACHINE, CURVE, context_bytes, n_ctx=1024).rows[0].context == 1024
 
 
 def test_the_micro_batch_is_what_loading_chooses(tiny: Tiny) -> None:
     """With the buffers that a real shape has, larger ones cost slots; every row has those that loading looks at."""
     catalog = ExpertCatalog.from_gguf(read_gguf(tiny("llama")))
-    made = make_plan(catalog, MACHINE, CURVE, n_ctx=512)
+    made = make_plan(catalog, MACHINE, CURVE, context_bytes, n_ctx=512)
     for row in made.rows[1:]:
-        left = row.budget_bytes - catalog.dense_bytes - OVERHEAD_BYTES - context_bytes(catalog.gguf, 512)
-        chosen = sizing.ubatches(catalog, 512, left, buffer_bytes(catalog, 512), ALIGN)
+        left = row.budget_bytes - fixed_bytes(catalog) - context_bytes(512, 64)
+        chosen = sizing.ubatches(catalog, 512, left, 50_000, ALIGN)
         assert list(row.ubatches) == chosen
         assert (row.ubatch, row.slots) == (chosen[0].tokens, chosen[0].slots)
     assert made.rows[0].ubatches == ()  # one token's experts
     assert made.rows[0].ubatch == 1
     assert made.rows[-1].ubatch == 512
     assert "all experts are resident" in made.ubatch_reason
-    tight = make_plan(catalog, MACHINE, CURVE, [made.rows[0].budget_bytes], n_ctx=512)
+    tight = make_plan(catalog, MACHINE, CURVE, context_bytes, [made.rows[0].budget_bytes], n_ctx=512)
     assert f"-ub auto is 1 at --ram {tight.rows[0].budget_bytes >> 20}MiB" in tight.ubatch_reason
 
 
 def test_what_is_recommended(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     catalog = ExpertCatalog.from_gguf(read_gguf(tiny("llama")))
-    everything = make_plan(catalog, MACHINE, CURVE).rows[-1].budget_bytes
+    everything = make_plan(catalog, MACHINE, CURVE, context_bytes).rows[-1].budget_bytes
     fast = Machine({"Q4_0": 0.001, "F32": 0.001}, {1: 100.0})
-    made = make_plan(catalog, fast, CURVE)
+    made = make_plan(catalog, fast, CURVE, context_bytes)
     assert made.recommendation.startswith(
         f"--ram {made.least_budget_bytes >> 20}MiB"
     )  # reads cost nothing there
     slow = Machine({"Q4_0": 10.0, "F32": 10.0}, {1: 1e-4})
-    assert make_plan(catalog, slow, CURVE).recommendation.startswith(f"--ram {everything >> 20}MiB")
-    monkeypatch.setattr(planning.memory, "default_ram", lambda: 1 << 20)
-    assert "none of these budgets" in make_plan(catalog, slow, CURVE).recommendation
-    with pytest.raises(BudgetError, match="smallest that works"):
-        make_plan(catalog, slow, CURVE, [1 << 20])
-
-
-def test_context_of_odd_headers(tiny: Tiny) -> None:
-    gguf = read_gguf(tiny("llama"))
-    value = gguf.arch_value
-    heads, width = (
-        value("attention.head_count_kv"),
-        value("embedding_length") // value("attention.head_count"),
+    assert make_plan(catalog, slow, CURVE, context_bytes).recommendation.startswith(
+        f"--ram {everything >> 20}MiB"
     )
-    assert context_bytes(gguf, 100) == 2 * 100 * value("block_count") * heads * 2 * width
-    gguf.metadata.clear()
-    assert context_bytes(gguf, 100) == 0
+    monkeypatch.setattr(planning.memory, "default_ram", lambda: 1 << 20)
+    assert "none of these budgets" in make_plan(catalog, slow, CURVE, context_bytes).recommendation
+    with pytest.raises(BudgetError, match="smallest that works"):
+        make_plan(catalog, slow, CURVE, context_bytes, [1 << 20])
 
 
 def test_shipped_curves_and_the_nearest() -> None:

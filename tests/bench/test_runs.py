@@ -62,18 +62,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_benchmark_of_pairs(model: Path) -> None:
     seen: list[tuple[int, int]] = []
     report = runner.run(
-        plan(model, baselines=["mmap", "stock"], policies=["lru", "lfu"], pairs=2),
+        plan(model, baselines=["mmap"], policies=["lru", "lfu"], pairs=2),
         lambda what, done, total: seen.append((done, total)),
     )
     assert json.loads(json.dumps(report)) == report
-    assert seen[-1] == (8, 8)
+    assert seen[-1] == (4, 4)
     rows = report["rows"]
-    assert [(r["policy"], r["baseline"]) for r in rows] == [
-        ("lru", "mmap"),
-        ("lru", "stock"),
-        ("lfu", "mmap"),
-        ("lfu", "stock"),
-    ]
+    assert [(r["policy"], r["baseline"]) for r in rows] == [("lru", "mmap"), ("lfu", "mmap")]
     for row in rows:
         assert set(REPORT) | set(ROW) <= set(row)
         assert row["policy_used"] == row["policy"]
@@ -82,7 +77,7 @@ def test_a_benchmark_of_pairs(model: Path) -> None:
         assert row["cache"]["hits"] + row["cache"]["misses"] == 4 * 4 * 4  # tokens, layers, top-k: no warm-up
         assert len(row["runs"]["ratio"]) == 2
         assert row["decode"]["tokens_per_second"] > 0 < row["opponent_decode"]["tokens_per_second"]
-        assert row["same_logits"] is (True if row["baseline"] == "mmap" else None)
+        assert row["same_logits"] is True
     assert report["machine"]["threads"] == 1
     assert report["model"]["experts"] == 16
 

@@ -236,6 +236,17 @@ def test_names_that_mean_something_else(home: Path, tmp_path: Path) -> None:
     assert left(home) == []
 
 
+def test_files_that_do_not_work_decide_nothing(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "score", lambda _: 1)
+    monkeypatch.setattr(module, "prove", lambda *_: Proof(False, False, "ended by SIGILL"))
+    file = tmp_path / "libggml-cpu-x.so"
+    file.touch()
+    assert "x does not work (ended by SIGILL)" in flashmoe("engine", "add", file).message
+    assert left(home) == []
+
+
 def test_check_without_any(home: Path) -> None:
     done = flashmoe("engine", "check")
     assert (done.status, "`flashmoe engine build` makes some" in done.out) == (0, True)

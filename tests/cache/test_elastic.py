@@ -15,7 +15,7 @@ from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.cache.policies import create
 from flashmoe.cache.pool import SlotPool, slot_bytes
 from flashmoe.cache.prefault import Prefault
-from flashmoe.cache.residency import check_residency
+from flashmoe.cache.residency import centre, check_residency
 from flashmoe.common.memory import status_bytes
 from flashmoe.storage.addresses import absent_bytes, reserve, reserve_huge
 from tests.cache.test_expert_cache import Checked
@@ -78,7 +78,10 @@ def test_as_many_as_before_again(checked: Checked) -> None:
     assert residency.free_count.tolist() == [20, 10]
     for layer in (0, 1, 3):
         checked.ensure(layer, list(range(6)))
-    assert sorted(residency.slot_of[residency.slot_of >= 0].tolist()) == list(range(18))  # lowest first
+        lowest = centre(residency, layer) - int(quota[layer]) // 2
+        assert sorted(residency.slot_of[layer, :6].tolist()) == list(
+            range(lowest, lowest + 6)
+        )  # lowest first
 
 
 def test_while_a_prompt_is_read(checked: Checked) -> None:

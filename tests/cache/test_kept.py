@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numba
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "src"
 
-#: Prints, of a function that calls another module's: its result, and whether it was compiled.
+#: `outcome`, of functions that call another module's: their results, and whether they were compiled.
 CALLER = """
-import json
 import numpy as np
 from flashmoe.common.kept import kept, kept_callback
 import callee
@@ -39,7 +41,7 @@ class Later:
 
 results = [own(10), int(apart(Later.pair)), back.ctypes(10)]
 compiled = [bool(f.stats.cache_misses) for f in (own, apart)] + [not back.cache_hits]
-print(json.dumps([results, compiled]))
+outcome = [results, compiled]
 """
 CALLEE = """
 from typing import Any, NamedTuple
@@ -68,7 +70,7 @@ def python(folder: Path, program: str) -> Any:
         **os.environ,
         "PYTHONPATH": f"{folder}:{SOURCE}",
         "NUMBA_CACHE_DIR": str(folder / "compiled"),
-        "PYTHONDONTWRITEBYTECODE": "1",  # two edits of a size within a second would look the same
+        "PYTHONDONTWRITEBYTECODE": "1",  # see `outcome`
     }
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
@@ -102,26 +104,43 @@ EDITS: tuple[tuple[str, str, list[int], list[bool]], ...] = (
 )
 
 
-def test_change_of_another_module(tmp_path: Path) -> None:
+@pytest.fixture
+def outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    """Imports the caller anew: nothing but the disk connects one time with the next."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(
+        sys, "dont_write_bytecode", True
+    )  # two edits of a size within a second would look the same
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "compiled"))
     (tmp_path / "caller.py").write_text(CALLER)
     (tmp_path / "callee.py").write_text(CALLEE)
-    assert python(tmp_path, "import caller") == [[21, 2, 21], [True, True, True]]
+
+    def get() -> Any:
+        for name in ("caller", "callee"):
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        return importlib.import_module("caller").outcome
+
+    return get
+
+
+def test_change_of_another_module(tmp_path: Path, outcome: Callable[[], Any]) -> None:
+    assert outcome() == [[21, 2, 21], [True, True, True]]
     for old, new, results, compiled in EDITS:
         edit(tmp_path / "callee.py", old, new)
-        assert python(tmp_path, "import caller") == [results, compiled], new
+        assert outcome() == [results, compiled], new
+        assert outcome() == [results, [False, False, False]], new
 
 
 @pytest.mark.parametrize("left", [0, 60])
 @pytest.mark.parametrize("kind", ["nbi", "nbc"])
-def test_files_that_were_cut_off(tmp_path: Path, kind: str, left: int) -> None:
+def test_files_that_were_cut_off(tmp_path: Path, kind: str, left: int, outcome: Callable[[], Any]) -> None:
     """A full drive, or a power cut: what cannot be read is compiled again."""
-    (tmp_path / "caller.py").write_text(CALLER)
-    (tmp_path / "callee.py").write_text(CALLEE)
-    python(tmp_path, "import caller")
+    assert outcome() == [[21, 2, 21], [True, True, True]]
     for path in (tmp_path / "compiled").rglob(f"*.{kind}"):
         os.truncate(path, left)
-    assert python(tmp_path, "import caller") == [[21, 2, 21], [True, True, True]]
-    assert python(tmp_path, "import caller") == [[21, 2, 21], [False, False, False]]
+    assert outcome() == [[21, 2, 21], [True, True, True]]
+    assert outcome() == [[21, 2, 21], [False, False, False]]
 
 
 #: Prints, by policy: what `release` returns where nothing is resident (of lru only: it takes long to compile), a sum
@@ -169,7 +188,7 @@ def test_change_of_a_policy_or_of_what_policies_share(tmp_path: Path) -> None:
     recompiled = {name: [*found[:2], [] if name == "lru" else ["begin"]] for name, found in kept.items()}
     assert python(tmp_path, POLICIES) == recompiled
 
-    at = "slot = res.slot_of[layer, expert]\n    if slot < 0:\n        return -"
+    at = "slot = np.int64(res.slot_of[layer, expert])\n    if slot < 0:\n        return -"
     edit(package / "cache/kernels/loops.py", at + "1", at + "2")
     assert python(tmp_path, POLICIES) == {**kept, "lru": [-2, kept["lru"][1], ["release"]]}
 

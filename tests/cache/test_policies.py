@@ -217,3 +217,31 @@ def test_unknown_names_and_options() -> None:
         create("lru", decay=2)
     with pytest.raises(PolicyError, match="not bound"):
         _ = create("lru").residency
+
+
+def test_a_layers_slots_lie_together() -> None:
+    """Layers of two size groups fill their shares in turns; then one expert after the other fails, and others come."""
+    quota, groups = np.array([3, 5, 2, 6, 4]), [0, 1, 0, 0, 1]
+    own = [range(0, 3), range(11, 16), range(3, 5), range(5, 11), range(16, 20)]
+    policy = create("lru")
+    policy.bind(make_residency(5, 8, quota, groups))
+    out = np.zeros((3, 1), np.int32)
+    for expert in range(8):
+        for layer in range(5):
+            if expert < quota[layer]:
+                policy.access(layer, np.array([expert], np.int32), *out)
+    residency = policy.residency
+    for layer in range(5):
+        assert sorted(residency.slot_of[layer, : quota[layer]]) == list(own[layer])
+    freed = [policy.release(layer, 1) for layer in range(5)]
+    for layer in reversed(range(5)):
+        policy.access(layer, np.array([7], np.int32), *out)
+        assert residency.slot_of[layer, 7] == freed[layer]
+
+
+def test_a_layer_beyond_its_share_takes_the_nearest_slots() -> None:
+    policy = create("lru")
+    policy.bind(make_residency(5, 8, np.full(5, 2), partition="per-layer"))
+    ids, out = np.arange(4, dtype=np.int32), np.zeros((3, 4), np.int32)
+    policy.access(2, ids, *out)
+    assert sorted(policy.residency.slot_of[2, :4]) in ([3, 4, 5, 6], [4, 5, 6, 7], [2, 3, 4, 5])

@@ -22,7 +22,7 @@ from tests.cache.test_staging import Staged
 from tests.conftest import Tiny
 
 EXPERTS, TOP_K, LAYERS = 12, 2, 4  # of the tiny model
-size = window_size.py_func
+size = window_size
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -114,7 +115,7 @@ def test_budget_that_cannot_be_read(ram: str, tiny: Tiny) -> None:
     fails(2, "cannot read the size", tiny("llama"), "--ram", ram)
 
 
-@pytest.mark.parametrize("cache", ["lots", "-5", "5%%", "half", ""])
+@pytest.mark.parametrize("cache", ["lots", "-5", "5%%", "half", "", "\u00b2", "9" * 5000])
 def test_cache_that_cannot_be_read(cache: str, tiny: Tiny) -> None:
     fails(2, "cannot read --cache", tiny("llama"), "--cache", cache)
 
@@ -207,3 +208,53 @@ def test_wrong_options(tiny: Tiny) -> None:
         assert result.status == 2
         assert "Traceback" not in result.err
         assert "Usage" in result.err
+
+
+HUGE = "9" * 400
+NESTED = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("-n", -2), ("-n", 99999999999), ("-c", 1), ("-c", HUGE), ("-t", HUGE), ("-ub", 0), ("--ram", HUGE),
+        ("--reasoning-budget", 99999999999), ("--chat-template-kwargs", NESTED), ("-l", f"{HUGE}+1"),
+        ("-j", NESTED), ("--save-cache-size", HUGE), ("--policy", "lru:" + HUGE), ("--prefetch", f"table:{HUGE}"),
+    ],
+    ids=lambda option: f"{option[0]} {option[1]}"[:20],
+)  # fmt: skip
+def test_values_out_of_range(option: tuple[str, object], tiny: Tiny) -> None:
+    result = flashmoe("run", tiny("llama"), *SHORT, *option)
+    assert (result.status, result.out) == (2, "")
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("verb", ["run", "plan", "verify", "pack", "doctor"])
+@pytest.mark.parametrize(
+    "name", ["x" * 5000, "~nosuchuser/m.gguf", "hf:" + "x" * 5000 + "/m"], ids=lambda n: n[:5]
+)
+def test_names_that_no_file_can_have(verb: str, name: str) -> None:
+    result = flashmoe(verb, name, *(SHORT if verb == "run" else ()))
+    assert result.status in (1, 2)
+    assert result.message.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("simulate", "TRACE", "--capacity", "nan"), ("simulate", "TRACE", "--capacity", "inf"),
+        ("simulate", "TRACE", "--compute", -1), ("plan", "demo", "-c", 0), ("plan", "demo", "-t", 100_000),
+        ("plan", "demo", "--drive", "/none"), ("trace", "split", "TRACE", "-o", "a", "b", "--seed", -1),
+        ("train", "policy", "TRACE", "-o", "p", "-t", 0), ("train", "prefetch", "TRACE", "-o", "p", "--seed", -1),
+        ("bench", "run", "demo", "--cache", "50%,x"), ("bench", "run", "demo", "--ram", HUGE + "%"),
+        ("bench", "make-model", "OLMoE-1B-7B", "m", "-s", -1), ("serve", "demo", "--host", "a" * 300),
+        ("serve", "demo", "--port", 0, "--alias", "\udcff"), ("serve", "demo", "--port", 0, "--api-key", "\udcff"),
+    ],
+    ids=lambda arguments: " ".join(map(str, arguments))[:40],
+)  # fmt: skip
+def test_values_of_other_commands(arguments: tuple[object, ...], tmp_path: Path) -> None:
+    rows = [{"experts": [[i % 8, (i + 1) % 8]], "token": i} for i in range(40)]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    result = flashmoe(*(tmp_path / "t.jsonl" if word == "TRACE" else word for word in arguments))
+    assert (result.status, result.out) == (2, "")
+    assert "Traceback" not in result.err

@@ -20,7 +20,7 @@ def no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder for temporary files; the cache's own cannot be made, as on a read-only system, also by root."""
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(files, "_temporary_folders", lambda: iter([tmp_path]))
+    monkeypatch.setattr(files, "temporary_folders", lambda: iter([tmp_path]))
     files._instead_of.cache_clear()
     yield tmp_path
     files._instead_of.cache_clear()
@@ -69,7 +69,7 @@ def test_a_socket_has_a_short_path(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     folder = files.make_socket_folder("http.sock")
     assert len(str(folder / "http.sock")) < 108
     folder.rmdir()
-    monkeypatch.setattr(files, "_temporary_folders", lambda: iter([long]))
+    monkeypatch.setattr(files, "temporary_folders", lambda: iter([long]))
     with pytest.raises(FlashMoEError, match="TMPDIR"):
         files.make_socket_folder("http.sock")
 
@@ -95,3 +95,21 @@ def test_compiled_code_that_cannot_be_kept_anywhere(monkeypatch: pytest.MonkeyPa
     made = kept.kept()(triple)
     assert isinstance(made._cache, NullCache)
     assert made(2) == 6
+
+
+def test_a_link_stays_one_when_its_file_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("folder/file")
+    for data in (b"first", b"second"):
+        files.write_atomically(tmp_path / "link", data)
+        assert (tmp_path / "folder/file").read_bytes() == data
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_pipes_and_devices_are_written_to(tmp_path: Path) -> None:
+    """Root could put a file in their place: /dev/null would be one."""
+    os.mkfifo(tmp_path / "pipe")
+    end = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    files.write_atomically(tmp_path / "pipe", b"report")
+    assert os.read(end, 10) == b"report"
+    os.close(end)
+    assert stat.S_ISFIFO((tmp_path / "pipe").lstat().st_mode)

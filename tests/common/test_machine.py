@@ -194,3 +194,20 @@ def test_promises_that_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_addresses_that_are_refused_for_another_reason() -> None:
     with pytest.raises(BudgetError, match="of addresses"):
         addresses.reserve(1 << 60)
+
+
+def test_no_proc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the machine's memory nor the process's is told there."""
+
+    def missing(*_: object, **__: object) -> None:
+        raise FileNotFoundError
+
+    for name in ("virtual_memory", "cpu_count", "disk_partitions"):
+        monkeypatch.setattr(psutil, name, missing)
+    files(monkeypatch, {})
+    total, available = memory.machine_memory()
+    assert total > available > 0
+    assert memory.memory_limit() == total
+    assert 0 < memory.default_ram() < total
+    assert machine.physical_cores() >= 1
+    assert machine.file_system(Path("/")) == ""

@@ -42,6 +42,7 @@ if [ "$1" = serve ]; then
     cat serve.log
     exit 1
 fi
+[ "$1" = run ] && [[ " $* " != *" -n "* ]] && set -- "$@" -n 16  # instead of as long as the model likes
 {python} -m flashmoe.cli "$@"
 status=$?
 [ "$1" = doctor ] && [ $status = 1 ] && exit 0  # of this machine, not of the documentation

@@ -10,6 +10,7 @@ import pytest
 import flashmoe
 from flashmoe.cache import sizing
 from flashmoe.cache.expert_cache import ExpertCache
+from flashmoe.cache.policies.base import CompiledRequest
 from flashmoe.cache.residency import check_residency
 from flashmoe.engines.llamacpp.library import Library
 from tests.cache.test_elastic import unused
@@ -34,7 +35,19 @@ def between_layers(model: flashmoe.Model, resize: Callable[[], None]) -> None:
     model.engine.override_routing(lambda layer, ids: resize() if layer % 2 else None)
 
 
-@pytest.mark.parametrize("when", [between_steps, between_layers])
+def within_steps(model: flashmoe.Model, resize: Callable[[], None]) -> None:
+    """Called as another thread may: when a step has begun whose experts compiled code looks for."""
+    cache, compiled = model.cache, model.cache.compiled_request
+
+    def begun(n: int) -> CompiledRequest | None:
+        resize()
+        cache.on_resize()
+        return compiled(n)
+
+    cache.compiled_request = begun  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("when", [between_steps, between_layers, within_steps])
 @pytest.mark.parametrize("name", ["olmoe", "gpt-oss", "qwen3moe"])
 @pytest.mark.parametrize("prefetch", ["none", "table"])
 def test_logits_stay(
@@ -74,3 +87,16 @@ def test_logits_stay(
             assert (model.prefetcher is not None) == (prefetch != "none")
     assert len(seen) > 2
     assert (runs[0].logits.view(np.int32) == runs[1].logits.view(np.int32)).all()
+
+
+def test_before_the_next_layer_of_a_token(tiny: Tiny, lib: Library) -> None:
+    """Also where every expert is resident, and layers need no Python: memory that is wanted cannot wait for a token."""
+    with flashmoe.load(
+        tiny("olmoe"), cache="100%", n_ctx=CONTEXT, threads=1, prefetch="none", library=lib
+    ) as model:
+        cache, wanted = model.cache, [8, 9, 10, 11]
+        for token in range(12, 44):
+            model.engine.decode([token])
+        within_steps(model, lambda: cache.resize(wanted))
+        model.engine.decode([12])
+        assert cache.elastic.slots == wanted

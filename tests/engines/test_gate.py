@@ -25,11 +25,19 @@ class Spy(Gate):
         super().__init__()
         self.right = self.asked = 0
 
+    def begin_step(self, token: int) -> None:
+        super().begin_step(token)
+        self._seen = -1
+
+    def compiled(self) -> None:
+        """All calls come in Python."""
+
     def use_residency(self, slot_of: Int32) -> None:
         """All experts are scored, as if none were resident."""
 
     def see(self, layer: int, hidden: Float32) -> None:
         super().see(layer, hidden)
+        self._seen = layer
         self._out = np.zeros(self.n_experts, np.float32)
         super().predict(layer, layer, self._out)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import shutil
@@ -133,6 +134,21 @@ def test_version_of_two_builds_is_read_by_the_layout_that_fits(
     assert (found.name, found.layout.structs, found.known) == ("this", lib.structs, True)
 
 
+def test_a_library_that_is_opened_twice(lib: Library, demo: Path) -> None:
+    """The process has one log, whose last listener may be gone."""
+    Library(lib.path)
+    gc.collect()
+    called: list[Any] = []
+    others = [
+        abi.LOG_CALLBACK(lambda *told: called.append(told)) for _ in range(100)
+    ]  # in its place in memory
+    assert not lib.ggml_backend_load(os.fsencode(demo))
+    assert others
+    assert not called
+    with pytest.raises(LibraryError, match=r"ELF header"):
+        lib.exchange_kernels(demo)
+
+
 def test_library_of_no_known_layout(monkeypatch: pytest.MonkeyPatch, lib: Library) -> None:
     known = abi.known_builds()
     monkeypatch.setattr(abi, "LAYOUTS", [layout for layout in abi.LAYOUTS if layout != lib.build.layout])
@@ -234,6 +250,17 @@ def test_library_that_fails_its_probe(
     assert not notes.exists()
 
 
+def test_no_room_for_the_probe(notes: Path, lib: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No fault of the library's: files can have a KiB here."""
+    command = f"ulimit -f 1; exec {sys.executable} -B -m flashmoe.tools.self_test {lib.path}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.splitlines()[-1][-14:]) == (tested.NOT_TESTED, "File too large")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(LibraryError, match="no room for that .*File too large.*TMPDIR"):
+        self_test(lib.path)
+    assert not notes.exists()
+
+
 ILLEGAL = """
 #include <signal.h>
 __attribute__((constructor)) static void start(void) { raise(SIGILL); }
@@ -301,11 +328,11 @@ def test_kernels_with_amx_are_not_used_with_repacked_weights(
 ) -> None:
     """Whatever else passes: no model of the self-test's has the weights that they crash on."""
     monkeypatch.setattr(module, "compare", lambda *_: True)
-    module.run(lib.path, None, tmp_path)
+    module.run(lib, None, tmp_path)
     assert capsys.readouterr().out.split() == [PLAIN, REPACKED]
     monkeypatch.setattr(Library, "features", [*lib.features, "AMX_INT8"])
     with pytest.raises(module.Failed, match="AMX"):
-        module.run(lib.path, None, tmp_path)
+        module.run(lib, None, tmp_path)
     assert capsys.readouterr().out.split() == [PLAIN]
 
 

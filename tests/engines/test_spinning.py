@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from pathlib import Path
 
 from flashmoe.common.machine import seconds_without_core
 from flashmoe.engines.llamacpp.library import Library
-from flashmoe.engines.llamacpp.spinning import Team
+from flashmoe.engines.llamacpp.spinning import Team, release_threads
 
 PATIENCE = 10.0  # seconds that OpenMP's threads may take to end: nothing joins them
 
@@ -39,3 +40,19 @@ def test_waiting_is_counted() -> None:
     own = int(Path("/proc/thread-self/schedstat").read_text().split()[1])
     assert before >= 0
     assert seconds_without_core() >= own / 1e9
+
+
+def test_threads_are_released(lib: Library) -> None:
+    before, team = len(os.listdir("/proc/self/task")), Team(lib.openmp_runtime, 3)
+    seen = []
+
+    def lead() -> None:
+        team._start(team._nothing, None, 4, 0)
+        seen.append(threads_settle_at(before + 1 + 3))
+        release_threads(lib)
+        seen.append(threads_settle_at(before + 1))
+
+    leader = threading.Thread(target=lead)  # OpenMP keeps no threads for it yet
+    leader.start()
+    leader.join()
+    assert seen == [True, True]

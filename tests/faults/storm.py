@@ -1,6 +1,6 @@
 """Signals at random moments, whose handlers raise: is a model afterwards what it was?
 
-python -m tests.faults.storm llama.cpp 1000        # or transformers; a figure for the lab notes
+python -m tests.faults.storm llama.cpp 1000        # or other KINDS, one after the other; a figure for the lab notes
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def make_model(kind: str, folder: Path) -> tuple[Path, dict[str, Any]]:
 
 
 #: What is evaluated, or that a model is loaded.
-KINDS = ("llama.cpp", "llama.cpp+table", "transformers", "forward", "loading")
+KINDS = ("llama.cpp", "llama.cpp+table", "loading", "transformers", "forward")
 
 
 def main(kind: str, rounds: int) -> dict[str, Any]:
@@ -158,5 +158,6 @@ def main(kind: str, rounds: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], int(sys.argv[2]))), flush=True)
+    for kind in sys.argv[1:-1]:
+        print(json.dumps(main(kind, int(sys.argv[-1]))), flush=True)
     os._exit(0)

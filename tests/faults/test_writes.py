@@ -183,7 +183,7 @@ def test_killed_while_it_generates(number: signal.Signals, tmp_path: Path) -> No
         process.stdout.close()
         assert process.wait() == -number
         assert not list(tmp_path.iterdir())
-    assert own_process(*arguments, "-n", 8).status == 0
+    assert flashmoe(*arguments, "-n", 8).status == 0
     assert RoutingTrace.load(trace).n_tokens
     assert json.loads(report.read_text())["decode"]["tokens"]
 

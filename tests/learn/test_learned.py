@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -86,11 +87,11 @@ def test_training_and_runtime_see_the_same(kind: str) -> None:
     trace = RoutingTrace(ids, 16, sequence_id=trace.sequence_id, model=trace.model)
     samples = Samples(trace, None if kind == "flashmoe" else [0.5, 0.75, 0.9, 0.96, 0.985, 0.997])
     batch = samples.batch(range(samples.n_segments))
-    x = np.zeros(32, np.float32)
+    x, features = np.zeros(32, np.float32), numba.njit(paper.features)
     for t, layer, st in drive(policy_of(untrained(kind, 3, 16, 2)), trace, 4):
         now = int(batch.present[layer, : t + 1].sum())
         if kind == "flashmoe":
-            paper.features(st.last, st.counts, layer, now, x)
+            features(st.last, st.counts, layer, now, x)
             np.testing.assert_array_equal(x, batch.inputs[layer, t])
         else:
             np.testing.assert_array_equal(st.average[layer], batch.inputs[layer, t])

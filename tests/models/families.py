@@ -275,6 +275,7 @@ FAMILIES: dict[str, Family] = {
     "nomic-bert-moe": Family(
         "nomic-bert-moe", base() | BERT, r"attn_[qk]_norm|attn_norm_2", tokenizer=BERT_TOKENS
     ),
+    "qwen3moe-not-causal": Family("qwen3moe", base(attention__causal=False), QKV_BIAS),
     # attention of their own
     "deepseek32": Family("deepseek32", base() | MLA | SHARED | INDEXER),
     "deepseek32-mtp": Family("deepseek32", base(6) | MLA | SHARED | INDEXER | MTP),

@@ -16,13 +16,11 @@ from typing import Any
 
 import gguf
 
-from flashmoe.engines.llamacpp import abi
+from flashmoe.engines.llamacpp.buffer import ExpertBuffer
 from flashmoe.engines.llamacpp.library import find_library, open_library
 
 from .families import Shape, family
 from .writer import write, write_metadata
-
-_SEE = C.CFUNCTYPE(None, C.c_void_p, C.c_void_p)
 
 
 class _InitParams(C.Structure):
@@ -34,19 +32,13 @@ class _InitParams(C.Structure):
 def wanted(arch: str, keys: dict[str, Any], tokenizer: dict[str, Any]) -> list[tuple[str, Shape]]:
     """Names and shapes, in ggml's order, of all tensors that the library wants, blocks of prediction among them."""
     lib = open_library(find_library())
+    params, buffer = lib.llama_model_default_params(), ExpertBuffer(lib)
+    params.load_mtp, params.n_gpu_layers = True, 0
+    params.tensor_buft_overrides = buffer.overrides(".")  # they take no memory
+    fill = C.CFUNCTYPE(None, C.c_void_p, C.c_void_p)(lambda *_: None)
     make, parse = lib.handle.llama_model_init_from_user, lib.handle.gguf_init_from_file
-    make.restype, make.argtypes = (
-        C.c_void_p,
-        [C.c_void_p, _SEE, C.c_void_p, lib.structs["llama_model_params"]],
-    )
+    make.restype, make.argtypes = C.c_void_p, [C.c_void_p, type(fill), C.c_void_p, type(params)]
     parse.restype, parse.argtypes = C.c_void_p, [C.c_char_p, _InitParams]
-    found: list[tuple[str, Shape]] = []
-
-    def see(address: int, _data: Any) -> None:
-        tensor = abi.Tensor.from_address(address)
-        dims = max((i + 1 for i, n in enumerate(tensor.ne) if n > 1), default=1)
-        found.append((tensor.name.decode(), tuple(tensor.ne[:dims])))
-
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "metadata.gguf"
         writer = gguf.GGUFWriter(path, arch)
@@ -56,14 +48,14 @@ def wanted(arch: str, keys: dict[str, Any], tokenizer: dict[str, Any]) -> list[t
         writer.write_ti_data_to_file()
         writer.close()
         metadata = parse(str(path).encode(), _InitParams(True, None))
-    params = lib.llama_model_default_params()
-    params.load_mtp, params.n_gpu_layers = True, 0
-    see_tensor = _SEE(see)
-    model = make(metadata, see_tensor, None, params)
+    model = make(metadata, fill, None, params)
     if not model:
         raise ValueError(f"{arch}: {' | '.join(lib.messages[-3:])}")
     lib.llama_model_free(model)
-    return found
+    dims = {
+        name: max((i + 1 for i, n in enumerate(ne) if n > 1), default=1) for name, ne in buffer.shapes.items()
+    }
+    return [(name, ne[: dims[name]]) for name, ne in buffer.shapes.items()]
 
 
 def families(names: Sequence[str], folder: Path) -> dict[str, Path]:

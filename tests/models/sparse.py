@@ -14,11 +14,14 @@ from .spec import Spec
 from .writer import qtype_of, tensor_data, write_metadata
 
 
-def write_sparse(spec: Spec | Family, path: Path, filled: str = "") -> Path:
-    """Write a model to `path` and return `path`. Tensors whose names match `filled` have contents, the others none."""
+def write_sparse(spec: Spec | Family, path: Path, filled: str = "", router: str = "F32") -> Path:
+    """Write a model to `path` and return `path`. Tensors whose names match `filled` have contents, the others none.
+
+    router: the routers' type.
+    """
     writer = gguf.GGUFWriter(path, spec.arch)
     write_metadata(writer, spec.arch, spec.metadata())
-    tensors = [(name, shape, qtype_of(name, shape, kind)) for name, shape, kind in spec.tensors()]
+    tensors = [(name, shape, qtype_of(name, shape, kind, router)) for name, shape, kind in spec.tensors()]
     sizes = []
     for name, shape, quant in tensors:
         block, block_bytes = gguf.GGML_QUANT_SIZES[quant]

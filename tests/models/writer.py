@@ -104,7 +104,7 @@ def write(spec: Spec | Family, name: str, path: Path, seed: int = 0, router: str
         writer.add_custom_alignment(spec.alignment)
     write_metadata(writer, spec.arch, spec.metadata(), spec.chat, getattr(spec, "tokenizer", {}))
     for tensor, shape, kind in spec.tensors():
-        qtype = QType[router] if tensor.endswith("ffn_gate_inp.weight") else qtype_of(tensor, shape, kind)
+        qtype = qtype_of(tensor, shape, kind, router)
         writer.add_tensor(tensor, tensor_data(tensor, shape, qtype, spec, seed), raw_dtype=qtype)
     _finish(writer)
     return path
@@ -120,8 +120,10 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_key_value(key, value, types[type(value)])
 
 
-def qtype_of(name: str, shape: tuple[int, ...], kind: str) -> QType:
-    """The format that a tensor gets whose format is to be `kind`."""
+def qtype_of(name: str, shape: tuple[int, ...], kind: str, router: str = "F32") -> QType:
+    """The format that a tensor gets whose format is to be `kind`, or `router` if it is a router."""
+    if name.endswith("ffn_gate_inp.weight"):
+        return QType[router]
     if name.endswith("tid2eid.weight"):
         return QType.I32
     if len(shape) == 1 or PLAIN.search(name) or NORMS.search(name):

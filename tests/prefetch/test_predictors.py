@@ -21,7 +21,8 @@ from flashmoe.prefetch import BUILTIN, ENTRY_POINTS, available, create, of_routi
 from flashmoe.prefetch.base import AHEAD, Predictor, PredictorError
 from flashmoe.prefetch.files import PredictorFile
 from flashmoe.prefetch.promoe import ProMoE
-from flashmoe.prefetch.table import SOURCES, Table, class_for
+from flashmoe.prefetch.table import Table
+from flashmoe.prefetch.table_kernels import SOURCES, class_for
 from flashmoe.routing.trace import RoutingTrace
 from flashmoe.simulate.prefetch import judge, parse_predictors, plot, simulate_prefetch, tally
 from flashmoe.simulate.report import Simulation

@@ -11,7 +11,9 @@ import pytest
 from flashmoe.cache.residency import make_residency
 from flashmoe.prefetch import PredictorError, create_all, scheduler
 from flashmoe.prefetch.base import Float32, Int32, Predictor
-from flashmoe.prefetch.scheduler import MOST, Prefetcher
+from flashmoe.prefetch.guessing import MOST
+from flashmoe.prefetch.scheduler import Prefetcher
+from flashmoe.prefetch.table import Table
 
 LAYERS, EXPERTS, TOP_K = 6, 16, 4
 
@@ -232,3 +234,31 @@ def test_specs() -> None:
     assert [p.name for p in create_all("moe-infinity")] == ["moe-infinity"]
     with pytest.raises(PredictorError, match="unknown predictor 'gaet'"):
         create_all("gaet")
+
+
+class InPython(Table):
+    """Whose calls are all made in Python."""
+
+    def compiled(self) -> None:
+        pass
+
+
+def test_compiled_turns_are_those_in_python() -> None:
+    """The same wishes and the same knowledge, where the predictor and its judgement are compiled."""
+    asked, states = [], []
+    for kind in (Table, InPython):
+        cache, predictor = Wishes(), kind()
+        predictor.bind(LAYERS, EXPERTS, TOP_K)
+        cache.policy.residency.slot_of[:, :3] = 1
+        prefetcher = Prefetcher([predictor], cache)
+        assert (prefetcher.compiled is None) or kind is Table
+        for token in range(300):  # five words, again and again
+            prefetcher.begin_step([token % 5])
+            assert (prefetcher.compiled is not None) == (kind is Table)
+            for layer in range(LAYERS):
+                prefetcher.routed(layer, np.array(routing(token % 5, layer), np.int32))
+        asked.append([(layer, experts) for layer, experts in cache.asked if experts])
+        states.append(predictor.state())
+    assert asked[0] == asked[1]
+    assert len(asked[0]) > 100
+    assert all(np.array_equal(states[0][name], states[1][name]) for name in states[0])

@@ -89,6 +89,15 @@ def test_only_drops_layers_that_are_not_loaded(tiny: Tiny) -> None:
     assert [layer.block for layer in catalog.only(loaded).layers] == [1]
 
 
+def test_prediction_that_is_said_and_not_there(tiny: Tiny) -> None:
+    """Converters leave the number in files without such blocks: then the last block is one of the model's own."""
+    model = read_gguf(tiny("glm4moe"))
+    tensors = {name: tensor for name, tensor in model.tensors.items() if ".nextn." not in name}
+    catalog = ExpertCatalog.from_gguf(GGUF(model.files, model.metadata, tensors, model.parts))
+    assert [layer.block for layer in catalog.layers] == [1, 2, 3]
+    assert not catalog.skipped
+
+
 def test_identity_tells_models_apart(tiny: Tiny, tmp_path: Path) -> None:
     identity = catalog_of(tiny("olmoe")).identity
     assert identity["architecture"] == "olmoe"

@@ -17,6 +17,7 @@ def write(folder: Path, files: dict[str, list[str]], index: dict[str, str] | Non
     """A checkpoint of files with tensors of these names, and an index."""
     (folder / CONFIG).write_text("{}")
     for file, names in files.items():
+        (folder / file).parent.mkdir(exist_ok=True)
         save_file({name: np.zeros(2, np.float32) for name in names}, folder / file)
     if index is not None:
         (folder / INDEX).write_text(json.dumps({"weight_map": index}))
@@ -33,6 +34,8 @@ def write(folder: Path, files: dict[str, list[str]], index: dict[str, str] | Non
         ({"m-1": ["a"], "stray": ["a", "c"]}, {"a": "m-1"}, {"a": "m-1"}),
         # an index that is wrong about where a tensor is
         ({"m-1": ["a"], "m-2": ["b"]}, {"a": "m-2", "b": "m-2", "c": "m-1"}, {"a": "m-1", "b": "m-2"}),
+        # a folder within
+        ({"part/m-1": ["a"], "m-1": ["a"]}, {"a": "part/m-1", "b": "m-1"}, {"a": "part/m-1"}),
         # one file counts more than an index
         ({SINGLE: ["a"], "m-1": ["a", "b"]}, {"a": "m-1", "b": "m-1"}, {"a": SINGLE}),
     ],
@@ -41,9 +44,11 @@ def test_the_index_says_where_a_tensor_is(
     files: dict[str, list[str]], index: dict[str, str], expected: dict[str, str], tmp_path: Path
 ) -> None:
     found = read_checkpoint(write(tmp_path, files, index))
-    assert {name: tensor.file.name for name, tensor in found.tensors.items()} == expected
+    files_of = {name: tensor.file.relative_to(tmp_path) for name, tensor in found.tensors.items()}
+    assert {name: str(file) for name, file in files_of.items()} == expected
 
 
 def test_an_index_that_names_files_elsewhere(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="in another folder"):
-        read_checkpoint(write(tmp_path, {}, {"a": "../m-1"}))
+    for name in ("../m-1", "/m-1", "part/../../m-1"):
+        with pytest.raises(ModelError, match="in another folder"):
+            read_checkpoint(write(tmp_path, {}, {"a": name}))

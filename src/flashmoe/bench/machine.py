@@ -7,11 +7,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from flashmoe import __version__
 from flashmoe.bench.baseline import read_ahead
 from flashmoe.common.machine import cores, file_system, processor
+from flashmoe.common.memory import machine_memory
 
 
 def describe(model: Path, library: str, kernels: str, threads: int) -> dict[str, Any]:
@@ -22,7 +21,7 @@ def describe(model: Path, library: str, kernels: str, threads: int) -> dict[str,
         "processor": processor(),
         "cores": cores(),
         "threads": threads,
-        "ram_bytes": psutil.virtual_memory().total,
+        "ram_bytes": machine_memory()[0],
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "library": library,

@@ -22,6 +22,7 @@ from flashmoe.bench.results import Round, make_row
 from flashmoe.bench.spec import DEFAULT_POLICY, POOL, BenchError, Job, Plan, Setting, Size
 from flashmoe.bench.tokens import ROUTINGS, make_tokens, vocabulary_size
 from flashmoe.cache.policies import create
+from flashmoe.cache.sizing import parse_cache
 from flashmoe.common.children import module_command
 from flashmoe.common.machine import cores
 from flashmoe.common.signals import ended_by_signals
@@ -60,6 +61,9 @@ class _Runner:
             read_trace(self._trace)  # fails here, before anything runs
         for policy in set(plan.policies) - {DEFAULT_POLICY}:
             create(policy)  # as well
+        for size in plan.sizes:
+            if size.cache is not None:
+                parse_cache(size.cache, self._catalog, 1)
         self._settings = [
             Setting(*values) for values in product(plan.policies, plan.prefetchers, plan.layouts)
         ]

@@ -132,7 +132,7 @@ def ram_sizes(text: str, file_bytes: int) -> list[Size]:
     """Budgets from "6GiB,50%,25%"; a share is one of the model's files. Raises UsageError."""
     sizes = []
     for item in split_list(text):
-        share = re.fullmatch(r"(\d+(?:\.\d+)?)%", item)
+        share = re.fullmatch(r"(\d{1,9}(?:\.\d+)?)%", item)
         nbytes = int(float(share[1]) / 100 * file_bytes) if share else parse_bytes(item)
         sizes.append(Size(item, ram=nbytes))
     return sizes

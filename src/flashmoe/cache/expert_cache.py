@@ -53,7 +53,8 @@ class ExpertCache:
         self._wanted: Sequence[int] | None = None  # slots, where others are to be in use
         #: Called before every step; it may call `resize`.
         self.before_step: Callable[[], None] = lambda: None
-        #: The engine's, for any thread: has its next step announced, come what may; whether it computes none now.
+        #: The engine's, for any thread: has its next step announced and the next layer come to `ensure`, come what
+        #: may; whether it computes none now.
         self.on_resize: Callable[[], bool] = lambda: True
         self._stepping = False
         self._filling = Filling(pool, reader, policy)
@@ -119,6 +120,7 @@ class ExpertCache:
     def resize_now(self, slots: Sequence[int]) -> None:
         """`resize`, at once where no step is under way. From a thread that evaluates nothing."""
         if list(slots) == self.elastic.slots:
+            self._wanted = None
             return
         self.resize(slots)
         self.on_resize()
@@ -142,8 +144,8 @@ class ExpertCache:
         """The policy's request of up to `n` ids for compiled code, on `ids` and `slots`.
 
         None where a request is more than the policy's affair in the step that has begun: slots are lent to prefill, a
-        warm start is under way, or an observer is to see it. What misses is left to `ensure`, and so are the requests
-        of a step that prefetches.
+        warm start is under way, or an observer is to see it. What misses is left to `ensure`; where nothing does,
+        `served` is to follow if anything of the layer is `held`.
         """
         warm = self.warm is not None and self.warm.running
         if warm or self.observer or self._window.serves_any or n > len(self._ids):
@@ -159,6 +161,16 @@ class ExpertCache:
         with self._lock:
             for expert in self._miss_expert[: requested & MISSES].tolist():
                 self.policy.release(layer, expert)
+
+    @property
+    def held(self) -> NDArray[np.int64]:
+        """int64 [L + 1]: how many experts of each layer are prefetched or about to be; then 0."""
+        return self.staging.held
+
+    def served(self, layer: int) -> None:
+        """A compiled request has found all experts of a layer: what else was prefetched is not needed."""
+        with self._lock:
+            self.staging.served(layer)
 
     @property
     def ids(self) -> Int32:

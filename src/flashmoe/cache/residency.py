@@ -9,7 +9,7 @@ reads bytes or knows files.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,6 +143,20 @@ def make_residency(
     return residency
 
 
+def centre(res: Any, layer: int) -> int:
+    """The middle of the slots that would be a layer's if its group's layers had theirs in order.
+
+    Where there is a choice, a layer gets slots near it: what it uses at once then lies close together, and that is what
+    a product of the engine's has to walk over.
+    """
+    group = res.group[layer]
+    slot = res.group_start[group] + (res.quota[layer] + res.lent[layer]) // 2
+    for other in range(layer):
+        if res.group[other] == group:
+            slot += res.quota[other] + res.lent[other]
+    return slot
+
+
 def exchange(res: Residency, layer: int, expert: int, slot: int) -> int:
     """Move a resident expert to a spare slot of its group; returns its old slot, which is spare from now on."""
     old = int(res.slot_of[layer, expert])
@@ -166,8 +180,12 @@ def renumber(res: Residency, layer: int, experts: NDArray[np.int64], slots: NDAr
 def take_free_slot(res: Residency, layer: int) -> int:
     """A free slot of a layer's group, from now on neither free nor owned; there must be one."""
     group = int(res.group[layer])
+    stack = res.free[res.group_start[group] :][: res.free_count[group]]
+    at = int(np.abs(stack - centre(res, layer)).argmin())
+    slot = int(stack[at])
+    stack[at] = stack[-1]
     res.free_count[group] -= 1
-    return int(res.free[res.group_start[group] + res.free_count[group]])
+    return slot
 
 
 def free_slot(res: Residency, layer: int, slot: int) -> None:

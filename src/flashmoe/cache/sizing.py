@@ -17,7 +17,7 @@ from flashmoe.common.units import format_bytes, parse_bytes
 from flashmoe.errors import BudgetError, UsageError
 from flashmoe.storage.catalog import ExpertCatalog
 
-# Slots for experts that are prefetched and not yet asked for: a layer's guesses (prefetch.scheduler.MOST), and one
+# Slots for experts that are prefetched and not yet asked for: a layer's guesses (prefetch.guessing.MOST), and one
 # whose read has to end although it is wanted no more. Every further one would cost more hits than it brings
 SPARE = 4
 _MOST_SPARE = 0.03  # of the slots
@@ -108,7 +108,7 @@ def parse_cache(text: str, catalog: ExpertCatalog, align: int) -> list[int]:
     share = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", text)
     if share:
         return shares_of(catalog, min(1.0, float(share[1]) / 100))
-    if text.strip().isdigit():
+    if re.fullmatch(r"\s*\d{1,18}\s*", text):
         return _split(catalog, int(text))
     try:
         return slots_for(catalog, parse_bytes(text), align)

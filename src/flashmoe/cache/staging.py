@@ -8,12 +8,15 @@ policy sees the same requests, hits and victims as it would without prefetching.
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from flashmoe.cache.pool import SlotPool
-from flashmoe.cache.residency import Residency
+from flashmoe.cache.residency import Residency, centre
 from flashmoe.storage.reader import ExpertReader, Ticket
 
 _log = logging.getLogger(__name__)
@@ -56,7 +59,11 @@ class Staging:
         self._group = residency.group.tolist()
         self._first_slot = residency.group_start.tolist()
         self._staged: list[dict[int, Staged]] = [{} for _ in self._group]
-        self._free = [deque(range(end - n, end)) for end, n in zip(self._first_slot[1:], spare, strict=True)]
+        #: int64 [L + 1]: how many experts of each layer are prefetched or about to be; then 0. For compiled code.
+        self.held = np.zeros(len(self._group) + 1, np.int64)
+        self._residency = residency
+        #: Of each size group, in ascending order.
+        self._free = [list(range(end - n, end)) for end, n in zip(self._first_slot[1:], spare, strict=True)]
         self._ending: list[deque[Staged]] = [
             deque() for _ in spare
         ]  # cancelled; a read may still be under way
@@ -77,18 +84,20 @@ class Staging:
         """
         experts = [expert for expert in experts if expert < self._pool.n_experts[layer]]
         staged = self._staged[layer]
+        near = centre(self._residency, layer) if experts else 0
         for expert in [e for e, entry in staged.items() if e not in experts and not entry.started]:
             self._cancel(layer, expert)
         for expert in experts:
             if expert in staged:
                 self._stale[self._group[layer]].pop((layer, expert), None)
             else:
-                slot = self._slot(self._group[layer], layer)
+                slot = self._slot(self._group[layer], layer, near)
                 if slot < 0:
                     return
                 local = slot - self._first_slot[self._group[layer]]
                 *first, last = self._pool.reads(layer, expert, local)
                 staged[expert] = Staged(slot, self._reader.prefetch(first), self._reader.prefetch([last]))
+                self.held[layer] += 1
 
     def holds(self, layer: int) -> bool:
         """Whether anything of a layer is prefetched or about to be."""
@@ -103,7 +112,7 @@ class Staging:
             _log.warning("a prefetch of expert %d of layer %d failed: reading it on demand", expert, layer)
             self._cancel(layer, expert)
             return None
-        del self._staged[layer][expert]
+        self._forget(layer, expert)
         self._stale[self._group[layer]].pop((layer, expert), None)
         if not entry.complete:
             self._reader.promote(entry.first)
@@ -112,11 +121,15 @@ class Staging:
 
     def give(self, group: int, slots: Iterable[int]) -> None:
         """Slots that the policy's residency does not use (any more), to read into."""
-        self._free[group].extend(slots)
+        self._free[group] = sorted([*self._free[group], *slots])
 
-    def claim(self, group: int, n: int) -> list[int]:
-        """Take `n` slots away; what was prefetched gives way, and reads that are under way are waited for."""
-        return [self._claim(group) for _ in range(n)]
+    def claim(self, group: int, n: int, layer: int = 0) -> list[int]:
+        """Take `n` slots away; what was prefetched gives way, and reads that are under way are waited for.
+
+        layer: that they lie best for, where there is a choice.
+        """
+        near = centre(self._residency, layer)
+        return [self._claim(group, near) for _ in range(n)]
 
     def served(self, layer: int) -> None:
         """The router of a layer has spoken: what it did not ask for is stopped, or may be overwritten."""
@@ -132,8 +145,8 @@ class Staging:
         wasted, self._wasted = self._wasted, 0
         return wasted
 
-    def _claim(self, group: int) -> int:
-        while (slot := self._slot(group, -1)) < 0:
+    def _claim(self, group: int, near: int) -> int:
+        while (slot := self._slot(group, -1, near)) < 0:
             waiting = [
                 layer for layer, staged in enumerate(self._staged) if staged and self._group[layer] == group
             ]
@@ -150,21 +163,25 @@ class Staging:
         return slot
 
     def _cancel(self, layer: int, expert: int) -> None:
-        entry = self._staged[layer].pop(expert)
+        entry = self._forget(layer, expert)
         self.dropped += not entry.complete
         self._stale[self._group[layer]].pop((layer, expert), None)
         self._reader.cancel(entry.first)
         self._reader.cancel(entry.last)
         self._ending[self._group[layer]].append(entry)
 
-    def _slot(self, group: int, layer: int) -> int:
-        """A slot to read into, or -1."""
+    def _forget(self, layer: int, expert: int) -> Staged:
+        self.held[layer] -= 1
+        return self._staged[layer].pop(expert)
+
+    def _slot(self, group: int, layer: int, near: int) -> int:
+        """A slot to read into, the free one that is nearest to `near`, or -1."""
         free, ending, stale = self._free[group], self._ending[group], self._stale[group]
         for _ in range(len(ending)):
             entry = ending.popleft()
             if entry.complete:
                 self._wasted += entry.bytes_read
-                free.append(entry.slot)
+                insort(free, entry.slot)
             else:
                 ending.append(entry)
         if not free:
@@ -172,7 +189,10 @@ class Staging:
             if oldest is None:
                 return -1
             del stale[oldest]
-            entry = self._staged[oldest[0]].pop(oldest[1])
+            entry = self._forget(*oldest)
             self._wasted += entry.bytes_read
             return entry.slot
-        return free.popleft()
+        at = bisect_left(free, near)
+        if at == len(free) or (at and near - free[at - 1] < free[at] - near):
+            at -= 1
+        return free.pop(at)

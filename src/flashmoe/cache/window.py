@@ -99,8 +99,9 @@ class PrefillWindow:
             if slots[expert] < 0 and clean:
                 slots[expert] = clean.pop()
         staging.give(group, clean)
-        rest = missing[slots[missing] < 0]
-        slots[rest] = staging.claim(group, len(rest))
+        # those that stay first: what is nearest is claimed first
+        rest = sorted(missing[slots[missing] < 0].tolist(), key=lambda expert: expert not in admitted)
+        slots[rest] = staging.claim(group, len(rest), layer)
         renumber(res, layer, resident, slots[resident])
         passing = set(missing.tolist()) - set(admitted)
         self._passing_group, self._passing = group, [*busy, *(int(slots[e]) for e in passing)]

@@ -26,9 +26,11 @@ from flashmoe.cli import (
     verify,
 )
 from flashmoe.cli.progress import print_error, stderr_console
-from flashmoe.common.memory import spare_addresses
+from flashmoe.common.memory import address_room, spare_addresses
+from flashmoe.common.units import format_bytes
 from flashmoe.errors import FlashMoEError, FlashMoEWarning
 
+_LEAST_ROOM = 256 << 20  # of addresses: LLVM's library takes more than half of it
 _python_warning = warnings.formatwarning
 app = typer.Typer(
     name="flashmoe",
@@ -66,6 +68,7 @@ def main() -> None:
     streams.prepare()
     spare_addresses()
     try:
+        _check_folder()
         app()
     except FlashMoEError as error:
         print_error(stderr_console(quiet=False), error)
@@ -75,7 +78,7 @@ def main() -> None:
     except BrokenPipeError:  # the reader of our output has gone (`| head`)
         sys.stderr.close()
         sys.exit(0)
-    except (OSError, MemoryError, RuntimeError) as error:
+    except Exception as error:
         reason = _limit(error)
         if reason is None:
             raise
@@ -84,18 +87,29 @@ def main() -> None:
         sys.exit(1)
 
 
+def _check_folder() -> None:
+    """Raise FlashMoEError where the current folder is gone: not even compilers work in such a one."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise FlashMoEError("the current folder is not there any more: cd to another one") from None
+
+
 def _limit(error: BaseException) -> str | None:
     """Which limit of the system an error is, and what to do; None where it is another error."""
     if isinstance(error, MemoryError):
         return "the system refuses memory: give a smaller --ram or --cache, or lift a limit (ulimit -v)"
-    if isinstance(error, RuntimeError):
-        refused = "can't start new thread" in str(error)
-        return "the system refuses a thread: raise its limits (ulimit -u, ulimit -v)" if refused else None
+    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
+        return "the system refuses a thread: raise its limits (ulimit -u, ulimit -v)"
     code = error.errno if isinstance(error, OSError) else None
     if code in (errno.ENOSPC, errno.EDQUOT):
         return f"the output cannot be written ({os.strerror(code)})"
     if code in (errno.EMFILE, errno.ENFILE):
         return f"{os.strerror(code)}: raise the limit (ulimit -n)"
+    if code and isinstance(error, OSError) and isinstance(error.filename, str | bytes):
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if (room := address_room()) and room[0] < _LEAST_ROOM:  # libraries fail in ways of their own
+        return f"{room[1]} leaves {format_bytes(room[0])} of addresses, too little for libraries: raise it ({error})"
     return None
 
 

@@ -113,7 +113,8 @@ def run(
         ),
     ] = "cold",
     seed: Annotated[
-        int, typer.Option("-s", "--seed", help="Random seed of the tokens, or the first token of a trace.")
+        int,
+        typer.Option("-s", "--seed", help="Random seed of the tokens, or the first token of a trace.", min=0),
     ] = 0,
     allow_busy: Annotated[
         bool, typer.Option("--allow-busy", help="Report even if other programs are using the machine.")
@@ -185,7 +186,7 @@ def make(
     scale: Annotated[
         float, typer.Option("--scale", help="Scale factor for all dimensions, e.g. 0.1 for tests.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option("-s", "--seed", help="Random seed of the weights.")] = 0,
+    seed: Annotated[int, typer.Option("-s", "--seed", help="Random seed of the weights.", min=0)] = 0,
     quiet: options.NoProgress = False,
 ) -> None:
     """Create a model with random weights and the shape of a real one."""

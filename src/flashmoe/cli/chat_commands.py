@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashmoe.common.files import write_atomically
+from flashmoe.common.files import expanded, write_atomically
 from flashmoe.errors import FlashMoEError, UsageError
 from flashmoe.runtime.conversation import Conversation
 
@@ -75,7 +74,7 @@ class Commands:
         return "a new conversation"
 
     def _save(self, name: str) -> str:
-        path, talk = Path(name).expanduser(), self._conversation
+        path, talk = expanded(name), self._conversation
         system = [{"role": "system", "content": talk.system}] if talk.system else []
         saved = {"model": self._model.catalog.label, "messages": [*system, *talk.messages]}
         try:
@@ -85,12 +84,12 @@ class Commands:
         return f"{path}: {len(talk.messages)} messages"
 
     def _load(self, name: str) -> str:
-        path = Path(name).expanduser()
+        path = expanded(name)
         try:
             messages = [_message(m) for m in json.loads(path.read_bytes())["messages"]]
         except OSError as error:
             raise FlashMoEError(f"{path}: cannot be read ({error.strerror})") from None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise FlashMoEError(f"{path}: is not a saved conversation") from None
         system = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else ""
         if [m["role"] for m in messages] != ["user", "assistant"] * (len(messages) // 2):

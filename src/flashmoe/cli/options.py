@@ -14,6 +14,8 @@ from flashmoe.cli.report import JsonFile, nothing_else_on_stdout
 if TYPE_CHECKING:
     from flashmoe.runtime.options import LoadOptions
 
+MOST_TOKENS = (1 << 31) - 1  # that llama.cpp counts
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -63,7 +65,10 @@ Layout = Annotated[
     ),
 ]
 NPredict = Annotated[
-    int, typer.Option("-n", "--n-predict", help="Maximum tokens to generate; -1 for no limit.")
+    int,
+    typer.Option(
+        "-n", "--n-predict", help="Maximum tokens to generate; -1 for no limit.", min=-1, max=MOST_TOKENS
+    ),
 ]
 CtxSize = Annotated[
     int | None,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import os
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from flashmoe.cli import options
 from flashmoe.cli.progress import stdout_console
 from flashmoe.common.machine import cores
 from flashmoe.common.units import format_bytes, parse_bytes
+from flashmoe.errors import UsageError
 
 
 def plan(
@@ -36,26 +38,34 @@ def plan(
     quiet: options.Silent = False,
 ) -> None:
     """Predict a model's tokens/s at several memory budgets. Of a model on the hub, only the header is downloaded."""
+    from flashmoe.engines.llamacpp.sizes import ContextSizes
     from flashmoe.engines.llamacpp.tested import tested_library
     from flashmoe.routing.files import read
+    from flashmoe.runtime.options import LoadOptions
     from flashmoe.simulate.curve import hit_curve, nearest, shipped
     from flashmoe.storage.catalog import ExpertCatalog
     from flashmoe.storage.hub import default_policy, header
     from flashmoe.tools.plan import make_plan, measure
 
+    if place is not None and not os.path.isdir(place):
+        raise UsageError(f"{place}: no such folder (--drive)")
+    LoadOptions(n_ctx=ctx_size, threads=threads)  # refuses what `run` refuses
     budgets = [parse_bytes(size) for size in ram.split(",")] if ram else []
     gguf, there = header(model)
     catalog = ExpertCatalog.from_gguf(gguf)
     if trace:
         recorded = read(trace)
         recorded.check_model(len(catalog.layers), catalog.n_experts)
+        recorded = replace(recorded, model={**recorded.model, "groups": catalog.identity["groups"]})
         curve = hit_curve(recorded, trace.stem, default_policy(""))
     else:
         curve = nearest(shipped(), catalog.gguf.name, catalog.n_experts, catalog.top_k)
     n_threads = threads or cores()
     drive = place or (catalog.gguf.files[0] if there else Path())
-    machine = measure(catalog, tested_library(), n_threads, drive)
-    made = make_plan(catalog, machine, curve, budgets, ctx_size)
+    library = tested_library()
+    machine = measure(catalog, library, n_threads, drive)
+    with ContextSizes(library, gguf) as sizes:
+        made = make_plan(catalog, machine, curve, sizes.nbytes, budgets, ctx_size)
     if json_file:
         json_file.write(asdict(made))
     console = stdout_console(quiet)

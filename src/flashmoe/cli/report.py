@@ -45,10 +45,7 @@ class JsonFile:
             self._stdout.flush()
             return
         try:
-            if self._path.exists() and not self._path.is_file():  # a pipe or a device: not to be replaced
-                self._path.write_text(text)
-            else:
-                write_atomically(self._path, text.encode())
+            write_atomically(self._path, text.encode())
         except OSError as error:
             raise FlashMoEError(f"{self._path}: the report cannot be written ({error.strerror})") from None
 

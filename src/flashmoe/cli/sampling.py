@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flashmoe.cli.options import MOST_TOKENS
 from flashmoe.common.text import argument, decode
 from flashmoe.errors import UsageError
 
@@ -18,8 +19,8 @@ def _option(flags: str, text: str, **more: Any) -> Any:
     return typer.Option(*flags.split(), help=text, rich_help_panel="Sampling", **more)
 
 
-def _chat(flags: str, text: str) -> Any:
-    return typer.Option(*flags.split(), help=text, rich_help_panel="Chat template and reasoning")
+def _chat(flags: str, text: str, **more: Any) -> Any:
+    return typer.Option(*flags.split(), help=text, rich_help_panel="Chat template and reasoning", **more)
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,13 @@ class ChatOptions:
         ),
     ] = "deepseek"
     reasoning_budget: Annotated[
-        int, _chat("--reasoning-budget", "Maximum tokens for reasoning; -1 for no limit, 0 for none.")
+        int,
+        _chat(
+            "--reasoning-budget",
+            "Maximum tokens for reasoning; -1 for no limit, 0 for none.",
+            min=-1,
+            max=MOST_TOKENS,
+        ),
     ] = -1
     mmproj: Annotated[Path | None, _chat("--mmproj", "Multimodal projector file (for images and audio).")] = (
         None
@@ -240,7 +247,7 @@ class ChatOptions:
 
 def _bias(text: str) -> tuple[int, float]:
     """A token and what is added to its logit. Raises UsageError."""
-    match = re.fullmatch(r"(\d+)([+-]\d+(?:\.\d+)?)", text.strip())
+    match = re.fullmatch(r"(\d{1,10})([+-]\d+(?:\.\d+)?)", text.strip())
     if not match:
         raise UsageError(
             f"cannot read --logit-bias {text!r}: write TOKEN_ID+BIAS or TOKEN_ID-BIAS, as in 15043-1"
@@ -251,7 +258,7 @@ def _bias(text: str) -> tuple[int, float]:
 def _kwargs(text: str) -> dict[str, Any]:
     try:
         kwargs = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"--chat-template-kwargs is no JSON ({error})") from None
     if not isinstance(kwargs, dict):
         raise UsageError("--chat-template-kwargs must be a JSON object")

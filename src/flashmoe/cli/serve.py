@@ -13,7 +13,7 @@ from flashmoe.cli.groups import with_options
 from flashmoe.cli.progress import LoadProgress, stderr_console
 from flashmoe.cli.report import show
 from flashmoe.cli.sampling import ChatOptions, SamplingOptions
-from flashmoe.common.text import printable
+from flashmoe.common.text import argument, printable
 from flashmoe.errors import UsageError
 
 KEY_VARIABLE = "FLASHMOE_API_KEY"
@@ -90,7 +90,8 @@ def serve(
     from flashmoe.simulate.recent import compile_replays
 
     console = stderr_console(False)
-    key = api_key or os.environ.get(KEY_VARIABLE) or None
+    key = argument(api_key or os.environ.get(KEY_VARIABLE) or "", "the key (--api-key)") or None
+    alias = argument(alias or "", "--alias")
     sockets = listen(host, port)
     with ExitStack() as listening:
         for sock in sockets:
@@ -100,7 +101,7 @@ def serve(
             asked = loading.load_options(
                 parallel=parallel,
                 cache_ram=cache_ram,
-                server=chat_options.server(alias=alias or "", sampling=sampling.defaults()),
+                server=chat_options.server(alias=alias, sampling=sampling.defaults()),
                 pooling=pooling,
             )
             loaded = load(model, options=asked, progress=progress.update)

@@ -78,7 +78,9 @@ def simulate(
     ] = None,
     compute_ms: Annotated[
         float,
-        typer.Option("--compute", help="Compute time per token in milliseconds, with all experts in RAM."),
+        typer.Option(
+            "--compute", help="Compute time per token in milliseconds, with all experts in RAM.", min=0
+        ),
     ] = 0.0,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Plot hit rates to a .png, .svg or .pdf file.")

@@ -41,7 +41,14 @@ def record(
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Trace to write, or to continue.")],
     n_predict: Annotated[
-        int, typer.Option("-n", "--n-predict", help="Maximum tokens to generate per prompt.")
+        int,
+        typer.Option(
+            "-n",
+            "--n-predict",
+            help="Maximum tokens to generate per prompt.",
+            min=-1,
+            max=options.MOST_TOKENS,
+        ),
     ] = 128,
     ram: options.Ram = None,
     cache: options.Cache = None,
@@ -134,7 +141,7 @@ def read_prompts(path: Path) -> Iterator[str | list[dict[str, str]]]:
                 yield [{"role": str(m["role"]), "content": str(m["content"])} for m in row["messages"]]
             else:
                 yield str(row["prompt"] if "prompt" in row else row["text"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UsageError(
                 f'{path}, line {number}: give {{"prompt": "..."}} or {{"messages": [...]}}'
             ) from None
@@ -225,6 +232,7 @@ def split(
         int | None,
         typer.Option(
             "--seed",
+            min=0,
             help="Random seed for choosing sequences (default: the last sequences go to the second output).",
         ),
     ] = None,

@@ -13,6 +13,12 @@ from rich.table import Table
 from flashmoe.cli import options
 from flashmoe.cli.progress import stderr_console, stdout_console
 
+Seed = Annotated[
+    int,
+    typer.Option(
+        "--seed", help="Random seed of weights and order of samples.", min=0, max=(1 << 63) - 1
+    ),  # torch's
+]
 app = typer.Typer(help="Learn from routing traces (needs torch).", no_args_is_help=True)
 
 
@@ -29,16 +35,18 @@ def policy(
         str, typer.Option("--kind", help="Policy to train: flashmoe (the paper's network) or flashmoe+.")
     ] = "flashmoe+",
     epochs: Annotated[
-        int | None, typer.Option("--epochs", help="Maximum epochs (default: 200, flashmoe+: 5).")
+        int | None, typer.Option("--epochs", help="Maximum epochs (default: 200, flashmoe+: 5).", min=1)
     ] = None,
-    minutes: Annotated[float, typer.Option("--minutes", help="Maximum training time in minutes.")] = 10.0,
+    minutes: Annotated[
+        float, typer.Option("--minutes", help="Maximum training time in minutes.", min=0)
+    ] = 10.0,
     held_out: Annotated[
         float, typer.Option("--held-out", help="Share of sequences held out for evaluation, 0 to 1.")
     ] = 0.05,
     threads: Annotated[
-        int | None, typer.Option("-t", "--threads", help="Number of training threads.")
+        int | None, typer.Option("-t", "--threads", help="Number of training threads.", min=1, max=512)
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Random seed of weights and order of samples.")] = 0,
+    seed: Seed = 0,
     json_file: options.Json = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Plot losses and hit rates to a .png, .svg or .pdf file.")
@@ -90,17 +98,19 @@ def prefetch(
             help="Predictor to train: table (initial state of the online predictor) or promoe (a network).",
         ),
     ] = "table",
-    epochs: Annotated[int | None, typer.Option("--epochs", help="Epochs (default: 1, promoe: 3).")] = None,
+    epochs: Annotated[
+        int | None, typer.Option("--epochs", help="Epochs (default: 1, promoe: 3).", min=1)
+    ] = None,
     minutes: Annotated[
-        float, typer.Option("--minutes", help="Maximum training time in minutes (promoe).")
+        float, typer.Option("--minutes", help="Maximum training time in minutes (promoe).", min=0)
     ] = 5.0,
     held_out: Annotated[
         float, typer.Option("--held-out", help="Share of sequences held out for evaluation, 0 to 1.")
     ] = 0.05,
     threads: Annotated[
-        int | None, typer.Option("-t", "--threads", help="Number of training threads.")
+        int | None, typer.Option("-t", "--threads", help="Number of training threads.", min=1, max=512)
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Random seed of weights and order of samples.")] = 0,
+    seed: Seed = 0,
     json_file: options.Json = None,
     quiet: options.Silent = False,
 ) -> None:

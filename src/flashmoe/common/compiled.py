@@ -7,9 +7,11 @@ writes down once where the arrays are, as compiled code holds them itself; `pinn
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import typeof, types
 from numba.extending import intrinsic
 
@@ -28,7 +30,8 @@ class Pinned:
     def __init__(self, kind: str, values: tuple[Any, ...]) -> None:
         if _KINDS.setdefault(kind, typeof(values)) != typeof(values):
             raise TypeError(f"{kind!r} is {_KINDS[kind]}, not {typeof(values)}")
-        self._values = values
+        #: The tuple.
+        self.values = values
         self._memory = np.array(list(_numbers(values)), np.int64)
         self.address = int(self._memory.ctypes.data)
 
@@ -76,6 +79,36 @@ def _pointer_to(kind: Any) -> Any:
 
 
 #: In compiled code: the address of numbers as numba's `carray` takes it.
-bytes_at, int16_at, int32_at, int64_at = (
-    _pointer_to(kind) for kind in (types.uint8, types.int16, types.int32, types.int64)
+bytes_at, int16_at, uint16_at, int32_at, int64_at, float32_at = (
+    _pointer_to(kind)
+    for kind in (types.uint8, types.int16, types.uint16, types.int32, types.int64, types.float32)
 )
+
+
+def _call(builder: Any, args: Any) -> Any:
+    number = ir.IntType(64)
+    kind = ir.FunctionType(number, [number] * (len(args) - 1))
+    return builder.call(builder.inttoptr(args[0], kind.as_pointer()), list(args[1:]))
+
+
+@intrinsic
+def _call4(_typing: Any, _function: Any, _a: Any, _b: Any, _c: Any, _d: Any) -> Any:
+    return types.int64(*(types.int64,) * 5), lambda _context, builder, _signature, args: _call(builder, args)
+
+
+@intrinsic
+def _call5(_typing: Any, _function: Any, _a: Any, _b: Any, _c: Any, _d: Any, _e: Any) -> Any:
+    return types.int64(*(types.int64,) * 6), lambda _context, builder, _signature, args: _call(builder, args)
+
+
+#: In compiled code: call the C function at an address with four or five int64; what it returns is one, too.
+call4: Any = _call4
+call5: Any = _call5
+
+
+@cache
+def address_of(function: Any, signature: Any) -> int:
+    """Where C finds a compiled function, for a signature of numba's; as long as the function lives."""
+    function.compile(signature.args)
+    compiled = function.overloads[signature.args]
+    return int(compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name))

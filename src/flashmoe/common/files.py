@@ -70,7 +70,7 @@ def _instead_of(folder: Path) -> Path | None:
 def _own_temporary_folder() -> Path | None:
     """A folder that is the same in every process of this user, and that no other user can have made or can write to:
     compiled code is loaded from it."""
-    for base in _temporary_folders():
+    for base in temporary_folders():
         folder = base / f"flashmoe-{os.getuid()}"
         with suppress(OSError):
             folder.mkdir(mode=0o700, exist_ok=True)
@@ -80,7 +80,7 @@ def _own_temporary_folder() -> Path | None:
     return None
 
 
-def _temporary_folders() -> Iterator[Path]:
+def temporary_folders() -> Iterator[Path]:
     """Folders for temporary files that can be written, the best first; shared memory last."""
     named = (os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP"))
     for base in (*named, "/tmp", "/var/tmp", "/dev/shm"):
@@ -92,7 +92,7 @@ def _temporary_folders() -> Iterator[Path]:
 
 def make_socket_folder(name: str) -> Path:
     """A new folder for a socket `name`, whose path must be short. Raises FlashMoEError where none can be made."""
-    for base in _temporary_folders():
+    for base in temporary_folders():
         folder = base / f"flashmoe-{secrets.token_hex(8)}"
         if len(os.fsencode(folder / name)) <= _LONGEST_SOCKET:
             with suppress(OSError):
@@ -101,11 +101,21 @@ def make_socket_folder(name: str) -> Path:
     raise FlashMoEError("no temporary folder can be written, or its path is too long: name another in TMPDIR")
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with the home folder in the place of ~; that of a user who does not exist stays as it is."""
+    return Path(os.path.expanduser(path))
+
+
 def write_atomically(path: Path, data: bytes, *, private: bool = False) -> None:
     """Replace `path` with `data` as a whole, or leave it as it was; folders are made. Raises OSError.
 
-    private: only the user may read it.
+    A link stays one: the file that it leads to is replaced. Pipes and devices are written to. private: only the
+    user may read it.
     """
+    path = Path(os.path.realpath(path))
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        path.write_bytes(data)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.parent / f".{secrets.token_hex(8)}.part"
     try:

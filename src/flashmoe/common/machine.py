@@ -43,7 +43,10 @@ def instructions() -> str:
 
 def physical_cores() -> int:
     """Cores of the machine; logical ones where these cannot be told."""
-    return psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    try:
+        return psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    except OSError:  # neither /sys nor /proc
+        return os.cpu_count() or 1
 
 
 def cores() -> int:
@@ -92,7 +95,10 @@ def seconds_without_core() -> float:
 
 
 def file_system(path: Path) -> str:
-    """Type of the file system that a file is on, for example "ext4"."""
-    resolved = path.resolve()
-    mounts = [p for p in psutil.disk_partitions(all=True) if resolved.is_relative_to(p.mountpoint)]
+    """Type of the file system that a file is on, for example "ext4"; "" where the system does not tell."""
+    try:
+        resolved, partitions = path.resolve(), psutil.disk_partitions(all=True)
+    except OSError:
+        return ""
+    mounts = [p for p in partitions if resolved.is_relative_to(p.mountpoint)]
     return max(mounts, key=lambda p: len(p.mountpoint)).fstype if mounts else ""

@@ -39,9 +39,20 @@ def release_code() -> None:
             madvise(start, end - start, advice)
 
 
+def machine_memory() -> tuple[int, int]:
+    """Bytes of the machine's memory, and bytes of it that are available; those that are free where the system does not
+    tell (no /proc, or a part of it that cannot be read)."""
+    try:
+        machine = psutil.virtual_memory()
+        return machine.total, machine.available
+    except (OSError, KeyError, ValueError):
+        page = os.sysconf("SC_PAGE_SIZE")
+        return page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
+
+
 def memory_limit() -> int:
     """Bytes this process may use at most: the machine's memory, or its cgroup's limit where that is lower."""
-    return min((limit for limit, _ in _group_limits()), default=psutil.virtual_memory().total)
+    return min((limit for limit, _ in _group_limits()), default=machine_memory()[0])
 
 
 def memory_left() -> int:
@@ -50,7 +61,7 @@ def memory_left() -> int:
     Page cache is free: the system gives it back.
     """
     left = [limit - used for limit, used in _group_limits()]
-    return max(0, min(psutil.virtual_memory().available, *left, psutil.virtual_memory().total))
+    return max(0, min(machine_memory()[1], *left, machine_memory()[0]))
 
 
 def stalled_seconds() -> float:
@@ -66,7 +77,7 @@ def stalled_seconds() -> float:
 
 def _group_limits() -> Iterator[tuple[int, int]]:
     """Of each control group around this process with a limit: bytes of it, and bytes that are used, by all in it."""
-    total = psutil.virtual_memory().total
+    total = machine_memory()[0]
     for version, folder in groups("memory"):
         names = ("memory.max", "memory.high") if version == 2 else ("memory.limit_in_bytes",)
         limits = [limit for name in names if 0 < (limit := _number(folder / name)) < total]

@@ -58,7 +58,7 @@ __all__ = [
 ]
 
 _ARRAY = ("meminfo", "parent", "nitems", "itemsize", "data", "shape", "strides")  # see common.compiled
-_OPTIONS = ("_nrt", "forceinline", "fastmath", "nogil")  # see cache.kernels
+_OPTIONS = ("_nrt", "forceinline", "fastmath", "nogil", "no_cfunc_wrapper")  # see cache.kernels
 
 
 def _arrays() -> bool:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from flashmoe.common.files import expanded
 from flashmoe.errors import FlashMoEError
 
 T = TypeVar("T")
@@ -43,8 +44,8 @@ class Registry(Generic[T]):
         name, _, file = spec.partition(":")
         if not file:
             return name.strip(), {}
-        path = Path(file).expanduser()
-        if not path.is_file():
+        path = expanded(file)
+        if not os.path.isfile(path):
             raise self.error(
                 f"{self.noun} file {file} does not exist: give NAME:FILE with the path of a .safetensors file"
             )

@@ -16,7 +16,7 @@ _FACTORS = {
 
 def parse_bytes(text: str | int) -> int:
     """Bytes in `text`: "6GiB", "500MB", "8G" (binary) or a plain number. Raises UsageError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(text))
     factors = {name.upper(): factor for name, factor in _FACTORS.items()}
     if not match or match[2].upper() not in factors:
         raise UsageError(f"cannot read the size {str(text)!r}: write for example 6GiB, 500MB or 8G")

@@ -66,7 +66,7 @@ class SamplingParams:
         if self.json_schema is not None:
             try:
                 given["json_schema"] = json.loads(self.json_schema)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UsageError(f"the JSON schema is no JSON ({error})") from None
         return given
 
@@ -133,6 +133,11 @@ class Engine(Protocol):
     n_embd: int  # numbers of an embedding
     kernels: str  # what computes, for reports: "zen4 (AVX-512)"; "" where there is nothing to choose
     kernels_hint: str  # what better ones would be worth, a sentence; "" where there are none
+
+    @property
+    def no_text(self) -> str:
+        """Why it makes no text, token by token; "" where it does."""
+        ...
 
     @property
     def has_server(self) -> bool:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.errors import FlashMoEWarning
-from flashmoe.prefetch.scheduler import Prefetcher
+from flashmoe.prefetch.scheduler import CompiledTurn, Prefetcher
 from flashmoe.routing.recorder import RoutingObserver
 
 Int32 = NDArray[np.int32]
@@ -50,6 +50,7 @@ class LayerStep:
         #: Called with (layer, ids [tokens, top_k]) to put other experts in place of the router's.
         self.override: Callable[[int, Int32], None] | None = None
         self._asked: Prefetcher | None = None  # in the present graph
+        self._single = False  # whether it is of one token
 
     @property
     def observed(self) -> bool:
@@ -61,12 +62,26 @@ class LayerStep:
         """Whether the prefetcher sees the present graph."""
         return self._asked is not None
 
+    @property
+    def compiled(self) -> CompiledTurn | None:
+        """What compiled code may call for the prefetcher, in the present graph of one token."""
+        return self._asked.compiled if self._asked is not None and self._single else None
+
+    def read_ahead(self, layer: int) -> None:
+        """Compiled code has served a layer: see to what was prefetched for it and is to be for the next."""
+        assert self.cache is not None
+        self.cache.served(layer)
+        if self._asked is not None:
+            self._asked.read_ahead(layer)
+
     def begin(self, tokens: Sequence[int]) -> None:
         """A graph of `tokens` begins, ids or -1 where only their number is known."""
         assert self.cache is not None
         (self.residents or self.cache).begin_step(len(tokens), self._top_k)
+        self._tell(lambda recorder: recorder.begin_step())
         # several sequences decoded together ask the next layer for too many experts to guess them
-        together = len(tokens) > 1 and self.cache.phase == "decode"
+        self._single = len(tokens) == 1
+        together = not self._single and self.cache.phase == "decode"
         self._asked = None if together or min(tokens, default=-1) < 0 else self.prefetcher
         if self._asked is not None:
             self._asked.begin_step(tokens)
@@ -78,14 +93,17 @@ class LayerStep:
 
     def record(self, layer: int, ids: Int32, weights: Callable[[], NDArray[np.float32]]) -> None:
         """The router of a layer has picked `ids`, int32 [tokens, top_k], with `weights` of the same shape."""
+        self._tell(lambda recorder: recorder.add(layer, ids, weights()))
+
+    def _tell(self, what: Callable[[RoutingObserver], None]) -> None:
         recorder = self.recorder  # another thread may take it away
         if recorder is None:
             return
         try:
-            recorder.add(layer, ids, weights())
+            what(recorder)
         except Exception as error:  # an evaluation does not fail because it is looked at
             self.recorder = None
-            warnings.warn(f"recording of the routing has ended: {error}", FlashMoEWarning, stacklevel=2)
+            warnings.warn(f"recording of the routing has ended: {error}", FlashMoEWarning, stacklevel=3)
 
     def serve(
         self,

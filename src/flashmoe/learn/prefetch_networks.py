@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from flashmoe.common.machine import cores
 from flashmoe.learn.train import Plan
 from flashmoe.prefetch.base import AHEAD
 from flashmoe.routing.trace import RoutingTrace
@@ -116,8 +117,7 @@ def fit(
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any], list[list[float]]]:
     """Train; returns (arrays, constants) as prefetch.promoe reads them and the losses [[training, held out]] of each
     epoch. The learning rate falls to zero by the last step or by the end of the time, what comes first."""
-    if plan.threads:
-        torch.set_num_threads(plan.threads)
+    torch.set_num_threads(plan.threads or cores())
     torch.manual_seed(plan.seed)
     rng = np.random.default_rng(plan.seed)
     net = Net(trace.n_layers, trace.num_experts, **plan.sizes)

@@ -16,6 +16,7 @@ from flashmoe.cache.policies import flashmoe, flashmoe_plus
 from flashmoe.cache.policies.flashmoe import Flashmoe
 from flashmoe.cache.policies.flashmoe_plus import FlashmoePlus
 from flashmoe.cache.policies.learned import PolicyFile
+from flashmoe.common.machine import cores
 from flashmoe.common.plotting import new_figure, save_figure
 from flashmoe.errors import FlashMoEError, TraceError, UsageError
 from flashmoe.learn.samples import SEGMENT, Batch, Samples
@@ -34,7 +35,7 @@ class Plan:
     patience: int = 5  # epochs without a better held-out loss before stopping (flashmoe)
     minutes: float = 10.0  # stop after that time, at the end of an epoch
     held_out: float = 0.05  # share of the sequences, the last ones
-    threads: int | None = None  # of torch; None: its own choice
+    threads: int | None = None  # of torch; None: the cores that this process may use
     seed: int = 0
     sizes: dict[str, Any] = field(default_factory=dict)  # r, h, k, m of flashmoe+
 
@@ -62,8 +63,7 @@ def train(
         raise UsageError("training needs torch: pip install 'flashmoe-ssd[train]'") from None
     if trace.n_tokens < 4 * SEGMENT:
         raise TraceError(f"{trace.n_tokens} tokens are too few to learn from: record at least {4 * SEGMENT}")
-    if plan.threads:
-        torch.set_num_threads(plan.threads)
+    torch.set_num_threads(plan.threads or cores())
     torch.manual_seed(plan.seed)
     started = time.monotonic()
     part, rest = split(trace, 1 - plan.held_out)

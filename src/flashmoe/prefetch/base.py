@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+from numba import types
 from numpy.typing import NDArray
 
 from flashmoe.cache.saved import Limits, load_state
@@ -24,6 +25,18 @@ class PredictorError(FlashMoEError):
     """A predictor that is unknown, damaged, or made for another model."""
 
     exit_status = 2
+
+
+#: Of Compiled.observe and of Compiled.predict.
+OBSERVE, PREDICT = types.int64(*(types.int64,) * 5), types.int64(*(types.int64,) * 4)
+
+
+class Compiled(NamedTuple):
+    """`Predictor.observe` and `Predictor.predict` for compiled callers; all arguments and results are int64."""
+
+    observe: int  # address of function(state, layer, ids, n, hidden): int32 [n] and, or 0, float32 (see) at addresses
+    predict: int  # address of function(state, layer, target, out): float32 [E] at an address
+    state: int  # their first argument
 
 
 class Predictor:
@@ -96,6 +109,13 @@ class Predictor:
     def see(self, layer: int, hidden: Float32) -> None:
         """The input of a layer's router for the token of this step, float32 [n], before `observe`; only from
         engines that can show it. The memory is valid until the next call of any method."""
+
+    def compiled(self) -> Compiled | None:
+        """What compiled code calls instead of `see`, `observe` and `predict`, from `begin_step` to the end of the step.
+
+        None: all calls are to be made in Python.
+        """
+        return None
 
     def restrict(self, nbytes: int) -> None:
         """Before `bind`: take no more memory than this, where that can be chosen (see `nbytes`)."""

@@ -18,8 +18,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe.prefetch.base import Float32, Int32, Predictor
-from flashmoe.prefetch.gate_kernels import TRUST, chances, count, learn, products
+from flashmoe.common.compiled import Pinned, address_of
+from flashmoe.prefetch.base import OBSERVE, PREDICT, Compiled, Float32, Int32, Predictor
+from flashmoe.prefetch.gate_kernels import (
+    ASKED,
+    HIDDEN,
+    KIND,
+    SEEN,
+    TRUST,
+    TYPES,
+    GateCalls,
+    count,
+    observe_at,
+    predict_at,
+)
 
 _SLOPE = 3.0  # of the chance by the margin, before anything was learned
 _HOT = 2  # residents that are scored, in experts per token
@@ -52,78 +64,78 @@ class Gate(Predictor):
     def __init__(self) -> None:
         super().__init__()
         self.routers: Sequence[Router] = ()
-        self._hidden: Float32 = np.empty(0, np.float32)
-        self._scaled = self._hidden
-        self._seen = self._asked = -1  # layers: whose input is known, and of whose router `_scores` are
-        self._absent = 0
+        self._hidden: Float32 = np.empty(0, np.float32)  # what `number` has the address of
 
     def use_routers(self, routers: Sequence[Router]) -> None:
         """See Predictor. Before, it predicts nothing."""
-        self.routers = routers
+        self.routers = [
+            router._replace(**{name: np.ascontiguousarray(value) for name, value in router._asdict().items()})
+            for router in routers
+        ]
+        rows = [
+            (
+                *(int(part.ctypes.data) if part.size else 0 for part in router),
+                TYPES.index(router.weights.dtype),
+            )
+            for router in self.routers
+        ]
+        width = len(self.routers[0].norm)
+        self._pin(self._calls._replace(scaled=np.empty(width, np.float32), routers=np.array(rows, np.int64)))
 
     def use_residency(self, slot_of: Int32) -> None:
         """See Predictor: residents get no chance."""
-        self._slot_of = slot_of
+        self._pin(self._calls._replace(slot_of=slot_of))
 
     def see(self, layer: int, hidden: Float32) -> None:
         """See Predictor."""
-        self._hidden, self._seen = hidden, layer
-        if len(self._scaled) != len(hidden):
-            self._scaled = np.empty_like(hidden)
+        self._hidden = np.ascontiguousarray(hidden, np.float32)
+        self._calls.number[SEEN], self._calls.number[HIDDEN] = layer, self._hidden.ctypes.data
 
     def make_state(self, n_layers: int, n_experts: int, top_k: int) -> GateState:
         """See Predictor."""
-        self._slot_of = np.full((n_layers, n_experts), -1, np.int32)
-        self._experts, self._scores = np.zeros(n_experts, np.int32), np.zeros(n_experts, np.float32)
         fit = np.tile([_SLOPE, 0.0, TRUST, 0.0, TRUST], (n_layers, 1))
         state = GateState(fit, np.zeros((n_layers, n_experts), np.float32))
-        self._compile(GateState(*(part[0].copy() for part in state)), top_k)
+        calls = GateCalls(
+            *state,
+            slot_of=np.full((n_layers, n_experts), -1, np.int32),
+            experts=np.zeros(n_experts, np.int32),
+            scores=np.zeros(n_experts, np.float32),
+            scaled=np.empty(0, np.float32),
+            number=np.array([-1, -1, 0, 0, top_k, _HOT * top_k], np.int64),
+            routers=np.zeros((0, 5), np.int64),
+        )
+        self._pin(calls)
+        self.compiled()  # now, not while it runs
+        count(np.zeros((0, 1), np.int32), state.picked[0])
         return state
 
-    def _compile(self, state: GateState, top_k: int) -> None:
-        """Now, not while it runs."""
-        one, bias, ids = np.ones(1, np.float32), np.zeros_like(self._scores), self._experts[:0]
-        experts, scores = self._experts, self._scores
-        for kind in (np.float32, np.int16, np.uint16):
-            table = np.zeros((len(experts), 1), kind)
-            products(table, self._slot_of[0], state.picked, 1, one, one, one, one.copy(), experts, scores)
-        chances(scores, experts, 1, 1, top_k, bias, bias[:0], state.fit, bias.copy())
-        learn(scores, experts, 0, ids, state.fit)
-        count(ids[np.newaxis], state.picked)
+    def _pin(self, calls: GateCalls) -> None:
+        self._calls, self._pinned = calls, Pinned(KIND, calls)
 
     def begin_sequence(self) -> None:
         """See Predictor."""
 
     def begin_step(self, token: int) -> None:
         """See Predictor."""
-        self._seen = self._asked = -1
+        self._calls.number[SEEN] = self._calls.number[ASKED] = -1
 
     def observe(self, layer: int, ids: Int32) -> None:
         """See Predictor."""
-        if layer == self._asked:
-            learn(self._scores, self._experts, self._absent, ids, self._state.fit[layer])
-        count(ids[np.newaxis], self._state.picked[layer])
+        observe_at(self._pinned.address, layer, ids.ctypes.data, len(ids), 0)
 
     def observe_many(self, layer: int, ids: Int32, tokens: Int32) -> None:
         """See Predictor."""
-        count(ids, self._state.picked[layer])
+        count(ids, self._calls.picked[layer])
 
     def check_model(self, model: Mapping[str, Any]) -> None:
         """See Predictor: the routers are the model's own."""
 
     def predict(self, layer: int, target: int, out: Float32) -> None:
         """See Predictor; all 0 where the hidden state of `layer` is not known."""
-        out[:] = 0
-        if layer < 0 or layer != self._seen or not self.routers:
-            return
-        router, norm, state = self.routers[target], self.routers[layer].norm, self._state
-        experts, scores = self._experts, self._scores
-        self._asked = target
-        self._absent, found = products(
-            router.weights, self._slot_of[target], state.picked[target], _HOT * self.top_k,
-            self._hidden, norm, router.norm, self._scaled, experts, scores,
-        )  # fmt: skip
-        chances(
-            scores, experts, self._absent, found, self.top_k,
-            router.bias, router.choice_bias, state.fit[target], out,
-        )  # fmt: skip
+        predict_at(self._pinned.address, layer, target, out.ctypes.data)
+
+    def compiled(self) -> Compiled | None:
+        """See Predictor."""
+        return Compiled(
+            address_of(observe_at, OBSERVE), address_of(predict_at, PREDICT), self._pinned.address
+        )

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import carray, types
 from numba.extending import intrinsic
+from numpy.typing import NDArray
 
+from flashmoe.common.compiled import float32_at, int16_at, int32_at, layout, pinned, uint16_at
 from flashmoe.common.kept import kept
 
 _FORGET = 0.99  # of what was learned of a layer, per token
 _COOL = 0.97  # of how often an expert was picked
 TRUST = 1.0  # what the fit that a layer begins with counts for
+KIND = "GateCalls"
+SEEN, ASKED, ABSENT, HIDDEN, TOP_K, HOT = range(6)  # GateCalls.number
+TYPES = (np.float32, np.int16, np.uint16)  # of a router's matrix
+
+
+class GateCalls(NamedTuple):
+    """What `gate` goes by: L layers of E experts, a hidden state of n numbers."""
+
+    fit: NDArray[np.float64]  # [L, 5] what a margin means, `learn`
+    picked: NDArray[np.float32]  # [L, E] how often, `count`
+    slot_of: NDArray[np.int32]  # [L, E] of the pool: -1 where absent
+    experts: NDArray[np.int32]  # [E] of the last answer, and their margins
+    scores: NDArray[np.float32]  # [E]
+    scaled: NDArray[np.float32]  # [n] scratch
+    #: [6] layers seen and asked about, absent experts in the answer, the hidden state, ...
+    number: NDArray[np.int64]
+    #: [L or 0, 5] addresses of matrix, norm, bias, choice_bias or 0; the matrix's type
+    routers: NDArray[np.int64]
 
 
 @intrinsic
@@ -172,3 +192,58 @@ def count(ids: Any, picked: Any) -> None:  # pragma: no cover - compiled
             picked[e] *= np.float32(_COOL)
         for i in range(ids.shape[1]):
             picked[ids[t, i]] += np.float32(1)
+
+
+def _reached() -> tuple[Any, ...]:
+    return (layout(KIND),)
+
+
+@kept(also=_reached, nogil=True)
+def observe_at(address: Any, layer: Any, ids: Any, n: Any, hidden: Any) -> Any:  # pragma: no cover - compiled
+    """Compiled.observe, of pinned GateCalls."""
+    st = pinned(address, KIND)
+    if hidden != 0:
+        st.number[SEEN], st.number[HIDDEN] = layer, hidden
+    picks = carray(int32_at(ids), (1, n))
+    if layer == st.number[ASKED]:
+        learn(st.scores, st.experts, st.number[ABSENT], picks[0], st.fit[layer])
+    count(picks, st.picked[layer])
+    return 0
+
+
+@kept(nogil=True)
+def _score(st: Any, layer: Any, target: Any, weights: Any) -> Any:  # pragma: no cover - compiled
+    """`products` of the router of layer `target` with the router's input of `layer`."""
+    n = st.scaled.shape[0]
+    hidden = carray(float32_at(st.number[HIDDEN]), n)
+    norm, next_norm = (
+        carray(float32_at(st.routers[layer, 1]), n),
+        carray(float32_at(st.routers[target, 1]), n),
+    )
+    slots, picked = st.slot_of[target], st.picked[target]
+    return products(
+        weights, slots, picked, st.number[HOT], hidden, norm, next_norm, st.scaled, st.experts, st.scores
+    )
+
+
+@kept(also=_reached, nogil=True)
+def predict_at(address: Any, layer: Any, target: Any, out: Any) -> Any:  # pragma: no cover - compiled
+    """Compiled.predict, of pinned GateCalls."""
+    st = pinned(address, KIND)
+    n_experts, n = st.slot_of.shape[1], st.scaled.shape[0]
+    answer = carray(float32_at(out), n_experts)
+    answer[:] = 0
+    if layer < 0 or layer != st.number[SEEN] or st.routers.shape[0] == 0:
+        return 0
+    router = st.routers[target]
+    if router[4] == 0:
+        absent, found = _score(st, layer, target, carray(float32_at(router[0]), (n_experts, n)))
+    elif router[4] == 1:
+        absent, found = _score(st, layer, target, carray(int16_at(router[0]), (n_experts, n)))
+    else:
+        absent, found = _score(st, layer, target, carray(uint16_at(router[0]), (n_experts, n)))
+    st.number[ASKED], st.number[ABSENT] = target, absent
+    choice_bias = carray(float32_at(router[3]), n_experts if router[3] != 0 else 0)
+    bias = carray(float32_at(router[2]), n_experts)
+    chances(st.scores, st.experts, absent, found, st.number[TOP_K], bias, choice_bias, st.fit[target], answer)
+    return 0

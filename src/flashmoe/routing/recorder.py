@@ -14,7 +14,11 @@ from flashmoe.routing.trace import DECODE, RoutingTrace
 
 
 class RoutingObserver(Protocol):
-    """Sees what every layer routes, before the experts are made resident."""
+    """Sees what every layer routes: at once, or when the step has ended."""
+
+    def begin_step(self) -> None:
+        """Tokens are about to be evaluated at once; the pool is as the last ones have left it."""
+        ...
 
     def add(self, layer: int, ids: NDArray[Any], weights: NDArray[Any] | None = None) -> None:
         """What layer 0..L-1 routed in this step: ids [n, k], weights [n, k] or None."""
@@ -52,6 +56,9 @@ class Recorder:
     def __len__(self) -> int:
         """Tokens of completed steps."""
         return self._pos
+
+    def begin_step(self) -> None:
+        """See RoutingObserver."""
 
     def add(self, layer: int, ids: NDArray[Any], weights: NDArray[Any] | None = None) -> None:
         """What layer 0..L-1 routed in this step: ids [n, k] (any integer type), weights [n, k] or None.

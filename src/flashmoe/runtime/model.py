@@ -30,7 +30,7 @@ from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.disk import read_ceiling
 
 if TYPE_CHECKING:
-    from flashmoe.engines.llamacpp.hook import Evaluated
+    from flashmoe.engines.llamacpp.counts import Evaluated
     from flashmoe.engines.llamacpp.serving.options import ServerOptions
     from flashmoe.engines.llamacpp.serving.saved import SavedConversations
     from flashmoe.engines.llamacpp.serving.server import InnerServer
@@ -161,6 +161,7 @@ class Model:
         read control tokens written out in the text. Raises UsageError for an empty or too long prompt, ReadError
         when the model file cannot be read; the model stays usable.
         """
+        self._check_makes_text()
         tokens = self.engine.tokenize(prompt, special) if isinstance(prompt, str) else list(prompt)
         check_prompt(tokens, self.engine.n_ctx)
         if not self.engine.has_server:
@@ -206,6 +207,7 @@ class Model:
 
         goes_on: the messages continue the last conversation, for policies and traces.
         """
+        self._check_makes_text()
         if not self.engine.has_server:
             yield from self._chat_without_server(messages, max_tokens, sampling, request)
             return
@@ -237,6 +239,13 @@ class Model:
         for piece in generation.stream():
             yield {"content": piece}
         yield {"finish_reason": generation.finished, "timings": {}}
+
+    def _check_makes_text(self) -> None:
+        """Raises UsageError where the model makes none."""
+        if reason := self.engine.no_text:
+            raise UsageError(
+                f"{self.catalog.label}: {reason}; for embeddings use `flashmoe serve --pooling mean`, or Model.embed"
+            )
 
     def _request(
         self, max_tokens: int, sampling: SamplingParams | None, *, goes_on: bool = False
@@ -271,6 +280,7 @@ class Model:
 
         Raises UsageError for an empty or too long prompt.
         """
+        self._check_makes_text()
         return Generation(self.decoder, prompt, self.progress, max_tokens=max_tokens, sampling=sampling)
 
     def embed(self, text: str | Sequence[int]) -> NDArray[np.float32]:

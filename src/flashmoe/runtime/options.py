@@ -88,6 +88,8 @@ class LoadOptions:
         for count in (self.n_ubatch, self.threads, self.n_ctx):
             if count is not None and not 1 <= count <= _MOST:
                 raise UsageError(f"context, micro-batch and threads must be at least 1, and at most {_MOST}")
+        if self.n_ctx == 1:
+            raise UsageError("a context of 1 token has no room for an answer: give at least 2")
         if self.threads is not None and self.threads > _MOST_THREADS:
             raise UsageError(f"at most {_MOST_THREADS} threads can compute, not {self.threads}")
         if self.engine not in ENGINES:
@@ -105,7 +107,7 @@ class LoadOptions:
         check_layout(self.layout)
         for size in (self.cache_ram, self.save_cache_size):
             parse_bytes(size or 0)
-        if self.ram not in (None, AUTO_RAM) and not parse_bytes(self.ram or 0):
+        if self.ram is not None and self.ram != AUTO_RAM and not parse_bytes(self.ram):
             raise UsageError("a budget (ram) of 0 holds no model: give for example 6GiB")
 
     def _check_transformers(self) -> None:

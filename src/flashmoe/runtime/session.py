@@ -19,7 +19,7 @@ from safetensors.numpy import save
 
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.saved import load_state
-from flashmoe.common.files import cache_folder, write_atomically
+from flashmoe.common.files import cache_folder, expanded, write_atomically
 from flashmoe.errors import FlashMoEError, FlashMoEWarning, PolicyError
 from flashmoe.prefetch import Predictor, PredictorError
 from flashmoe.storage.arrays import read_safetensors
@@ -55,7 +55,7 @@ class Session:
             name = hashlib.sha256(self._metadata["model"].encode()).hexdigest()[:16]
             self.path = cache_folder() / "sessions" / f"{name}-{policy.name}.safetensors"
         else:
-            self.path = Path(place).expanduser()
+            self.path = expanded(place)
         self._began = 0
 
     def restore(self) -> NDArray[np.int32] | None:

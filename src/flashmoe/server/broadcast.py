@@ -33,6 +33,11 @@ class Broadcast:
         self._observers = observers
         self._engine.record(self if observers else None)
 
+    def begin_step(self) -> None:
+        """See RoutingObserver."""
+        for observer in self._observers:
+            observer.begin_step()
+
     def add(self, layer: int, ids: NDArray[Any], weights: NDArray[Any] | None = None) -> None:
         """See RoutingObserver."""
         for observer in self._observers:

@@ -43,12 +43,17 @@ class Activity:
         self.used = np.zeros(slot_of.shape, np.int64)
         self.missed = np.zeros(slot_of.shape, np.int64)
         self.tick = 1
+        self._absent = slot_of < 0  # before the present step
+
+    def begin_step(self) -> None:
+        """See RoutingObserver."""
+        np.less(self._slot_of, 0, out=self._absent)
 
     def add(self, layer: int, ids: NDArray[Any], _weights: NDArray[Any] | None = None) -> None:
-        """The engine's hook calls this before experts are made resident."""
+        """See RoutingObserver."""
         experts = ids.ravel()
         self.used[layer, experts] = self.tick
-        self.missed[layer, experts[self._slot_of[layer, experts] < 0]] = self.tick
+        self.missed[layer, experts[self._absent[layer, experts]]] = self.tick
 
 
 class Live:

@@ -61,28 +61,25 @@ class RecentSteps:
         self._cache, self._top_k = cache, top_k
         self._kept: deque[Block] = deque()
         self._recorder: Recorder | None = None
-        self._layer, self._phase = cache.policy.residency.n_layers, DECODE
+        self._phase = DECODE
 
     def blocks(self) -> list[Block]:
         """Those that are complete, oldest first. From any thread."""
         return list(self._kept)
 
     def add(self, layer: int, ids: NDArray[Any], _weights: NDArray[Any] | None = None) -> None:
-        """The engine's hook calls this before experts are made resident.
+        """See RoutingObserver.
 
         What several sequences decode together is one request of each layer, which no replay makes: it begins anew.
         """
         if len(ids) > 1 and self._cache.phase == "decode":
             self._kept.clear()
-            self._recorder, self._layer = None, self._cache.policy.residency.n_layers
-            return
-        if layer <= self._layer:
-            self._begin_step()
-        self._layer = layer
-        assert self._recorder is not None
-        self._recorder.add(layer, ids)
+            self._recorder = None
+        elif self._recorder is not None:
+            self._recorder.add(layer, ids)
 
-    def _begin_step(self) -> None:
+    def begin_step(self) -> None:
+        """See RoutingObserver."""
         if self._recorder is not None:
             self._recorder.end_step(phase=self._phase)
             if len(self._recorder) >= BLOCK:

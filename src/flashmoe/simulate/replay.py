@@ -55,7 +55,7 @@ def parse_capacities(text: str, total: int) -> list[int]:
         except ValueError:
             raise UsageError(f"cannot read capacity {part!r}: give 25%, 0.25 or a number of slots") from None
         n = value / 100 * total if part.endswith("%") else value * total if 0 < value < 1 else value
-        if not 1 <= round(n) <= total:
+        if not 0 < n < total + 1 or not 1 <= round(n) <= total:  # the former also of what is no number
             raise UsageError(f"capacity {part!r} is not within 1 slot and 100% ({total} experts)")
         slots.append(round(n))
     if not slots:

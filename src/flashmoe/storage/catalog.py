@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from flashmoe.common.text import printable
 from flashmoe.errors import ModelError
+from flashmoe.storage import foreign
 from flashmoe.storage.aio import Place, Read
 from flashmoe.storage.checkpoint import Checkpoint
 from flashmoe.storage.gguf import GGUF, TensorInfo
@@ -26,10 +27,11 @@ _MOST_HASHED = 64 << 20  # bytes of a router; no real one has as many
 MAX_EXPERTS = 1 << 14  # of a layer; far beyond all models, and ids stay within 16 bits
 # up and gate are multiplied first, down last: the order in which a slot's weights are read
 _ORDER = ("ffn_up_exps", "ffn_gate_exps", "ffn_gate_up_exps", "ffn_down_exps")
-_EXPERT_TENSOR = re.compile(rf"blk\.(\d+)\.({'|'.join(_ORDER)})\.(weight|bias|scale)")
+_VALUES = "attn_v_exps"  # experts for the values of attention, with a router of their own
+_EXPERT_TENSOR = re.compile(rf"blk\.(\d+)\.({'|'.join((*_ORDER, _VALUES))})\.(weight|bias|scale)")
 _BLOCK = re.compile(r"blk\.(\d+)\.")
 # The same pattern for the engine's tensor overrides
-EXPERTS_PATTERN = rf"^blk\.[0-9]+\.({'|'.join(_ORDER)})\.(weight|bias|scale)$"
+EXPERTS_PATTERN = rf"^blk\.[0-9]+\.({'|'.join((*_ORDER, _VALUES))})\.(weight|bias|scale)$"
 _TOKEN_TABLE, _LAYERS_TABLE = "token_embd.weight", "per_layer_token_embd.weight"
 _WORTH_STREAMING = 32 << 20  # bytes of a table of rows
 
@@ -88,7 +90,7 @@ class RowTable(NamedTuple):
 class ExpertLayer:
     """The experts of one MoE layer, of which a token is given `top_k`.
 
-    `block` is its number in the model (dense blocks count too).
+    `block` is its number in the model (dense blocks count too). values: they are for the values of its attention.
     """
 
     block: int
@@ -96,6 +98,7 @@ class ExpertLayer:
     top_k: int
     weights: tuple[ExpertTensor, ...]
     tables: tuple[ExpertTensor, ...]
+    values: bool = False
 
     @property
     def expert_bytes(self) -> int:
@@ -206,6 +209,16 @@ class ExpertCatalog:
         return sum(layer.n_experts for layer in self.layers)
 
     @cached_property
+    def places(self) -> tuple[int, ...]:
+        """A number of each layer that graphs know it by: its block, or behind all blocks where it is for values."""
+        return tuple(layer.block + (self.first_value_place if layer.values else 0) for layer in self.layers)
+
+    @cached_property
+    def first_value_place(self) -> int:
+        """Where the places of layers for values begin; 0 where there are none."""
+        return max(x.block for x in self.layers) + 1 if any(x.values for x in self.layers) else 0
+
+    @cached_property
     def groups(self) -> tuple[int, ...]:
         """Group of each layer: layers whose weights have the same sizes share slots."""
         numbers: dict[tuple[int, ...], int] = {}
@@ -263,11 +276,13 @@ class ExpertCatalog:
     def from_gguf(cls, gguf: GGUF) -> ExpertCatalog:
         """Find the experts of `gguf`. Raises ModelError for a dense model or experts of an unknown kind."""
         name = gguf.files[0]
-        found: dict[int, list[tuple[int, TensorInfo]]] = defaultdict(list)
+        if what := foreign.of_contents(gguf.metadata, gguf.tensors):
+            raise ModelError(f"{name}: {what}")
+        found: dict[tuple[int, bool], list[tuple[int, TensorInfo]]] = defaultdict(list)
         for tensor in gguf.tensors.values():
-            match = _EXPERT_TENSOR.fullmatch(tensor.name)
-            if match:
-                found[int(match[1])].append((_ORDER.index(match[2]), tensor))
+            if match := _EXPERT_TENSOR.fullmatch(tensor.name):
+                values = match[2] == _VALUES
+                found[int(match[1]), not values].append((0 if values else _ORDER.index(match[2]), tensor))
         if not found:
             raise ModelError(
                 f"{name}: a dense model ({gguf.architecture or 'unknown architecture'}), it has no experts to stream; "
@@ -276,22 +291,15 @@ class ExpertCatalog:
         last = _blocks(gguf)
         files = {path: i for i, path in enumerate(gguf.files)}
         layers = tuple(
-            _layer(b, found[b], files, _of_block(gguf, "expert_used_count", b))
-            for b in sorted(found)
-            if b < last
+            _layer(gguf, block, found[block, ffn], files, values=not ffn)
+            for block, ffn in sorted(found)  # attention comes before the feed-forward network
+            if block < last
         )
         if not layers:
             raise ModelError(
                 f"{name}: only the blocks that predict further tokens, which run beside a model of their own; "
                 "give the file of the model itself"
             )
-        for layer in layers:
-            most = min(_of_block(gguf, "expert_count", layer.block), MAX_EXPERTS)
-            if not 0 < layer.top_k <= layer.n_experts <= most:
-                raise ModelError(
-                    f"{name}: damaged GGUF: {layer.n_experts} experts in block {layer.block}, expert_count is {most}, "
-                    f"expert_used_count {layer.top_k}"
-                )
         return cls(gguf, layers)
 
 
@@ -320,13 +328,18 @@ def _content_hash(tensor: TensorInfo) -> str:
 
 
 def _blocks(gguf: GGUF) -> int:
-    """Blocks that run: those that predict further tokens come last, and do not."""
+    """Blocks that run: those that predict further tokens come last, and do not.
+
+    A file can say that it has such blocks, and not have them; then all of its blocks run (as in llama.cpp).
+    """
     count, prediction = gguf.arch_int("block_count", 1 << 16), gguf.arch_value("nextn_predict_layers", 0)
     if not isinstance(prediction, int) or not 0 <= prediction <= count:
         raise ModelError(
             f"{gguf.files[0]}: damaged GGUF: nextn_predict_layers is {prediction!r} of {count} blocks"
         )
-    return count - prediction
+    first = count - prediction
+    predicts = any(name.startswith(f"blk.{first}.nextn.") for name in gguf.tensors)
+    return first if predicts else count
 
 
 def _of_block(gguf: GGUF, key: str, block: int) -> int:
@@ -340,13 +353,25 @@ def _of_block(gguf: GGUF, key: str, block: int) -> int:
 
 
 def _layer(
-    block: int, tensors: Iterable[tuple[int, TensorInfo]], files: dict[Path, int], top_k: int
+    gguf: GGUF,
+    block: int,
+    tensors: Iterable[tuple[int, TensorInfo]],
+    files: dict[Path, int],
+    *,
+    values: bool,
 ) -> ExpertLayer:
+    prefix = "attention.value_expert" if values else "expert"
+    top_k, count = (_of_block(gguf, f"{prefix}_{what}", block) for what in ("used_count", "count"))
     ordered = [tensor for _, tensor in sorted(tensors, key=lambda item: (item[0], item[1].name))]
     large = [t for t in ordered if t.name.endswith(".weight")]
     if not large or len({t.shape[-1] for t in ordered}) != 1 or any(len(t.shape) != 3 for t in large):
         raise ModelError(f"{ordered[0].file}: the expert tensors of block {block} do not fit together")
     n = large[0].shape[-1]
+    if not 0 < top_k <= n <= min(count, MAX_EXPERTS):
+        raise ModelError(
+            f"{gguf.files[0]}: damaged GGUF: {n} experts in block {block}, {prefix}_count is {count}, "
+            f"{prefix}_used_count {top_k}"
+        )
     experts = {
         t.name: ExpertTensor(t, files[t.file], t.nbytes // n, t.offset, t.nbytes // n) for t in ordered
     }
@@ -356,4 +381,5 @@ def _layer(
         top_k,
         tuple(experts[t.name] for t in large),
         tuple(table for name, table in experts.items() if not name.endswith(".weight")),
+        values,
     )

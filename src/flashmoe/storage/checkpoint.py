@@ -76,7 +76,7 @@ class Checkpoint:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether `path` is a folder with a safetensors checkpoint, or looks like one."""
-    return path.is_dir() and any((path / name).exists() for name in (CONFIG, SINGLE, INDEX))
+    return os.path.isdir(path) and any((path / name).exists() for name in (CONFIG, SINGLE, INDEX))
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
@@ -86,8 +86,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     Raises ModelError (missing, unreadable, damaged, truncated, a file of several missing).
     """
     folder = Path(path)
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "no such folder"
+    if not os.path.isdir(
+        folder
+    ):  # of pathlib's, some raise: a name that is too long, a folder that is another user's
+        what = "is a file" if os.path.exists(folder) else "no such folder"
         raise ModelError(f"{folder}: {what}; name the folder of the checkpoint, with {CONFIG} in it")
     if not (folder / CONFIG).is_file():
         raise ModelError(f"{folder}: has no {CONFIG}; name the folder of a Hugging Face checkpoint")
@@ -96,7 +98,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         for tensor in read_header(file):
-            if tensor.name not in tensors or named.get(tensor.name) == file.name:
+            if tensor.name not in tensors or folder / named.get(tensor.name, "") == file:
                 tensors[tensor.name] = tensor
     return Checkpoint(folder, files, config, tensors)
 
@@ -112,11 +114,11 @@ def _files(folder: Path) -> tuple[tuple[Path, ...], dict[str, str]]:
     named = _json(folder / INDEX).get("weight_map")
     if not isinstance(named, dict) or not named or not all(isinstance(n, str) for n in named.values()):
         raise ModelError(f"{folder / INDEX}: damaged (no weight_map); download it again")
-    files = tuple(folder / name for name in sorted(set(named.values())))
+    files = tuple(sorted({folder / name for name in named.values()}))
     for file in files:
-        if file.parent != folder:
+        if not file.is_relative_to(folder) or ".." in file.relative_to(folder).parts:
             raise ModelError(f"{folder / INDEX}: damaged (it names {file.name!r} in another folder)")
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise ModelError(f"{file}: is missing, {INDEX} names it; download the model again")
     return files, named
 

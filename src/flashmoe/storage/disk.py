@@ -204,7 +204,7 @@ def _large_file(place: Path, read_bytes: int) -> Path | None:
     least = _LEAST_FILE if place.is_dir() else 2 * read_bytes
     found: list[tuple[int, Path]] = []
     with suppress(OSError):
-        part = re.fullmatch(r"(.*-)\d{5}(-of-\d{5}\.gguf)", place.name)
+        part = re.fullmatch(r"(.*-)\d{5}(-of-\d{5}\.gguf)", place.name, re.IGNORECASE)
         files = place.iterdir() if place.is_dir() else [place]
         if part and place.is_file():
             files = [

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from flashmoe.common.text import printable
 from flashmoe.errors import ModelError
+from flashmoe.storage import foreign
 
 MAGIC = b"GGUF"
 MAX_DIMS = 4
@@ -134,6 +135,17 @@ class Part:
     metadata: dict[str, Any] = field(default_factory=dict)
     key_spans: dict[str, tuple[int, int]] = field(default_factory=dict)
     tensors: list[TensorInfo] = field(default_factory=list)
+    raw: bytes | None = None  # the header, of a file that is somewhere else
+
+    def header(self) -> bytes:
+        """The file up to its tensors. Raises ModelError."""
+        if self.raw is not None:
+            return self.raw
+        try:
+            with open(self.path, "rb") as file:
+                return file.read(self.data_offset)
+        except OSError as error:
+            raise ModelError(f"{self.path}: cannot be read ({error.strerror})") from None
 
 
 def header_digest(gguf: GGUF) -> str:
@@ -158,6 +170,8 @@ class _Header:
         self._file.close()
 
     def damaged(self, what: str) -> ModelError:
+        if cut := foreign.of_name(self.path):
+            return ModelError(f"{self.path}: {cut}")
         return ModelError(f"{self.path}: damaged or truncated GGUF ({what}); download the file again")
 
     def need(self, n: int) -> int:
@@ -233,9 +247,7 @@ def _tensor(header: _Header, part: Part) -> tuple[str, tuple[int, ...], str, int
     shape = tuple(header.scalar("Q") for _ in range(n_dims))
     kind, offset = header.scalar("I"), header.scalar("Q")
     if kind not in TYPES:
-        raise ModelError(
-            f"{part.path}: tensor {name!r} has the unknown type {kind}; a newer FlashMoE may read it"
-        )
+        raise ModelError(f"{part.path}: {foreign.of_type(name, kind)}")
     type_name, block, block_bytes = TYPES[kind]
     elements = 1
     for n in shape:
@@ -269,12 +281,17 @@ def parse_part(path: Path) -> Part:
 
 def parse_remote(path: Path, size: int, file: Source) -> Part:
     """Parse a GGUF of `size` bytes that is somewhere else; `path` is its name. Raises ModelError."""
-    return _parse(_Header(path, size, file), Part(path, size))
+    header = _Header(path, size, file)
+    part = _parse(header, Part(path, size))
+    part.raw = bytes(header._data[: part.data_offset]).ljust(part.data_offset, b"\0")
+    return part
 
 
 def _parse(header: _Header, part: Part) -> Part:
-    if header.size < 24 or header.take(4) != MAGIC:
-        raise ModelError(f"{part.path}: not a GGUF file; FlashMoE runs GGUF models (a name ending in .gguf)")
+    head = header.take(min(24, header.size))
+    if len(head) < 24 or head[:4] != MAGIC:
+        raise ModelError(f"{part.path}: {foreign.of_bytes(part.path, head)}")
+    header.pos = 4
     part.version = header.scalar("I")
     if part.version not in (2, 3):
         raise ModelError(f"{part.path}: GGUF version {part.version} is not supported (2 and 3 are)")
@@ -302,14 +319,14 @@ def _parse(header: _Header, part: Part) -> Part:
 
 def split_paths(first: Path, count: int) -> list[Path]:
     """The files of a split model, from its first ("name-00001-of-00003.gguf")."""
-    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", first.name)
+    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})(\.gguf)", first.name, re.IGNORECASE)
     if not match or int(match[3]) != count:
         raise ModelError(
             f"{first}: says it is one of {count} parts, but is not named -00001-of-{count:05d}.gguf"
         )
     if int(match[2]) != 1:
         raise ModelError(f"{first}: is part {int(match[2])} of a split model; name the first part")
-    return [first.with_name(f"{match[1]}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
+    return [first.with_name(f"{match[1]}-{i:05d}-of-{count:05d}{match[4]}") for i in range(1, count + 1)]
 
 
 def read_gguf(path: str | Path) -> GGUF:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import TypeVar
 
+from flashmoe.common.files import expanded
 from flashmoe.errors import FlashMoEError, ModelError, UsageError
 from flashmoe.storage.checkpoint import is_checkpoint
 from flashmoe.storage.gguf import GGUF, Part, join, parse_remote, read_gguf
@@ -33,8 +35,8 @@ def resolve(model: str | Path) -> Path:
         return demo_model()
     if (name := _on_hub(model)) is not None:
         return _download(name)
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = expanded(model)
+    if os.path.isdir(path):
         found = sorted(path.glob("*.gguf"))
         raise ModelError(
             f"{path}: is a folder; name a GGUF file in it{': ' + found[0].name if found else ''}"
@@ -52,7 +54,7 @@ def resolve_checkpoint(model: str | Path) -> Path:
         raise UsageError("the demo model is a GGUF: run it without --engine transformers")
     name = _on_hub(model)
     if name is None:
-        return Path(model).expanduser()
+        return expanded(model)
     from huggingface_hub import snapshot_download
 
     with _hub(name):
@@ -110,10 +112,10 @@ def header(model: str) -> tuple[GGUF, bool]:
 def _on_hub(model: str | Path) -> HubName | None:
     """None for a file or folder of this machine, or one that was meant so."""
     text = str(model)
-    if isinstance(model, Path) or (not text.startswith(PREFIX) and Path(text).expanduser().exists()):
+    if isinstance(model, Path) or (not text.startswith(PREFIX) and os.path.exists(expanded(text))):
         return None
     name = parse(text)
-    if name is None and looks_like_one(text) and not Path(text).parent.is_dir():
+    if name is None and looks_like_one(text) and not os.path.isdir(Path(text).parent):
         return parse(PREFIX + text)
     return name
 

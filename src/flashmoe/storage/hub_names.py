@@ -5,12 +5,21 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from flashmoe.errors import ModelError, UsageError
 
 PREFIX = "hf:"
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+_PAGES = ("tree", "blob", "resolve", "raw")  # of a repository
+_NO_MODELS = (
+    "datasets",
+    "spaces",
+    "collections",
+    "papers",
+    "docs",
+    "blog",
+)  # in the place of an organisation
 _REPOSITORY = re.compile(r"[\w.-]*\w[\w.-]*/[\w.-]*\w[\w.-]*")
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 #: What lies beside models: of images and sound, and what was measured to make them.
@@ -37,18 +46,23 @@ def parse(name: str) -> HubName | None:
     """
     address = name.removeprefix(PREFIX).lstrip("/") if name.startswith(PREFIX) else name
     if "://" in address:
-        return _parse_address(address)
+        return _parse_address(address.strip())
     host, _, rest = address.partition("/")
-    if host in _HOSTS:
+    if host.lower() in _HOSTS:
+        if any(page in _PAGES for page in rest.split("/")[2:3]):
+            return _parse_address(f"https://{address}")
         return _parse_words(name, rest)
     return _parse_words(name, address) if name.startswith(PREFIX) else None
 
 
 def _parse_words(name: str, words: str) -> HubName:
-    """ORG/REPO, with :WISH (llama.cpp, ollama), @WISH (LM Studio), or /FILE.gguf."""
-    repository, _, wish = words.partition(":")
+    """ORG/REPO, with :WISH (llama.cpp, ollama), @WISH (LM Studio), /FILE.gguf, or @REVISION/FILE (the hub's own)."""
+    repository, _, wish = words.strip().partition(":")
     if not wish and "@" in repository:
         repository, _, wish = repository.partition("@")
+        revision, _, file = wish.partition("/")
+        if file:
+            return HubName(_checked(repository, name), file, None if revision == "main" else revision)
     parts = repository.rstrip("/").split("/")
     if len(parts) > 2 and words.lower().endswith(".gguf") and not wish:
         parts, wish = parts[:2], "/".join(parts[2:])
@@ -57,14 +71,19 @@ def _parse_words(name: str, words: str) -> HubName:
 
 def _parse_address(address: str) -> HubName:
     """https://HOST/ORG/REPO, with /tree, /blob or /resolve, a revision and a path."""
-    parsed = urlsplit(address)
-    own = urlsplit(os.environ.get("HF_ENDPOINT", "")).netloc
-    if parsed.scheme not in ("http", "https") or parsed.netloc not in (*_HOSTS, own):
+    try:
+        parsed, own = urlsplit(address), urlsplit(os.environ.get("HF_ENDPOINT", "")).netloc
+    except ValueError:  # half of an IPv6 address
+        raise UsageError(f"{address}: is no address") from None
+    if parsed.scheme not in ("http", "https") or parsed.netloc.lower() not in (*_HOSTS, own):
         raise UsageError(f"{address}: is no address of the hub: download the model and name its file")
     parts = [unquote(part) for part in parsed.path.split("/") if part]
-    repository = _checked("/".join(parts[:2]), address)
-    if len(parts) < 4:
-        return HubName(repository)
+    if parts[:1] and parts[0] in _NO_MODELS:
+        raise UsageError(f"{address}: is no model: give the address of its repository")
+    repository, _, wish = "/".join(parts[:2]).partition(":")
+    _checked(repository, address)
+    if len(parts) < 4:  # the site shows a file's header so
+        return HubName(repository, wish or "".join(parse_qs(parsed.query).get("show_file_info", [])[:1]))
     return HubName(repository, "/".join(parts[4:]), None if parts[3] == "main" else parts[3])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import platform
 import re
 import sys
@@ -14,12 +15,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from flashmoe.common.cgroup import processor_quota
 from flashmoe.common.files import cache_folder, cache_is_kept
 from flashmoe.common.machine import allowed_cores, cores, file_system, physical_cores, processor
-from flashmoe.common.memory import address_room, default_ram, memory_left, memory_limit
+from flashmoe.common.memory import (
+    address_room,
+    default_ram,
+    machine_memory,
+    memory_left,
+    memory_limit,
+    status_bytes,
+)
 from flashmoe.common.units import format_bytes
 from flashmoe.engines.llamacpp import kernels
 from flashmoe.engines.llamacpp.tested import tested_library
@@ -48,7 +54,7 @@ class Check:
 
 def examine(place: Path) -> Iterator[Check]:
     """All checks, one by one; `place`: the model's file, or the folder that models will be in. Raises UsageError."""
-    if not place.exists():
+    if not os.path.exists(place):
         raise UsageError(f"{place}: no such file or folder")
     checks: tuple[Callable[[], Check], ...] = (
         system, cache, library, processor_features, memory, huge_pages, lambda: drive(place),
@@ -80,7 +86,7 @@ def cache() -> Check:
         "cache",
         ADVICE,
         f"no cache folder of yours can be written: {folder} is used",
-        "each machine's start compiles anew: name a folder that can be written in XDG_CACHE_HOME",
+        "it is lost when temporary folders are emptied: name a folder that can be written in XDG_CACHE_HOME",
         facts,
     )
 
@@ -137,28 +143,32 @@ def processor_features() -> Check:
 
 def memory() -> Check:
     """What there is, what this process may use, and the default budget."""
-    machine, limit, left, room = psutil.virtual_memory(), memory_limit(), memory_left(), address_room()
+    (total, available), limit, left, room = machine_memory(), memory_limit(), memory_left(), address_room()
     facts = {
-        "ram_bytes": machine.total,
-        "available_bytes": machine.available,
+        "ram_bytes": total,
+        "available_bytes": available,
         "limit_bytes": limit,
         "left_bytes": left,
         "address_bytes": room[0] if room else None,
         "default_budget_bytes": default_ram(),
     }
-    text = f"{format_bytes(machine.total)}, {format_bytes(machine.available)} available"
-    if limit < machine.total:
+    text = f"{format_bytes(total)}, {format_bytes(available)} available"
+    if limit < total:
         text += (
             f", at most {format_bytes(limit)} in this control group, of which {format_bytes(left)} are left"
         )
     text += f"; --ram is {format_bytes(default_ram())} by default"
     changes = []
+    if not status_bytes("VmRSS"):
+        changes.append(
+            "/proc cannot be read: what this process has is not known, and a budget is kept by estimates only: mount it"
+        )
     if room:
         changes.append(
             f"{room[1]} leaves {format_bytes(room[0])} of addresses, of which experts take as many as the model has "
             "bytes: lift it"
         )
-    if left < min(machine.available, limit) // 2:
+    if left < min(available, limit) // 2:
         changes.append("others in this control group use most of it: raise its limit, or end them")
     if left < 1 << 30:
         changes.append("less than 1 GiB is available: end other programs")
@@ -183,7 +193,7 @@ def huge_pages() -> Check:
 
 def drive(place: Path) -> Check:
     """Direct reads at sizes and depths of experts. Raises ReadError."""
-    kind = file_system(place)
+    kind = file_system(place) or "an unknown file system"
     facts: dict[str, Any] = {"file_system": kind}
     with ExitStack() as stack:
         try:

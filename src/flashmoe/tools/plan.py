@@ -8,7 +8,7 @@ not taken off.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from flashmoe.cache import sizing
 from flashmoe.common import memory
 from flashmoe.common.units import format_bytes
 from flashmoe.engines.llamacpp.library import Library
+from flashmoe.engines.llamacpp.row_table import MOST_BYTES as TABLE_ROWS_BYTES
 from flashmoe.engines.llamacpp.speed import product_rate
 from flashmoe.errors import BudgetError
 from flashmoe.runtime import budget
@@ -25,7 +26,6 @@ from flashmoe.runtime.telemetry import STALL_BOUND
 from flashmoe.simulate.curve import HitCurve
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.disk import rate, sample
-from flashmoe.storage.gguf import GGUF
 from flashmoe.storage.reader import ExpertReader
 
 OVERHEAD_BYTES = 190 << 20  # interpreter, libraries, compute buffers of a small micro-batch
@@ -117,57 +117,30 @@ def active_bytes(catalog: ExpertCatalog) -> Counter[str]:
     return active
 
 
-def context_bytes(gguf: GGUF, tokens: int) -> int:
-    """KV cache of `tokens` tokens in 16 bits, 0 where the header does not say enough."""
-
-    def whole(key: str) -> int:
-        value = gguf.arch_value(key)
-        value = max(value) if isinstance(value, list) and value else value
-        return value if isinstance(value, int) else 0
-
-    heads = whole("attention.head_count_kv") or whole("attention.head_count")
-    head = whole("embedding_length") // max(1, whole("attention.head_count"))
-    width = (whole("attention.key_length") or head) + (whole("attention.value_length") or head)
-    return 2 * tokens * whole("block_count") * heads * width
-
-
-def buffer_bytes(catalog: ExpertCatalog, context: int) -> int:
-    """Compute buffers of a token of a micro-batch: what llama.cpp's graph holds at most at once, and the mask.
-
-    That is what a layer's up and gate give, or its down and their sum, or as much in a dense layer: within a fifth of
-    what was measured at five real shapes.
-    """
-    rows = 0
-    for layer in catalog.layers:
-        *first, last = (weight.tensor.shape[1] for weight in layer.weights)
-        rows = max(rows, catalog.top_k * sum(first), (catalog.top_k + 1) * last)
-    dense = [t.shape[1] for name, t in catalog.gguf.tensors.items() if name.endswith(".ffn_up.weight")]
-    return 4 * max(rows, 4 * max(dense, default=0)) + 2 * context
-
-
 def make_plan(
     catalog: ExpertCatalog,
     machine: Machine,
     curve: HitCurve,
+    context_bytes: Callable[[int, int], int],
     rams: Sequence[int] = (),
     n_ctx: int | None = None,
 ) -> Plan:
     """The plan for budgets `rams` in bytes; without any, for what is least, quarters of the file, and all of it.
 
-    n_ctx: tokens of context; without, what a run that is not told takes.
+    context_bytes: what a context takes, by its tokens and those of a micro-batch (see `ContextSizes`). n_ctx: tokens of
+    context; without, what a run that is not told takes.
     """
     gguf = catalog.gguf
     trained = gguf.arch_int("context_length", budget.DEFAULT_CONTEXT)
     budget.check_context(n_ctx, trained)
     wished = n_ctx or trained
     small = n_ctx or min(wished, budget.SMALL_CONTEXT)
-    fixed = catalog.dense_bytes + OVERHEAD_BYTES
-    least = budget.plan_pool(catalog, 0, fixed + context_bytes(gguf, small), ALIGN).least
+    fixed = fixed_bytes(catalog)
+    least = budget.plan_pool(catalog, 0, fixed + context_bytes(small, 1), ALIGN).least
     most = n_ctx or min(wished, budget.AGENT_CONTEXT)
     whole = (
         fixed
-        + context_bytes(gguf, most)
-        + buffer_bytes(catalog, most) * max(0, min(most, sizing.USUAL_UBATCH) - sizing.UBATCHES[0])
+        + context_bytes(most, min(most, sizing.USUAL_UBATCH))
         + sum(
             size * int(n)
             for size, n in zip(sizing.slot_bytes(catalog, ALIGN), sizing.group_experts(catalog), strict=True)
@@ -175,14 +148,17 @@ def make_plan(
     )
     shares = [int(share * gguf.size) for share in (0.25, 0.5, 0.75)]
     wanted = sorted({*(rams or [least, *(ram for ram in shares if least < ram < whole), whole])})
-    small_bytes = context_bytes(gguf, budget.SMALL_CONTEXT)
+    small_bytes = context_bytes(budget.SMALL_CONTEXT, 1)
     rows = []
     for ram in wanted:
         for context in (n_ctx or budget.default_context(wished, small_bytes, ram - fixed), small):
-            used = fixed + context_bytes(gguf, context)
-            pool = budget.plan_pool(catalog, ram, used, ALIGN)
+            pool = budget.plan_pool(catalog, ram, fixed + context_bytes(context, 1), ALIGN)
             if pool.slots:
-                rows.append(_row(catalog, machine, curve, ram, context, ram - used, pool.slots))
+                few, many = (min(context, n) for n in (sizing.UBATCHES[0], sizing.USUAL_UBATCH))
+                taken = context_bytes(context, few)
+                each = (context_bytes(context, many) - taken) / max(1, many - few)
+                found = sizing.ubatches(catalog, context, ram - fixed - taken, max(0.0, each), ALIGN)
+                rows.append(_row(catalog, machine, curve, ram, context, found, pool.slots))
                 break
     if not rows:
         raise BudgetError(str(budget.too_small(max(wanted), least)))
@@ -214,17 +190,22 @@ def make_plan(
     )
 
 
+def fixed_bytes(catalog: ExpertCatalog) -> int:
+    """What takes memory beside context and slots."""
+    rows = TABLE_ROWS_BYTES * len(catalog.row_tables)
+    return catalog.dense_bytes + catalog.table_bytes + rows + OVERHEAD_BYTES
+
+
 def _row(
     catalog: ExpertCatalog,
     machine: Machine,
     curve: HitCurve,
     ram: int,
     context: int,
-    left: int,
+    found: list[sizing.Ubatch],
     most: list[int],
 ) -> Row:
-    """left: bytes for slots and a larger micro-batch; most: slots of each size group with the smallest."""
-    found = sizing.ubatches(catalog, context, left, buffer_bytes(catalog, context), ALIGN)
+    """found: sizes of micro-batches that there is room for; most: slots of each size group with the smallest."""
     step = found[0].tokens if found else sizing.micro_batch(catalog, most, sizing.USUAL_UBATCH)
     slots = found[0].slots if found else sum(most)
     capacity = min(1.0, slots / catalog.total_experts)

@@ -17,9 +17,8 @@ kernels by the type of the state they are given, which numba resolves while comp
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, NamedTuple
-
-import numpy as np
 
 from flashmoe.cache.kernels import rules
 from flashmoe.cache.kernels.loops import access_each_loop, access_loop, rank_loop, release_loop, window_loop
@@ -41,7 +40,7 @@ class Kernels(NamedTuple):
     access_each: Callable[..., int]  # (state, res, layer, ids, slots_out, miss_expert, miss_slot) -> 0 or -1
     window: Callable[..., None]  # (state, res, tokens, k)
     release: Callable[..., int]  # (state, res, layer, expert) -> slot or -1
-    replay: Callable[..., int]  # (state, res, ids, first, starts, bits, requests, hits) -> -1 or failed step
+    replay: Callable[..., int]  # see replay_loop; -> -1 or failed step
     begin: Callable[..., None]  # (state) -> None
     rank: Callable[..., int]  # (state, res, order) -> how many; empties the pool
 
@@ -64,11 +63,6 @@ def compiled(
     RULES[state] = {"record": record, "victim": victim, "evicted": evicted, "begin": begin}
     kind = state.__name__
 
-    def keep(function: Callable[..., Any]) -> Any:
-        # a file of its own on disk: what it names must be there to import when it is read again
-        function.__qualname__ = f"{state.__module__}.{kind}.{function.__name__}"
-        return kept(also=addressed if function is access else reached)(function)
-
     def reached():  # by the loops, through the type of the state
         return source(rules), record, victim, evicted, begin
 
@@ -86,28 +80,25 @@ def compiled(
             distinct += res.seen[e] == res.step[0]
         return (distinct - misses) << 32 | misses
 
-    def access_each(st, res, layer, ids, slots_out, miss_expert, miss_slot):
-        return access_each_loop(st, res, layer, ids, slots_out, miss_expert, miss_slot)
-
-    def window(st, res, tokens, k):
-        window_loop(st, res, tokens, k)
-
-    def release(st, res, layer, expert):
-        return release_loop(st, res, layer, expert)
-
-    def replay(st, res, ids, first, starts, bits, requests, hits):
-        longest = 1
-        for s in range(first.shape[0] - 1):
-            longest = max(longest, first[s + 1] - first[s])
-        scratch = np.empty((6, longest * ids.shape[2]), np.int32)
-        once = np.zeros(res.slot_of.shape[1], np.int64)
-        return replay_loop(st, res, ids, first, starts, bits, requests, hits, scratch, once)
-
     def start(st):
         begin_rule(st)
 
-    def rank(st, res, order):
-        return rank_loop(st, res, order)
+    def keep(function, also=reached, **options):
+        # a file of its own on disk: what it names must be there to import when it is read again
+        function.__qualname__ = f"{state.__module__}.{kind}.{function.__name__}"
+        return kept(also=also, **options)(function)
 
-    entries = (access, access_each, window, release, replay, start, rank)
-    return Kernels(*(keep(entry) for entry in entries))
+    def entry(loop):
+        """A loop, compiled for this state: called from a function of its own, it would be optimised twice."""
+        own = FunctionType(loop.__code__, loop.__globals__)
+        return keep(own, _nrt=False, no_cfunc_wrapper=True)
+
+    return Kernels(
+        keep(access, addressed),
+        entry(access_each_loop),
+        entry(window_loop),
+        entry(release_loop),
+        entry(replay_loop),
+        keep(start),
+        entry(rank_loop),
+    )

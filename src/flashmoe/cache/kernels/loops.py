@@ -5,14 +5,23 @@ from __future__ import annotations
 import numpy as np
 
 from flashmoe.cache.kernels.rules import evicted_rule, record_rule, victim_rule
-from flashmoe.cache.kernels.slots import drop, enough_room, inlined, lean, pop_free, push_free, put
+from flashmoe.cache.kernels.slots import (
+    drop,
+    enough_room,
+    inlined,
+    lean,
+    nearest_free,
+    pop_free,
+    push_free,
+    put,
+)
 from flashmoe.cache.residency import GLOBAL
 
 
 @inlined
 def evict(st, res, slot):
     """Tell the policy and take the slot from its expert."""
-    key = res.owner[slot]
+    key = np.int64(res.owner[slot])
     layer = key // res.slot_of.shape[1]
     evicted_rule(st, res, layer, key - layer * res.slot_of.shape[1])
     drop(res, slot)
@@ -32,8 +41,8 @@ def donor_above_quota(st, res, g, layer):
             if excess < bound or (excess == bound and other > bound_layer):
                 best, best_layer = excess, other
         if best_layer < 0:
-            return -1
-        slot = victim_rule(st, res, best_layer, g)
+            return np.int64(-1)
+        slot = np.int64(victim_rule(st, res, best_layer, g))
         if slot >= 0:
             return slot
         bound, bound_layer = best, best_layer
@@ -43,9 +52,9 @@ def donor_above_quota(st, res, g, layer):
 def borrow_from_others(st, res, layer):
     """Slot for a layer whose own slots are all pinned: a free one, one above quota, or of the layers just
     behind."""
-    g = res.group[layer]
+    g = np.int64(res.group[layer])
     if res.free_count[g] > 0:
-        return res.free[res.group_start[g] + res.free_count[g] - 1]
+        return nearest_free(res, layer)
     slot = donor_above_quota(st, res, g, layer)
     n_layers = res.quota.shape[0]
     for back in range(1, n_layers):
@@ -53,29 +62,29 @@ def borrow_from_others(st, res, layer):
             break
         other = (layer - back + n_layers) % n_layers  # just served, so needed last
         if res.group[other] == g:
-            slot = victim_rule(st, res, other, g)
+            slot = np.int64(victim_rule(st, res, other, g))
     return slot
 
 
 @lean
 def find_victim(st, res, layer):
-    """Slot that `layer` may take for a new expert, without changing anything; free (owner < 0) or owned, -1
+    """Slot that `layer` may take for a new expert, without taking it; on top of the free ones (owner < 0) or owned, -1
     if none.
 
     Global partition: a free slot, else any layer's victim. Otherwise a layer below its quota takes a free
     slot, else a victim of the layer most above quota; a layer at its quota takes its own victim, and one whose
     own slots are all pinned goes on to free slots and to other layers.
     """
-    g = res.group[layer]
+    g = np.int64(res.group[layer])
     everyone = res.partition[0] == GLOBAL
     if everyone or res.used[layer] < res.quota[layer]:
         if res.free_count[g] > 0:
-            return res.free[res.group_start[g] + res.free_count[g] - 1]
+            return nearest_free(res, layer)
         if not everyone:
             slot = donor_above_quota(st, res, g, layer)
             if slot >= 0:
                 return slot
-    slot = victim_rule(st, res, -1 if everyone else layer, g)
+    slot = np.int64(victim_rule(st, res, -1 if everyone else layer, g))
     if slot < 0 and not everyone:
         slot = borrow_from_others(st, res, layer)
     return slot
@@ -88,7 +97,7 @@ def take(st, res, layer):
     if slot < 0:
         return -1
     if res.owner[slot] < 0:
-        return pop_free(res, res.group[layer])
+        return pop_free(res, np.int64(res.group[layer]))
     evict(st, res, slot)
     return slot
 
@@ -100,8 +109,8 @@ def access_loop(st, res, layer, ids, slots_out, miss_expert, miss_slot):
     res.step[0] += 1
     step = res.step[0]
     n = ids.shape[0]
-    n_distinct = 0
-    misses = 0
+    n_distinct = np.int64(0)
+    misses = np.int64(0)
     # Distinct experts go to miss_expert[:n_distinct] for the moment; hits are pinned at once.
     for i in range(n):
         e = ids[i]
@@ -141,7 +150,7 @@ def access_loop(st, res, layer, ids, slots_out, miss_expert, miss_slot):
 @lean
 def release_loop(st, res, layer, expert):
     """Free the slot of an expert whose read failed; the slot, or -1 where the expert is not resident."""
-    slot = res.slot_of[layer, expert]
+    slot = np.int64(res.slot_of[layer, expert])
     if slot < 0:
         return -1
     evict(st, res, slot)
@@ -157,7 +166,7 @@ def rank_loop(st, res, order):
     n = 0
     for layer in range(res.used.shape[0]):
         while res.used[layer] > 0:
-            slot = victim_rule(st, res, layer, res.group[layer])
+            slot = np.int64(victim_rule(st, res, layer, np.int64(res.group[layer])))
             if slot < 0:
                 break
             order[n] = res.owner[slot]
@@ -196,8 +205,8 @@ def window_loop(st, res, tokens, k):
     n_layers = res.quota.shape[0]
     res.step[0] += 1  # nothing is pinned between steps
     for g in range(res.free_count.shape[0]):
-        members = 0
-        slots = res.window_count[g]
+        members = np.int64(0)
+        slots = np.int64(res.window_count[g])
         for layer in range(n_layers):
             if res.group[layer] == g:
                 members += 1
@@ -206,7 +215,7 @@ def window_loop(st, res, tokens, k):
         start = res.group_start[g]
         if want == 0:
             for i in range(res.window_count[g]):
-                push_free(res, res.window[start + i])
+                push_free(res, np.int64(res.window[start + i]))
             for layer in range(n_layers):
                 if res.group[layer] == g:
                     res.quota[layer] += res.lent[layer]
@@ -221,7 +230,7 @@ def window_loop(st, res, tokens, k):
             res.lent[lender] += 1
             slot = pop_free(res, g)
             if slot < 0:
-                slot = donor_above_quota(st, res, g, -1)
+                slot = donor_above_quota(st, res, g, np.int64(-1))
                 evict(st, res, slot)
             res.window[start + res.window_count[g]] = slot
             res.window_count[g] += 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from flashmoe.cache.kernels.loops import access_loop, evict, window_loop
 from flashmoe.cache.kernels.rules import begin_rule
 from flashmoe.cache.kernels.slots import inlined, lean, push_free
@@ -56,7 +58,7 @@ def replay_loop(st, res, ids, first, starts, bits, requests, hits, scratch, once
             hi = first[s + 1]
             whole = True
             while lo < first[s + 1]:
-                n = 0
+                n = np.int64(0)
                 for t in range(lo, hi):
                     for j in range(k):
                         e = ids[t, layer, j]

@@ -7,6 +7,8 @@ from typing import Any
 
 from numba.extending import overload
 
+from flashmoe.cache.kernels.slots import INLINED, LEAN
+
 #: State class -> its kernels by name; `kernels.compiled` fills it.
 RULES: dict[type, dict[str, Callable[..., Any]]] = {}
 
@@ -36,25 +38,21 @@ def ignore_begin(st):
     pass
 
 
-_LEAN: Any = {"_nrt": False}  # numba's types do not know this option
-_INLINED: Any = {"_nrt": False, "forceinline": True}
-
-
-@overload(record_rule, jit_options=_INLINED)
+@overload(record_rule, jit_options=INLINED)
 def _record(st, res, layer, ids, n):
     return RULES[st.instance_class]["record"]
 
 
-@overload(victim_rule, jit_options=_LEAN)
+@overload(victim_rule, jit_options=LEAN)
 def _victim(st, res, layer, g):
     return RULES[st.instance_class]["victim"]
 
 
-@overload(evicted_rule, jit_options=_INLINED)
+@overload(evicted_rule, jit_options=INLINED)
 def _evicted(st, res, layer, expert):
     return RULES[st.instance_class]["evicted"]
 
 
-@overload(begin_rule, jit_options=_INLINED)
+@overload(begin_rule, jit_options=INLINED)
 def _begin(st):
     return RULES[st.instance_class]["begin"]

@@ -3,20 +3,43 @@
 Compiled code counts references to each array that it touches, with atomic instructions, unless told otherwise:
 that took three quarters of a replay's time. The arrays here outlive every call and nothing is allocated, so these
 kernels are compiled without (`lean`, `inlined`). What allocates says so (`allocating`).
+
+Layers, groups, slots and counts are int64 in calls: numba compiles a function for each type that it is called with.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-import numba
 import numpy as np
+from numba.extending import register_jitable
 
-_njit: Any = numba.njit  # its types do not know the option `_nrt`
-lean = _njit(_nrt=False)
-inlined = _njit(_nrt=False, forceinline=True)
-loose = _njit(_nrt=False, fastmath=True)  # sums in any order, so that they use vector instructions
-allocating = _njit(_nrt=True)
+from flashmoe.cache import residency
+
+Kernel = TypeVar("Kernel", bound=Callable[..., Any])
+
+#: Options of numba. What would let C call these functions is left out, as is what would let Python: it takes longer to
+#: compile than they do.
+LEAN: Any = {"_nrt": False, "no_cfunc_wrapper": True}
+INLINED: Any = {"forceinline": True, **LEAN}
+
+
+def _decorator(**options: Any) -> Callable[[Kernel], Kernel]:
+    """For functions that compiled code calls; Python runs them as they are written."""
+
+    def decorate(function: Kernel) -> Kernel:
+        function.targetoptions = options  # type: ignore[attr-defined]  # as numba names them, for common.kept
+        return register_jitable(**options)(function)
+
+    return decorate
+
+
+lean = _decorator(**LEAN)
+inlined = _decorator(**INLINED)
+loose = _decorator(fastmath=True, **LEAN)  # sums in any order, so that they use vector instructions
+allocating = _decorator(**{**LEAN, "_nrt": True})
+centre = inlined(residency.centre)
 
 
 @inlined
@@ -52,14 +75,34 @@ def lowest(score, res, layer, g):
     return res.slot_of[best_layer, best] if best >= 0 else -1
 
 
+@lean
+def nearest_free(res, layer):
+    """The free slot that lies best for a layer, which comes to the top of its group's stack; there must be one."""
+    start = res.group_start[res.group[layer]]
+    top = start + res.free_count[res.group[layer]] - 1
+    middle = centre(res, layer)
+    share = res.quota[layer] + res.lent[layer]
+    best = top
+    for i in range(top, start - 1, -1):
+        if abs(res.free[i] - middle) < abs(res.free[best] - middle):
+            best = i
+        if 0 <= res.free[i] - middle + share // 2 < share:
+            best = i  # its own: no need to look on
+            break
+    slot = res.free[best]
+    res.free[best] = res.free[top]
+    res.free[top] = slot
+    return np.int64(slot)
+
+
 @inlined
 def pop_free(res, g):
     """Take the slot on top of group g's free stack, or -1."""
     n = res.free_count[g]
     if n == 0:
-        return -1
+        return np.int64(-1)
     res.free_count[g] = n - 1
-    return res.free[res.group_start[g] + n - 1]
+    return np.int64(res.free[res.group_start[g] + n - 1])
 
 
 @inlined

@@ -15,7 +15,7 @@ from flashmoe.cache.kernels.entries import REQUEST, Kernels
 from flashmoe.cache.kernels.loops import window_size
 from flashmoe.cache.residency import Residency
 from flashmoe.cache.saved import Limits, load_state
-from flashmoe.common.compiled import Pinned
+from flashmoe.common.compiled import Pinned, address_of
 from flashmoe.errors import PolicyError
 
 Int32 = NDArray[np.int32]
@@ -138,9 +138,7 @@ class EvictionPolicy:
         """`request` as an address, for compiled code that makes it without Python."""
         assert self._pool is not None
         arrays = Pinned(REQUEST, (ids, slots_out, miss_expert, miss_slot))
-        self.kernels.access.compile(_REQUEST_SIGNATURE.args)
-        compiled = self.kernels.access.overloads[_REQUEST_SIGNATURE.args]
-        address = compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name)
+        address = address_of(self.kernels.access, _REQUEST_SIGNATURE)
         return CompiledRequest(address, self._pool.address, arrays.address, (self._pool, arrays))
 
     def access_each(
@@ -197,7 +195,9 @@ class EvictionPolicy:
         requests = np.zeros((len(steps) - 1, res.n_layers), np.int64)
         hits = np.zeros_like(requests)
         bits = np.zeros(ids.shape if want_bits else (0, 0, 0), np.uint8)
-        failed = self.kernels.replay(self._state, res, ids, steps, marks, bits, requests, hits)
+        longest = int(np.diff(steps).max(initial=1))
+        scratch = np.empty((6, longest * ids.shape[2]), np.int32), np.zeros(res.n_experts, np.int64)
+        failed = self.kernels.replay(self._state, res, ids, steps, marks, bits, requests, hits, *scratch)
         if failed >= 0:
             raise PolicyError(
                 f"step {failed} of the trace needs more experts at once than the pool holds: raise the capacity"
@@ -217,7 +217,7 @@ class EvictionPolicy:
         for group, lent in enumerate(res.window_count.tolist()):
             own = res.group == group
             slots, layers = int(res.quota[own].sum()) + lent, int(own.sum())
-            size = partial(window_size.py_func, slots, layers, res.n_experts, k)
+            size = partial(window_size, slots, layers, res.n_experts, k)
             windowed = [n for n in np.unique(sizes).tolist() if size(n) > 0]
             found[group] = np.where(np.repeat(np.isin(sizes, windowed), sizes), token, step)
         return found

@@ -31,6 +31,8 @@ class ExpertBuffer:
         self._reserved: list[mmap.mmap] = []
         self._buffers: list[int] = []
         self.tensors: dict[str, Tensor] = {}
+        #: The shapes that they had before they were made small.
+        self.shapes: dict[str, tuple[int, ...]] = {}
         #: What was raised while the library loaded, if anything: it knows that something failed, and not why.
         self.error: BaseException | None = None
         self._type = lib.structs["ggml_backend_buffer_type"]()
@@ -96,6 +98,7 @@ class ExpertBuffer:
 
     def _init_tensor(self, _buffer: int, address: int) -> int:
         tensor = Tensor.from_address(address)
-        self.tensors[tensor.name.decode()] = tensor
+        name = tensor.name.decode()
+        self.tensors[name], self.shapes[name] = tensor, tuple(tensor.ne)
         tensor.ne[1] = tensor.ne[2] = tensor.ne[3] = 1
         return 0

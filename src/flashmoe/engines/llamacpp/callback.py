@@ -20,22 +20,26 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from flashmoe.common.compiled import bytes_at, int16_at, int32_at, int64_at
+from flashmoe.common.compiled import bytes_at, call4, call5, int16_at, int32_at, int64_at
 from flashmoe.common.kept import kept, kept_callback
 from flashmoe.engines.llamacpp.abi import Tensor
+from flashmoe.engines.llamacpp.routing_log import note
 from flashmoe.engines.llamacpp.spans import show
 
 ROUTER_WEIGHTS = (
     b"ffn_moe_weights-"  # gathers the router's weights by the true ids, before any expert product
 )
 ROUTER_IDS = b"ffn_moe_topk-"
+VALUE_IDS = (
+    b"v_moe_topk-"  # the choice of experts for values: a product, and only then weights by the true ids
+)
 ROUTER_LOGITS = b"ffn_moe_logits-"  # the router's product with the layer's hidden state
 INPUT_TOKENS = b"inp_tokens"  # the token ids that a graph gathers embeddings by
 RETURNED, NOT_RETURNED = 0, 1
 MOST_QUIET = 62  # bits of Control.quiet
 #: Why Python is called: a node is ready; it is wanted to be looked at; a graph begins; it has ended; rows of a table
-#: are about to be gathered.
-READY, LOOK, BEGIN, END, GATHER = range(5)
+#: are about to be gathered; a layer has been served and there is something to read ahead.
+READY, LOOK, BEGIN, END, GATHER, SERVED = range(6)
 
 # Python's half: (node, why); what it returns is not looked at, Control.outcome says whether to go on
 PYTHON_CALLBACK = C.CFUNCTYPE(C.c_uint8, C.c_void_p, C.c_uint8)
@@ -56,8 +60,8 @@ class Control(C.Structure):
         ("ids", C.c_int64),  # address of the ids' tensor
         ("weights", C.c_int64),  # address of float32 [tokens, top_k]
         ("pending", C.c_int64),  # whether reads for the layer's last product are still under way
-        ("late", C.c_int64),  # address and length of the name's prefix of that product's input
-        ("late_length", C.c_int64),
+        ("late", C.c_int64),  # address of prefixes, each ended by 0, of the names of that product's inputs
+        ("late_length", C.c_int64),  # of all of them, 0 for none
         ("logits", C.c_int64),  # address of the router's logits' tensor, 0 if it was not found
         ("hidden", C.c_int64),  # address of the router's input, float32 [tokens, n]
         ("begun", C.c_int64),  # whether Python knows of the graph under way
@@ -83,20 +87,31 @@ class Control(C.Structure):
         ("began", C.c_int64 * 2),  # struct timespec
         ("ended", C.c_int64 * 2),
         ("stop", C.c_int64),  # whether the graph under way is to end at its next node
-        ("spans", C.c_int64),  # address of where every block's tensors lie in the pool, see spans.Spans
+        ("spans", C.c_int64),  # address of where every block's tensors lie in the pool (spans.Spans), or 0
         ("whole", C.c_int64),  # whether they have to show all of it
+        ("values", C.c_int64),  # the first place of layers for values, 0 where there are none
+        ("chosen", C.c_int64),  # address of ids that become true again when their product is computed, or 0
+        ("true_ids", C.c_int64),  # address of int32 [capacity]: what they were
+        ("turn", C.c_int64),  # address of the prefetcher's compiled turn, or 0, and of its state
+        ("guesses", C.c_int64),
+        ("held", C.c_int64),  # address of int64 [layers + 1]: how many experts of each are prefetched, then 0
+        ("ahead", C.c_int64),  # whether these, or new guesses, concern Python
+        ("log", C.c_int64),  # address of the RoutingLog of the graph under way; 0: Python is told at once
         ("tables", C.c_int64),  # address of int64 [...]: tensors whose rows are read when gathered, then 0
+        ("look_in", C.c_int64),  # whether the next layer is to ask Python, come what may
     ]
 
 
-_FIELDS = 43
+_FIELDS = 52
 _PYTHON, _INSPECT, _OUTCOME, _BUFFER, _CAPACITY, _BLOCK, _TOKENS, _TOP_K, _IDS, _WEIGHTS = range(10)
 _PENDING, _LATE, _LATE_LENGTH, _LOGITS, _HIDDEN, _BEGUN, _THREAD, _IGNORE, _INPUTS = range(10, 19)
 _REQUEST, _POOL, _ARRAYS, _SLOTS, _LAYERS, _FIRST_SLOTS, _DONE, _HITS = range(19, 27)
 _RECENT, _RECENT_AT, _RECENT_SIZE, _QUIET, _IS_QUIET, _GRAPHS, _GRAPH_TOKENS, _NANOSECONDS = range(27, 35)
-_BEGAN, _ENDED, _STOP, _SPANS, _WHOLE, _TABLES = 35, 37, 39, 40, 41, 42
+_BEGAN, _ENDED, _STOP, _SPANS, _WHOLE, _VALUES, _CHOSEN, _TRUE_IDS = 35, 37, *range(39, 45)
+_TURN, _GUESSES, _HELD, _AHEAD, _LOG, _TABLES, _LOOK_IN = range(45, 52)
 _WEIGHTS_NAME, _IDS_NAME = np.frombuffer(ROUTER_WEIGHTS, np.uint8), np.frombuffer(ROUTER_IDS, np.uint8)
 _LOGITS_NAME, _TOKENS_NAME = np.frombuffer(ROUTER_LOGITS, np.uint8), np.frombuffer(INPUT_TOKENS, np.uint8)
+_VALUES_NAME = np.frombuffer(VALUE_IDS, np.uint8)
 _STEPS_TO_LOGITS = 12  # at most, from the gathered weights back: reshape, softmax, bias, groups
 _NAME, _NAME_END = Tensor.name.offset, Tensor.name.offset + Tensor.name.size
 _DATA, _NE0, _NE1, _NB1 = (
@@ -105,25 +120,12 @@ _DATA, _NE0, _NE1, _NB1 = (
     Tensor.ne.offset + 8,
     Tensor.nb.offset + 8,
 )
-_SOURCE0, _SOURCE1 = Tensor.src.offset, Tensor.src.offset + 8
+_SOURCE0, _SOURCE1, _SOURCE2 = (Tensor.src.offset + 8 * i for i in range(3))
 
 
 _pthread_self = types.ExternalFunction("pthread_self", types.int64())
 _clock_gettime: Any = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
 _MONOTONIC = 1  # CLOCK_MONOTONIC
-
-
-@intrinsic
-def _call_request(_typing: Any, _function: Any, _pool: Any, _arrays: Any, _layer: Any, _n: Any) -> Any:
-    """A policy's compiled request at an address, see EvictionPolicy.compiled_request."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        number = ir.IntType(64)
-        kind = ir.FunctionType(number, [number] * 4)
-        return builder.call(builder.inttoptr(args[0], kind.as_pointer()), list(args[1:]))
-
-    five = (types.int64,) * 5
-    return types.int64(*five), generate
 
 
 @intrinsic
@@ -244,14 +246,14 @@ def _begin(control: Any, address: Any, node: Any) -> Any:  # pragma: no cover - 
 
 
 @kept()
-def _hit(control: Any, ids: Any, n: Any) -> Any:  # pragma: no cover - compiled
+def _hit(control: Any, n: Any) -> Any:  # pragma: no cover - compiled
     """Have a layer's `n` ids in the buffer made resident without Python: whether they all are.
 
     Where some are not, slots have been found for them: Control.done has the request's answer, for Python to go on.
     """
     block = control[_BLOCK]
     layer = carray(int64_at(control[_LAYERS]), block + 1)[block]
-    done: Any = _call_request(control[_REQUEST], control[_POOL], control[_ARRAYS], layer, n)  # type: ignore[call-arg]
+    done: Any = call4(control[_REQUEST], control[_POOL], control[_ARRAYS], layer, n)
     control[_DONE] = done
     if done & 0xFFFFFFFF != 0:  # misses, or -1
         return False
@@ -266,6 +268,12 @@ def _hit(control: Any, ids: Any, n: Any) -> Any:  # pragma: no cover - compiled
         for i in range(n):
             recent[at + i] = buffer[i]
         places[layer] = at + n
+    control[_AHEAD] = 0
+    if control[_TURN] != 0:
+        ids, hidden = control[_BUFFER], control[_HIDDEN]
+        worth: Any = call5(control[_TURN], control[_GUESSES], layer, ids, n, hidden)
+        held = carray(int64_at(control[_HELD]), layer + 2)
+        control[_AHEAD] = worth > 0 or held[layer] + held[layer + 1] > 0
     first = carray(int64_at(control[_FIRST_SLOTS]), block + 1)[block]
     for i in range(n):
         buffer[i] = slots[i] - first
@@ -285,13 +293,19 @@ def _is_late(control: Any, node: Any) -> Any:  # pragma: no cover - compiled
     """Whether a node is the input of the last product of a layer whose reads are still under way."""
     if control[_PENDING] == 0 or control[_LATE_LENGTH] == 0:
         return False
-    return _block_of(node, carray(bytes_at(control[_LATE]), control[_LATE_LENGTH])) >= 0
+    prefixes = carray(bytes_at(control[_LATE]), control[_LATE_LENGTH] + 1)
+    first = 0
+    for i in range(len(prefixes)):
+        if prefixes[i] == 0:
+            if _block_of(node, prefixes[first:i]) >= 0:
+                return True
+            first = i + 1
+    return False
 
 
 @kept()
 def _find_logits(control: Any, node: Any) -> Any:  # pragma: no cover - compiled
     """From the gathered weights back to the router's product and its input."""
-    control[_LOGITS] = control[_HIDDEN] = 0
     for _ in range(_STEPS_TO_LOGITS):
         node = _read(node + _SOURCE0)
         if node == 0:
@@ -308,7 +322,12 @@ def on_node(node: Any, ask: Any, address: Any) -> Any:  # pragma: no cover - com
     control = carray(int64_at(address), _FIELDS)
     if control[_IGNORE] != 0 or control[_STOP] != 0 or control[_OUTCOME] == NOT_RETURNED:
         return ask  # it has failed, or is not to be: want this node, and end the evaluation at it
-    block = _block_of(node, _WEIGHTS_NAME)
+    block, values = _block_of(node, _WEIGHTS_NAME), False
+    if block < 0 and control[_VALUES] != 0:
+        block = _block_of(node, _VALUES_NAME)
+        if block >= 0:
+            block, values = block + control[_VALUES], True
+    used = control[_CHOSEN] != 0 and _read(node + _SOURCE2) == control[_CHOSEN]
     if ask != 0:
         if control[_THREAD] == 0:
             control[_THREAD] = _pthread_self()
@@ -318,24 +337,38 @@ def on_node(node: Any, ask: Any, address: Any) -> Any:  # pragma: no cover - com
             return 1
         if _is_table(control, _read(node + _SOURCE0)) and not ask_python(control, node, GATHER):
             return 1
-        return block >= 0 or _is_late(control, node)
+        return block >= 0 or used or _is_late(control, node)
+    if used:
+        _copy_ids(control[_CHOSEN], control[_TRUE_IDS], True)
+        control[_CHOSEN] = 0
+        return 1
     control[_BLOCK] = -1
-    ids = _read(node + _SOURCE1) if block >= 0 else 0
+    ids = node if values else _read(node + _SOURCE1) if block >= 0 else 0
     if block >= 0:
         control[_BLOCK], control[_IDS], control[_WEIGHTS] = block, ids, _read(node + _DATA)
         control[_TOKENS], control[_TOP_K] = _read(ids + _NE1), _read(ids + _NE0)
         # no token left: the last layer of a micro-batch without outputs; another name: a second, dense set of experts
-        if control[_TOKENS] == 0 or _block_of(ids, _IDS_NAME) < 0:
+        if control[_TOKENS] == 0 or (not values and _block_of(ids, _IDS_NAME) < 0):
             return 1
         n = control[_TOKENS] * control[_TOP_K]
         if n > control[_CAPACITY]:
             return 0
         _copy_ids(ids, control[_BUFFER], False)
+        if values:
+            _copy_ids(ids, control[_TRUE_IDS], False)
+            control[_CHOSEN] = ids
         control[_DONE] = -1
-        if control[_REQUEST] != 0 and control[_BEGUN] != 0 and _hit(control, ids, n):
+        if control[_LOG] != 0 and control[_BEGUN] != 0:
+            layer = carray(int64_at(control[_LAYERS]), block + 1)[block]
+            tokens, top_k = control[_TOKENS], control[_TOP_K]
+            note(control[_LOG], layer, control[_BUFFER], control[_WEIGHTS], tokens, top_k)
+        control[_LOGITS] = control[_HIDDEN] = 0
+        if not values and (control[_TURN] != 0 or control[_REQUEST] == 0):
+            _find_logits(control, node)
+        compiled = control[_REQUEST] != 0 and control[_BEGUN] != 0 and control[_LOOK_IN] == 0
+        if compiled and _hit(control, n):
             _place(control, block, ids, n)
-            return 1
-        _find_logits(control, node)
+            return control[_AHEAD] == 0 or ask_python(control, node, SERVED)
     if not ask_python(control, node, READY):
         return 0
     if block >= 0:

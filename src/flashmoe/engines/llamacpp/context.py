@@ -47,7 +47,10 @@ class Context:
         params = lib.llama_context_default_params()
         # the library's server tries two tokens at once while it starts, and one of each sequence later
         self.n_batch = max(n_ubatch, sequences, 2)
-        params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, self.n_batch, n_ubatch
+        self._causal = _is_causal(lib, model)
+        # without causal attention, tokens that come together must be evaluated together, else an assertion fails
+        params.n_ctx, params.n_batch = n_ctx, self.n_batch
+        params.n_ubatch = n_ubatch if self._causal else self.n_batch
         if sequences > 1:
             params.n_seq_max = sequences
             params.n_ctx = sequences * -(-n_ctx // _PADDING) * _PADDING
@@ -55,24 +58,28 @@ class Context:
         params.n_threads = params.n_threads_batch = threads
         # sizes the output buffer, vocabulary x outputs; the library wants one for each sequence
         every_token = all_logits or pooling != "none"
-        params.n_outputs_max = max(n_ubatch if every_token else 1, sequences)
+        params.n_outputs_max = max(self.n_batch if every_token else 1, sequences)
         params.pooling_type = POOLING[pooling]
         params.no_perf = True
         # a library with a backend for a GPU would send products there, which the pool is not on
         params.op_offload = params.offload_kqv = False
         if callback:
             params.cb_eval, params.cb_eval_user_data = callback
-        lib.messages.clear()
+        lib.listen()
         self._pool: int | None = None
         own_threads = not lib.openmp
         self._pointer: int | None = lib.llama_init_from_model(model, params)
+        self._memory = lib.llama_get_memory(self._pointer) if self._pointer else None
+        if self._pointer and not self._memory and not every_token:  # then all are outputs
+            lib.llama_free(self._pointer)
+            params.n_outputs_max = self.n_batch
+            self._pointer = lib.llama_init_from_model(model, params)
         if not self._pointer:
             reason = (lib.messages or ["no reason given"])[-1]
             raise ModelError(
                 f"llama.cpp cannot make a context of {n_ctx} tokens ({reason}); try a smaller one (-c)"
             )
         self.n_ctx = int(lib.llama_n_ctx(self._pointer)) // sequences
-        self._memory = lib.llama_get_memory(self._pointer)
         self._vocab = lib.llama_model_get_vocab(model)
         self.n_vocab = int(lib.llama_vocab_n_tokens(self._vocab))
         self.n_embd = int(lib.llama_model_n_embd_out(model))
@@ -114,6 +121,11 @@ class Context:
             self._lib.llama_attach_threadpool(self._pointer, self._pool, self._pool)
 
     @property
+    def remembers(self) -> bool:
+        """Whether tokens are evaluated after others; else (encoders, diffusion) all of a text at once."""
+        return bool(self._memory) and self._causal
+
+    @property
     def pointer(self) -> int | None:
         """The llama_context, for samplers."""
         return self._pointer
@@ -136,14 +148,15 @@ class Context:
 
     def rewind(self, n_past: int) -> None:
         """Forget tokens from position `n_past` on; all where the memory cannot be cut (Mamba)."""
-        n_past = min(n_past, self.past)
+        n_past = min(n_past, self.past) if self.remembers else 0
         if n_past and self._lib.llama_memory_seq_rm(self._memory, 0, n_past, -1):
             # a cache of the window's size forgets what attention needs after a cut
             oldest = self._lib.llama_memory_seq_pos_min(self._memory, 0)
             if oldest <= max(0, n_past - self._window):
                 self.past = n_past
                 return
-        self._lib.llama_memory_clear(self._memory, True)  # of all sequences
+        if self._memory:
+            self._lib.llama_memory_clear(self._memory, True)  # of all sequences
         self.past = 0
 
     def partial_state_bytes(self) -> int:
@@ -179,3 +192,14 @@ class Context:
         if self._pool:
             self._lib.ggml_threadpool_free(self._pool)
             self._pool = None
+
+
+def _is_causal(lib: Library, model: int) -> bool:
+    """Whether a token's attention looks back only, as far as the model's file says."""
+
+    def said(key: str) -> str:
+        text = C.create_string_buffer(256)
+        lib.llama_model_meta_val_str(model, key.encode(), text, len(text))
+        return text.value.decode(errors="replace")
+
+    return said(f"{said('general.architecture')}.attention.causal") != "false"

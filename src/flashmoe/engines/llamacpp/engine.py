@@ -18,11 +18,12 @@ from flashmoe.common.signals import run_apart
 from flashmoe.engines.base import SamplingParams
 from flashmoe.engines.llamacpp import kernels
 from flashmoe.engines.llamacpp.context import Context
-from flashmoe.engines.llamacpp.hook import Evaluated, RouterHook
+from flashmoe.engines.llamacpp.counts import Evaluated
+from flashmoe.engines.llamacpp.hook import RouterHook
 from flashmoe.engines.llamacpp.library import Library, is_of_wheel
 from flashmoe.engines.llamacpp.loader import LoadedModel
 from flashmoe.engines.llamacpp.sampler import Sampler
-from flashmoe.engines.llamacpp.spinning import Spinning
+from flashmoe.engines.llamacpp.spinning import Spinning, release_threads
 from flashmoe.engines.llamacpp.stack import BYTES_PER_CHARACTER, on_large_stack, raise_thread_stacks
 from flashmoe.errors import FlashMoEError, ModelError, UsageError
 from flashmoe.prefetch.scheduler import Prefetcher
@@ -73,11 +74,12 @@ class LlamaEngine:
         #: How `embedding` is made: one of context.POOLING.
         self.pooling = pooling
         self.n_embd = self._context.n_embd
-        #: What will be taken when the first tokens come: outputs of an embedding's micro-batch, rows of tables.
-        self.late_bytes = 4 * n_ubatch * (self.n_vocab + self.n_embd) if pooling != "none" else 0
         self.n_ctx, self.n_ubatch, self.sequences = self._context.n_ctx, n_ubatch, sequences
         with ExitStack() as undo:
             undo.callback(self._context.close)
+            outputs = pooling != "none" or not self._context.remembers
+            #: What will be taken when the first tokens come: outputs of an embedding's micro-batch, rows of tables.
+            self.late_bytes = 4 * n_ubatch * (self.n_vocab + self.n_embd) if outputs else 0
             self.late_bytes += sum(table.bytes_for(n_ubatch) for table in model.tables.values())
             self._spinning = Spinning(lib, threads)
             undo.pop_all()
@@ -102,6 +104,15 @@ class LlamaEngine:
     @property
     def library(self) -> Library:
         return self._lib
+
+    @cached_property
+    def no_text(self) -> str:
+        """Why it makes no text, token by token; "" where it does."""
+        if self._context.remembers:
+            return ""
+        if self._lib.llama_model_is_diffusion(self._model.pointer):
+            return "a diffusion model makes a text as a whole, by a program of llama.cpp's own (llama-diffusion-cli)"
+        return "this model is an encoder: it makes embeddings, no text"
 
     @cached_property
     def has_server(self) -> bool:
@@ -165,6 +176,7 @@ class LlamaEngine:
         on_error: Callable[[BaseException], None],
     ) -> int:
         """The library's server evaluates from here on, until `unserve`; see `RouterHook.serve`."""
+        run_apart(partial(release_threads, self._lib), lambda: None)
         self._serving = True
         return self._hook.serve(self.sequences, self.n_vocab, on_prompt, on_graph, on_error)
 

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -33,28 +32,21 @@ from flashmoe.engines.llamacpp.callback import (
     NOT_RETURNED,
     PYTHON_CALLBACK,
     RETURNED,
+    SERVED,
     Control,
     on_node,
 )
+from flashmoe.engines.llamacpp.counts import Counts, Evaluated
 from flashmoe.engines.llamacpp.inspection import Inspection
 from flashmoe.engines.llamacpp.loader import LoadedModel
 from flashmoe.engines.llamacpp.routers import read_router
+from flashmoe.engines.llamacpp.routing_log import TOKENS, RoutingLog
 from flashmoe.errors import FlashMoEError, ModelError
 from flashmoe.prefetch.gate import Router
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import RoutingObserver
 
 _QUIET = 3  # milliseconds
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """What the library's server has evaluated: a graph, or the tokens of several that needed no Python."""
-
-    tokens: Sequence[int]  # their ids, -1 where only their number is known
-    decode: bool
-    seconds: float
-    faults: int  # pages that had to be read back from the drive
 
 
 def _floats(address: int, rows: int, columns: int) -> NDArray[np.float32]:
@@ -69,23 +61,26 @@ class RouterHook:
     """
 
     def __init__(self, model: LoadedModel, n_ubatch: int) -> None:
-        self._layer_of_block = {layer.block: i for i, layer in enumerate(model.catalog.layers)}
+        self._layer_at = {place: i for i, place in enumerate(model.catalog.places)}
         self._model = model
         self._inspection = Inspection(model)
         self._step = LayerStep(model.catalog.top_k)
-        self._late = C.create_string_buffer(64)
+        self._late = C.create_string_buffer(256)
         self._n_ids = n_ubatch * model.catalog.top_k
         self._ids = np.zeros(0, np.int32)
+        self._true_ids = np.zeros(self._n_ids, np.int32)
         self._python = PYTHON_CALLBACK(self._on_python)
         self._control = Control(
             python=C.cast(self._python, C.c_void_p).value,
             outcome=RETURNED,
             late=C.addressof(self._late),
+            values=model.catalog.first_value_place,
+            true_ids=self._true_ids.ctypes.data,
         )
         self._tables = np.array([*model.tables, 0], np.int64)
         if model.tables:
             self._control.tables = self._tables.ctypes.data
-        self._blocks = np.zeros((2, max(self._layer_of_block) + 1), np.int64)
+        self._blocks = np.zeros((2, max(self._layer_at) + 1), np.int64)
         self._met: dict[int, Router | None] = {}
         self._routers: list[Router] = []  # of all layers, once a graph of one token was inspected
         self._hidden: dict[int, NDArray[np.float32]] = {}
@@ -98,12 +93,10 @@ class RouterHook:
         self._on_error: Callable[[BaseException], None] = lambda _: None
         self._graph_began = 0.0
         self._graph_tokens: list[int] = []
-        self._graph_faults = 0
         self._prompting = False
         self._threads: set[int] = set()
-        self._collecting = threading.Lock()
-        self._counted_hits = 0  # of compiled code's
-        self._counted = 0, 0, 0  # graphs, tokens and nanoseconds of quiet graphs
+        self._log: RoutingLog | None = None
+        self._counts = Counts(self._control)
 
     @property
     def cache(self) -> ExpertCache | None:
@@ -115,17 +108,18 @@ class RouterHook:
         cache.reserve(self._n_ids)
         cache.on_resize = self._look_in
         self._step.cache, self._ids = cache, cache.ids
-        for block, layer in self._layer_of_block.items():
-            self._blocks[:, block] = layer, cache.first_slots[layer]
+        for place, layer in self._layer_at.items():
+            self._blocks[:, place] = layer, cache.first_slots[layer]
         control = self._control
         control.buffer, control.capacity = self._ids.ctypes.data, len(self._ids)
         control.slots, control.spans = cache.slots.ctypes.data, self._model.spans.address
+        control.held = cache.held.ctypes.data
         control.layers, control.first_slots = (row.ctypes.data for row in self._blocks)
         control.recent_at, control.recent_size = cache.recent.at.ctypes.data, cache.recent.ids.shape[1]
 
     def _look_in(self) -> bool:
-        """Let the next graph call Python where it begins, from any thread; whether none is under way."""
-        self._control.quiet = 0
+        """Let the next layer and the next graph call Python, from any thread; whether no graph is under way."""
+        self._control.look_in, self._control.quiet = 1, 0
         return self._control.thread == 0
 
     def record(self, recorder: RoutingObserver | None) -> None:
@@ -190,18 +184,26 @@ class RouterHook:
         inspect = self._inspection.begin(len(tokens), embed)
         self._use_what_is_known()
         control.inspect, control.whole = int(inspect), int(self._inspection.whole)
-        control.request = control.recent = control.quiet = 0
+        control.request = control.recent = control.quiet = control.turn = control.log = 0
         control.begun = 1
         if cache is None:
             return
         step.begin(tokens)
         top_k = self._model.catalog.top_k
         compiled = cache.compiled_request(len(tokens) * top_k)
-        if compiled and not (control.inspect or step.predicts or step.observed):
+        # weights of experts for values come later
+        at_once = step.override is None and not control.values and len(tokens) <= TOKENS
+        if step.recorder is not None and at_once:
+            self._log = self._log or RoutingLog(len(self._model.catalog.layers), top_k)
+            control.log = self._log.address
+        turn, observed = step.compiled, step.observed and not control.log
+        if compiled and not control.inspect and not observed and (turn or not step.predicts):
+            if turn:
+                control.turn, control.guesses = turn.function, turn.state
             control.pool, control.arrays, control.request = compiled.pool, compiled.arrays, compiled.function
             if cache.phase == "decode":
                 control.recent = cache.recent.ids.ctypes.data
-                if step.prefetcher is None:
+                if step.prefetcher is None and not control.log:
                     most = min(self._parallel, cache.served_together(top_k), MOST_QUIET)
                     known = [n for n in range(1, most + 1) if self._inspection.knows(n)]
                     control.quiet = sum(1 << n for n in known)
@@ -213,11 +215,12 @@ class RouterHook:
         prefetcher = self._step.prefetcher
         if prefetcher is not None and not self._routers:
             routers = [router for _, router in sorted(self._met.items()) if router]
-            if len(routers) == len(self._layer_of_block):
+            if len(routers) == len(self._layer_at):
                 self._routers = routers
                 prefetcher.use_routers(routers)
-        if late := self._inspection.take_late_input():
-            self._late.value = late
+        late = b"\0".join(self._inspection.take_late_inputs())
+        if late and len(late) + 2 <= len(self._late):
+            self._late.raw = late.ljust(len(self._late), b"\0")
             self._control.late_length = len(late)
 
     def ready(self) -> None:
@@ -243,14 +246,16 @@ class RouterHook:
 
     def _settle(self) -> None:
         """An evaluation has ended. No read may be under way then; only one that failed leaves any."""
-        self._control.pending = False
+        self._control.pending = self._control.chosen = 0
         self._inspection.restore()
         if not self._step.cache:
             return
-        with self._collecting:
-            self._count_hits()
+        self._counts.add_hits(self._step.cache)
+        if self._log is not None:
+            for layer, ids, weights in self._log.take():
+                self._step.record(layer, ids, lambda weights=weights: weights)  # type: ignore[misc]
         if self._control.done > 0:  # misses of a compiled request that were never read
-            self._step.cache.withdraw(self._layer_of_block[self._control.block], self._control.done)
+            self._step.cache.withdraw(self._layer_at[self._control.block], self._control.done)
             self._control.done = -1
         if self._step.cache.pending:
             self.error = self.error or ModelError(
@@ -260,27 +265,10 @@ class RouterHook:
                 self._step.cache.finish()
         self._step.end()
 
-    def _count_hits(self) -> None:
-        """Count what compiled code has answered by itself; under `_collecting`."""
-        assert self._step.cache is not None
-        hits = self._control.hits
-        self._step.cache.stats[self._step.cache.phase].hits += hits - self._counted_hits
-        self._counted_hits = hits
-
     def collect(self) -> None:
         """Count the graphs of the server's that needed no Python. From any thread."""
-        control = self._control
-        with self._collecting:
-            graphs, tokens, nanoseconds = self._counted
-            if self._step.cache is None or control.graphs == graphs:
-                return
-            self._count_hits()
-            self._counted = control.graphs, control.graph_tokens, control.nanoseconds
-            tokens, nanoseconds = self._counted[1] - tokens, self._counted[2] - nanoseconds
-            self._step.cache.recent.begin_step(tokens)
-            faults = major_faults()
-            self._on_graph(Evaluated([-1] * tokens, True, nanoseconds / 1e9, faults - self._graph_faults))
-            self._graph_faults = faults
+        if self._step.cache is not None:
+            self._counts.collect(self._step.cache, self._on_graph)
 
     def _on_python(self, address: int, why: int) -> int:
         """Goes on if it ends with outcome RETURNED; else the evaluation ends and `error` says why."""
@@ -296,6 +284,8 @@ class RouterHook:
                     self._inspection.look(address)
                 elif why == GATHER:
                     self._gather(Tensor.from_address(address))
+                elif why == SERVED:
+                    self._step.read_ahead(self._layer_at[control.block])
                 elif control.block >= 0:
                     self._rename(control, address)
                 else:
@@ -339,7 +329,7 @@ class RouterHook:
             self._on_prompt()
         self._prompting = not decode
         self._graph_tokens, self._graph_began = tokens, time.perf_counter()
-        self._graph_faults = major_faults()
+        self._counts.faults = major_faults()
         self.begin(tokens)
 
     def _end_graph(self, failed: bool) -> bool:
@@ -351,24 +341,32 @@ class RouterHook:
             return False
         self._inspection.end()
         if self._control.begun:
-            seconds, faults = time.perf_counter() - self._graph_began, major_faults() - self._graph_faults
+            seconds, faults = time.perf_counter() - self._graph_began, major_faults() - self._counts.faults
             self._on_graph(Evaluated(self._graph_tokens, not self._prompting, seconds, faults))
         return True
 
     def _rename(self, control: Control, node: int) -> None:
         if not control.begun:
             self._announce([-1] * control.tokens)
+            control.log = 0  # this layer is not in it
         step, cache = self._step, self._step.cache
         assert cache is not None
         tokens, top_k = control.tokens, control.top_k
-        layer = self._layer_of_block[control.block]
+        layer = self._layer_at[control.block]
+        values = self._model.catalog.layers[
+            layer
+        ].values  # then weights come later, and nothing before the product
         if control.inspect:
             self._inspection.rename(control.ids, layer)
+        if control.done < 0:  # no compiled request: `ensure` does what is wanted
+            control.look_in = 0
         ids = self._ids[: tokens * top_k]
         picked = ids.reshape(tokens, top_k)
         if step.override is not None:
             step.override(layer, picked)
-        step.record(layer, picked, partial(_floats, control.weights, tokens, top_k))
+        if not control.log:
+            weights = partial(_floats, control.weights, tokens, top_k)
+            step.record(layer, picked, (lambda: np.zeros(picked.shape, np.float32)) if values else weights)
         if cache.pending:
             raise ModelError(
                 f"the last product of layer {layer - 1} did not wait for its reads; please report it"
@@ -379,7 +377,7 @@ class RouterHook:
             cache.ensure,
             layer,
             ids if tokens == 1 else picked,
-            leave_last=control.late_length > 0,
+            leave_last=control.late_length > 0 and not values,
             requested=control.done,
         )
         ids[:] = step.serve(layer, picked, lambda meanwhile: ensure(meanwhile=meanwhile), self._router_input)

@@ -68,12 +68,13 @@ class Inspection:
         self._begun.add(self._kind)
         self._moving = self._moving is not False
 
-    def take_late_input(self) -> bytes:
-        """The prefix of the name of every layer's input of its last product, as the last graph has shown it.
+    def take_late_inputs(self) -> list[bytes]:
+        """The prefixes of the names that inputs of a layer's last product have, as the last graph has shown them.
 
-        Empty where it differs from layer to layer, or was taken before.
+        None where one has no such name, or they were taken before.
         """
-        return self._late_inputs.pop() if len(self._late_inputs) == 1 else b""
+        taken, self._late_inputs = sorted(self._late_inputs), set()
+        return taken if all(taken) else []
 
     def rename(self, ids: int, layer: int) -> None:
         """The ids in a tensor, at an address, are about to become slots of a layer. Raises ModelError."""
@@ -130,7 +131,9 @@ class Inspection:
         layer = self._tensors[_root(node.src[table])]
         if self._renamed[_root(node.src[indices])] != layer:
             raise self._refusal(node, _UNKNOWN)
-        if node.src[table] in self._last:
+        if self._model.catalog.layers[layer].values:  # afterwards its ids are those of experts again
+            del self._renamed[_root(node.src[indices])]
+        elif node.src[table] in self._last:
             name, _, number = Tensor.from_address(node.src[1]).name.rpartition(b"-")
             self._late_inputs.add(name + b"-" if number.isdigit() else b"")
 

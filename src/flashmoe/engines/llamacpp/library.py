@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from flashmoe.common.files import expanded
 from flashmoe.engines.llamacpp import abi
 from flashmoe.engines.llamacpp.abi import CONSTANTS, f32, flag, i32, ptr, u32
 from flashmoe.engines.llamacpp.facts import differences
@@ -32,9 +33,6 @@ _SUFFIXES = (".so", ".dylib", ".dll")
 # OpenMP's own 3 ms they fall asleep in the midst of a token (docs/benchmarks.md); OMP_WAIT_POLICY=passive still holds.
 _SPINS, _OWN_SPINS = "3000000", "300000"
 _text, _size, _ne = C.c_char_p, C.c_size_t, C.c_int64
-
-#: Called by what was loaded until the process ends, also where its `Library` is given up.
-_logs: list[Any] = []
 
 #: What the library's own kernels are called, where modules have names of their own.
 BUILT_IN = "built-in"
@@ -60,8 +58,10 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_model_has_encoder": (flag, (ptr,)),
     "llama_model_is_recurrent": (flag, (ptr,)),
     "llama_model_is_hybrid": (flag, (ptr,)),
+    "llama_model_is_diffusion": (flag, (ptr,)),
     "llama_state_seq_get_size_ext": (_size, (ptr, i32, u32)),
     "llama_model_n_embd_out": (i32, (ptr,)),
+    "llama_model_meta_val_str": (i32, (ptr, _text, _text, _size)),
     "llama_model_chat_template": (_text, (ptr, _text)),
     "llama_free": (None, (ptr,)),
     "llama_n_ctx": (u32, (ptr,)),
@@ -128,6 +128,10 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 }
 
 
+#: The library goes on calling them when nothing else knows them any more.
+_loggers: list[Any] = []
+
+
 class Library:
     """libllama with its functions as attributes. `messages` keeps the last lines that it logged as errors, `warnings`
     those that it logged as warnings."""
@@ -145,7 +149,7 @@ class Library:
         self.warnings: list[str] = []
         self._level = 0  # of the last line, as `logging` has it
         self._log = abi.LOG_CALLBACK(self._on_log)
-        _logs.append(self._log)
+        _loggers.append(self._log)
         self.llama_log_set(self._log, None)
         self.llama_backend_init()
 
@@ -180,8 +184,7 @@ class Library:
         """
         assert self.module is None
         own = self.ggml_backend_dev_backend_reg(self.ggml_backend_dev_by_type(CPU_DEVICE))
-        self.keep_log()  # where ggml says why it refuses one
-        self.messages.clear()
+        self.listen()  # ggml says why it refuses one
         loaded = self.ggml_backend_load(os.fsencode(module))
         if not loaded:
             reason = (self.messages or ["for another processor"])[-1].removeprefix("load_backend: ")
@@ -248,8 +251,14 @@ class Library:
         """Where a function is."""
         return C.cast(self._find(name), C.c_void_p).value or 0
 
+    def listen(self) -> None:
+        """Forget `messages` and `warnings`, and have those that come."""
+        self.messages.clear()
+        self.warnings.clear()
+        self.keep_log()
+
     def keep_log(self) -> None:
-        """Have errors in `messages` again: its server has a log of its own."""
+        """Have errors in `messages` again: a process has one log, which its server or another `Library` takes."""
         self.llama_log_set(self._log, None)
 
     def _find(self, name: str) -> Any:
@@ -314,7 +323,7 @@ def find_library() -> Path:
     """
     named = os.environ.get(ENVIRONMENT)
     if named:
-        path = Path(named).expanduser().absolute()  # a mere name would be looked for elsewhere
+        path = expanded(named).absolute()  # a mere name would be looked for elsewhere
         found = [path] if path.is_file() else [p for s in _SUFFIXES if (p := path / f"libllama{s}").is_file()]
         if not found:
             raise LibraryError(

@@ -10,6 +10,7 @@ from typing import Any
 
 from flashmoe.cache.pool import SlotPool, Window
 from flashmoe.engines.llamacpp.buffer import ExpertBuffer
+from flashmoe.engines.llamacpp.last_words import arrange
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.metadata import overrides, warn_of_text
 from flashmoe.engines.llamacpp.repack import Repacker
@@ -18,6 +19,7 @@ from flashmoe.engines.llamacpp.spans import Spans, fewest_slots
 from flashmoe.engines.llamacpp.vfile import VirtualFile, segments
 from flashmoe.errors import ModelError
 from flashmoe.storage.catalog import ExpertCatalog
+from flashmoe.storage.gguf import GGUF
 from flashmoe.storage.reader import ExpertReader
 
 
@@ -80,25 +82,9 @@ class LoadedModel:
         holes = catalog.gguf.tensors.keys() - catalog.resident.keys() | tables
         files = reader.files[: len(catalog.gguf.files)]
         file = VirtualFile(segments(catalog.gguf, files, holes), progress)
-        params = self.lib.llama_model_default_params()
-        self.lib.build.layout.map_file(params, False)
-        params.use_extra_bufts = repack
-        params.n_gpu_layers = 0
-        self._devices = (C.c_void_p * 1)()  # none: the list ends at once
-        params.devices = C.addressof(self._devices)
-        params.tensor_buft_overrides = self._buffer.overrides(catalog.override_pattern)
-        instead = overrides(told)
-        params.kv_overrides = C.addressof(instead)
-        self.lib.messages.clear()
-        self.lib.warnings.clear()
-        try:
-            self.pointer = self.lib.llama_model_load_from_file_ptr(file.stream, params)
-        finally:
-            file.close()
-        if error := file.error or self._buffer.error:
-            raise error
-        if not self.pointer:
-            raise load_error(self.lib, catalog)
+        self.pointer = load_through(
+            self.lib, file, self._buffer, catalog.override_pattern, catalog.gguf, repack=repack, told=told
+        )
         warn_of_text(self.lib, catalog.gguf)
         self._buffer.seal()
 
@@ -164,15 +150,53 @@ class LoadedModel:
             self._repacker = None
 
 
-def load_error(lib: Library, catalog: ExpertCatalog) -> ModelError:
+def load_through(
+    lib: Library,
+    file: VirtualFile,
+    buffer: ExpertBuffer,
+    pattern: str,
+    gguf: GGUF,
+    *,
+    repack: bool = False,
+    told: Mapping[str, Any] | None = None,
+) -> int:
+    """A llama_model on the CPU from a virtual file, which is closed; tensors that match `pattern` are in `buffer`.
+
+    Raises what the file or the buffer has met, and ModelError with the engine's own reason.
+    """
+    arrange(lib)
+    params = lib.llama_model_default_params()
+    lib.build.layout.map_file(params, False)
+    params.use_extra_bufts = repack
+    params.n_gpu_layers = 0
+    devices = (C.c_void_p * 1)()  # none: the list ends at once
+    params.devices = C.addressof(devices)
+    params.tensor_buft_overrides = buffer.overrides(pattern)
+    instead = overrides(told or {})
+    params.kv_overrides = C.addressof(instead)
+    lib.listen()
+    try:
+        pointer: int | None = lib.llama_model_load_from_file_ptr(file.stream, params)
+    finally:
+        file.close()
+    error = file.error or buffer.error or (None if pointer else load_error(lib, gguf))
+    if error:
+        if pointer:
+            lib.llama_model_free(pointer)
+        raise error
+    assert pointer
+    return pointer
+
+
+def load_error(lib: Library, gguf: GGUF) -> ModelError:
     """Why the engine refused a model, in its own last words."""
     reason = next(
         (m for m in lib.messages if "error loading model" in m), (lib.messages or ["no reason given"])[-1]
     )
-    name = catalog.gguf.files[0]
+    name = gguf.files[0]
     if "unknown model architecture" in reason:
         return ModelError(
-            f"{name}: this llama.cpp does not know the architecture {catalog.gguf.architecture!r}; "
+            f"{name}: this llama.cpp does not know the architecture {gguf.architecture!r}; "
             "a newer xllamacpp may, see the list of supported models in the README"
         )
     return ModelError(

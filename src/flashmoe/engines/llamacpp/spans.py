@@ -25,7 +25,8 @@ _NE, _DATA = Tensor.ne.offset, Tensor.data.offset
 
 
 class Spans:
-    """Where the expert tensors of every block begin in the pool: a table for compiled code, at `address`."""
+    """Where the expert tensors of every layer begin in the pool: a table for compiled code, at `address`, by the
+    layers' places (see ExpertCatalog)."""
 
     def __init__(
         self,
@@ -35,11 +36,11 @@ class Spans:
         slots: Sequence[int],
     ) -> None:
         """tensors: of the engine, by name; `slots[g]`: the slots of size group g."""
-        heads = np.zeros((max(layer.block for layer in catalog.layers) + 1, _HEAD), np.int64)
+        heads = np.zeros((max(catalog.places) + 1, _HEAD), np.int64)
         rows: list[tuple[int, ...]] = []
         for layer, group in enumerate(catalog.groups):
             windows = (*pool.windows[layer], *pool.tables(layer))
-            heads[catalog.layers[layer].block] = heads.size + _ROW * len(rows), len(windows), slots[group]
+            heads[catalog.places[layer]] = heads.size + _ROW * len(rows), len(windows), slots[group]
             for window in windows:
                 tensor, axis = tensors[window.weight.tensor.name], len(window.weight.tensor.shape) - 1
                 least = fewest_slots(tensor)

@@ -12,6 +12,7 @@ import ctypes as C
 import os
 import threading
 import time
+from contextlib import suppress
 
 from flashmoe.common.machine import seconds_without_core
 from flashmoe.engines.llamacpp.library import Library
@@ -20,6 +21,7 @@ _LOOK = 0.5  # seconds between two looks
 # What this process's threads have waited for a core, all together, per second: from where on threads sleep, and below
 # which they spin again
 _CONTENDED, _FREE = 0.2, 0.05
+_SOFT = 1  # omp_pause_soft
 
 
 class Spinning:
@@ -57,6 +59,12 @@ class Spinning:
         self._stop.set()
         if self._thread:
             self._thread.join()
+
+
+def release_threads(lib: Library) -> None:
+    """End the threads that OpenMP keeps for the calling one: with those of another they would be more than cores."""
+    with suppress(AttributeError):
+        lib.openmp_runtime.omp_pause_resource_all(_SOFT)
 
 
 class Team:

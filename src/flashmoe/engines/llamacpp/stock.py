@@ -19,7 +19,7 @@ class StockModel:
         lib.build.layout.map_file(params, mmap)
         params.use_extra_bufts = repack
         params.n_gpu_layers = 0
-        lib.messages.clear()
+        lib.listen()
         self._pointer: int | None = lib.llama_model_load_from_file(os.fsencode(path), params)
         if not self._pointer:
             raise ModelError(f"{path}: llama.cpp cannot load this model ({' '.join(lib.messages[-2:])})")

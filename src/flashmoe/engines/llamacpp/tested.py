@@ -26,6 +26,7 @@ from flashmoe.errors import FlashMoEWarning, LibraryError
 _log = logging.getLogger(__name__)
 
 _TIMEOUT = 600  # seconds: on a small processor what is compiled before it takes minutes
+NOT_TESTED = 75  # its exit status where it could not be run; EX_TEMPFAIL of sysexits.h
 _VERSION = 6  # of the self-test: a library that has passed an earlier one is tested again
 _NO_PROCESS = "its process cannot be started"
 #: What the self-test prints when a layout has passed, in this order.
@@ -41,7 +42,7 @@ class Proof(NamedTuple):
 
 
 def prove(library: Path, module: Path | None = None) -> Proof:
-    """Run the self-test of a library, or of the kernels of a module in it, now."""
+    """Run the self-test of a library, or of the kernels of a module in it, now. Raises LibraryError where it cannot."""
     command = module_command("flashmoe.tools.self_test", *map(str, filter(None, (library, module))))
     quick = {**os.environ, "GGML_NO_BACKTRACE": "1"}  # a debugger would be started where the library aborts
     try:
@@ -50,6 +51,11 @@ def prove(library: Path, module: Path | None = None) -> Proof:
         )
         failure = ended_by(child.returncode, child.stderr) if child.returncode else ""
         passed = child.stdout.split()
+        if child.returncode == NOT_TESTED:
+            raise LibraryError(
+                f"{library}: must be tested once, and there is no room for that ({failure}): make 8 MiB free in a "
+                "temporary folder, or name another in TMPDIR"
+            )
     except subprocess.TimeoutExpired as error:
         failure = "no answer"
         passed = (error.stdout or b"").decode().split()
@@ -80,7 +86,8 @@ def _for_want_of_memory(failure: str) -> bool:
 
 
 def self_test(library: Path, module: Path | None = None) -> Proof:
-    """The same, unless these files have been tested before. Raises LibraryError where not even `plain` works."""
+    """The same, unless these files have been tested before. Raises LibraryError where not even `plain` works, or where
+    they cannot be tested."""
     notes = _Notes(library, module)
     proof = notes.read()
     if proof:

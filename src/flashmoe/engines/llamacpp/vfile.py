@@ -33,13 +33,16 @@ class Segment(NamedTuple):
     offset: int
 
 
-def segments(gguf: GGUF, files: Sequence[DirectFile], holes: Container[str]) -> list[Segment]:
-    """The virtual file of a model, in order; the tensors named in `holes` have no bytes."""
+def segments(gguf: GGUF, files: Sequence[DirectFile | bytes], holes: Container[str]) -> list[Segment]:
+    """The virtual file of a model, in order; the tensors named in `holes` have no bytes.
+
+    files: the model's, or their headers where all tensors are holes.
+    """
     if len(gguf.parts) == 1:
         header: Segment = Segment(0, gguf.parts[0].data_offset, files[0], 0)
         starts = {t.name: t.offset for t in gguf.tensors.values()}
     else:
-        data, starts = _joined_header(gguf, files)
+        data, starts = _joined_header(gguf)
         header = Segment(0, len(data), data, 0)
     source = dict(zip(gguf.files, files, strict=True))
     tensors = (
@@ -49,11 +52,10 @@ def segments(gguf: GGUF, files: Sequence[DirectFile], holes: Container[str]) -> 
     return sorted([header, *tensors])
 
 
-def _joined_header(gguf: GGUF, files: Sequence[DirectFile]) -> tuple[bytes, dict[str, int]]:
+def _joined_header(gguf: GGUF) -> tuple[bytes, dict[str, int]]:
     """One GGUF header for all parts of a split model, and where each tensor starts behind it."""
     first = gguf.parts[0]
-    with open(first.path, "rb") as file:
-        raw = file.read(first.data_offset)
+    raw = first.header()
     keys = [raw[a:b] for name, (a, b) in first.key_spans.items() if not name.startswith("split.")]
     infos, starts, offset = [], {}, 0
     for part in gguf.parts:

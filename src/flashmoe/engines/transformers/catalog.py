@@ -92,7 +92,7 @@ def read_layout(checkpoint: Checkpoint, skeleton: Skeleton) -> Layout:
     layers = []
     for number, name in enumerate(skeleton.experts):
         count = skeleton.model.get_submodule(name).num_experts
-        block = next((int(part) for part in name.split(".") if part.isdigit()), number)
+        block = next((int(part) for part in name.split(".") if part.isdecimal() and len(part) < 10), number)
         if not skeleton.top_k <= count <= MAX_EXPERTS:
             raise ModelError(f"{checkpoint.folder}: {count} experts, {skeleton.top_k} of them per token")
         own = tuple(weights[f"{name}.{weight}"] for weight in skeleton.streamed(name))

@@ -11,9 +11,9 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-import psutil
 import torch
 
+from flashmoe.common.memory import machine_memory
 from flashmoe.errors import LibraryError, UsageError
 
 Regions = Sequence[tuple[int, int]]  # address and bytes of each
@@ -76,7 +76,7 @@ class HostDevice:
         self.copied_bytes, self.copy_seconds = 0, 0.0
 
     def free_bytes(self) -> int:
-        return int(psutil.virtual_memory().available)
+        return machine_memory()[1]
 
     def phase(self, address: int) -> int:
         return address % 64  # kernels for the CPU round by it

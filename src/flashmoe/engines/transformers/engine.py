@@ -38,6 +38,7 @@ class TransformersEngine:
     """
 
     has_server = False
+    no_text = ""
     kernels = kernels_hint = ""
     pooling, n_embd = "none", 0  # it makes no embeddings
 

@@ -20,8 +20,8 @@ from typing import Any
 
 from flashmoe.common.files import make_socket_folder
 from flashmoe.common.text import printable
+from flashmoe.engines.llamacpp.counts import Evaluated
 from flashmoe.engines.llamacpp.engine import LlamaEngine
-from flashmoe.engines.llamacpp.hook import Evaluated
 from flashmoe.engines.llamacpp.serving.borrow import lend
 from flashmoe.engines.llamacpp.serving.options import ServerOptions
 from flashmoe.engines.llamacpp.stack import BYTES_PER_CHARACTER, check_threads, raise_thread_stacks
@@ -63,8 +63,9 @@ class InnerServer:
         self._requests: dict[threading.Thread, threading.Event] = {}  # under way, and what cancels them
         #: What clients of the socket must send as their key.
         self.key = secrets.token_urlsafe(32)
-        folder = make_socket_folder(_SOCKET)
-        path = str(folder / _SOCKET)
+        folder = self._folder = make_socket_folder(_SOCKET)
+        #: The path of its socket, for this process.
+        self.socket = path = str(folder / _SOCKET)
         raise_thread_stacks()
         try:
             check_threads(engine.threads + engine.sequences + _THREADS + _LOOPS)
@@ -82,11 +83,12 @@ class InnerServer:
             )
         except BaseException:
             engine.unserve()
+            self._remove_folder()
             raise
-        finally:  # clients come through the descriptor: a process that is killed leaves nothing behind
-            shutil.rmtree(folder, ignore_errors=True)
-        #: The path of its socket, for this process.
-        self.socket = f"/proc/self/fd/{self._socket}"
+        if _connects(descriptor := f"/proc/self/fd/{self._socket}"):
+            # clients come through it: a process that is killed leaves nothing behind
+            self.socket = descriptor
+            self._remove_folder()
         engine.rewind(0)
         # its loop forgets an end that comes before it has begun: have it answer something first
         self.ask("GET", "/slots")
@@ -210,6 +212,20 @@ class InnerServer:
         self._give_back()
         self._engine.unserve()
         os.close(self._socket)
+        self._remove_folder()
+
+    def _remove_folder(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _connects(path: str) -> bool:
+    """Whether a Unix socket is there: without /proc, and in some sandboxes, not by its descriptor."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        try:
+            client.connect(path)
+        except OSError:
+            return False
+    return True
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -228,7 +244,7 @@ def _start(engine: LlamaEngine, params: Any) -> Any:
     """The library's Server; what it evaluates while it starts is no graph of a request."""
     import xllamacpp
 
-    engine.library.messages.clear()
+    engine.library.listen()
     with engine.ignoring():
         try:
             return xllamacpp.Server(params)
