@@ -3,7 +3,7 @@
 # As root, on Debian for x86-64: bash scripts/arm.sh FOLDER     (3 GB; what is in it is kept for the next run)
 #
 # It installs FlashMoE's wheel with its dependencies, from PyPI's wheels for aarch64, into a virtual environment there,
-# and runs `flashmoe doctor`, the demo, the tests of reads, and the exactness tests of three architectures.
+# and runs the self-test, `flashmoe doctor`, the demo, the tests of reads, and the exactness tests of three architectures.
 # Speed, memory bandwidth and the drive cannot be shown in this way: qemu translates every instruction.
 set -euo pipefail
 root=$(realpath -m "${1:?usage: arm.sh FOLDER}") source=$(cd "$(dirname "$0")/.." && pwd)
@@ -42,6 +42,9 @@ cp -r "$source/tests" "$source/pyproject.toml" "$root/flashmoe/"
 run() { echo "\$ $*"; inside "$@"; }
 cd /
 run uname -m
+# what it compiles is kept: in an emulator that takes longer than the self-test may that other commands start
+run python -m flashmoe.tools.self_test \
+    "$(inside python -c 'from flashmoe.engines.llamacpp.library import find_library; print(find_library())')"
 run flashmoe doctor
 run flashmoe run demo --cache 25% --temp 0 -n 32 --chat -p "What is a mixture of experts?"
 run sh -c 'cd /flashmoe && exec python -m pytest -o timeout=3000 tests/storage tests/engines \

@@ -17,7 +17,7 @@ Make = Callable[..., Path]
 #: What a module of kernels has to have, and does when it is loaded.
 MODULE = """
 #include <signal.h>
-#include <stddef.h>
+#include <stdlib.h>
 void *ggml_backend_init(void) {{ {body} return NULL; }}
 """
 TREE = """

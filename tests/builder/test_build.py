@@ -10,16 +10,18 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from flashmoe.engines.llamacpp import kernels, library
 from flashmoe.engines.llamacpp.kernels import BUILT_IN, Choice
+from flashmoe.engines.llamacpp.tested import Proof
 from flashmoe.errors import FlashMoEError
 from flashmoe.tools.kernels import build as module
 from flashmoe.tools.kernels.toolchain import find_toolchain
-from flashmoe.tools.kernels.trial import score
+from flashmoe.tools.kernels.trial import Trial, score
 from tests.builder.conftest import Make
 from tests.cli.runner import COMMAND, flashmoe
 from tests.cli.test_json import check as check_names
@@ -45,6 +47,7 @@ def test_kernels_that_die_are_named_and_not_kept(home: Path, source: Make, compi
             "fast": (9, "raise(SIGILL);"),
             "none": (0, "raise(SIGSEGV);"),
             "middle": (5, "raise(SIGSEGV);"),
+            "leaves": (3, "exit(0);"),
         }
     )
     done = flashmoe("engine", "build", archive, "--json", "-")
@@ -53,9 +56,13 @@ def test_kernels_that_die_are_named_and_not_kept(home: Path, source: Make, compi
     check_names(report)
     assert report["compiler"]
     tried = [(trial["name"], trial["plain"], trial["failure"]) for trial in report["tried"]]
-    assert tried[:2] == [("fast", False, "ended by SIGILL"), ("middle", False, "ended by SIGSEGV")]
-    assert tried[2][:2] == ("slow", False)  # ggml gets no backend of it
-    assert "not a module that this llama.cpp can use" in tried[2][2]
+    assert tried[:3] == [
+        ("fast", False, "ended by SIGILL"),
+        ("middle", False, "ended by SIGSEGV"),
+        ("leaves", False, "ended before its time"),
+    ]
+    assert tried[3][:2] == ("slow", False)  # ggml gets no backend of it
+    assert "not a module that this llama.cpp can use" in tried[3][2]
     assert "fast does not work here (ended by SIGILL)" in done.err
     assert report["in_use"] == BUILT_IN
     assert kernels.choice() == Choice(BUILT_IN, chosen=True)
@@ -172,8 +179,71 @@ def test_files_that_are_no_modules(home: Path, tmp_path: Path, lib: library.Libr
     assert "has no kernels that this processor can run" in flashmoe("engine", "add", file).message
     archive = shutil.make_archive(str(tmp_path / "package"), "gztar", tmp_path, file.name)
     assert "has no kernels that this processor can run" in flashmoe("engine", "add", archive).message
-    Path(archive).write_bytes(Path(archive).read_bytes()[:-30])
-    assert "cannot be unpacked" in flashmoe("engine", "add", archive).message
+    file.write_text(" ".join(map(str, range(1 << 16))))
+    whole = Path(shutil.make_archive(str(tmp_path / "package"), "gztar", tmp_path, file.name)).read_bytes()
+    for damaged in (whole[:-30], whole[: len(whole) // 2] + bytes(9) + whole[len(whole) // 2 + 9 :]):
+        Path(archive).write_bytes(damaged)
+        assert "cannot be unpacked" in flashmoe("engine", "add", archive).message
+    assert left(home) == []
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "used"),
+    [
+        (1.5, None, "new"),
+        (1.02, None, BUILT_IN),
+        (1.5, 1.2, "new"),
+        (1.2, 1.5, "old"),
+        (1.02, 1.01, BUILT_IN),
+    ],
+)
+def test_the_fastest_are_used(
+    new: float, old: float | None, used: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those that are there, those that are new, and the built-in ones, whichever was measured last."""
+
+    def made(name: str) -> Path:
+        module_file = home / f".part-{name}" / f"libggml-cpu-{name}.so"
+        module_file.parent.mkdir(parents=True)
+        module_file.touch()
+        return module_file
+
+    def timed(_: Path, trials: list[Trial]) -> list[Trial]:
+        ratios = {"new": new, "old": old or 0.0}
+        return [replace(t, decode_ratio=ratios[t.name], prompt_ratio=ratios[t.name]) for t in trials]
+
+    if old:
+        path = made("old")
+        facts = {"source": "a test", "decode_ratio": old, "prompt_ratio": old}
+        kernels.keep(path.parent, path.name, {"name": "old", **facts})
+        kernels.use("old")
+    works = Proof(True, True)
+    monkeypatch.setattr(module, "prove", lambda *_: works)
+    monkeypatch.setattr(module, "self_test", lambda *_: works)
+    monkeypatch.setattr(module, "timed", timed)
+    result = module._keep_fastest(tmp_path, [made("new")], "a test", "", lambda *_: None)
+    assert kernels.choice() == Choice(used, chosen=True)
+    assert (result.in_use.name if result.in_use else BUILT_IN) == used
+    assert [trial.name for trial in result.tried] == ["new"]
+    assert result.sentence().startswith("new in use" if used == "new" else f"the {used} kernels stay in use")
+
+
+def test_names_that_mean_something_else(home: Path, tmp_path: Path) -> None:
+    for name in ("built-in", ".hidden", "a b"):
+        file = tmp_path / f"libggml-cpu-{name}.so"
+        file.write_bytes(b"no module")
+        assert "is called libggml-cpu-NAME.so" in flashmoe("engine", "add", file).message
+    assert left(home) == []
+
+
+def test_files_that_do_not_work_decide_nothing(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "score", lambda _: 1)
+    monkeypatch.setattr(module, "prove", lambda *_: Proof(False, False, "ended by SIGILL"))
+    file = tmp_path / "libggml-cpu-x.so"
+    file.touch()
+    assert "x does not work (ended by SIGILL)" in flashmoe("engine", "add", file).message
     assert left(home) == []
 
 
@@ -188,6 +258,12 @@ def test_a_crash_gives_no_score(tmp_path: Path, compiler: None) -> None:
         ("good", "int ggml_backend_score(void) { return 7; }", 7),
         ("none", "int x;", 1),
         ("dies", "int ggml_backend_score(void) { return *(volatile int *)0; }", 0),
+        ("leaves", "#include <stdlib.h>\nint ggml_backend_score(void) { exit(0); }", 0),
+        (
+            "says",
+            '#include <stdio.h>\nint ggml_backend_score(void) { puts("hello"); fflush(stdout); return 5; }',
+            5,
+        ),
     ):
         (tmp_path / f"{name}.c").write_text(code)
         made = tmp_path / f"{name}.so"

@@ -18,13 +18,15 @@ from flashmoe.errors import FlashMoEWarning, LibraryError, UsageError
 from tests.cli.runner import flashmoe
 from tests.cli.test_json import check as check_names
 
+FACTS = {"source": "a test", "repacks": True, "decode_ratio": 1.5, "prompt_ratio": 1.25}
+
 
 def put(home: Path, name: str, content: bytes = b"no module") -> kernels.Kernels:
     """Keep a file that is none of kernels."""
     made = home / f".part-{name}"
     made.mkdir(parents=True)
     (made / f"libggml-cpu-{name}.so").write_bytes(content)
-    return kernels.keep(made, f"libggml-cpu-{name}.so", {"name": name, "source": "a test", "repacks": True})
+    return kernels.keep(made, f"libggml-cpu-{name}.so", FACTS | {"name": name})
 
 
 def test_kept_used_and_removed(home: Path) -> None:
@@ -59,8 +61,11 @@ def test_damaged_files_count_as_not_there(content: str, home: Path) -> None:
     kernels.use("one")
     (home / "in-use.json").write_text(content)
     assert kernels.choice() == Choice()
-    (one.module.parent / "kernels.json").write_text(content)
-    assert kernels.kept() == []
+    facts = one.module.parent / "kernels.json"
+    for damaged in (content, json.dumps({**one.facts, "decode_ratio": content})):
+        facts.write_text(damaged)
+        assert kernels.kept() == []
+        assert flashmoe("engine", "list").status == 0
 
 
 def test_a_module_outside_of_its_folder_is_not_used(home: Path) -> None:

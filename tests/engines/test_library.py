@@ -20,7 +20,7 @@ from flashmoe.engines.llamacpp.facts import differences
 from flashmoe.engines.llamacpp.library import ENVIRONMENT, Library, find_library
 from flashmoe.engines.llamacpp.tested import Proof, prove, self_test
 from flashmoe.errors import FlashMoEWarning, LibraryError
-from flashmoe.runtime.layout import PLAIN
+from flashmoe.runtime.layout import PLAIN, REPACKED
 from flashmoe.storage import disk, gguf
 from flashmoe.tools import self_test as module
 from tests.cli.runner import flashmoe
@@ -112,7 +112,9 @@ def test_unknown_version_of_a_known_layout_is_used_with_a_warning(
     path.symlink_to(lib.path)
     monkeypatch.setenv(ENVIRONMENT, str(path))
     monkeypatch.setattr(
-        subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, "", "")
+        subprocess,
+        "run",
+        lambda command, **_: subprocess.CompletedProcess(command, 0, "plain\nrepacked\n", ""),
     )
     with pytest.warns(
         FlashMoEWarning, match=r"llama\.cpp .*\(ggml .*\) is not a build that FlashMoE knows, but"
@@ -218,7 +220,7 @@ def test_damaged_notes_mean_not_tested(
 
     def child(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         asked.append(command)
-        return subprocess.CompletedProcess(command, 0, "", "")
+        return subprocess.CompletedProcess(command, 0, "plain\nrepacked\n", "")
 
     monkeypatch.setattr(subprocess, "run", child)
     self_test(lib.path)
@@ -288,7 +290,7 @@ def test_another_processor_means_not_tested(
 
     def child(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         asked.append(command)
-        return subprocess.CompletedProcess(command, 0, "", "")
+        return subprocess.CompletedProcess(command, 0, "plain\nrepacked\n", "")
 
     monkeypatch.setattr(subprocess, "run", child)
     for instructions in ("avx2", "avx2", "avx"):
@@ -321,19 +323,34 @@ def test_probe_notices_other_logits(lib: Library, demo: Path, monkeypatch: pytes
     assert not module.compare(lib, demo, PLAIN, "12%")
 
 
+def test_kernels_with_amx_are_not_used_with_repacked_weights(
+    lib: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever else passes: no model of the self-test's has the weights that they crash on."""
+    monkeypatch.setattr(module, "compare", lambda *_: True)
+    module.run(lib, None, tmp_path)
+    assert capsys.readouterr().out.split() == [PLAIN, REPACKED]
+    monkeypatch.setattr(Library, "features", [*lib.features, "AMX_INT8"])
+    with pytest.raises(module.Failed, match="AMX"):
+        module.run(lib, None, tmp_path)
+    assert capsys.readouterr().out.split() == [PLAIN]
+
+
 @pytest.mark.parametrize(
-    ("stdout", "proof"),
+    ("status", "stdout", "proof"),
     [
-        ("", Proof(False, False, "ended by SIGILL")),
-        ("plain\n", Proof(True, False, "ended by SIGILL")),
-        ("plain\nrepacked\n", Proof(False, False, "ended by SIGILL")),
+        (-4, "", Proof(False, False, "ended by SIGILL")),
+        (-4, "plain\n", Proof(True, False, "ended by SIGILL")),
+        (-4, "plain\nrepacked\n", Proof(False, False, "ended by SIGILL")),
+        (0, "", Proof(False, False, "ended before its time")),
+        (0, "said by a module\nplain\nrepacked\n", Proof(True, True)),
     ],
 )
 def test_a_crash_counts_for_the_layout_that_it_happened_in(
-    stdout: str, proof: Proof, notes: Path, lib: Library, monkeypatch: pytest.MonkeyPatch
+    status: int, stdout: str, proof: Proof, notes: Path, lib: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, -4, stdout, "")
+        subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, status, stdout, "")
     )
     assert prove(lib.path) == proof
 

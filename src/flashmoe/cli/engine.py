@@ -138,12 +138,11 @@ def _report(result: Result, json_file: Any) -> None:
     """The result in a line, and as JSON."""
     stdout_console().print(result.sentence(), soft_wrap=True)
     if json_file:
-        kept = result.kept
         json_file.write(
             {
                 "compiler": result.compiler,
                 "tried": [_as_dict(trial) for trial in result.tried],
-                "in_use": kept.name if kept else "built-in",
+                "in_use": result.in_use.name if result.in_use else "built-in",
             }
         )
 

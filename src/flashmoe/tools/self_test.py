@@ -40,6 +40,7 @@ _PART = "60%"  # of the mixed model's experts: its layers share no slots, and fo
 # Between kernels logits differ by their rounding, up to a token whose experts change by that; between a module of
 # another numbering of operations and the right results there is no likeness
 _LIKE = 0.1
+_AMX = "AMX_INT8"  # as ggml names it
 
 
 class Failed(FlashMoEError):
@@ -77,6 +78,10 @@ def run(lib: Library, module: Path | None, mixed: Path) -> None:
         if not compare(lib, path, PLAIN, part):
             raise Failed("logits differ from the stock engine's")
     print(PLAIN, flush=True)
+    if _AMX in lib.features:
+        # of repacked weights they take the dense ones; seen: an abort as a DeepSeek model loads, SIGILL on a virtual
+        # machine, and neither with the models of this test
+        raise Failed("llama.cpp's AMX kernels crash on some models")
     if not repacks_slice_by_slice(lib):
         raise Failed("an expert alone is repacked in another way than all together")
     if not compare(lib, mixed, REPACKED, _PART):

@@ -68,7 +68,10 @@ def kept() -> list[Kernels]:
     found = []
     for path in sorted(folder().glob(f"[!.]*/{_FACTS}")):
         with suppress(OSError, ValueError, KeyError, TypeError):
-            facts = json.loads(path.read_text())
+            facts = dict(json.loads(path.read_text()))
+            for name in ("decode_ratio", "prompt_ratio"):
+                facts[name] = float(facts[name])
+            facts["source"] = str(facts["source"])
             kernels = Kernels(str(facts["name"]), path.parent / Path(facts["module"]).name, facts)
             if kernels.module.is_file():
                 found.append(kernels)

@@ -27,7 +27,8 @@ _log = logging.getLogger(__name__)
 
 _TIMEOUT = 600  # seconds: on a small processor what is compiled before it takes minutes
 NOT_TESTED = 75  # its exit status where it could not be run; EX_TEMPFAIL of sysexits.h
-_VERSION = 5  # of the self-test: a library that has passed an earlier one is tested again
+_VERSION = 6  # of the self-test: a library that has passed an earlier one is tested again
+_NO_PROCESS = "its process cannot be started"
 #: What the self-test prints when a layout has passed, in this order.
 PLAIN, REPACKED = "plain", "repacked"
 
@@ -59,12 +60,11 @@ def prove(library: Path, module: Path | None = None) -> Proof:
         failure = "no answer"
         passed = (error.stdout or b"").decode().split()
     except OSError as error:  # no more processes, or no memory for one
-        return Proof(False, False, f"its process cannot be started: {error.strerror}")
-    if not failure:
+        return Proof(False, False, f"{_NO_PROCESS}: {error.strerror}")
+    if not failure and passed[-2:] == [PLAIN, REPACKED]:
         return Proof(True, True)
-    return Proof(
-        passed == [PLAIN], False, failure
-    )  # what has passed all and crashes at the end is not fit either
+    # what has passed all and crashes at the end is not fit either, nor what ends the process by itself before
+    return Proof(passed[-1:] == [PLAIN], False, failure or "ended before its time")
 
 
 def ended_by(status: int, stderr: str) -> str:
@@ -80,6 +80,11 @@ def ended_by(status: int, stderr: str) -> str:
         return f"ended by signal {-status}"
 
 
+def _for_want_of_memory(failure: str) -> bool:
+    """Whether a child has failed for a reason that may pass: the system had no room for it, or has killed it."""
+    return failure.startswith(_NO_PROCESS) or failure == ended_by(-signal.SIGKILL, "")
+
+
 def self_test(library: Path, module: Path | None = None) -> Proof:
     """The same, unless these files have been tested before. Raises LibraryError where not even `plain` works, or where
     they cannot be tested."""
@@ -91,7 +96,7 @@ def self_test(library: Path, module: Path | None = None) -> Proof:
         proof = prove(library, module)
         # a library that fails is tested again at the next start, when it may have been mended; a module is not
         # the library's fault, and would cost every start some seconds
-        if proof.plain or module:
+        if proof.plain or (module and not _for_want_of_memory(proof.failure)):
             notes.write(proof)
         if proof.plain and not proof.repacked:
             warnings.warn(

@@ -6,6 +6,7 @@ All that is made lies in a folder that is removed at the end, whatever that is; 
 from __future__ import annotations
 
 import fcntl
+import re
 import shutil
 import tarfile
 import tempfile
@@ -20,7 +21,7 @@ from flashmoe.engines.llamacpp.library import find_library, is_of_wheel, kernels
 from flashmoe.engines.llamacpp.tested import forget, prove, self_test
 from flashmoe.errors import FlashMoEError, LibraryError, UsageError
 from flashmoe.tools.kernels.compile import Tree
-from flashmoe.tools.kernels.source import fetch, unpack
+from flashmoe.tools.kernels.source import DAMAGED, fetch, read_to_end, unpack
 from flashmoe.tools.kernels.toolchain import find_toolchain
 from flashmoe.tools.kernels.trial import Trial, score, timed
 
@@ -29,16 +30,18 @@ Progress = Callable[[str, int, int], None]
 
 _MOST_TRIED = 4  # variants: the first that works whole is the last
 _FASTER = 1.03  # times the built-in kernels: less is not worth a module
+_NAME = re.compile(rf"(?!{kernels.BUILT_IN}$)\w[\w.+-]*", re.ASCII)
 _MODULES = "libggml-cpu-*.so*"
 
 
 @dataclass(frozen=True)
 class Result:
-    """What was tried, and what came of it. kept: the fastest, None where the built-in kernels are."""
+    """What was tried, and what came of it. in_use: the fastest, None where the built-in kernels are; new: made now."""
 
     compiler: str
     tried: list[Trial]
-    kept: Kernels | None
+    in_use: Kernels | None
+    new: bool
 
     def sentence(self) -> str:
         """The result in a line."""
@@ -49,14 +52,15 @@ class Result:
             if x.proof.plain and not x.proof.repacked
         ]
         notes = "".join(f"; {note}" for note in failed + partly)
-        if self.kept:
-            speed = self.kept.facts
+        if self.in_use and self.new:
+            speed = self.in_use.facts
             return (
-                f"{self.kept.name} in use from now on: {speed['decode_ratio']:.2f}x in decoding, "
+                f"{self.in_use.name} in use from now on: {speed['decode_ratio']:.2f}x in decoding, "
                 f"{speed['prompt_ratio']:.2f}x in prompts{notes}"
             )
-        slower = [f"{x.name} {x.ratio:.2f}x" for x in self.tried if x.proof.plain]
-        return f"the built-in kernels stay in use: {', '.join(slower) or 'none of the others works'}{notes}"
+        name = self.in_use.name if self.in_use else "built-in"
+        speeds = [f"{x.name} {x.ratio:.2f}x" for x in self.tried if x.proof.plain]
+        return f"the {name} kernels stay in use: {', '.join(speeds) or 'none of the others works'}{notes}"
 
 
 def build(archive: Path | None, progress: Progress) -> Result:
@@ -90,11 +94,12 @@ def add(file: Path, progress: Progress) -> Result:
         raise UsageError(f"{file}: no such file")
     with _workshop() as shop:
         modules = _unpacked(file, shop) if tarfile.is_tarfile(file) else _copied(file, shop)
-        scores = {module: score(module) for module in modules}
-        fitting = sorted((module for module in modules if scores[module]), key=lambda module: -scores[module])
+        scores = {module: score(module) for module in modules if _NAME.fullmatch(kernels_name(module))}
+        fitting = sorted((module for module in scores if scores[module]), key=lambda module: -scores[module])
         if not fitting:
             raise LibraryError(
-                f"{file}: has no kernels that this processor can run, or not all that they need"
+                f"{file}: has no kernels that this processor can run, or not all that they need; "
+                "a module's file is called libggml-cpu-NAME.so"
             )
         result = _keep_fastest(library, iter(fitting), file.name, "", progress)
     if not any(trial.proof.plain for trial in result.tried):
@@ -130,7 +135,8 @@ def _wheel() -> Path:
 def _keep_fastest(
     library: Path, modules: Iterable[Path], source: str, compiler: str, progress: Progress
 ) -> Result:
-    """Try modules, the most promising first, until one works whole; keep and use the fastest of those that work."""
+    """Try modules, the most promising first, until one works whole. The fastest of those that work is kept and used,
+    if it is faster than the built-in kernels and than those in use, which run in turns with it."""
     trials: list[Trial] = []
     for module in modules:
         name = kernels_name(module)
@@ -138,12 +144,21 @@ def _keep_fastest(
         trials.append(Trial(name, module, prove(library, module)))
         if trials[-1].proof.repacked or len(trials) == _MOST_TRIED:
             break
+    tried, before = len(trials), kernels.in_use()
+    if before:
+        trials.append(Trial(before.name, before.module, prove(library, before.module)))
     progress("time", 0, 1)
     trials = timed(library, trials)
-    best = max((x for x in trials if x.proof.plain), key=lambda x: x.ratio, default=None)
-    if best is None or best.ratio < _FASTER:
-        kernels.use(kernels.BUILT_IN)
-        return Result(compiler, trials, None)
+    working = [x for x in trials if x.proof.plain and x.ratio >= _FASTER]
+    best = max(working, key=lambda x: x.ratio, default=None)
+    if best is None:
+        if compiler or any(
+            x.proof.plain for x in trials
+        ):  # files from elsewhere that do not work decide nothing
+            kernels.use(kernels.BUILT_IN)
+        return Result(compiler, trials[:tried], None, new=False)
+    if before and best.module == before.module:
+        return Result(compiler, trials[:tried], before, new=False)
     facts = {
         "name": best.name,
         "source": source,
@@ -155,7 +170,7 @@ def _keep_fastest(
     kept = kernels.keep(best.module.parent, best.module.name, facts)
     kernels.use(kept.name)
     self_test(library, kept.module)  # notes that it has passed, so that the first start does not wait for it
-    return Result(compiler, trials, kept)
+    return Result(compiler, trials[:tried], kept, new=True)
 
 
 @contextmanager
@@ -202,7 +217,8 @@ def _unpacked(archive: Path, shop: Path) -> list[Path]:
                     assert content
                     with open(place / name.name, "wb") as out:
                         shutil.copyfileobj(content, out)
-    except (EOFError, tarfile.TarError) as error:
+            read_to_end(tar)
+    except DAMAGED as error:
         raise FlashMoEError(f"{archive}: cannot be unpacked ({error}); fetch it again") from None
     modules = []
     for number, path in enumerate(sorted(everything.rglob(_MODULES))):

@@ -17,6 +17,7 @@ import tarfile
 import urllib.error
 import urllib.parse
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -31,6 +32,8 @@ _ACCEPT = "application/vnd.pypi.simple.v1+json, text/html;q=0.1"
 _TIMEOUT = 60
 _PIECE = 1 << 20
 _MOST = 1 << 30  # bytes unpacked
+#: Raised where an archive cannot be read to its end.
+DAMAGED = (OSError, EOFError, zlib.error, tarfile.TarError)
 _GGML = "/thirdparty/llama.cpp/ggml/"
 
 Progress = Callable[[str, int, int], None]
@@ -80,10 +83,11 @@ def unpack(archive: Path, version: str, folder: Path) -> Path:
                     members.append(member)
                 if size > _MOST:
                     raise FlashMoEError(f"{archive}: too large for a source archive")
+            read_to_end(tar)
             for member in members:
                 member.mode = 0o755 if member.isdir() else 0o644
                 tar.extract(member, folder, set_attrs=False)
-    except (OSError, EOFError, tarfile.TarError) as error:
+    except DAMAGED as error:
         raise FlashMoEError(
             f"{archive}: cannot be unpacked ({error}); fetch {archive_name(version)} again"
         ) from None
@@ -94,6 +98,12 @@ def unpack(archive: Path, version: str, folder: Path) -> Path:
         )
     (ggml / "ggml.pc.in").touch()  # CMake asks for it, and the archive lacks it
     return ggml
+
+
+def read_to_end(tar: tarfile.TarFile) -> None:
+    """Read what follows the last member: only there is an archive compared with its checksum. Raises DAMAGED."""
+    while tar.fileobj and tar.fileobj.read(_PIECE):
+        pass
 
 
 def _pip_settings() -> dict[str, str]:

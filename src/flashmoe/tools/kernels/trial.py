@@ -17,7 +17,8 @@ from flashmoe.common.children import module_command
 from flashmoe.common.machine import cores
 from flashmoe.engines.llamacpp.library import open_library
 from flashmoe.engines.llamacpp.speed import expert_rates
-from flashmoe.engines.llamacpp.tested import Proof, ended_by
+from flashmoe.engines.llamacpp.tested import Proof, ended_by, self_test
+from flashmoe.errors import FlashMoEError
 
 _SCORE = (
     "import ctypes, sys; module = ctypes.CDLL(sys.argv[1]); "
@@ -49,24 +50,37 @@ class Trial:
 def score(module: Path) -> int:
     """What ggml thinks of a module on this processor: more is better; 0 for one that does not run here."""
     command = [sys.executable, "-I", "-c", _SCORE, str(module)]
-    child = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
-    return int(child.stdout) if child.returncode == 0 else 0
+    try:
+        child = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT)
+        return int(_last_line(child.stdout)) if child.returncode == 0 else 0
+    except (subprocess.TimeoutExpired, ValueError):  # it hangs, or ends the process by itself
+        return 0
+
+
+def _last_line(text: str) -> str:
+    """What a child has to say, after what a module says when it is loaded."""
+    return (text.splitlines() or [""])[-1]
 
 
 def timed(library: Path, trials: Sequence[Trial]) -> list[Trial]:
-    """The trials with their speeds; one that crashes meanwhile does not work."""
+    """The trials with their speeds; one that crashes meanwhile does not work.
+
+    Raises FlashMoEError where the library's own kernels cannot be timed.
+    """
     if not any(trial.proof.plain for trial in trials):
         return list(trials)
+    own_repacked = self_test(library).repacked
     rates: dict[Path | None, list[dict[str, float]]] = {}
     failures: dict[Path, str] = {}
     for _ in range(_TURNS):
         for module, repack in [
-            (None, True),
+            (None, own_repacked),
             *((x.module, x.proof.repacked) for x in trials if x.proof.plain),
         ]:
             measured = _measure(library, module, repack)
             if isinstance(measured, str):
-                assert module, measured  # the library's own kernels have passed their self-test
+                if module is None:
+                    raise FlashMoEError(f"the library's own kernels cannot be timed ({measured}); try again")
                 failures[module] = measured
             else:
                 rates.setdefault(module, []).append(measured)
@@ -97,12 +111,15 @@ def _measure(library: Path, module: Path | None, repack: bool) -> dict[str, floa
     given = [str(library), *([str(module)] if module else []), *([] if repack else ["plain"])]
     command = module_command("flashmoe.tools.kernels.trial", *given)
     try:
-        child = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT)
+        child = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT)
     except subprocess.TimeoutExpired:
         return "no answer"
     if child.returncode:
         return ended_by(child.returncode, child.stderr)
-    found: dict[str, float] = json.loads(child.stdout)
+    try:
+        found: dict[str, float] = json.loads(_last_line(child.stdout))
+    except ValueError:
+        return "ended before its time"
     return found
 
 
