@@ -65,7 +65,8 @@ FLAGSHIPS: dict[str, Flagship] = {
         | {
             "full_attention_interval": 4, "attention.compress_ratios": [4] * 48, "ssm.inner_size": 4096,
             "ssm.state_size": 128, "ssm.time_step_rank": 32, "ssm.group_count": 16,
-            "rope.dimension_sections": [11, 11, 10, 0], "expert_shared_feed_forward_length": 512,
+            "rope.dimension_sections": [11, 11, 10, 0], "rope.dimension_count": 64,
+            "expert_shared_feed_forward_length": 512,
             "attention.indexer.key_length": 128, "embedding_length_per_layer_input": 256,
             "hyper_connection.low_rank": 64, "ple.heads_per_ngram": 4,
             "ple.head_offsets": [U64(head * HASH_ROWS) for head in range(8)],
