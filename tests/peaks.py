@@ -29,6 +29,7 @@ import json, sys
 import numpy as np
 import flashmoe
 from flashmoe.common.memory import status_bytes
+from flashmoe.storage.addresses import commit
 
 model, ram, n_prompt, n_decode, step = sys.argv[1], *map(int, sys.argv[2:])
 with flashmoe.load(model, ram=ram, n_ctx=512 if model == "demo" else 2048, n_ubatch=step or None) as loaded:
@@ -40,7 +41,8 @@ with flashmoe.load(model, ram=ram, n_ctx=512 if model == "demo" else 2048, n_uba
 
     loaded.engine.override_routing(pick)
     decoder, tokens = loaded.decoder, draw.integers(0, 500, n_prompt).tolist()
-    loaded.cache.pool._prefault.join()
+    for region in loaded.cache.pool.regions:  # at once: in the background it takes its time
+        commit(*region)
     decoder.rewind()
     for at in range(0, n_prompt, loaded.engine.n_ubatch):
         decoder.evaluate(tokens[at : at + loaded.engine.n_ubatch], decode=False)

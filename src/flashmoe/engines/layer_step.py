@@ -73,8 +73,8 @@ class LayerStep:
         """Compiled code has served a layer: see to what was prefetched for it and is to be for the next."""
         assert self.cache is not None
         self.cache.served(layer)
-        if self._asked is not None:
-            self._asked.read_ahead(layer)
+        if (asked := self._asked) is not None:
+            self._ask(lambda: asked.read_ahead(layer))
 
     def begin(self, tokens: Sequence[int]) -> None:
         """A graph of `tokens` begins, ids or -1 where only their number is known."""
