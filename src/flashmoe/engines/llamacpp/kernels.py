@@ -25,7 +25,7 @@ from flashmoe.engines.llamacpp.library import BUILT_IN, Library, is_of_wheel
 from flashmoe.errors import UsageError
 
 _FACTS, _IN_USE = "kernels.json", "in-use.json"
-_WORTH = {("AVX2", "AVX-512"): "about 1.5x"}  # measured: docs/engines.md
+_WORTH = {("AVX2", "AVX-512"): "up to 1.5x"}  # measured: docs/engines.md
 
 
 @dataclass(frozen=True)
