@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes as C
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from flashmoe.prefetch.gate import Gate, Router
 from flashmoe.prefetch.gate_kernels import products
 
 EXPERTS, WIDTH, TOP_K = 16, 40, 3
+CALL4, CALL5 = C.CFUNCTYPE(C.c_int64, *[C.c_int64] * 4), C.CFUNCTYPE(C.c_int64, *[C.c_int64] * 5)
 
 
 def stored(values: NDArray[Any], kind: type) -> tuple[NDArray[Any], NDArray[np.float32]]:
@@ -137,3 +139,31 @@ def test_a_prompt_shows_who_is_picked_most() -> None:
     order = np.argsort(-made.state()["picked"][1], kind="stable")
     assert order[:2].tolist() == [1, 2]
     assert set(order[:6].tolist()) == {1, 2, 3, 4, 5, 6}
+
+
+def test_called_by_compiled_code_it_says_the_same() -> None:
+    """From the address of a hidden state, and learning from ids at an address."""
+    draw = np.random.default_rng(3)
+    weights = draw.standard_normal((EXPERTS, WIDTH)).astype(np.float32)
+    ones, others = gate(weights), gate(weights)
+    entry = others.compiled()
+    assert entry is not None
+    observe, predict = CALL5(entry.observe), CALL4(entry.predict)
+    out = np.zeros((2, EXPERTS), np.float32)
+    for _ in range(20):
+        hidden = draw.standard_normal(WIDTH).astype(np.float32)
+        for made in (ones, others):
+            made.begin_step(0)
+        for layer in range(2):
+            ids = draw.permutation(EXPERTS)[:TOP_K].astype(np.int32)
+            ones.see(layer, hidden)
+            ones.observe(layer, ids)
+            observe(entry.state, layer, ids.ctypes.data, TOP_K, hidden.ctypes.data)
+            if layer == 0:
+                ones.predict(0, 1, out[0])
+                predict(entry.state, 0, 1, out[1].ctypes.data)
+                assert out[0].any()
+                assert np.array_equal(out[0], out[1])
+    fits = [made.state()["fit"] for made in (ones, others)]
+    assert np.array_equal(*fits)
+    assert (fits[0][1] != fits[0][0]).any()
