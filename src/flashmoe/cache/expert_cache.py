@@ -131,7 +131,7 @@ class ExpertCache:
 
     def _adjust(self) -> None:
         """Have as many slots in use as are wanted; while none is used."""
-        if self._wanted is None or self.reader.hangs:  # late bytes would come upon experts that have moved
+        if self.reader.hangs:  # late bytes would come upon experts that have moved
             return
         wanted, self._wanted = self._wanted, None
         if wanted is None or wanted == self.elastic.slots:

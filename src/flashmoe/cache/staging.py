@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flashmoe.cache.pool import SlotPool
-from flashmoe.cache.residency import Residency, centre
+from flashmoe.cache.residency import Residency, middle
 from flashmoe.storage.reader import ExpertReader, Ticket
 
 _log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class Staging:
         """
         experts = [expert for expert in experts if expert < self._pool.n_experts[layer]]
         staged = self._staged[layer]
-        near = centre(self._residency, layer) if experts else 0
+        near = middle(self._residency, layer) if experts else 0
         for expert in [e for e, entry in staged.items() if e not in experts and not entry.started]:
             self._cancel(layer, expert)
         for expert in experts:
@@ -128,7 +128,7 @@ class Staging:
 
         layer: that they lie best for, where there is a choice.
         """
-        near = centre(self._residency, layer)
+        near = middle(self._residency, layer)
         return [self._claim(group, near) for _ in range(n)]
 
     def served(self, layer: int) -> None:

@@ -61,7 +61,7 @@ def memory_left() -> int:
     Page cache is free: the system gives it back.
     """
     left = [limit - used for limit, used in _group_limits()]
-    return max(0, min(machine_memory()[1], *left, machine_memory()[0]))
+    return max(0, min(*machine_memory(), *left))
 
 
 def stalled_seconds() -> float:

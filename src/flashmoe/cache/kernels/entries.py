@@ -24,7 +24,7 @@ from flashmoe.cache.kernels import rules
 from flashmoe.cache.kernels.loops import access_each_loop, access_loop, rank_loop, release_loop, window_loop
 from flashmoe.cache.kernels.replay import replay_loop
 from flashmoe.cache.kernels.rules import RULES, begin_rule, ignore_begin, ignore_eviction
-from flashmoe.cache.kernels.slots import allocating, evictable, lean, lowest
+from flashmoe.cache.kernels.slots import LEAN, allocating, evictable, lean, lowest
 from flashmoe.common.compiled import layout, pinned
 from flashmoe.common.kept import kept, source
 
@@ -91,7 +91,7 @@ def compiled(
     def entry(loop):
         """A loop, compiled for this state: called from a function of its own, it would be optimised twice."""
         own = FunctionType(loop.__code__, loop.__globals__)
-        return keep(own, _nrt=False, no_cfunc_wrapper=True)
+        return keep(own, **LEAN)
 
     return Kernels(
         keep(access, addressed),

@@ -353,9 +353,8 @@ class RouterHook:
         assert cache is not None
         tokens, top_k = control.tokens, control.top_k
         layer = self._layer_at[control.block]
-        values = self._model.catalog.layers[
-            layer
-        ].values  # then weights come later, and nothing before the product
+        # then weights come later, and nothing before the product
+        values = self._model.catalog.layers[layer].values
         if control.inspect:
             self._inspection.rename(control.ids, layer)
         if control.done < 0:  # no compiled request: `ensure` does what is wanted
