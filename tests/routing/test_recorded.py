@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,15 @@ def record(lib: Library, demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     return call
 
 
+def last_logits(lib: Library, demo: Path, prepare: Callable[[Model], None]) -> bytes:
+    """After four tokens, decoded by a model that was prepared."""
+    with flashmoe.load(demo, cache="50%", n_ctx=64, threads=1, prefetch="none", library=lib) as model:
+        prepare(model)
+        for token in range(100, 104):
+            model.engine.decode([token])
+        return model.engine.logits().tobytes()
+
+
 def test_an_observer_that_fails_ends_nothing_but_itself(lib: Library, demo: Path) -> None:
     class Full:
         calls = 0
@@ -149,16 +158,9 @@ def test_an_observer_that_fails_ends_nothing_but_itself(lib: Library, demo: Path
             if self.calls == 5:
                 raise RuntimeError("no room left")
 
-    def logits(observer: Full | None) -> bytes:
-        with flashmoe.load(demo, cache="50%", n_ctx=64, threads=1, prefetch="none", library=lib) as model:
-            model.engine.record(observer)
-            for token in range(100, 104):
-                model.engine.decode([token])
-            return model.engine.logits().tobytes()
-
-    expected, observer = logits(None), Full()
+    expected, observer = last_logits(lib, demo, lambda model: None), Full()
     with pytest.warns(FlashMoEWarning, match="recording of the routing has ended: no room left"):
-        assert logits(observer) == expected
+        assert last_logits(lib, demo, lambda model: model.engine.record(observer)) == expected
     assert observer.calls == 5
 
 
@@ -180,18 +182,13 @@ def test_a_predictor_that_fails_ends_nothing_but_itself(lib: Library, demo: Path
         def predict(self, layer: int, target: int, out: Any) -> None:
             out[:] = 0
 
-    def logits(predictor: Predictor | None) -> bytes:
-        with flashmoe.load(demo, cache="50%", n_ctx=64, threads=1, prefetch="none", library=lib) as model:
-            if predictor:
-                model.engine.prefetch(Prefetcher([predictor], model.cache))
-            model.cache.phase = "decode"
-            for token in range(100, 104):
-                model.engine.decode([token])
-            return model.engine.logits().tobytes()
+    def predict(model: Model) -> None:
+        model.engine.prefetch(Prefetcher([predictor], model.cache))
+        model.cache.phase = "decode"
 
-    expected, predictor = logits(None), Broken()
+    expected, predictor = last_logits(lib, demo, lambda model: None), Broken()
     with pytest.warns(FlashMoEWarning, match="prefetching has ended: division by zero"):
-        assert logits(predictor) == expected
+        assert last_logits(lib, demo, predict) == expected
     assert predictor.calls == 2
 
 
