@@ -37,6 +37,8 @@ Int32 = NDArray[np.int32]
 class CopyQueue:
     """To an ExpertCache it is the reader: keeps what is asked for until `Tiers` copies it."""
 
+    hangs = False  # no copy is given up
+
     def __init__(self) -> None:
         self.demanded: list[tuple[Ticket, Copy]] = []
         self.ahead: list[tuple[Ticket, Copy]] = []
