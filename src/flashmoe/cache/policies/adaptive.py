@@ -237,7 +237,6 @@ class Adaptive(EvictionPolicy):
 
     def recall(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """See EvictionPolicy."""
-        self._members()
         self.online.recall(arrays)
 
     def limits(self) -> dict[str, Limits]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -251,9 +251,16 @@ class EvictionPolicy:
         raise NotImplementedError
 
     def recall(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Take back what `learnt` gave, before the first request. Raises PolicyError for arrays that it would never
-        give, and then changes nothing."""
+        """Go on from what `learnt` gave, at every `bind` from here on; from nothing with no arrays.
+
+        `make_state` raises PolicyError for arrays of another shape, or such as `learnt` would never give.
+        """
         raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the state takes when all of it is in use."""
+        return sum(array.nbytes for array in _arrays(self._state))
 
     def limits(self) -> dict[str, Limits]:
         """Least and largest values of the arrays of the state that are used as indices."""
@@ -261,3 +268,12 @@ class EvictionPolicy:
 
     def _changing(self) -> dict[str, NDArray[Any]]:
         return {name: value for name, value in self._state._asdict().items() if name not in self.fixed}
+
+
+def _arrays(state: Any) -> Iterator[NDArray[Any]]:
+    """Those of a (nested) state."""
+    if isinstance(state, np.ndarray):
+        yield state
+    else:
+        for part in state or ():
+            yield from _arrays(part)

@@ -265,9 +265,17 @@ class Online(EvictionPolicy):
     kernels = loops.compiled(OnlineState, record, victim)
     fixed = SCRATCH
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._recalled: Mapping[str, NDArray[Any]] = {}
+
     def make_state(self, n_layers: int, n_experts: int) -> OnlineState:
         """See EvictionPolicy."""
-        return make_state(n_layers, n_experts)
+        state = make_state(n_layers, n_experts)
+        own = {name: getattr(state, name) for name in LEARNT}
+        if self._recalled and (wrong := load_state(own, self._recalled, limits(n_experts))):
+            raise PolicyError(f"what {self.name!r} has learnt does not fit ({wrong})")
+        return state
 
     def learnt(self) -> dict[str, NDArray[np.float32]]:
         """See EvictionPolicy."""
@@ -275,9 +283,7 @@ class Online(EvictionPolicy):
 
     def recall(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """See EvictionPolicy."""
-        own = {name: getattr(self._state, name) for name in LEARNT}
-        if wrong := load_state(own, arrays, self.limits()):
-            raise PolicyError(f"what {self.name!r} has learnt does not fit ({wrong})")
+        self._recalled = arrays
 
     def limits(self) -> dict[str, Limits]:
         """See EvictionPolicy."""
