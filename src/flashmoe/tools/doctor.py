@@ -80,10 +80,12 @@ def system() -> Check:
 def cache() -> Check:
     """Where compiled code and notes are kept."""
     folder = cache_folder()
-    facts = {"folder": str(folder), "kept": cache_is_kept(), "learnt_bytes": remembered.nbytes()}
+    learnt = remembered.nbytes()
+    facts = {"folder": str(folder), "kept": cache_is_kept(), "learnt_bytes": learnt}
     if facts["kept"]:
-        learnt = f"; {format_bytes(facts['learnt_bytes'])} learnt from use (flashmoe learn MODEL --forget)"
-        text = f"compiled code and notes are kept in {folder}" + (learnt if facts["learnt_bytes"] else "")
+        text = f"compiled code and notes are kept in {folder}"
+        if learnt:
+            text += f"; {format_bytes(learnt)} learnt from use (flashmoe learn MODEL --forget)"
         return Check("cache", OK, text, facts=facts)
     return Check(
         "cache",
