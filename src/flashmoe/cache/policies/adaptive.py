@@ -249,6 +249,10 @@ class Adaptive(EvictionPolicy):
             "size": (0, n_experts),
         }
 
+    def _for_victims(self) -> AdaptiveState | AdaptivePlusState:
+        state: AdaptiveState | AdaptivePlusState = self._state
+        return state._replace(online=online.without_weights(state.online))
+
     def _consistent(self) -> bool:
         """Whether the lists of what shadow caches hold are what `shadow` says."""
         state = self._state

@@ -226,7 +226,7 @@ class EvictionPolicy:
 
     def ranking(self) -> Int32:
         """The resident experts in the order in which they would go, int32 [L, E]: the last to go first, then -1."""
-        residency, state = deepcopy((self.residency, self._state))
+        residency, state = deepcopy((self.residency, self._for_victims()))
         order = np.empty(residency.n_slots, np.int32)
         keys = order[: self.kernels.rank(state, residency, order)]
         ranked = np.full((residency.n_layers, residency.n_experts), -1, np.int32)
@@ -265,6 +265,10 @@ class EvictionPolicy:
     def limits(self) -> dict[str, Limits]:
         """Least and largest values of the arrays of the state that are used as indices."""
         return {}
+
+    def _for_victims(self) -> Any:
+        """The state, without large arrays that `victim` and `evicted` do not read."""
+        return self._state
 
     def _changing(self) -> dict[str, NDArray[Any]]:
         return {name: value for name, value in self._state._asdict().items() if name not in self.fixed}

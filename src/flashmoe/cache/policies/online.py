@@ -218,6 +218,11 @@ def inputs(n_layers: int, n_experts: int) -> tuple[int, int]:
     return decays, max(behind, 0)
 
 
+def without_weights(state: OnlineState) -> OnlineState:
+    """What `victim` reads: nearly all of the memory is weights."""
+    return state._replace(weight=np.empty((0, 0, 0, 0), np.float32))
+
+
 def make_state(n_layers: int, n_experts: int) -> OnlineState:
     """As at the start: no weights."""
     decays, behind = inputs(n_layers, n_experts)
@@ -284,6 +289,9 @@ class Online(EvictionPolicy):
     def recall(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """See EvictionPolicy."""
         self._recalled = arrays
+
+    def _for_victims(self) -> OnlineState:
+        return without_weights(self._state)
 
     def limits(self) -> dict[str, Limits]:
         """See EvictionPolicy."""
