@@ -125,6 +125,22 @@ SaveCacheSize = Annotated[
         help="Maximum disk space for conversations that --save-cache saves; 0 saves none.",
     ),
 ]
+Parallel = Annotated[
+    int,
+    typer.Option(
+        "-np",
+        "--parallel",
+        help="Number of requests to decode in parallel, each with its own context; 0 for up to 4.",
+        min=0,
+        max=64,
+    ),
+]
+Pooling = Annotated[
+    str,
+    typer.Option(
+        "--pooling", help="Pooling type for embeddings: last, mean, cls, none, or auto (the model's own)."
+    ),
+]
 Verify = Annotated[
     bool,
     typer.Option(
