@@ -132,6 +132,22 @@ NoLearn = Annotated[
         help="Neither use nor keep what was learnt about this model's experts (see flashmoe learn).",
     ),
 ]
+Parallel = Annotated[
+    int,
+    typer.Option(
+        "-np",
+        "--parallel",
+        help="Number of requests to decode in parallel, each with its own context; 0 for up to 4.",
+        min=0,
+        max=64,
+    ),
+]
+Pooling = Annotated[
+    str,
+    typer.Option(
+        "--pooling", help="Pooling type for embeddings: last, mean, cls, none, or auto (the model's own)."
+    ),
+]
 Verify = Annotated[
     bool,
     typer.Option(
