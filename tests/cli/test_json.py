@@ -100,6 +100,7 @@ def arguments(command: str, model: Path, trace: Path) -> tuple[object, ...]:
         "bench": ("bench", model, *BENCH.split()),
         "trace info": ("trace", "info", trace),
         "policies": ("policies",),
+        "learn": ("learn", model, "--forget"),
         "predictors": ("predictors",),
         "train policy": ("train", "policy", trace, "-o", written, "--epochs", 1, "--held-out", 0.2, "-t", 1),
         "train prefetch": ("train", "prefetch", trace, "-o", written, "--held-out", 0.2),
@@ -130,7 +131,7 @@ def test_a_key_that_breaks_the_rules_is_seen() -> None:
 
 
 def test_no_command_is_left_out() -> None:
-    """`serve` and `engine` have tests of their own."""
+    """`serve`, `batch` and `engine` have tests of their own."""
     root = typer.main.get_command(app)
 
     def walk(command: Any, name: str) -> Iterator[str]:
@@ -140,7 +141,7 @@ def test_no_command_is_left_out() -> None:
             yield name
 
     known = {"run", "chat", "verify", "doctor", "plan", "simulate", "bench", "trace info", "train policy",
-             "train prefetch", "serve", "policies", "predictors"}  # fmt: skip
+             "train prefetch", "serve", "batch", "policies", "predictors", "learn"}  # fmt: skip
     of_engine = {"engine list", "engine build", "engine add", "engine check"}  # tests/builder
     assert set(walk(root, "")) == known | of_engine
 
@@ -148,7 +149,7 @@ def test_no_command_is_left_out() -> None:
 @pytest.mark.parametrize(
     "command",
     ["run", "chat", "verify", "doctor", "plan", "simulate", "simulate --prefetch", "bench", "trace info",
-     "train policy", "train prefetch", "policies", "predictors"],
+     "train policy", "train prefetch", "policies", "predictors", "learn"],
 )  # fmt: skip
 def test_the_report_of(command: str, tiny: Tiny, tmp_path: Path, trace: Path) -> None:
     if command.startswith("train policy"):

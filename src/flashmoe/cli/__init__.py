@@ -11,10 +11,12 @@ import typer
 
 import flashmoe
 from flashmoe.cli import (
+    batch,
     bench,
     chat,
     doctor,
     engine,
+    learn,
     listing,
     pack,
     plan,
@@ -43,10 +45,12 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
+app.command("batch")(batch.batch)
 app.command("pack")(pack.pack)
 app.command("verify")(verify.verify)
 app.command("doctor")(doctor.doctor)
 app.command("plan")(plan.plan)
+app.command("learn")(learn.learn)
 app.command("simulate")(simulate.simulate)
 app.command("policies")(listing.policies)
 app.command("predictors")(listing.predictors)

@@ -125,6 +125,29 @@ SaveCacheSize = Annotated[
         help="Maximum disk space for conversations that --save-cache saves; 0 saves none.",
     ),
 ]
+NoLearn = Annotated[
+    bool,
+    typer.Option(
+        "--no-learn",
+        help="Neither use nor keep what was learnt about this model's experts (see flashmoe learn).",
+    ),
+]
+Parallel = Annotated[
+    int,
+    typer.Option(
+        "-np",
+        "--parallel",
+        help="Number of requests to decode in parallel, each with its own context; 0 for up to 4.",
+        min=0,
+        max=64,
+    ),
+]
+Pooling = Annotated[
+    str,
+    typer.Option(
+        "--pooling", help="Pooling type for embeddings: last, mean, cls, none, or auto (the model's own)."
+    ),
+]
 Verify = Annotated[
     bool,
     typer.Option(
@@ -174,6 +197,7 @@ class ModelOptions:
     cache_type_v: CacheTypeV = "f16"
     save_cache: SaveCache = False
     save_cache_size: SaveCacheSize = "4GiB"
+    no_learn: NoLearn = False
     verify: Verify = False
 
     def load_options(self, **more: Any) -> LoadOptions:
@@ -193,6 +217,7 @@ class ModelOptions:
             cache_type_v=self.cache_type_v,
             save_cache=self.save_cache,
             save_cache_size=self.save_cache_size,
+            learn=not self.no_learn,
             verify=self.verify,
             **more,
         )

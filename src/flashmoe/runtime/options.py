@@ -54,6 +54,9 @@ class LoadOptions:
         `table` the file holds the ids of tokens that were used. The conversations that the server's slots hold then
         are kept too, as tokens and states, in a folder beside it.
     save_cache_size: what conversations may take of the drive; 0 keeps none.
+    learn: keep what the policy learns, and a bounded history of the experts that were routed to, in the user's cache,
+        and go on from it at the next start (see `flashmoe learn`): numbers about experts, no text and no tokens. Of
+        the engine llama.cpp only; the command line does so unless told otherwise.
     verify: compare every slice of an expert with its checksum (`flashmoe.verify`) when it is first read; one that
         differs is a ReadError.
 
@@ -80,6 +83,7 @@ class LoadOptions:
     pooling: str = "none"
     save_cache: bool | str | Path = False
     save_cache_size: str | int = DEFAULT_SAVED
+    learn: bool = False
     verify: bool = False
 
     def __post_init__(self) -> None:
