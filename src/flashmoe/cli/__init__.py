@@ -17,6 +17,7 @@ from flashmoe.cli import (
     engine,
     pack,
     plan,
+    quality,
     run,
     serve,
     simulate,
@@ -46,6 +47,7 @@ app.command("pack")(pack.pack)
 app.command("verify")(verify.verify)
 app.command("doctor")(doctor.doctor)
 app.command("plan")(plan.plan)
+app.command("quality")(quality.quality)
 app.command("simulate")(simulate.simulate)
 app.add_typer(bench.app, name="bench")
 app.add_typer(engine.app, name="engine")

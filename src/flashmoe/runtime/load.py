@@ -24,12 +24,15 @@ from flashmoe.common import memory, numa
 from flashmoe.common.machine import cores
 from flashmoe.common.signals import run_apart
 from flashmoe.common.units import parse_bytes
+from flashmoe.engines.llamacpp import rewriting
 from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.serving.options import ServerOptions, projector_bytes
 from flashmoe.errors import FlashMoEError, FlashMoEWarning, UsageError
 from flashmoe.prefetch import Predictor, scheduler
 from flashmoe.prefetch import create_all as create_predictors
 from flashmoe.prefetch.scheduler import Prefetcher
+from flashmoe.routing.approximation import parse as parse_approx
+from flashmoe.routing.rewrite import Rewriter
 from flashmoe.runtime.governor import Governor
 from flashmoe.runtime.model import Model, Progress
 from flashmoe.runtime.opening import Loading, Opened
@@ -97,6 +100,7 @@ def _load(
     server = options.server or ServerOptions()
     make_policy = partial(create, options.policy or default_policy(model))
     evict = make_policy()
+    approximation = parse_approx(options.approx)
     predictors = create_predictors(options.prefetch)
     auto = options.cache is None and options.ram in (None, AUTO_RAM)
     limit = 0
@@ -112,6 +116,9 @@ def _load(
             scheduler.compile_kernels()
         if options.engine == LLAMACPP:
             import flashmoe.engines.llamacpp.serving.borrow  # noqa: F401 - compiles what the server borrows
+
+            if approximation is not None:
+                rewriting.compile_kernels()
         predictors[:] = _bind(predictors, catalog, limit if options.prefetch == "auto" else 0)
         memory.release_code()
         return sum(p.nbytes for p in predictors)
@@ -146,6 +153,10 @@ def _load(
         runner.attach(pool, slots, experts)
         if runner.tiers:
             stack.callback(runner.tiers.close)
+        rewriter = None
+        if approximation is not None:
+            rewriter = Rewriter(approximation, len(catalog.layers), catalog.n_experts, catalog.top_k)
+            runner.approximate(rewriter)
         prefetcher = None
         if predictors and any(spare):
             prefetcher = Prefetcher(predictors, runner.tiers or experts)
@@ -188,6 +199,7 @@ def _load(
             else None,
             public=options.parallel is not None,
             saved=saved,
+            rewriter=rewriter,
         )
         if options.trace:
             loaded_model.record()

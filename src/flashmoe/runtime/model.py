@@ -20,6 +20,7 @@ from flashmoe.engines.base import Engine, SamplingParams, TemplateEngine
 from flashmoe.errors import UsageError
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import Recorder
+from flashmoe.routing.rewrite import Rewriter, Rewritten
 from flashmoe.runtime.decoder import Decoder
 from flashmoe.runtime.embedding import embed
 from flashmoe.runtime.generation import Generation, Progress, check_prompt
@@ -55,6 +56,7 @@ class Model:
         server_options: ServerOptions | None = None,
         public: bool = False,
         saved: SavedConversations | None = None,
+        rewriter: Rewriter | None = None,
     ) -> None:
         """public: prompts come to the server from other processes too: nothing else tells where one begins.
 
@@ -69,6 +71,7 @@ class Model:
         self._server: InnerServer | None = None
         self._starting = threading.RLock()
         self._public, self._saved = public, saved
+        self._rewriter = rewriter
 
     @property
     def model(self) -> Any:
@@ -88,6 +91,11 @@ class Model:
         """The expert cache's counters so far, by phase."""
         self._collect()
         return self.cache.stats
+
+    @property
+    def rewritten(self) -> Rewritten | None:
+        """How far decoded tokens' routing so far differs from the model's; None for an exact run."""
+        return self._rewriter.rewritten if self._rewriter else None
 
     def _collect(self) -> None:
         """Have counted what the server has evaluated without Python."""
@@ -318,6 +326,7 @@ class Model:
             misses=what_if.larger,
             others=lambda: what_if.others([*self.alternatives, *suggested()]),
             budget=self.budget_bytes,
+            rewritten=self.rewritten,
             tiers=self.engine.tiers.figures() if self.engine.tiers else {},
             warm=(self.cache.warm.experts, self.cache.warm.bytes) if self.cache.warm else (0, 0),
             ceiling=read_ceiling(

@@ -9,6 +9,7 @@ from flashmoe.common.units import parse_bytes
 from flashmoe.engines.llamacpp.context import CACHE_TYPES
 from flashmoe.engines.llamacpp.serving.options import ServerOptions
 from flashmoe.errors import UsageError
+from flashmoe.routing.approximation import parse as parse_approx
 from flashmoe.runtime.layout import AUTO, REPACKED, check_layout
 
 ENGINES = (LLAMACPP, TRANSFORMERS) = ("llama.cpp", "transformers")
@@ -54,6 +55,9 @@ class LoadOptions:
         `table` the file holds the ids of tokens that were used. The conversations that the server's slots hold then
         are kept too, as tokens and states, in a folder beside it.
     save_cache_size: what conversations may take of the drive; 0 keeps none.
+    approx: let the routing of decoded tokens be approximate, at a price that `flashmoe quality` measures:
+        "cache:LAMBDA", "drop:F", both joined by "+", or a level, "1" to "3" (docs/approximate.md). Prompts stay exact.
+        Off ("") by default.
     verify: compare every slice of an expert with its checksum (`flashmoe.verify`) when it is first read; one that
         differs is a ReadError.
 
@@ -80,6 +84,7 @@ class LoadOptions:
     pooling: str = "none"
     save_cache: bool | str | Path = False
     save_cache_size: str | int = DEFAULT_SAVED
+    approx: str = ""
     verify: bool = False
 
     def __post_init__(self) -> None:
@@ -105,6 +110,7 @@ class LoadOptions:
                 f"unknown type of a KV cache {unknown.pop()!r}: choose from {', '.join(CACHE_TYPES)}"
             )
         check_layout(self.layout)
+        parse_approx(self.approx)
         for size in (self.cache_ram, self.save_cache_size):
             parse_bytes(size or 0)
         if self.ram is not None and self.ram != AUTO_RAM and not parse_bytes(self.ram):
@@ -117,6 +123,8 @@ class LoadOptions:
             )
         if self.pooling != "none":
             raise UsageError("the transformers engine makes no embeddings: use a GGUF")
+        if parse_approx(self.approx):
+            raise UsageError("--approx is for llama.cpp: the transformers engine routes as its model does")
         if self.verify:
             raise UsageError(
                 "--verify is for GGUF models; checkpoints on the hub have checksums of their own"

@@ -27,6 +27,7 @@ from flashmoe.engines.transformers.tokens import open_tokenizer, token_bytes
 from flashmoe.errors import FlashMoEError, ModelError, UsageError
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import Recorder, RoutingObserver
+from flashmoe.routing.rewrite import Rewriter
 from flashmoe.routing.trace import DECODE, PREFILL
 from flashmoe.storage.catalog import ExpertCatalog
 
@@ -78,6 +79,10 @@ class TransformersEngine:
         self._limits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         model.register_forward_pre_hook(self._before, with_kwargs=True)
         model.register_forward_hook(self._after, with_kwargs=True)
+
+    def approximate(self, rewriter: Rewriter) -> None:
+        """Not possible; `LoadOptions` says so before."""
+        raise UsageError("--approx is for llama.cpp")
 
     def attach(self, pool: SlotPool, slots: Sequence[int], cache: ExpertCache) -> None:
         register()

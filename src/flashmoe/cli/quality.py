@@ -1,0 +1,146 @@
+"""`flashmoe quality`: perplexity of a model, and what approximate routing costs and saves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from flashmoe.cli import options
+from flashmoe.cli.progress import stderr_console, stdout_console
+from flashmoe.common.units import format_bytes
+from flashmoe.errors import UsageError
+
+
+def quality(
+    model: options.Model,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="Text to evaluate (default: 18 KB that come with FlashMoE).")
+    ] = None,
+    approx: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--approx",
+            help="Approximation to compare with the exact run, as flashmoe run takes it; can be given multiple times.",
+        ),
+    ] = None,
+    ram: Annotated[
+        str | None, typer.Option("--ram", help="Memory budgets of the whole process, comma-separated.")
+    ] = None,
+    cache: Annotated[
+        str | None,
+        typer.Option("--cache", help="Sizes of the expert cache, instead of --ram: 25%,40% of the experts."),
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option("--tokens", help="Maximum tokens to decode in each run; 0 for the whole text.")
+    ] = 0,
+    policy: options.Policy = None,
+    prefetch: options.Prefetch = "auto",
+    layout: options.Layout = "auto",
+    ctx_size: Annotated[
+        int | None,
+        typer.Option("-c", "--ctx-size", help="Tokens that a prediction may look back (default: 512)."),
+    ] = None,
+    threads: options.Threads = None,
+    json_file: options.Json = None,
+    plot_file: Annotated[
+        Path | None,
+        typer.Option("--plot", help="Plot speed against perplexity to a .png, .svg or .pdf file."),
+    ] = None,
+    quiet: options.NoProgress = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Measure a model's perplexity on a text, and what approximate routing (--approx) costs and saves."""
+    if ram is not None and cache is not None:
+        raise UsageError("give the sizes to measure with --ram or with --cache, not both")
+    from flashmoe.bench.quality import QualityPlan, run
+    from flashmoe.bench.spec import Size, cache_sizes, ram_sizes
+    from flashmoe.runtime.options import LoadOptions
+    from flashmoe.storage.gguf import read_gguf
+    from flashmoe.storage.hub import resolve
+
+    sizes = [Size("auto")]
+    if cache is not None:
+        sizes = cache_sizes(cache)
+    elif ram is not None:
+        sizes = ram_sizes(ram, sum(file.stat().st_size for file in read_gguf(resolve(model)).files))
+    if not sizes:
+        raise UsageError("no size given: for example --cache 25%,40%")
+    plan = QualityPlan(
+        model=model,
+        sizes=sizes,
+        modes=approx or (),
+        text=text,
+        tokens=tokens,
+        options=LoadOptions(policy=policy, prefetch=prefetch, layout=layout, n_ctx=ctx_size, threads=threads),
+    )
+    if plot_file:
+        from flashmoe.common.plotting import require_matplotlib
+
+        require_matplotlib()
+    console = stderr_console(quiet)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal, refresh_per_second=1
+    ) as bar:
+        task = bar.add_task("", total=None)
+        report = run(
+            plan,
+            lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+        )
+    stdout_console().print(table(report))
+    if json_file:
+        json_file.write(report)
+    if plot_file:
+        from flashmoe.bench.quality_plot import draw
+
+        draw(report, plot_file)
+
+
+def table(report: dict[str, Any]) -> Table:
+    """A line per run."""
+    rows = report["rows"]
+    result = Table(
+        box=SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+        pad_edge=False,
+        title=f"{report['model']}: {rows[0]['tokens']} decoded tokens in windows of {report['window_tokens']}",
+    )
+    result.add_column("size", no_wrap=True)
+    result.add_column("run", no_wrap=True)
+    heads = (
+        "perplexity",
+        "change",
+        "KL",
+        "top-1",
+        "replaced",
+        "dropped",
+        "lost",
+        "misses",
+        "read",
+        "tokens/s",
+    )
+    for name in heads:
+        result.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        exact = row["approx"] == "exact"
+        result.add_row(
+            row["size"],
+            row["approx"],
+            f"{row['perplexity']:.3f}",
+            "" if exact else f"{row['perplexity_change']:+.2%}",
+            "" if exact else f"{row['kl_divergence']:.4f}",
+            "" if exact else f"{row['top1_agreement']:.1%}",
+            "" if exact else f"{row['replaced_share']:.1%}",
+            "" if exact else f"{row['dropped_share']:.1%}",
+            "" if exact else f"{row['mass_lost_share']:.1%}",
+            f"{row['misses_per_token']:.2f}",
+            format_bytes(row["read_bytes_per_token"]),
+            f"{row['tokens_per_second']:.1f}",
+        )
+    result.caption = "misses and bytes read per token"
+    return result
