@@ -16,10 +16,11 @@ from flashmoe.errors import ModelError, UsageError
 from flashmoe.runtime.model import Model
 from tests.conftest import Tiny
 from tests.engines.reference import PROMPT_TOKENS, Run, evaluate, prompt
-from tests.models import ARCHITECTURES
 
 EVERYTHING = "cache:10+drop:1"  # whatever can be replaced or left out is
-#: Architectures that choose experts in ways of their own.
+#: One architecture of each way to choose experts: softmax with and without a norm; sigmoid, bias, groups and scale; the
+#: softmax last; two of few; and those that are refused.
+TRAITS = ("olmoe", "qwen3moe", "deepseek2", "gpt-oss", "llama", "llama4", "grovemoe", "deepseek4")
 OTHERS = {"llama4": "one expert", "grovemoe": "does not know", "deepseek4": "does not know"}
 
 
@@ -61,7 +62,7 @@ def run(
         return evaluate(Phases(), tokens, model.engine.n_ubatch, forced), model
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", TRAITS)
 def test_every_architecture(name: str, lib: Library, tiny: Tiny) -> None:
     """With a boost of 0 nothing changes; with the largest, prompts do not, and nothing but the first J is read."""
     path = tiny(name)
@@ -82,4 +83,6 @@ def test_every_architecture(name: str, lib: Library, tiny: Tiny) -> None:
     rewritten = model.rewritten
     assert rewritten is not None
     assert rewritten.routed == len(exact.decoded) * sum(layer.top_k for layer in model.catalog.layers)
-    assert model.cache.stats["decode"].misses <= 2 * len(model.catalog.layers) * len(exact.decoded)
+    # all but the first expert of a token come from the pool
+    assert model.cache.stats["decode"].misses <= len(model.catalog.layers) * len(exact.decoded)
+    assert rewritten.replaced + rewritten.dropped > 0

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from flashmoe.errors import UsageError
 from flashmoe.routing.approximation import LEVELS, Approximation, parse
-from flashmoe.routing.rewrite import PROTECTED, Rewriter, leave_out, substitute
+from flashmoe.routing.rewrite import Rewriter, leave_out, substitute
 
 
 class Token(NamedTuple):
@@ -44,7 +44,7 @@ def tokens(draw: st.DrawFn) -> Token:
 
 
 def rewriter(token: Token, boost: float = 0.0, drop: float = 0.0) -> Rewriter:
-    return Rewriter(Approximation("", boost, drop), 1, len(token.logits), len(token.ids))
+    return Rewriter(Approximation("", "", boost, drop), 1, len(token.logits), len(token.ids))
 
 
 def replace(made: Rewriter, token: Token, *, as_logits: bool) -> NDArray[np.int32]:
@@ -62,46 +62,65 @@ def skip(made: Rewriter, token: Token, *, as_logits: bool) -> tuple[NDArray[np.i
     return ids, gathered
 
 
+def spread(token: Token) -> float:
+    """The range of the scores, of which the mean over one token is taken."""
+    return float(token.logits.max() - token.logits.min())
+
+
+def bounds(token: Token, boost: float) -> tuple[float, float]:
+    """Below which a missing expert may go, and from which on a resident one may come."""
+    others = np.delete(token.logits, token.ids)
+    if not len(others):
+        return -np.inf, np.inf
+    best = float(others.max())
+    return best + np.log1p(boost), best + np.log(1 - boost) if boost < 1 else -np.inf
+
+
 @given(tokens(), st.sampled_from((0.05, 0.3, 5.0)), st.booleans())
 def test_substitutes_are_resident_and_worth_it(token: Token, boost: float, as_logits: bool) -> None:
     made = rewriter(token, boost=boost)
     ids = replace(made, token, as_logits=as_logits)
     assert len(set(ids.tolist())) == len(ids)
     changed = np.flatnonzero(ids != token.ids)
+    assert 0 not in changed  # the first
     assert token.resident[ids[changed]].all()
     assert not token.resident[token.ids[changed]].any()
-    protected = PROTECTED if len(ids) > PROTECTED else 1
-    assert (changed >= protected).all()
-    spread = float(token.logits.max() - token.logits.min())
-    # no resident expert that was not taken would have been worth more than a missing one that was not replaced
-    left = [i for i in range(protected, len(ids)) if not token.resident[ids[i]]]
-    others = [e for e in np.flatnonzero(token.resident) if e not in ids]
-    slack = 1e-3 * (1 + boost) * spread  # of float32 probabilities
-    for i in left:
-        for e in others:
-            assert token.logits[e] + boost * spread <= token.logits[ids[i]] + slack
-    if len(changed):
-        assert (
-            token.logits[ids[changed]].min() + boost * spread
-            >= token.logits[token.ids[changed]].min() - slack
-        )
+    most, least = bounds(token, boost)
+    slack = 1e-3 * (1 + boost) * (1 + spread(token))  # of float32 probabilities
+    assert (token.logits[token.ids[changed]] < most + slack).all()
+    assert (token.logits[ids[changed]] > least - slack).all()
     counted = made.rewritten
     assert (counted.routed, counted.replaced, counted.dropped) == (len(ids), len(changed), 0)
     assert 0 <= counted.mass <= 1
+    # and what was not replaced had to stay
+    advantage = boost * spread(token)
+    for i in range(1, len(ids)):
+        score = token.logits[ids[i]]
+        if token.resident[ids[i]] or score >= most - slack:
+            continue
+        for e in set(np.flatnonzero(token.resident)) - set(ids.tolist()):
+            assert token.logits[e] < least + slack or token.logits[e] + advantage <= score + slack
 
 
 @given(tokens(), st.booleans())
 def test_top_k_of_raised_scores(token: Token, as_logits: bool) -> None:
-    """As the paper has it: residents and the first J get LAMBDA ranges, and the best k are taken."""
+    """Within its bound it is what the paper has: residents and the first get LAMBDA ranges; the best k are taken."""
     boost = 0.25
     raised = token.logits.astype(np.float64)
-    protected = PROTECTED if len(token.ids) > PROTECTED else 1
     favoured = token.resident.copy()
-    favoured[token.ids[:protected]] = True
-    raised[favoured] += boost * (raised.max() - raised.min())
+    favoured[token.ids[0]] = True
+    raised[favoured] += boost * spread(token)
+    most, least = bounds(token, boost)
+    fixed = np.zeros(len(raised), np.bool_)
+    fixed[token.ids] = True
+    raised[fixed & (token.logits >= most)] = np.inf
+    raised[~fixed & (token.logits < least)] = -np.inf
     k = len(token.ids)
     order = np.argsort(-raised, kind="stable")
-    if k < len(order) and abs(raised[order[k - 1]] - raised[order[k]]) < 1e-4:
+    near = [abs(token.logits - most).min(), abs(token.logits - least).min()]
+    if k < len(order) and raised[order[k - 1]] < np.inf:
+        near.append(raised[order[k - 1]] - raised[order[k]])
+    if min(near) < 1e-4:
         return  # rounding decides
     ids = replace(rewriter(token, boost=boost), token, as_logits=as_logits)
     assert set(ids.tolist()) == set(order[:k].tolist())
@@ -149,14 +168,14 @@ def test_experts_that_may_not_be_chosen() -> None:
     logits = np.array([3, 2, 1, 0.9, 5, 5], np.float32)
     scores = np.where(np.arange(6) < 4, logits, -np.inf).astype(np.float32)
     slot_of = np.array([[0, 1, -1, 2, 3, 4]], np.int32)
-    made = Rewriter(Approximation("", 1.0), 1, 6, 3)
+    made = Rewriter(Approximation("", "", 1.0), 1, 6, 3)
     ids = np.array([0, 1, 2], np.int32)
     substitute(made.state, slot_of, 0, scores, True, logits, True, ids)
     assert ids.tolist() == [0, 1, 3]
 
 
 def test_mean_range() -> None:
-    made = Rewriter(Approximation("", 0.1), 2, 3, 1)
+    made = Rewriter(Approximation("", "", 0.1), 2, 3, 1)
     for scores in ((0, 1, 4), (0, 1, 2)):
         row = np.array(scores, np.float32)
         substitute(
@@ -179,6 +198,14 @@ def test_levels_are_known() -> None:
     assert [parse(level) is None for level in ("", "0", "none", *LEVELS)] == [True] * 3 + [False] * len(
         LEVELS
     )
+
+
+def test_level_of_a_model() -> None:
+    levels = {"1": "0", "2": "cache:0.3"}
+    assert parse("1", levels) is None
+    made = parse("2", levels)
+    assert made is not None
+    assert (made.text, made.rule, made.boost) == ("2", "cache:0.3", 0.3)
 
 
 @pytest.mark.parametrize(

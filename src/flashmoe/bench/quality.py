@@ -21,6 +21,7 @@ from flashmoe.bench.spec import Size
 from flashmoe.common.text import decode
 from flashmoe.errors import UsageError
 from flashmoe.routing.approximation import parse
+from flashmoe.runtime.levels import save_levels
 from flashmoe.runtime.load import load
 from flashmoe.runtime.model import Model
 from flashmoe.runtime.options import LoadOptions
@@ -29,6 +30,9 @@ Floats = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]
 
 EXACT = "exact"
+#: What a calibration tries, from the least to the most; and how much perplexity each level may cost.
+LADDER = ("cache:0.05", "cache:0.1", "cache:0.2", "cache:0.4", "cache:0.7", "cache:1", "cache:1.5", "cache:2")
+LIMITS = {"1": 0.01, "2": 0.02, "3": 0.05}
 WINDOW = 512  # tokens, where the context is not given
 _PROMPT = 16  # tokens of each window
 _LEAST = 2 * _PROMPT  # tokens of a window
@@ -86,6 +90,24 @@ def run(plan: QualityPlan, progress: Progress = lambda what, done, total: None) 
         row["perplexity_change"] = row["perplexity"] / first - 1
         row["change_error"] = row.pop("log_error")
     return {**facts, "text": str(plan.text or "the package's"), "rows": rows}
+
+
+def calibrate(
+    plan: QualityPlan, progress: Progress = lambda what, done, total: None
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Measure LADDER in the plan's first size; the levels, which `load` uses from now on, and the report.
+
+    A level is the last step up to which the change of perplexity and its standard error stay below its limit.
+    """
+    report = run(replace(plan, sizes=plan.sizes[:1], modes=LADDER), progress)
+    levels = dict.fromkeys(LIMITS, "0")
+    for level, limit in LIMITS.items():
+        for row in report["rows"][1:]:
+            if row["perplexity_change"] + row["change_error"] > limit:
+                break
+            levels[level] = row["approx"]
+    save_levels(report["identity"], levels)
+    return levels, report | {"levels": levels}
 
 
 def cut(tokens: Sequence[int], window: int, decoded: int = 0) -> list[list[int]]:
@@ -183,6 +205,7 @@ def _measure(model: Model, windows: Sequence[Sequence[int]], exact: _Exact) -> d
 def _facts(model: Model, windows: Sequence[Sequence[int]]) -> dict[str, Any]:
     return {
         "model": model.catalog.label,
+        "identity": model.catalog.identity,
         "layers": len(model.catalog.layers),
         "experts": model.catalog.n_experts,
         "top_k": model.catalog.top_k,

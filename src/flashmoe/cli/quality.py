@@ -12,8 +12,9 @@ from rich.table import Table
 
 from flashmoe.cli import options
 from flashmoe.cli.progress import stderr_console, stdout_console
-from flashmoe.common.units import format_bytes
 from flashmoe.errors import UsageError
+
+EXACT = "exact"  # bench.quality's, which takes a moment to import
 
 
 def quality(
@@ -38,6 +39,13 @@ def quality(
     tokens: Annotated[
         int, typer.Option("--tokens", help="Maximum tokens to decode in each run; 0 for the whole text.")
     ] = 0,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Set what --approx 1, 2 and 3 stand for on this model: at most 1, 2 and 5 % of perplexity.",
+        ),
+    ] = False,
     policy: options.Policy = None,
     prefetch: options.Prefetch = "auto",
     layout: options.Layout = "auto",
@@ -58,6 +66,7 @@ def quality(
     if ram is not None and cache is not None:
         raise UsageError("give the sizes to measure with --ram or with --cache, not both")
     from flashmoe.bench.quality import QualityPlan, run
+    from flashmoe.bench.quality import calibrate as set_levels
     from flashmoe.bench.spec import Size, cache_sizes, ram_sizes
     from flashmoe.runtime.options import LoadOptions
     from flashmoe.storage.gguf import read_gguf
@@ -68,6 +77,8 @@ def quality(
         sizes = cache_sizes(cache)
     elif ram is not None:
         sizes = ram_sizes(ram, sum(file.stat().st_size for file in read_gguf(resolve(model)).files))
+    if calibrate and (approx or len(sizes) > 1):
+        raise UsageError("--calibrate chooses the approximations itself, for one size: leave out --approx")
     if not sizes:
         raise UsageError("no size given: for example --cache 25%,40%")
     plan = QualityPlan(
@@ -88,11 +99,14 @@ def quality(
         *columns, console=console, transient=True, disable=not console.is_terminal, refresh_per_second=1
     ) as bar:
         task = bar.add_task("", total=None)
-        report = run(
-            plan,
-            lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
-        )
+
+        def show(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        levels, report = set_levels(plan, show) if calibrate else ({}, run(plan, show))
     stdout_console().print(table(report))
+    for level, rule in levels.items():
+        stdout_console().print(f"--approx {level}: {'exact' if rule == '0' else rule}")
     if json_file:
         json_file.write(report)
     if plot_file:
@@ -109,38 +123,20 @@ def table(report: dict[str, Any]) -> Table:
         padding=(0, 0, 0, 1),
         pad_edge=False,
         title=f"{report['model']}: {rows[0]['tokens']} decoded tokens in windows of {report['window_tokens']}",
+        caption="ppl: perplexity; top-1: the same likeliest token; experts replaced and dropped; misses per token",
     )
-    result.add_column("size", no_wrap=True)
     result.add_column("run", no_wrap=True)
-    heads = (
-        "perplexity",
-        "change",
-        "KL",
-        "top-1",
-        "replaced",
-        "dropped",
-        "lost",
-        "misses",
-        "read",
-        "tokens/s",
-    )
-    for name in heads:
+    for name in ("ppl", "change", "KL", "top-1", "repl.", "drop.", "miss", "tok/s"):
         result.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        exact = row["approx"] == "exact"
+        cells = [f"{row['perplexity']:.3f}"]
+        if row["approx"] == EXACT:
+            name, more = f"{row['size']}: exact", [""] * 5
+        else:
+            name, shares = f" {row['approx']}", ("top1_agreement", "replaced_share", "dropped_share")
+            more = [f"{row['perplexity_change']:+.2%}", f"{row['kl_divergence']:.4f}"]
+            more += [f"{row[share]:.1%}" for share in shares]
         result.add_row(
-            row["size"],
-            row["approx"],
-            f"{row['perplexity']:.3f}",
-            "" if exact else f"{row['perplexity_change']:+.2%}",
-            "" if exact else f"{row['kl_divergence']:.4f}",
-            "" if exact else f"{row['top1_agreement']:.1%}",
-            "" if exact else f"{row['replaced_share']:.1%}",
-            "" if exact else f"{row['dropped_share']:.1%}",
-            "" if exact else f"{row['mass_lost_share']:.1%}",
-            f"{row['misses_per_token']:.2f}",
-            format_bytes(row["read_bytes_per_token"]),
-            f"{row['tokens_per_second']:.1f}",
+            name, *cells, *more, f"{row['misses_per_token']:.2f}", f"{row['tokens_per_second']:.1f}"
         )
-    result.caption = "misses and bytes read per token"
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,8 @@ from flashmoe.errors import UsageError
 
 #: Names of what stands for an exact run.
 EXACT = ("", "0", "none")
-#: Sets of options for `--approx 1` to `3`, where no calibration of the model is there: see docs/approximate.md.
-LEVELS = {"1": "cache:0.1", "2": "cache:0.2", "3": "cache:0.3+drop:0.4"}
+#: What `--approx 1` to `3` stand for where the model was not calibrated: see docs/approximate.md.
+LEVELS: Mapping[str, str] = {"1": "cache:0.2", "2": "cache:0.4", "3": "cache:1"}
 MOST_BOOST, MOST_DROP = 10.0, 1.0
 _PART = re.compile(r"(cache|drop):(\d+(?:\.\d*)?|\.\d+)")
 
@@ -24,7 +25,8 @@ class Approximation:
     by. drop: F: a missing expert is left out where its share of the weights is below F / top-k.
     """
 
-    text: str
+    text: str  # as it was asked for
+    rule: str = ""  # what a level stands for, else the same
     boost: float = 0.0
     drop: float = 0.0
 
@@ -35,16 +37,17 @@ class Approximation:
             raise UsageError(f"--approx {self.text}: F lies between 0 and {MOST_DROP:g}")
 
 
-def parse(text: str) -> Approximation | None:
+def parse(text: str, levels: Mapping[str, str] = LEVELS) -> Approximation | None:
     """The approximation that `cache:LAMBDA`, `drop:F`, both joined by "+", or a level (1 to 3) asks for.
 
     None for an exact run ("0", "none", ""). Raises UsageError.
     """
     text = text.strip()
-    if text in EXACT:
+    rule = levels.get(text, text)
+    if rule in EXACT:
         return None
     given: dict[str, Any] = {}
-    for part in LEVELS.get(text, text).split("+"):
+    for part in rule.split("+"):
         match = _PART.fullmatch(part.strip())
         name = {"cache": "boost", "drop": "drop"}[match[1]] if match else ""
         if match is None or name in given:
@@ -53,4 +56,4 @@ def parse(text: str) -> Approximation | None:
                 "both (cache:0.2+drop:0.5), a level from 1 to 3, or 0 for an exact run"
             )
         given[name] = float(match[2])
-    return Approximation(text, **given)
+    return Approximation(text, rule, **given)

@@ -3,10 +3,10 @@
 Kernels (numba) for one token of one layer, called by the engines' compiled code and by the simulator. Both see the
 router's scores of all experts, the chosen ids, and which experts are resident.
 
-- `substitute` is cache-conditional routing (arXiv 2412.00099, section 3): residents and the token's first J experts get
-  LAMBDA times the running mean range of the layer's scores, and the top-k of that is taken. Two restrictions are of
-  others: SMoE's bound (2508.18983) keeps a substitute near the threshold of being chosen, and BuddyMoE's gate
-  (2511.10054) leaves tokens alone whose routing is sharp.
+- `substitute` is cache-conditional routing (arXiv 2412.00099): residents and the token's first expert get LAMBDA times
+  the running mean range of the layer's scores, and the top-k of that is taken. SMoE's bound (2508.18983) keeps to
+  experts near the best one that was not chosen: with its score S, only a missing expert below (1 + LAMBDA) S is
+  replaced, and only by one of at least (1 - LAMBDA) S.
 - `leave_out` is expert skipping (2402.14800; HOBBIT, 2411.01433, skips by the weight too): a missing expert whose share
   of the weights is below F / top-k gets no weight, and a resident expert stands in its place in the products.
 
@@ -28,19 +28,16 @@ from numpy.typing import NDArray
 from flashmoe.common.kept import kept
 from flashmoe.routing.approximation import Approximation
 
-PROTECTED = 2  # J: the first experts of a token are never replaced; of two, only the first
-BOUND = math.inf  # SMoE's a
-GATE = 0.0  # of the entropy of a token's weights over that of equal ones
 _LEAST = 1e-30  # scores below count as this; their logarithm is finite
 
-_BOOST, _DROP, _BOUND, _GATE, _PROTECTED, _OPTIONS = range(6)
+_BOOST, _DROP, _OPTIONS = range(3)
 _ROUTED, _REPLACED, _DROPPED, _TOKENS, _COUNTS = range(5)
 
 
 class RewriteState(NamedTuple):
     """What the kernels know and count: L layers, E experts."""
 
-    options: NDArray[np.float64]  # [5]
+    options: NDArray[np.float64]  # [2]
     mean_range: NDArray[np.float64]  # [L] of the layer's scores, over the tokens so far
     seen: NDArray[np.int64]  # [L] tokens so far
     counts: NDArray[np.int64]  # [4] experts routed, replaced, dropped; tokens of layers
@@ -53,7 +50,8 @@ class RewriteState(NamedTuple):
 class Rewritten:
     """How much a run differs from an exact one; of decoded tokens."""
 
-    approx: str
+    approx: str  # as it was asked for
+    rule: str
     routed: int  # experts that the router has chosen
     replaced: int
     dropped: int
@@ -64,6 +62,7 @@ class Rewritten:
         """For reports."""
         return {
             "approx": self.approx,
+            "rule": self.rule,
             "routed": self.routed,
             "replaced": self.replaced,
             "dropped": self.dropped,
@@ -80,8 +79,6 @@ class Rewriter:
         self.approximation = approximation
         options = np.zeros(_OPTIONS)
         options[_BOOST], options[_DROP] = approximation.boost, approximation.drop
-        options[_BOUND], options[_GATE] = BOUND, GATE
-        options[_PROTECTED] = PROTECTED if top_k > PROTECTED else 1
         self._options, self._held, self._lock = options.copy(), 0, threading.Lock()
         self.state = RewriteState(
             options=options,
@@ -97,9 +94,8 @@ class Rewriter:
     def rewritten(self) -> Rewritten:
         """The counts so far."""
         routed, replaced, dropped, tokens = self.state.counts.tolist()
-        return Rewritten(
-            self.approximation.text, routed, replaced, dropped, float(self.state.mass[0]), tokens
-        )
+        asked, mass = self.approximation, float(self.state.mass[0])
+        return Rewritten(asked.text, asked.rule, routed, replaced, dropped, mass, tokens)
 
     @contextmanager
     def exactly(self) -> Iterator[None]:
@@ -127,22 +123,6 @@ def _log(score: Any, logits: Any) -> Any:  # pragma: no cover - compiled
 
 
 @kept()
-def _sharp(weights: Any, logits: Any, ids: Any, gate: Any) -> Any:  # pragma: no cover - compiled
-    """Whether the entropy of the chosen experts' weights is below `gate` times that of equal ones."""
-    k = len(ids)
-    if gate <= 0.0 or k < 2:
-        return False
-    highest, total, mean = -np.inf, 0.0, 0.0
-    for i in range(k):
-        highest = max(highest, _log(weights[ids[i]], logits))
-    for i in range(k):
-        log = _log(weights[ids[i]], logits) - highest
-        total += math.exp(log)
-        mean += log * math.exp(log)
-    return math.log(total) - mean / total < gate * math.log(k)
-
-
-@kept()
 def _log_total(gathered: Any, logits: Any) -> Any:  # pragma: no cover - compiled
     """The logarithm of the sum of weights."""
     highest, total = -np.inf, 0.0
@@ -163,7 +143,7 @@ def substitute(
     what it may not choose; weights: float32 [E], from which the experts' weights will be gathered. logits: whether the
     scores are logits (else they are positive, and their logarithms are compared); weights_logits: the same of weights.
     """
-    boost, bound = st.options[_BOOST], st.options[_BOUND]
+    boost = st.options[_BOOST]
     n, k = len(scores), len(ids)
     highest, lowest = -np.inf, np.inf
     for e in range(n):
@@ -177,20 +157,23 @@ def substitute(
     missing = 0
     for i in range(k):
         missing += slot_of[layer, ids[i]] < 0
-    if missing == 0 or boost <= 0.0 or _sharp(weights, weights_logits, ids, st.options[_GATE]):
+    if missing == 0 or boost <= 0.0:
         return 0
     score, chosen = st.scores, st.chosen
     for e in range(n):
         score[e] = _log(scores[e], logits) if scores[e] > -np.inf else -np.inf
         chosen[e] = False
+    first = 0
     for i in range(k):
         chosen[ids[i]] = True
+        if score[ids[i]] > score[ids[first]]:
+            first = i
     threshold = -np.inf  # the score of rank k + 1
     for e in range(n):
         if not chosen[e]:
             threshold = max(threshold, score[e])
-    most = threshold + math.log1p(bound)
-    least = threshold + math.log(1.0 - bound) if bound < 1.0 else -np.inf
+    most = threshold + math.log1p(boost)
+    least = threshold + math.log(1.0 - boost) if boost < 1.0 else -np.inf
     advantage = boost * st.mean_range[layer]
     total = _log_total(weights[ids], weights_logits)
     replaced = 0
@@ -198,14 +181,9 @@ def substitute(
         # the worst missing expert that may go, and the best resident that may come
         worst, best = -1, -1
         for i in range(k):
-            if slot_of[layer, ids[i]] >= 0 or score[ids[i]] >= most:
+            if i == first or slot_of[layer, ids[i]] >= 0 or score[ids[i]] >= most:
                 continue
-            if worst >= 0 and score[ids[i]] >= score[ids[worst]]:
-                continue
-            rank = 0
-            for j in range(k):
-                rank += score[ids[j]] > score[ids[i]] or (score[ids[j]] == score[ids[i]] and j < i)
-            if rank >= st.options[_PROTECTED]:
+            if worst < 0 or score[ids[i]] < score[ids[worst]]:
                 worst = i
         for e in range(n):
             if chosen[e] or slot_of[layer, e] < 0 or score[e] < least or score[e] == -np.inf:

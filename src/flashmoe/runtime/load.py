@@ -34,6 +34,7 @@ from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.approximation import parse as parse_approx
 from flashmoe.routing.rewrite import Rewriter
 from flashmoe.runtime.governor import Governor
+from flashmoe.runtime.levels import levels_of
 from flashmoe.runtime.model import Model, Progress
 from flashmoe.runtime.opening import Loading, Opened
 from flashmoe.runtime.options import AUTO_RAM, LLAMACPP, TRANSFORMERS, LoadOptions
@@ -100,7 +101,6 @@ def _load(
     server = options.server or ServerOptions()
     make_policy = partial(create, options.policy or default_policy(model))
     evict = make_policy()
-    approximation = parse_approx(options.approx)
     predictors = create_predictors(options.prefetch)
     auto = options.cache is None and options.ram in (None, AUTO_RAM)
     limit = 0
@@ -117,7 +117,7 @@ def _load(
         if options.engine == LLAMACPP:
             import flashmoe.engines.llamacpp.serving.borrow  # noqa: F401 - compiles what the server borrows
 
-            if approximation is not None:
+            if parse_approx(options.approx) is not None:
                 rewriting.compile_kernels()
         predictors[:] = _bind(predictors, catalog, limit if options.prefetch == "auto" else 0)
         memory.release_code()
@@ -154,6 +154,7 @@ def _load(
         if runner.tiers:
             stack.callback(runner.tiers.close)
         rewriter = None
+        approximation = parse_approx(options.approx, levels_of(catalog.identity))
         if approximation is not None:
             rewriter = Rewriter(approximation, len(catalog.layers), catalog.n_experts, catalog.top_k)
             runner.approximate(rewriter)

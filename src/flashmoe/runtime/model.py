@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +96,10 @@ class Model:
     def rewritten(self) -> Rewritten | None:
         """How far decoded tokens' routing so far differs from the model's; None for an exact run."""
         return self._rewriter.rewritten if self._rewriter else None
+
+    def exactly(self) -> AbstractContextManager[None]:
+        """No route is rewritten meanwhile, whatever it was loaded with; from any thread."""
+        return self._rewriter.exactly() if self._rewriter else nullcontext()
 
     def _collect(self) -> None:
         """Have counted what the server has evaluated without Python."""

@@ -131,8 +131,9 @@ class Report:
 
 def approximately(figures: Mapping[str, Any]) -> str:
     """What `Rewritten.as_dict` says, in a line."""
+    level = "" if figures["approx"] == figures["rule"] else f"level {figures['approx']}, "
     return (
-        f"approximate ({figures['approx']}): {figures['replaced_share']:.1%} of experts replaced, "
+        f"approximate ({level}{figures['rule']}): {figures['replaced_share']:.1%} of experts replaced, "
         f"{figures['dropped_share']:.1%} left out, {figures['mass_lost_share']:.1%} of the router's weight lost"
     )
 
