@@ -196,6 +196,7 @@ def measured(speed: float, logits: str = "a") -> dict:
     report = {
         "policy": "lru",
         "layout": "plain",
+        "approximate": {},
         "text": "",
         "decode": {"tokens": 8, "tokens_per_second": speed},
         "io": {

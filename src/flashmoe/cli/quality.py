@@ -123,20 +123,24 @@ def table(report: dict[str, Any]) -> Table:
         padding=(0, 0, 0, 1),
         pad_edge=False,
         title=f"{report['model']}: {rows[0]['tokens']} decoded tokens in windows of {report['window_tokens']}",
-        caption="ppl: perplexity; top-1: the same likeliest token; experts replaced and dropped; misses per token",
+        caption="ppl: perplexity; top-1: same likeliest token; repl., drop.: of the experts; misses per token",
     )
     result.add_column("run", no_wrap=True)
     for name in ("ppl", "change", "KL", "top-1", "repl.", "drop.", "miss", "tok/s"):
         result.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        cells = [f"{row['perplexity']:.3f}"]
+        cells = [f"{row['perplexity']:.5g}"]
         if row["approx"] == EXACT:
             name, more = f"{row['size']}: exact", [""] * 5
         else:
             name, shares = f" {row['approx']}", ("top1_agreement", "replaced_share", "dropped_share")
-            more = [f"{row['perplexity_change']:+.2%}", f"{row['kl_divergence']:.4f}"]
+            more = [_change(row["perplexity_change"]), f"{row['kl_divergence']:.4f}"]
             more += [f"{row[share]:.1%}" for share in shares]
         result.add_row(
             name, *cells, *more, f"{row['misses_per_token']:.2f}", f"{row['tokens_per_second']:.1f}"
         )
     return result
+
+
+def _change(share: float) -> str:
+    return f"{share:+.{2 if abs(share) < 1 else 0}%}"
