@@ -1,8 +1,8 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-# files of tests are spread over the cores; more than four processes would want more memory than most machines have
-PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart=0
+# files of tests are spread over processes, see pytest_xdist_auto_num_workers
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
 .PHONY: demo test test-fast lint docs builds
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from flashmoe.common.machine import cores
 from flashmoe.engines.llamacpp.library import Library, find_library, open_library
 from flashmoe.storage import hub
 from flashmoe.storage.aio import KernelQueue, Read
@@ -38,6 +39,12 @@ LONGEST = (
     "transformers/test_parity", "bench/test_runs", "learn/test_adaptive", "faults/test_writes", "serving/test_clients",
     "serving/test_memory", "test_plan", "builder/", "server/", "serving/", "transformers/", "cache/",
 )  # fmt: skip
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than cores, as a quarter of the time is spent waiting for servers and terminals; more than four would
+    want more memory than most machines have."""
+    return min(4, cores() + 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -26,18 +26,42 @@ def example_of_the_documentation() -> str:
     return code[1]
 
 
-@pytest.fixture
-def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The example of the documentation, installed as an entry point."""
-    (tmp_path / "fifo_plugin.py").write_text(example_of_the_documentation(), encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The example of the documentation, installed as an entry point; numba takes its state's name once."""
+    folder = tmp_path_factory.mktemp("plugin")
+    (folder / "fifo_plugin.py").write_text(example_of_the_documentation(), encoding="utf-8")
     points = [
         EntryPoint("fifo", "fifo_plugin:Fifo", policies.ENTRY_POINTS),
         EntryPoint("broken", "fifo_plugin:np", policies.ENTRY_POINTS),
     ]
-    monkeypatch.setattr(plugins, "entry_points", lambda group: EntryPoints(points).select(group=group))
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        patch.setattr(plugins, "entry_points", lambda group: EntryPoints(points).select(group=group))
+        yield
     sys.modules.pop("fifo_plugin", None)
+
+
+@pytest.mark.usefixtures("plugin")
+def test_the_list_says_what_each_is_and_where_it_is_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "failing_plugin.py").write_text("raise RuntimeError('no such device')")
+    monkeypatch.syspath_prepend(tmp_path)
+    points = [
+        EntryPoint("failing", "failing_plugin:Policy", policies.ENTRY_POINTS),
+        *plugins.entry_points(group=policies.ENTRY_POINTS),
+    ]
+    monkeypatch.setattr(plugins, "entry_points", lambda group: EntryPoints(points).select(group=group))
+    rows = {row.name: row for row in policies.listed()}
+    assert list(rows) == policies.available()
+    assert (rows["fifo"].file, rows["fifo"].about, rows["fifo"].package) == ("", "", "fifo_plugin")
+    assert "no such device" in rows["failing"].about
+    assert [rows[name].file for name in ("lru", "adaptive", "flashmoe+")] == ["", "possible", "needed"]
+    for name in policies.BUILTIN:
+        assert rows[name].about
+        assert len(rows[name].about) <= 80
+        assert rows[name].package == "flashmoe"
 
 
 @pytest.mark.usefixtures("plugin")

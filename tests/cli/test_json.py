@@ -27,6 +27,7 @@ BENCH = "--cache 50% --against none --pairs 1 --tokens 3 --warmup 1 --prompt-tok
 #: Their keys are data: sizes, types, policies, capacities.
 KEYED_BY_DATA = {
     "bytes_per_second", "compute_bytes_per_second", "drive_bytes_per_second", "policies_tokens_per_second", "held_out",
+    "expected_hit_rates",
 }  # fmt: skip
 UNITS = ("bytes", "seconds", "per_second")
 #: Other spellings of what has a name and a unit already.
@@ -99,6 +100,8 @@ def arguments(command: str, model: Path, trace: Path) -> tuple[object, ...]:
         "simulate --prefetch": ("simulate", trace, "--prefetch", "table", "--capacity", "50%"),
         "bench": ("bench", model, *BENCH.split()),
         "trace info": ("trace", "info", trace),
+        "policies": ("policies",),
+        "predictors": ("predictors",),
         "train policy": ("train", "policy", trace, "-o", written, "--epochs", 1, "--held-out", 0.2, "-t", 1),
         "train prefetch": ("train", "prefetch", trace, "-o", written, "--held-out", 0.2),
     }[command]
@@ -138,7 +141,7 @@ def test_no_command_is_left_out() -> None:
             yield name
 
     known = {"run", "chat", "verify", "doctor", "plan", "quality", "simulate", "bench", "trace info", "train policy",
-             "train prefetch", "serve"}  # fmt: skip
+             "train prefetch", "serve", "policies", "predictors"}  # fmt: skip
     of_engine = {"engine list", "engine build", "engine add", "engine check"}  # tests/builder
     assert set(walk(root, "")) == known | of_engine
 
@@ -146,7 +149,7 @@ def test_no_command_is_left_out() -> None:
 @pytest.mark.parametrize(
     "command",
     ["run", "chat", "verify", "doctor", "plan", "quality", "simulate", "simulate --prefetch", "bench", "trace info",
-     "train policy", "train prefetch"],
+     "train policy", "train prefetch", "policies", "predictors"],
 )  # fmt: skip
 def test_the_report_of(command: str, tiny: Tiny, tmp_path: Path, trace: Path) -> None:
     if command.startswith("train policy"):

@@ -33,6 +33,11 @@ def test_import_info_split_merge(tmp_path: Path) -> None:
     assert "reuse p50" in output
     facts = json.loads(call("info", tmp_path / "a.safetensors", "--json", "-"))
     assert (facts["tokens"], len(facts["per_layer"])) == (120, 3)
+    assert facts["consistency"]["by_chance"] < facts["consistency"]["model"] < 1
+    for capacity, rates in facts["expected_hit_rates"].items():
+        assert f"{rates['belady']:.1%}" in output, capacity
+        assert rates["lru"] <= rates["belady"]
+    assert list(facts["expected_hit_rates"]) == ["12.5%", "25%", "50%"]
     parts = (tmp_path / "x.safetensors", tmp_path / "y.safetensors")
     call("split", tmp_path / "a.safetensors", "--share", 0.5, "-o", *parts)
     call("merge", *parts, "-o", tmp_path / "z.safetensors")

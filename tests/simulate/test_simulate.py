@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from flashmoe.cache.policies import create, without_file
+from flashmoe.cache.policies.default import default_for
 from flashmoe.cache.residency import equal_quota, make_residency
 from flashmoe.cli.simulate import simulate as command
 from flashmoe.errors import FlashMoEError, UsageError
@@ -21,6 +22,9 @@ from flashmoe.routing.trace import RoutingTrace
 from flashmoe.simulate import report
 from flashmoe.simulate.partition import lru_curves, weighted_quota
 from flashmoe.simulate.replay import Row, parse_capacities, parse_policies, replay, simulate
+from flashmoe.storage.catalog import ExpertCatalog
+from flashmoe.storage.gguf import read_gguf
+from flashmoe.storage.hub import DEMO, default_policy
 from tests.simulate.traces import VALIDATION, made_up, real
 
 PLAIN = without_file()
@@ -135,6 +139,16 @@ def test_rows_and_gap() -> None:
     assert full.requests - full.hits == len(
         {(layer, e) for row in trace.expert_ids for layer in range(3) for e in row[layer]}
     )
+
+
+def test_the_default_is_that_of_the_trace_s_model(demo: Path) -> None:
+    trace = made_up()
+    default, named = simulate(trace, ["default", "lfu-aged"], [12])
+    assert default.policy == "default"
+    assert default.hits == named.hits
+    identity = ExpertCatalog.from_gguf(read_gguf(demo)).identity
+    assert default_for(identity) == default_policy(DEMO)
+    assert default_for({}) == default_for(identity | {"tensors_sha256": "another"}) == default_policy("")
 
 
 def test_weighted_shares_help_lru() -> None:

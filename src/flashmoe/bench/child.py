@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe.bench.spec import DEFAULT_POLICY, POOL, Job
+from flashmoe.bench.spec import POOL, Job
 from flashmoe.common.memory import major_faults, status_bytes
+from flashmoe.common.plugins import DEFAULT
 from flashmoe.errors import FlashMoEError, ModelError
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def _measure_pool(job: Job) -> dict[str, Any]:
     from flashmoe.runtime.load import load
 
     started = time.perf_counter()
-    options: dict[str, Any] = {} if job.policy == DEFAULT_POLICY else {"policy": job.policy}
+    options: dict[str, Any] = {} if job.policy == DEFAULT else {"policy": job.policy}
     model = load(
         job.model,
         ram=job.ram,

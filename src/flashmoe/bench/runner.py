@@ -19,12 +19,13 @@ from flashmoe.bench.cgroup import memory_group
 from flashmoe.bench.forced import trace_tokens
 from flashmoe.bench.machine import describe
 from flashmoe.bench.results import Round, make_row
-from flashmoe.bench.spec import DEFAULT_POLICY, POOL, BenchError, Job, Plan, Setting, Size
+from flashmoe.bench.spec import POOL, BenchError, Job, Plan, Setting, Size
 from flashmoe.bench.tokens import ROUTINGS, make_tokens, vocabulary_size
 from flashmoe.cache.policies import create
 from flashmoe.cache.sizing import parse_cache
 from flashmoe.common.children import module_command
 from flashmoe.common.machine import cores
+from flashmoe.common.plugins import DEFAULT
 from flashmoe.common.signals import ended_by_signals
 from flashmoe.errors import UsageError
 from flashmoe.routing.approximation import parse
@@ -64,7 +65,7 @@ class _Runner:
                 raise UsageError(
                     "--approx rewrites what the router says, and a trace is to be followed: give no trace"
                 )
-        for policy in set(plan.policies) - {DEFAULT_POLICY}:
+        for policy in set(plan.policies) - {DEFAULT}:
             create(policy)  # as well
         for size in plan.sizes:
             if size.cache is not None:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from flashmoe.common.plugins import DEFAULT
 from flashmoe.common.units import parse_bytes
 from flashmoe.errors import FlashMoEError, UsageError
 from flashmoe.routing.approximation import parse
@@ -22,8 +23,6 @@ BASELINES = {
 }
 NO_BASELINE = "none"
 POOL = "pool"
-#: What a user gets who names nothing.
-DEFAULT_POLICY = "default"
 
 
 class BenchError(FlashMoEError):
@@ -52,7 +51,7 @@ class Job:
     repacks: bool = True  # whether these work with repacked layouts
     ram: int | None = None
     cache: str | None = None
-    policy: str = DEFAULT_POLICY
+    policy: str = DEFAULT
     prefetch: str = "auto"
     layout: str = AUTO
     approx: str = ""
@@ -96,7 +95,7 @@ class Plan:
     model: Path
     sizes: Sequence[Size]
     baselines: Sequence[str] = ("mmap",)
-    policies: Sequence[str] = (DEFAULT_POLICY,)
+    policies: Sequence[str] = (DEFAULT,)
     prefetchers: Sequence[str] = ("auto",)
     layouts: Sequence[str] = (AUTO,)
     approximations: Sequence[str] = ("",)

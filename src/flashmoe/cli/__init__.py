@@ -15,6 +15,7 @@ from flashmoe.cli import (
     chat,
     doctor,
     engine,
+    listing,
     pack,
     plan,
     quality,
@@ -49,6 +50,8 @@ app.command("doctor")(doctor.doctor)
 app.command("plan")(plan.plan)
 app.command("quality")(quality.quality)
 app.command("simulate")(simulate.simulate)
+app.command("policies")(listing.policies)
+app.command("predictors")(listing.predictors)
 app.add_typer(bench.app, name="bench")
 app.add_typer(engine.app, name="engine")
 app.add_typer(trace.app, name="trace")

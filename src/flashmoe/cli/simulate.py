@@ -26,7 +26,8 @@ def simulate(
     policy: Annotated[
         str,
         typer.Option(
-            "--policy", help="Eviction policies, comma-separated: all, NAME or NAME:FILE of a trained policy."
+            "--policy",
+            help="Eviction policies, comma-separated: all, default, NAME or NAME:FILE of a trained policy.",
         ),
     ] = "all",
     prefetch: Annotated[

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -156,34 +157,66 @@ def info(
     json_file: options.Json = None,
     quiet: options.Silent = False,
 ) -> None:
-    """Show the shape of a trace and the statistics of each layer: popularity, overlap and reuse distances."""
-    from flashmoe.routing import statistics
+    """Show a trace: its shape, how alike neighbouring tokens are routed, hit rates to expect, and each layer."""
+    from flashmoe.routing import consistency, statistics
     from flashmoe.routing.files import read
+    from flashmoe.simulate.expected import expected_hit_rates
 
     trace = read(file)
     facts, rows = statistics.summary(trace), statistics.layer_statistics(trace)
+    whole, per_layer = consistency.routing_consistency(trace)
+    by_chance = consistency.by_chance(trace.top_k, trace.num_experts)
+    with stderr_console(quiet).status("replaying"):
+        expected = expected_hit_rates(trace)
     if plot:
         statistics.plot(trace, plot)
     if json_file:
-        json_file.write({**facts, "per_layer": [row.__dict__ for row in rows]})
+        layers = [{**row.__dict__, "consistency": own} for row, own in zip(rows, per_layer, strict=True)]
+        json_file.write(
+            {
+                **facts,
+                "consistency": {
+                    "segment_tokens": consistency.SEGMENT,
+                    "model": whole,
+                    "by_chance": by_chance,
+                },
+                "expected_hit_rates": expected,
+                "per_layer": layers,
+            }
+        )
     console = stdout_console(quiet)
     model: Any = facts.pop("model")
     console.print(f"{model.get('name', file.stem)}", style="bold")
     console.print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()))
-    table = Table()
-    for name in ("layer", "requests", "used", "top tenth", "entropy", "overlap"):
+    if whole == whole:  # else no sequence is long enough
+        console.print(
+            f"local routing consistency (SRP) {whole:.3f} over {consistency.SEGMENT} tokens, {by_chance:.3f} by chance",
+            highlight=False,
+        )
+    table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    table.add_column("hit rates to expect")
+    for name in next(iter(expected.values()), {}):
+        table.add_column(name, justify="right")
+    for capacity, rates in expected.items():
+        table.add_row(capacity, *(f"{rate:.1%}" for rate in rates.values()))
+    if expected:
+        console.print(table)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    for name in ("layer", "requests", "used", "top tenth", "entropy", "overlap", "SRP"):
         table.add_column(name, justify="right")
     for q in statistics.QUANTILES:
         table.add_column(f"reuse p{100 * q:.0f}", justify="right")
-    for row in rows:
+    for row, own in zip(rows, per_layer, strict=True):
         table.add_row(
             str(row.layer), str(row.requests), str(row.experts_used), f"{row.top_tenth:.3f}",
-            f"{row.entropy:.3f}", f"{row.overlap:.3f}", *(f"{value:.0f}" for value in row.reuse),
+            f"{row.entropy:.3f}", f"{row.overlap:.3f}", f"{own:.3f}" if own == own else "",
+            *(f"{value:.0f}" for value in row.reuse),
         )  # fmt: skip
     console.print(table)
     console.print(
-        "top tenth: share of requests to the most popular tenth of the experts; reuse: other experts asked for "
-        "between two uses of one (LRU with as many slots has it still)",
+        "top tenth: share of requests to the most popular tenth of the experts; SRP: how far a segment's tokens ask "
+        "for the same experts, 1 if for no others (arXiv 2505.16056); reuse: other experts asked for between two "
+        "uses of one (LRU with as many slots has it still); belady: the best that any policy can do",
         style="dim",
     )
 

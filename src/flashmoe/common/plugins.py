@@ -5,15 +5,29 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from flashmoe.common.files import expanded
 from flashmoe.errors import FlashMoEError
 
+#: What a user gets who names nothing, where several may be named.
+DEFAULT = "default"
+
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A name, as `flashmoe policies` and `flashmoe predictors` show it."""
+
+    name: str
+    file: str  # "needed", "possible", or "" where NAME:FILE is not known
+    about: str  # the first sentence of its documentation
+    package: str  # that it comes from
 
 
 @dataclass(frozen=True)
@@ -38,6 +52,23 @@ class Registry(Generic[T]):
         """Names of those that are `wanted`, asked with what makes them: the class, or another callable."""
         own = (name for name in self.available() if name not in self.also)
         return [name for name in own if wanted(self.find(name))]
+
+    def listed(self) -> list[Listed]:
+        """All of them but those of `also`, in the order of `available`; what cannot be imported says so."""
+        packages = {point.name: _package(point) for point in entry_points(group=self.group)}
+        own = self.package.partition(".")[0]
+        rows = []
+        for name in self.available():
+            if name in self.also:
+                continue
+            package = own if name in self.builtin else packages[name]
+            try:
+                factory = self.find(name)
+            except Exception as error:  # of another package: anything
+                rows.append(Listed(name, "", f"cannot be imported: {error!r}", package))
+                continue
+            rows.append(Listed(name, _takes_file(factory), _first_sentence(factory), package))
+        return rows
 
     def parse(self, spec: str) -> tuple[str, dict[str, Any]]:
         """The name in a spec, and the options it stands for. Raises `error` where its file is missing."""
@@ -79,3 +110,22 @@ class Registry(Generic[T]):
             if point.name == name:
                 return point.load()
         raise self.error(f"unknown {self.noun} {name!r}: use one of {', '.join(self.available())}")
+
+
+def _package(point: EntryPoint) -> str:
+    return point.dist.name if point.dist else point.module.partition(".")[0]
+
+
+def _takes_file(factory: Any) -> str:
+    if getattr(factory, "needs_file", False):
+        return "needed"
+    try:
+        return "possible" if "file" in inspect.signature(factory).parameters else ""
+    except (TypeError, ValueError):  # no callable, or one without a signature
+        return ""
+
+
+def _first_sentence(factory: Any) -> str:
+    """Of its own documentation: a class without any has that of its base, which says nothing of it."""
+    text = " ".join(inspect.cleandoc(factory.__doc__ or "").partition("\n\n")[0].split())
+    return re.split(r"(?<=\.) (?!\.)", text, maxsplit=1)[0].rstrip(".")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flashmoe.common.plugins import Registry
+from flashmoe.common.plugins import Listed, Registry
 from flashmoe.prefetch.base import Predictor, PredictorError
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "available",
     "create",
     "create_all",
+    "listed",
     "needs_hidden",
     "of_routing_alone",
 ]
@@ -46,6 +47,11 @@ _REGISTRY = Registry(Predictor, "predictor", PredictorError, __name__, BUILTIN, 
 def available() -> list[str]:
     """Names of all predictors: "none", then those built in, then those of other packages."""
     return _REGISTRY.available()
+
+
+def listed() -> list[Listed]:
+    """All predictors, with what a list of them says of each."""
+    return _REGISTRY.listed()
 
 
 def needs_hidden(spec: str) -> bool:

@@ -56,7 +56,10 @@ def predict(st, target, k, out):
 
 
 class MoEInfinity(Predictor):
-    """Sequence-level activation matrices. size: entries of the collection (the paper: about 120)."""
+    """Follows the activation matrix of the most similar past sequence.
+
+    size: entries of the collection (the paper: about 120).
+    """
 
     name: ClassVar[str] = "moe-infinity"
 

@@ -120,7 +120,7 @@ def observe_text(st, ids, tokens):
 
 
 class ProMoE(TextPredictor):
-    """A trained network per layer and distance, from a file of `flashmoe train prefetch --kind promoe`."""
+    """A network per layer and distance, from a trained file."""
 
     name: ClassVar[str] = "promoe"
     needs_file: ClassVar[bool] = True

@@ -53,8 +53,11 @@ _MOST_STEPS = 1 << 60
 
 
 class Table(TextPredictor):
-    """Learns online. file: a start from `flashmoe train prefetch --kind table`; memory: most bytes of the token
-    table (rows of L * E bytes, taken as tokens come)."""
+    """Learns routing as it runs, by token, by the layers behind, by frequency.
+
+    file: a start from `flashmoe train prefetch --kind table`. memory: most bytes of the token table (rows of L * E
+    bytes, taken as tokens come).
+    """
 
     name: ClassVar[str] = "table"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from flashmoe.cache.policies import create as create_policy
+from flashmoe.cache.policies.default import create_for
 from flashmoe.common.kept import kept
 from flashmoe.common.plotting import new_figure, save_figure
 from flashmoe.errors import UsageError
@@ -111,7 +111,7 @@ def judge(
     predictor.check_model(trace.model)
     pools = []
     for size in slots:
-        pool = create_policy(policy)
+        pool = create_for(policy, trace.model)
         pool.bind(pool_for(trace, size, partition))
         if pool.oracle:
             each = np.tile(np.arange(trace.n_tokens), (len(pool.residency.window_count), 1))

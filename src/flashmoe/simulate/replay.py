@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flashmoe.cache.policies import create, without_file
+from flashmoe.cache.policies import without_file
 from flashmoe.cache.policies.base import EvictionPolicy, Replay
+from flashmoe.cache.policies.default import create_for
 from flashmoe.cache.residency import make_residency
 from flashmoe.errors import FlashMoEError, UsageError
 from flashmoe.routing.trace import RoutingTrace
@@ -86,16 +87,14 @@ def simulate(
     guide: RoutingTrace | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> list[Row]:
-    """Replay a trace through policies (specs NAME or NAME:FILE) at capacities in slots (default 12.5, 25, 50
-    %).
+    """Replay a trace through policies (specs NAME or NAME:FILE, or "default") at capacities in slots (default 12.5, 25,
+    50 %).
 
     LRU and Belady run in any case: the gap is measured between them. Raises UsageError, PolicyError,
     TraceError."""
     total = trace.n_layers * trace.num_experts
     sizes = list(slots) if slots is not None else parse_capacities("12.5%,25%,50%", total)
-    made = {spec: create(spec) for spec in dict.fromkeys([*policies, "lru", "belady"])}
-    for policy in made.values():
-        policy.check_model(trace.model)
+    made = {spec: create_for(spec, trace.model) for spec in dict.fromkeys([*policies, "lru", "belady"])}
     rows = []
     for size in sizes:
         results: dict[str, tuple[Replay, float]] = {}

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from flashmoe.cache.policies.base import EvictionPolicy, Kernels, Replay
-from flashmoe.common.plugins import Registry
+from flashmoe.common.plugins import Listed, Registry
 from flashmoe.errors import PolicyError
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "Replay",
     "available",
     "create",
+    "listed",
     "suggested",
     "without_file",
 ]
@@ -54,6 +55,11 @@ _REGISTRY = Registry(EvictionPolicy, "policy", PolicyError, __name__, BUILTIN, E
 def available() -> list[str]:
     """Names of all policies: built in first, then those of other packages."""
     return _REGISTRY.available()
+
+
+def listed() -> list[Listed]:
+    """All policies, with what a list of them says of each."""
+    return _REGISTRY.listed()
 
 
 def without_file() -> list[str]:

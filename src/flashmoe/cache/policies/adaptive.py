@@ -41,81 +41,99 @@ class AdaptiveState(NamedTuple):
 
     score: NDArray[np.float64]  # [M, L, E]
     shadow: NDArray[np.uint8]  # [M, L, E] 1 where resident in the shadow cache
-    size: NDArray[np.int64]  # [M, L]
+    held: NDArray[np.int32]  # [M, L, E] the residents, in any order
+    size: NDArray[np.int64]  # [M, L] how many there are
     gain: NDArray[np.float64]  # [M, L] faded hit rate
     total: NDArray[np.float64]  # [M] mean of gain over the layers
     driver: NDArray[np.int64]  # [L]
-    members: NDArray[np.int64]  # [1] M
-    average: NDArray[np.float64]  # [L, E] of lfu-aged
-    asked: NDArray[np.int64]  # [E] scratch: access that asked for the expert
     online: OnlineState
-    learned: FlashmoePlusState  # of flashmoe+, size 0 without
+
+
+class AdaptivePlusState(NamedTuple):
+    """The same with flashmoe+ as the last member. Of its own, so that the others do not wait for its kernels."""
+
+    score: NDArray[np.float64]
+    shadow: NDArray[np.uint8]
+    held: NDArray[np.int32]
+    size: NDArray[np.int64]
+    gain: NDArray[np.float64]
+    total: NDArray[np.float64]
+    driver: NDArray[np.int64]
+    online: OnlineState
+    learned: FlashmoePlusState
+
+
+@lean
+def score_members(st, res, layer, ids, n):
+    """Bring the scores of a layer up to date for the members that need no file."""
+    recent, average, learnt = st.score[LRU, layer], st.score[AGED, layer], st.score[ONLINE, layer]
+    for e in range(average.shape[0]):
+        average[e] *= AGED_DECAY
+    for i in range(n):
+        average[ids[i]] += 1.0
+        recent[ids[i]] = res.step[0]
+    online.follow(st.online, layer, ids, n)
+    score = st.online.score[layer]
+    for e in range(score.shape[0]):
+        learnt[e] = score[e]
 
 
 @allocating
-def score_members(st, res, layer, ids, n):
-    """Bring the scores of a layer up to date for every member."""
-    n_experts = st.average.shape[1]
-    for e in range(n_experts):
-        st.average[layer, e] *= AGED_DECAY
-    for i in range(n):
-        st.average[layer, ids[i]] += 1.0
-        st.score[LRU, layer, ids[i]] = res.step[0]
-    for e in range(n_experts):
-        st.score[AGED, layer, e] = st.average[layer, e]
-    online.follow(st.online, layer, ids, n)
-    for e in range(n_experts):
-        st.score[ONLINE, layer, e] = st.online.score[layer, e]
-    if st.members[0] > PLUS:
-        now = res.accesses[layer]
-        plus.note(st.learned, layer, ids, n, now)
-        hidden = np.empty(st.learned.b1.shape[1], np.float32)
-        x = np.empty(st.learned.v1.shape[1], np.float32)
-        y = np.empty(st.learned.v1.shape[2], np.float32)
-        plus.read_context(st.learned, layer, hidden)
-        for e in range(n_experts):
-            if res.slot_of[layer, e] >= 0 or st.shadow[PLUS, layer, e] == 1 or st.asked[e] == res.step[0]:
-                st.score[PLUS, layer, e] = plus.rate(st.learned, layer, e, hidden, x, y, now)
+def score_plus(st, res, layer, ids, n):
+    """The same for flashmoe+: of what either cache holds, and of what is requested."""
+    now = res.accesses[layer]
+    plus.note(st.learned, layer, ids, n, now)
+    hidden = np.empty(st.learned.b1.shape[1], np.float32)
+    x = np.empty(st.learned.v1.shape[1], np.float32)
+    y = np.empty(st.learned.v1.shape[2], np.float32)
+    plus.read_context(st.learned, layer, hidden)
+    for e in range(st.score.shape[2]):
+        if res.slot_of[layer, e] >= 0 or st.shadow[PLUS, layer, e] == 1 or res.seen[e] == res.step[0]:
+            st.score[PLUS, layer, e] = plus.rate(st.learned, layer, e, hidden, x, y, now)
 
 
 @lean
 def serve_shadow(st, res, m, layer, ids, n):
     """Serve the requests from a member's shadow cache; hits."""
-    n_experts = st.average.shape[1]
+    score, shadow, held = st.score[m, layer], st.shadow[m, layer], st.held[m, layer]
+    size, step = st.size[m, layer], res.step[0]
     hits = 0
     for i in range(n):
-        if st.shadow[m, layer, ids[i]] == 1:
+        if shadow[ids[i]] == 1:
             hits += 1
         else:
-            st.shadow[m, layer, ids[i]] = 1
-            st.size[m, layer] += 1
-    while st.size[m, layer] > res.quota[layer]:
+            shadow[ids[i]] = 1
+            held[size] = ids[i]
+            size += 1
+    while size > res.quota[layer]:
         out = -1
-        for e in range(n_experts):
-            if st.shadow[m, layer, e] == 0 or st.asked[e] == res.step[0]:
-                continue
-            if out < 0 or st.score[m, layer, e] < st.score[m, layer, out]:
-                out = e
+        worst = np.inf
+        for i in range(size):
+            e = held[i]
+            if res.seen[e] != step and (score[e] < worst or (score[e] == worst and e < held[out])):
+                worst = score[e]
+                out = i
         if out < 0:
             break  # a micro-batch larger than the share
-        st.shadow[m, layer, out] = 0
-        st.size[m, layer] -= 1
+        size -= 1
+        shadow[held[out]] = 0
+        held[out] = held[size]
+    st.size[m, layer] = size
     return hits
 
 
-def record(st, res, layer, ids, n):
-    for i in range(n):
-        st.asked[ids[i]] = res.step[0]
-    score_members(st, res, layer, ids, n)
-    n_layers = st.gain.shape[1]
-    for m in range(st.members[0]):
+@lean
+def compare(st, res, layer, ids, n):
+    """Let all members serve the requests, and choose who drives the layer from here on."""
+    n_members, n_layers = st.gain.shape
+    for m in range(n_members):
         rate = serve_shadow(st, res, m, layer, ids, n) / max(n, 1)
         change = (rate - st.gain[m, layer]) / min(WINDOW, res.accesses[layer] + 1.0)
         st.gain[m, layer] += change
         st.total[m] += change / n_layers
     best = st.driver[layer]
     lead = st.gain[best, layer] + NEIGHBOURS * st.total[best] + MARGIN
-    for m in range(st.members[0]):
+    for m in range(n_members):
         value = st.gain[m, layer] + NEIGHBOURS * st.total[m]
         if value > lead:
             lead = value
@@ -123,54 +141,68 @@ def record(st, res, layer, ids, n):
     st.driver[layer] = best
 
 
+def record(st, res, layer, ids, n):
+    score_members(st, res, layer, ids, n)
+    compare(st, res, layer, ids, n)
+
+
+def record_plus(st, res, layer, ids, n):
+    score_members(st, res, layer, ids, n)
+    score_plus(st, res, layer, ids, n)
+    compare(st, res, layer, ids, n)
+
+
 def victim(st, res, layer, g):
     if layer >= 0:
         return loops.lowest(st.score[st.driver[layer]], res, layer, g)
     best = AGED
-    for m in range(st.members[0]):
+    for m in range(st.total.shape[0]):
         if st.total[m] > st.total[best] + MARGIN:
             best = m
     return loops.lowest(st.score[best], res, layer, g)
 
 
 class Adaptive(EvictionPolicy):
-    """The best of lru, lfu-aged, online and, from a file of `flashmoe train policy`, flashmoe+."""
+    """The best of lru, lfu-aged, online and, with a file, flashmoe+, by shadow caches."""
 
     name = "adaptive"
     suggested = True
+    learns = True
     kernels = loops.compiled(AdaptiveState, record, victim)
+    _kernels_plus = loops.compiled(AdaptivePlusState, record_plus, victim)
 
-    fixed = frozenset({"members", "online", "learned"})
+    fixed = frozenset({"online", "learned"})
 
     def __init__(self, file: str | Path | None = None, trained: PolicyFile | None = None) -> None:
         super().__init__()
         self.online = Online()
         self.learned = FlashmoePlus(file, trained) if file is not None or trained is not None else None
+        if self.learned is not None:
+            self.kernels = self._kernels_plus  # type: ignore[misc]  # of this policy alone
 
     def check_model(self, model: Any) -> None:
         """See EvictionPolicy."""
         if self.learned is not None:
             self.learned.check_model(model)
 
-    def make_state(self, n_layers: int, n_experts: int) -> AdaptiveState:
+    def make_state(self, n_layers: int, n_experts: int) -> AdaptiveState | AdaptivePlusState:
         """See EvictionPolicy."""
-        m = len(MEMBERS) if self.learned is not None else len(MEMBERS) - 1
         learned = self.learned
-        state = plus.empty_state() if learned is None else learned.make_state(n_layers, n_experts)
+        m = len(MEMBERS) - (learned is None)
         shape = (m, n_layers, n_experts)
-        return AdaptiveState(
+        state = AdaptiveState(
             score=np.zeros(shape),
             shadow=np.zeros(shape, np.uint8),
+            held=np.zeros(shape, np.int32),
             size=np.zeros(shape[:2], np.int64),
             gain=np.zeros(shape[:2]),
             total=np.zeros(m),
             driver=np.full(n_layers, AGED if learned is None else PLUS, np.int64),
-            members=np.array([m], np.int64),
-            average=np.zeros(shape[1:]),
-            asked=np.zeros(n_experts, np.int64),
             online=self.online.make_state(n_layers, n_experts),
-            learned=state,
         )
+        if learned is None:
+            return state
+        return AdaptivePlusState(*state, learned=learned.make_state(n_layers, n_experts))
 
     def drivers(self) -> dict[str, int]:
         """How many layers each member drives."""
@@ -189,6 +221,8 @@ class Adaptive(EvictionPolicy):
         before = self.state()
         try:
             super().load_state(arrays)
+            if not self._consistent():
+                raise PolicyError(f"saved state does not fit policy {self.name!r} (held)")
             for name, member in self._members().items():
                 own = f"{name}."
                 member.load_state({n.removeprefix(own): v for n, v in arrays.items() if n.startswith(own)})
@@ -196,9 +230,34 @@ class Adaptive(EvictionPolicy):
             self.load_state(before)
             raise
 
+    def learnt(self) -> dict[str, NDArray[Any]]:
+        """See EvictionPolicy."""
+        self._members()
+        return self.online.learnt()
+
+    def recall(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """See EvictionPolicy."""
+        self._members()
+        self.online.recall(arrays)
+
     def limits(self) -> dict[str, Limits]:
         """See EvictionPolicy."""
-        return {"driver": (0, len(self._state.total) - 1)}
+        n_experts = self.residency.n_experts
+        return {
+            "driver": (0, len(self._state.total) - 1),
+            "shadow": (0, 1),
+            "held": (0, n_experts - 1),
+            "size": (0, n_experts),
+        }
+
+    def _consistent(self) -> bool:
+        """Whether the lists of what shadow caches hold are what `shadow` says."""
+        state = self._state
+        listed = np.zeros_like(state.shadow)
+        places = np.arange(listed.shape[2]) < state.size[..., None]
+        m, layer, _ = np.nonzero(places)
+        np.add.at(listed, (m, layer, state.held[places]), 1)
+        return bool((listed == state.shadow).all())
 
     def _members(self) -> dict[str, EvictionPolicy]:
         """The members that have a state of their own, working on this policy's arrays."""

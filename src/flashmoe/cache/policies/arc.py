@@ -150,7 +150,7 @@ def evicted(st, res, layer, expert):
 
 
 class Arc(EvictionPolicy):
-    """Adaptive replacement cache."""
+    """Adaptive replacement cache (FAST 2003)."""
 
     name = "arc"
     kernels = loops.compiled(ArcState, record, victim, evicted)

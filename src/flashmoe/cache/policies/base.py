@@ -62,6 +62,8 @@ class EvictionPolicy:
     needs_file: ClassVar[bool] = False
     #: True for policies that a run's report tries on its last requests: without training they lead on some real trace.
     suggested: ClassVar[bool] = False
+    #: True for policies that learn weights while they run, which other sessions can go on from: see `learnt`.
+    learns: ClassVar[bool] = False
     #: True for policies that know the future: simulator only.
     oracle: ClassVar[bool] = False
     #: Arrays of the state that an option or a trained file sets: no part of what is saved.
@@ -242,6 +244,16 @@ class EvictionPolicy:
         never give, and then changes nothing."""
         if wrong := load_state(self._changing(), arrays, self.limits()):
             raise PolicyError(f"saved state does not fit policy {self.name!r} ({wrong})")
+
+    def learnt(self) -> dict[str, NDArray[Any]]:
+        """What is worth keeping for sessions of any pool: weights, no observations. Of policies that `learns` says so
+        of."""
+        raise NotImplementedError
+
+    def recall(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Take back what `learnt` gave, before the first request. Raises PolicyError for arrays that it would never
+        give, and then changes nothing."""
+        raise NotImplementedError
 
     def limits(self) -> dict[str, Limits]:
         """Least and largest values of the arrays of the state that are used as indices."""

@@ -70,7 +70,7 @@ def requests_of(ids, requests, group, n_experts, uses, begin):
 
 
 class Belady(EvictionPolicy):
-    """Farthest next use. Knows only traces: `replay`, not `access`."""
+    """Evicts the farthest next use: the oracle, on traces only. It has `replay`, no `access`."""
 
     name = "belady"
     kernels = loops.compiled(BeladyState, record, victim)

@@ -116,7 +116,7 @@ def begin(st):
 
 
 class Flashmoe(LearnedPolicy):
-    """The paper's policy, from a file of `flashmoe train policy --kind flashmoe`."""
+    """Evicts what the paper's network expects back last, from a trained file."""
 
     name = "flashmoe"
     kernels = loops.compiled(FlashmoeState, record, victim, begin=begin)

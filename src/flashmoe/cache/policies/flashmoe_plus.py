@@ -186,27 +186,8 @@ def victim(st, res, layer, g):
     return loops.lowest(st.score, res, layer, g)
 
 
-def empty_state() -> FlashmoePlusState:
-    """A state of no layers, where a policy that may contain this one does not."""
-    dims = {"embed": 3, "w1": 3, "b1": 2, "w2": 4, "b2": 3, "v1": 3, "c1": 2, "v2": 3, "v0": 3, "c2": 2}
-    return FlashmoePlusState(
-        score=np.zeros((0, 0), np.float32),
-        scored=np.zeros(0, np.int64),
-        average=np.zeros((0, 0, 0), np.float32),
-        last=np.zeros((0, 0), np.int64),
-        part=np.zeros((0, 0, 0), np.float32),
-        context=np.zeros((0, 0), np.float32),
-        current=np.zeros((0, 0), np.int32),
-        decay=np.zeros(0, np.float32),
-        channel=np.zeros(0, np.int32),
-        top_k=np.zeros(1, np.int32),
-        mean=np.zeros(0, np.float32),
-        **{name: np.zeros((0,) * n, np.float32) for name, n in dims.items()},
-    )
-
-
 class FlashmoePlus(LearnedPolicy):
-    """Chances of the next uses, from a file of `flashmoe train policy --kind flashmoe+`."""
+    """Evicts the lowest chance of use within 1 to 32 steps, from a trained file."""
 
     name = "flashmoe+"
     kernels = loops.compiled(FlashmoePlusState, record, victim)

@@ -48,7 +48,7 @@ def victim(st, res, layer, g):
 
 
 class LeastStale(EvictionPolicy):
-    """Stale before fresh, far before near, first in first out."""
+    """Evicts stale before fresh, far before near, first in first out."""
 
     name = "least-stale"
     kernels = loops.compiled(LeastStaleState, record, victim)

@@ -80,7 +80,7 @@ def begin(st):
 
 
 class LeCaR(EvictionPolicy):
-    """LRU and LFU, weighted by regret, per layer."""
+    """LRU or LFU, drawn by weights that regret moves, per layer."""
 
     name = "lecar"
     suggested = True

@@ -41,7 +41,7 @@ def begin(st):
 
 
 class Lfru(EvictionPolicy):
-    """Evict the smallest (count + 1) / (age + 1): both seldom and long ago."""
+    """Evicts the smallest (count + 1) / (age + 1): both seldom and long ago."""
 
     name = "lfru"
     suggested = True

@@ -48,7 +48,7 @@ def begin(st):
 
 
 class Lfu(EvictionPolicy):
-    """Least frequently used in this sequence; equal counts: least recently used.
+    """Evicts the fewest requests in this sequence; equal counts: the longest unused.
 
     forget: count since insertion into the cache, over all sequences (the textbook's in-cache LFU), instead.
     """

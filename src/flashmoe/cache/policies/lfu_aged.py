@@ -50,8 +50,10 @@ def victim(st, res, layer, g):
 
 
 class LfuAged(EvictionPolicy):
-    """Exponential moving average of requests; decay 0..1 per step of the layer, nearer to 1 remembers
-    longer."""
+    """Evicts the lowest exponential moving average of requests.
+
+    decay: 0..1 per step of the layer; nearer to 1 remembers longer.
+    """
 
     name = "lfu-aged"
     suggested = True

@@ -27,7 +27,7 @@ def victim(st, res, layer, g):
 
 
 class Lru(EvictionPolicy):
-    """Least recently used, the baseline of every comparison."""
+    """Evicts the longest unused; the baseline of every comparison."""
 
     name = "lru"
     suggested = True

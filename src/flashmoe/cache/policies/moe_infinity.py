@@ -79,7 +79,10 @@ def limits(size: int) -> dict[str, Limits]:
 
 
 class MoEInfinity(EvictionPolicy):
-    """Sequence-level activation matrices. size: entries of the collection (the paper: about 120)."""
+    """Evicts by the activation matrix of the most similar past sequence.
+
+    size: entries of the collection (the paper: about 120).
+    """
 
     name = "moe-infinity"
     kernels = loops.compiled(MoEInfinityState, record, victim, begin=begin)

@@ -23,7 +23,8 @@ is learnt, and it differs from model to model.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,8 @@ from numpy.typing import NDArray
 from flashmoe.cache.kernels import entries as loops
 from flashmoe.cache.kernels.slots import lean
 from flashmoe.cache.policies.base import EvictionPolicy
-from flashmoe.cache.saved import Limits
+from flashmoe.cache.saved import Limits, load_state
+from flashmoe.errors import PolicyError
 
 AVERAGE_DECAY = np.float32(0.97)
 BASE = np.float32(0.4)
@@ -251,16 +253,31 @@ def limits(n_experts: int) -> dict[str, Limits]:
     }
 
 
+#: What another session goes on from.
+LEARNT = ("weight", "squares")
+
+
 class Online(EvictionPolicy):
-    """A linear model of the experts' use in the next steps, learnt while the model runs."""
+    """Evicts the lowest use soon, by a linear model that learns as it runs."""
 
     name = "online"
+    learns = True
     kernels = loops.compiled(OnlineState, record, victim)
     fixed = SCRATCH
 
     def make_state(self, n_layers: int, n_experts: int) -> OnlineState:
         """See EvictionPolicy."""
         return make_state(n_layers, n_experts)
+
+    def learnt(self) -> dict[str, NDArray[np.float32]]:
+        """See EvictionPolicy."""
+        return {name: getattr(self._state, name).copy() for name in LEARNT}
+
+    def recall(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """See EvictionPolicy."""
+        own = {name: getattr(self._state, name) for name in LEARNT}
+        if wrong := load_state(own, arrays, self.limits()):
+            raise PolicyError(f"what {self.name!r} has learnt does not fit ({wrong})")
 
     def limits(self) -> dict[str, Limits]:
         """See EvictionPolicy."""

@@ -15,6 +15,7 @@ import os
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class Choice:
     chosen: bool = False
 
 
+@cache
 def wheel_version() -> str:
     """Of the installed wheel; "" where it is not installed."""
     try:

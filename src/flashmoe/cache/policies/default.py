@@ -1,0 +1,30 @@
+"""The eviction policy of who names none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from flashmoe.cache.policies import create
+from flashmoe.cache.policies.base import EvictionPolicy
+from flashmoe.cache.policies.learned import PolicyFile
+from flashmoe.common.plugins import DEFAULT
+from flashmoe.storage.hub import DEMO, default_policy
+
+
+def default_for(model: Mapping[str, Any]) -> str:
+    """The spec that the model of this identity (of a trace, or of a catalog) runs with by default."""
+    spec = default_policy(DEMO)
+    kind, _, file = spec.partition(":")
+    telling = "tensors_sha256"
+    if file and telling in model and PolicyFile.load(file, kind).model.get(telling) == model[telling]:
+        return spec
+    return default_policy("")
+
+
+def create_for(spec: str, model: Mapping[str, Any]) -> EvictionPolicy:
+    """`create`, which also knows `default`, for the model of this identity. Raises PolicyError where it was made for
+    another one."""
+    policy = create(default_for(model) if spec == DEFAULT else spec)
+    policy.check_model(model)
+    return policy
