@@ -116,12 +116,12 @@ def test_calibrated_levels(demo: Path, text: Path, tmp_path: Path, monkeypatch: 
 
 def test_cut() -> None:
     assert [len(part) for part in cut(range(1000), 512)] == [512, 488]
-    assert [len(part) for part in cut(range(530), 512)] == [512]  # the rest is too short
+    assert [len(part) for part in cut(range(529), 512)] == [512]  # the rest is too short
     parts = cut(range(1000), 100, 100)
     assert sum(len(part) - 17 for part in parts) == 100
     assert parts[1][0] == 100
-    with pytest.raises(UsageError, match="at least 32"):
-        cut(range(20), 512)
+    with pytest.raises(UsageError, match="at least 18"):
+        cut(range(17), 512)
 
 
 def test_refused(text: Path, demo: Path, tmp_path: Path) -> None:

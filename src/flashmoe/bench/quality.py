@@ -35,7 +35,7 @@ LADDER = ("cache:0.05", "cache:0.1", "cache:0.2", "cache:0.4", "cache:0.7", "cac
 LIMITS = {"1": 0.01, "2": 0.02, "3": 0.05}
 WINDOW = 512  # tokens, where the context is not given
 _PROMPT = 16  # tokens of each window
-_LEAST = 2 * _PROMPT  # tokens of a window
+_LEAST = _PROMPT + 2  # tokens of a window: one to decode, and the next
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def table(report: dict[str, Any]) -> Table:
     rows = report["rows"]
     result = Table(
         box=SIMPLE_HEAD,
-        padding=(0, 0, 0, 1),
+        padding=0,
         pad_edge=False,
         title=f"{report['model']}: {rows[0]['tokens']} decoded tokens in windows of {report['window_tokens']}",
         caption="ppl: perplexity; top-1: same likeliest token; repl., drop.: of the experts; misses per token",
