@@ -131,7 +131,7 @@ def test_a_key_that_breaks_the_rules_is_seen() -> None:
 
 
 def test_no_command_is_left_out() -> None:
-    """`serve` and `engine` have tests of their own."""
+    """`serve`, `batch` and `engine` have tests of their own."""
     root = typer.main.get_command(app)
 
     def walk(command: Any, name: str) -> Iterator[str]:
@@ -141,7 +141,7 @@ def test_no_command_is_left_out() -> None:
             yield name
 
     known = {"run", "chat", "verify", "doctor", "plan", "quality", "simulate", "bench", "trace info", "train policy",
-             "train prefetch", "serve", "policies", "predictors"}  # fmt: skip
+             "train prefetch", "serve", "batch", "policies", "predictors"}  # fmt: skip
     of_engine = {"engine list", "engine build", "engine add", "engine check"}  # tests/builder
     assert set(walk(root, "")) == known | of_engine
 

@@ -14,6 +14,7 @@ CALLS = [
     ("run", [["MODEL"], ["--ram", "6GiB"], ["-q"]]),
     ("chat", [["MODEL"], ["--ram", "6GiB"], ["--save-cache"]]),
     ("serve", [["MODEL"], ["--port", "0"], ["-np", "2"]]),
+    ("batch", [["MODEL", "in.jsonl", "out.jsonl"], ["-np", "16"], ["-q"]]),
     ("pack", [["MODEL"], ["-q"]]),
     ("verify", [["MODEL"], ["--json", "r.json"], ["-q"]]),
     ("doctor", [["."], ["-q"]]),

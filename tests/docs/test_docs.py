@@ -35,7 +35,7 @@ if [ "$1" = serve ]; then
     {python} -m flashmoe.cli "$@" --port $PORT >serve.log 2>&1 &
     echo $! >>servers
     for _ in $(seq 600); do
-        curl -s http://127.0.0.1:$PORT/v1/models >/dev/null && exit 0
+        curl -sf http://127.0.0.1:$PORT/health >/dev/null && exit 0
         kill -0 $! 2>/dev/null || break
         sleep 0.1
     done

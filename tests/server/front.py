@@ -88,12 +88,14 @@ class Running:
 
 
 @contextmanager
-def fronted(model: Model, backend: Backend, *, grace: float = 5.0, **options: Any) -> Iterator[Running]:
+def fronted(
+    model: Model, backend: Backend, *, drain_seconds: float = 5.0, **options: Any
+) -> Iterator[Running]:
     """The front as long as the block lasts."""
     front = make_app(model, backend, name="a model", **options)
     started = threading.Event()
     front.started = started.set
-    server = FrontServer(front, grace)
+    server = FrontServer(front, drain_seconds)
     (sock,) = listen("127.0.0.1", 0)
     with sock:
         url = f"http://127.0.0.1:{sock.getsockname()[1]}"

@@ -6,8 +6,9 @@ import asyncio
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -144,15 +145,53 @@ def test_events_are_passed_on_one_by_one(front: Running) -> None:
 
 def test_queue_has_an_end(front: Running) -> None:
     traffic = front.front.traffic
-    traffic._in_flight += 258
+    waiting = dict.fromkeys(range(258), time.monotonic() - 17.5)
+    traffic._began.update(waiting)
     try:
         answer = httpx.post(f"{front.url}/v1/messages?n=1")
         assert answer.status_code == 503
-        assert answer.headers["retry-after"]
+        assert answer.headers["retry-after"] == "18"  # as long as others wait already
         assert answer.json()["error"]["type"] == "overloaded_error"
         assert httpx.post(f"{front.url}/tokenize").status_code == 404  # takes no slot
     finally:
-        traffic._in_flight -= 258
+        for request in waiting:
+            del traffic._began[request]
+
+
+def test_a_server_that_falls_behind_says_so(
+    front: Running, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once in a while, not with each request."""
+    monkeypatch.setattr("flashmoe.server.traffic.BEHIND_SECONDS", 40)
+    traffic = front.front.traffic
+    began = time.monotonic()
+    waiting = {"a": began, "b": began, "c": began - 50}
+    traffic._began.update(waiting)
+    try:
+        figures = httpx.get(f"{front.url}/metrics").text
+        for _ in range(2):
+            assert httpx.post(f"{front.url}/infill?n=1").status_code == 200
+    finally:
+        for request in waiting:
+            del traffic._began[request]
+    assert "flashmoe_requests_waiting 1.0\n" in figures
+    assert "flashmoe_requests_parallel 2.0\n" in figures
+    assert 50 <= float(figures.split("\nflashmoe_requests_waiting_seconds ")[1].split()[0]) < 60
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.startswith("2 requests wait, one for 5")
+
+
+def test_names_of_requests_are_in_the_log(front: Running, caplog: pytest.LogCaptureFixture) -> None:
+    """Also of those that fail; a long name is cut."""
+    caplog.set_level("INFO", "flashmoe.server")
+    for path, name in (("/infill?n=1", "client-7"), ("/v1/messages?cut", "b" * 1000)):
+        with suppress(httpx.HTTPError):
+            httpx.post(front.url + path, headers={"X-Request-Id": name})
+    first, second = (
+        r.getMessage() for r in caplog.records if (r.name, r.levelname) == ("flashmoe.server", "INFO")
+    )
+    assert first.startswith("POST /infill (request 'client-7'): ok after ")
+    assert f"(request '{'b' * 128}')" in second
 
 
 @contextmanager
@@ -184,13 +223,15 @@ def test_requests_while_it_ends(pool: Model, backend: Backend) -> None:
         answer = httpx.post(f"{front.url}/v1/completions")
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
         assert httpx.get(f"{front.url}/ready").status_code == 503
+        assert httpx.get(f"{front.url}/health").status_code == 503
+        assert "flashmoe_accepting 0.0\n" in httpx.get(f"{front.url}/metrics").text
         assert httpx.get(f"{front.url}/metrics").status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/infill?n=1000", "/v1/messages?n=1000"])
 def test_end_of_what_takes_too_long(pool: Model, backend: Backend, path: str) -> None:
-    """After the time of grace a stream is told why it ends."""
-    with fronted(pool, backend, grace=0.3) as front, ending(front, path) as answer:
+    """After the time to drain a stream is told why it ends."""
+    with fronted(pool, backend, drain_seconds=0.3) as front, ending(front, path) as answer:
         last = answer.read().decode().rstrip().split("\n\n")[-1]
     name, _, data = last.rpartition("data: ")
     assert json.loads(data)["error"]["message"] == "the server is shutting down"
@@ -198,6 +239,6 @@ def test_end_of_what_takes_too_long(pool: Model, backend: Backend, path: str) ->
 
 
 def test_end_of_what_has_not_begun(pool: Model, backend: Backend) -> None:
-    """It is refused after the time of grace; a complete answer would be another."""
-    with fronted(pool, backend, grace=0.3) as front, ending(front, "/slow?seconds=600") as answer:
+    """It is refused after the time to drain; a complete answer would be another."""
+    with fronted(pool, backend, drain_seconds=0.3) as front, ending(front, "/slow?seconds=600") as answer:
         assert answer.status_code == 503

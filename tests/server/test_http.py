@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-import signal
 import socket
 import subprocess
 import time
@@ -187,40 +186,6 @@ def test_live_stream_sees_a_generation(server: ServerProcess, client: OpenAI) ->
     assert any(cell & 2 for c in cells for cell in c)  # used
     assert not any(cell & 4 and not cell & 2 for c in cells for cell in c)  # missed, hence used
     assert httpx.get(f"{server.url}/flashmoe/live/stream?hz=1000").status_code == 400
-
-
-def test_end_in_order(demo: Path) -> None:
-    """A stream under way comes to its end; what comes later is refused; the exit status is 0."""
-    with serving(demo, "--cache", "50%", "--parallel", 1) as server:
-        connection = connect(server)
-        body = {"prompt": "The sea", "max_tokens": 100, "stream": True, "ignore_eos": True}
-        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        while b"text" not in response.readline():
-            pass
-        server.send_signal(signal.SIGTERM)
-        rest = response.read().decode()
-        assert '"finish_reason":"length"' in rest
-        assert rest.rstrip().endswith("data: [DONE]")
-        connection.close()
-        assert server.wait() == 0
-
-
-def test_end_of_what_takes_too_long(demo: Path) -> None:
-    """After the time of grace a stream is told why it ends."""
-    impatient = "import flashmoe.cli as c, flashmoe.server.serve as s; s.serve.__kwdefaults__['grace'] = 0.1; c.main()"
-    with serving(demo, "--cache", "20%", program=("-c", impatient)) as server:
-        connection = connect(server)
-        body = {"prompt": "The sea", "max_tokens": 500, "stream": True, "ignore_eos": True}
-        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        while b"text" not in response.readline():
-            pass
-        server.send_signal(signal.SIGTERM)
-        last = response.read().decode().split("data: ")[-1]
-        assert json.loads(last)["error"]["message"] == "the server is shutting down"
-        connection.close()
-        assert server.wait() == 0
 
 
 def test_warning_on_other_addresses(demo: Path) -> None:

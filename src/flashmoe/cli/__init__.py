@@ -11,6 +11,7 @@ import typer
 
 import flashmoe
 from flashmoe.cli import (
+    batch,
     bench,
     chat,
     doctor,
@@ -44,6 +45,7 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
+app.command("batch")(batch.batch)
 app.command("pack")(pack.pack)
 app.command("verify")(verify.verify)
 app.command("doctor")(doctor.doctor)

@@ -133,6 +133,22 @@ Approx = Annotated[
         "1 to 3; flashmoe quality shows the price (default: 0, exact).",
     ),
 ]
+Parallel = Annotated[
+    int,
+    typer.Option(
+        "-np",
+        "--parallel",
+        help="Number of requests to decode in parallel, each with its own context; 0 for up to 4.",
+        min=0,
+        max=64,
+    ),
+]
+Pooling = Annotated[
+    str,
+    typer.Option(
+        "--pooling", help="Pooling type for embeddings: last, mean, cls, none, or auto (the model's own)."
+    ),
+]
 Verify = Annotated[
     bool,
     typer.Option(

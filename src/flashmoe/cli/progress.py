@@ -15,6 +15,7 @@ _TITLES = {
     "prefill": "reading the prompt",
     "pack": "packing experts",
     "check": "checking the pack",
+    "batch": "answering requests",
     "verify": "hashing experts",
 }
 

@@ -32,16 +32,7 @@ def serve(
         str | None,
         typer.Option("--api-key", help=f"API key required from clients (or set {KEY_VARIABLE})."),
     ] = None,
-    parallel: Annotated[
-        int,
-        typer.Option(
-            "-np",
-            "--parallel",
-            help="Number of requests to decode in parallel, each with its own context; 0 for up to 4.",
-            min=0,
-            max=64,
-        ),
-    ] = 0,
+    parallel: options.Parallel = 0,
     cors: Annotated[
         list[str] | None,
         typer.Option(
@@ -55,16 +46,19 @@ def serve(
             help="Additional Host header to accept on a loopback address, e.g. the name of a TLS proxy.",
         ),
     ] = None,
-    pooling: Annotated[
-        str,
-        typer.Option(
-            "--pooling", help="Pooling type for embeddings: last, mean, cls, none, or auto (the model's own)."
-        ),
-    ] = "auto",
+    pooling: options.Pooling = "auto",
     cache_ram: Annotated[
         str | None,
         typer.Option("--cache-ram", help="Memory for the prompt cache of idle conversations, e.g. 512MiB."),
     ] = None,
+    drain_seconds: Annotated[
+        float,
+        typer.Option(
+            "--drain-seconds",
+            help="Seconds for running requests when the server is told to end (SIGTERM, Ctrl-C); new ones get 503.",
+            min=0,
+        ),
+    ] = 30.0,
     alias: Annotated[
         str | None,
         typer.Option("-a", "--alias", help="Model name to report to clients (default: the file's name)."),
@@ -84,6 +78,7 @@ def serve(
     except ImportError as error:
         raise UsageError(f"the server needs {error.name}: pip install 'flashmoe-ssd[serve]'") from None
     from flashmoe.runtime.load import load
+    from flashmoe.server.loading import refusing
     from flashmoe.server.security import is_loopback
     from flashmoe.server.serve import listen
     from flashmoe.server.serve import serve as run_server
@@ -93,10 +88,10 @@ def serve(
     key = argument(api_key or os.environ.get(KEY_VARIABLE) or "", "the key (--api-key)") or None
     alias = argument(alias or "", "--alias")
     sockets = listen(host, port)
-    with ExitStack() as listening:
+    with ExitStack() as opened:
         for sock in sockets:
-            listening.enter_context(sock)
-        with LoadProgress(console) as progress:
+            opened.enter_context(sock)
+        with refusing(sockets), LoadProgress(console) as progress:
             compile_replays()
             asked = loading.load_options(
                 parallel=parallel,
@@ -104,34 +99,34 @@ def serve(
                 server=chat_options.server(alias=alias, sampling=sampling.defaults()),
                 pooling=pooling,
             )
-            loaded = load(model, options=asked, progress=progress.update)
-        with loaded:
-            name = alias or printable(loaded.catalog.gguf.files[0].stem)
+            loaded = opened.enter_context(load(model, options=asked, progress=progress.update))
             inner = loaded.server()
-            address, real_port = sockets[0].getsockname()[:2]
-            shown = f"[{address}]" if ":" in address else address
+        name = alias or printable(loaded.catalog.gguf.files[0].stem)
+        address, real_port = sockets[0].getsockname()[:2]
+        shown = f"[{address}]" if ":" in address else address
 
-            def started() -> None:
-                if not key and not is_loopback(host):
-                    console.print(
-                        f"warning: {host} can be reached from other machines, and no key is set (--api-key)",
-                        style="bold yellow",
-                    )
-                url = f"http://{shown}:{real_port}"
-                console.print(f"serving {name} on {url}/v1, dashboard at {url}/flashmoe/", highlight=False)
+        def started() -> None:
+            if not key and not is_loopback(host):
+                console.print(
+                    f"warning: {host} can be reached from other machines, and no key is set (--api-key)",
+                    style="bold yellow",
+                )
+            url = f"http://{shown}:{real_port}"
+            console.print(f"serving {name} on {url}/v1, dashboard at {url}/flashmoe/", highlight=False)
 
-            run_server(
-                loaded,
-                inner,
-                sockets,
-                name=name,
-                host=host,
-                api_key=key,
-                cors=cors or [],
-                names=allow_host or [],
-                started=started,
-            )
-            report = loaded.report()
-            show(console, report)
-            if json_file:
-                json_file.write(report.as_dict())
+        run_server(
+            loaded,
+            inner,
+            sockets,
+            name=name,
+            host=host,
+            api_key=key,
+            cors=cors or [],
+            names=allow_host or [],
+            drain_seconds=drain_seconds,
+            started=started,
+        )
+        report = loaded.report()
+        show(console, report)
+        if json_file:
+            json_file.write(report.as_dict())

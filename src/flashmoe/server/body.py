@@ -7,26 +7,22 @@ the backend's threads, and a body that is refused has not reached the backend.
 from __future__ import annotations
 
 import asyncio
-import json
-import re
-from typing import Any
 
-import numpy as np
 from starlette.types import Receive, Scope
 
+from flashmoe.engines.llamacpp.serving.bodies import (
+    DEEPEST,
+    TOO_DEEP,
+    does_not_fit,
+    longest_text,
+    too_deep,
+)
 from flashmoe.server.errors import Refusal
 
 LEAST_BODY = 1 << 20  # bytes that are always allowed
 PICTURES = 64 << 20  # bytes that are allowed where images are
 AROUND_TEXT = 64 << 10  # bytes of a body beside its text
 BODY_SECONDS = 60.0  # for a client to send its body
-DEEPEST = 256  # JSON in JSON; the backend walks it by recursion, and some 100,000 levels end the process
-
-_TEXTS = frozenset(("prompt", "content", "messages", "input", "system"))
-_NO_TEXTS = frozenset(
-    ("data", "file_data", "multimodal_data", "url")
-)  # pictures and sounds, in the midst of texts
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
 class Gone(Exception):
@@ -57,8 +53,7 @@ class Limits:
             message = f"the request's body did not arrive within {self._seconds:g} seconds"
             raise Refusal(408, message, headers={"Connection": "close"}) from None
         deep = body.count(b"[") + body.count(b"{") > DEEPEST
-        long = len(body) > self._text
-        if (deep or long) and _kind(scope) != b"multipart/form-data":
+        if (deep or len(body) > self._text) and _kind(scope) != b"multipart/form-data":
             await asyncio.to_thread(self._look_into, body)
         return body
 
@@ -81,19 +76,12 @@ class Limits:
 
     def _look_into(self, body: bytes) -> None:
         """Raises Refusal for JSON that is nested too deeply, or that holds a text that cannot fit in the context."""
-        if _depth(body) > DEEPEST:
-            raise Refusal(400, f"the JSON is nested more than {DEEPEST} levels deep")
-        if len(body) <= self._text:
-            return
-        try:
-            longest = _longest_text(json.loads(body))
-        except ValueError:
-            return  # the backend says what is wrong with it
-        if longest > self._text:
+        if too_deep(body):
+            raise Refusal(400, TOO_DEEP)
+        if len(body) > self._text and (longest := longest_text(body)) > self._text:
             raise Refusal(
                 400,
-                f"the request has a text of {longest} bytes; the longest that may fit in the context of "
-                f"{self._n_ctx} tokens has {self._text}",
+                does_not_fit(longest, self._n_ctx, self._text),
                 kind="exceed_context_size_error",
                 code="context_length_exceeded",
                 more={"n_ctx": self._n_ctx},
@@ -106,26 +94,3 @@ def _kind(scope: Scope) -> bytes:
         if name == b"content-type":
             return bytes(value.partition(b";")[0].strip().lower())
     return b""
-
-
-def _depth(body: bytes) -> int:
-    """How deeply JSON is nested, or would be if it were well-formed."""
-    marks = np.frombuffer(_STRING.sub(b"", body), np.uint8)
-    opened, closed = (marks == ord("[")) | (marks == ord("{")), (marks == ord("]")) | (marks == ord("}"))
-    return int(np.cumsum(opened.astype(np.int32) - closed.astype(np.int32)).max(initial=0))
-
-
-def _longest_text(value: Any) -> int:
-    """Bytes of the longest string that a prompt is made of."""
-    longest, rest = 0, [(value, False)]
-    while rest:
-        item, is_text = rest.pop()
-        if isinstance(item, dict):
-            rest += [
-                (inner, is_text or name in _TEXTS) for name, inner in item.items() if name not in _NO_TEXTS
-            ]
-        elif isinstance(item, list):
-            rest += [(inner, is_text) for inner in item]
-        elif is_text and isinstance(item, str) and not item.startswith("data:"):
-            longest = max(longest, len(item.encode("utf-8", "surrogatepass")))
-    return longest

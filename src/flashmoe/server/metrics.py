@@ -75,6 +75,13 @@ class _ModelCollector(Collector):
             ("experts", "Experts of the model, all layers.", model.catalog.total_experts),
             ("requests_running", "Requests that have a slot of the server.", self._traffic.running),
             ("requests_waiting", "Requests in the queue.", self._traffic.waiting),
+            (
+                "requests_waiting_seconds",
+                "How long the request that waits longest has waited.",
+                self._traffic.waiting_seconds,
+            ),
+            ("requests_parallel", "Requests that can run at once.", self._traffic.parallel),
+            ("accepting", "1 while new requests are taken, 0 when the server ends.", self._traffic.accepting),
             ("memory_budget_bytes", "The memory budget; 0 without one.", model.budget_bytes),
             ("memory_resident_bytes", "Memory of the process.", status_bytes("VmRSS")),
             ("memory_peak_bytes", "The most that the process has taken.", status_bytes("VmHWM")),

@@ -23,6 +23,8 @@ from flashmoe.server.upstream import InnerServer, Upstream
 
 _log = logging.getLogger("flashmoe.server")
 _SAFE = ("GET", "HEAD", "OPTIONS")
+_HEALTH = ("/health", "/v1/health")
+_LONGEST_NAME = 128  # characters of a client's name for a request, in the log
 
 
 class Proxy:
@@ -40,17 +42,20 @@ class Proxy:
         self._approximate = approximate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        _note(scope)
         counted = scope["method"] == "POST" and scope["path"] in GENERATING
         exchange = Exchange(self._inner, self._upstream, scope, send)
         if counted:
             exchange.on_first_byte = self._timer()
-        outcome = "server_error"
+        outcome, began = "server_error", time.perf_counter()
         try:
-            if scope["method"] not in _SAFE:
+            if scope["path"] in _HEALTH:
                 self._traffic.check_open()
+            if scope["method"] not in _SAFE:
                 _check_route(scope["path"])
-            with self._traffic.counted() if counted else nullcontext():
+            with (
+                self._traffic.entered() if scope["method"] not in _SAFE else nullcontext(),
+                self._traffic.counted() if counted else nullcontext(),
+            ):
                 body = await self._limits.read(scope, receive)
                 with self._approximate.for_request(body):
                     await self._run(exchange, body, receive)
@@ -61,17 +66,18 @@ class Proxy:
             outcome = "client_error" if refusal.status < 500 else "server_error"
             await exchange.refuse(refusal)
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
-            _log.warning("the backend does not answer: %r", error)
+            _log.warning("%s: the backend does not answer: %r", _named(scope), error)
             await exchange.refuse(Refusal(502, "the engine's server does not answer; see the log"))
         except Exception:
-            _log.exception("a request failed")
+            _log.exception("%s failed", _named(scope))
             await exchange.refuse(Refusal(500, "internal error"))
         finally:
             if counted:
                 self._traffic.on_end(outcome)
+                _log.info("%s: %s after %.2f s", _named(scope), outcome, time.perf_counter() - began)
 
     async def _run(self, exchange: Exchange, body: bytes, receive: Receive) -> None:
-        """Raises Gone when the client hangs up; the backend is hung up on then, and when the time of grace ends."""
+        """Raises Gone when the client hangs up; the backend is hung up on then, and when the time to drain ends."""
         work = asyncio.create_task(exchange.run(body, trusted=exchange.scope[TRUSTED]))
         gone = asyncio.create_task(_until_gone(receive))
         with self._traffic.stoppable(work):
@@ -106,8 +112,7 @@ def _check_route(path: str) -> None:
         raise Refusal(501, "saving and restoring slots over HTTP is off; see --save-cache")
 
 
-def _note(scope: Scope) -> None:
-    """A client's own name for a request helps to find it in the log."""
-    if _log.isEnabledFor(logging.DEBUG):
-        name = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        _log.debug("%s %s%s", scope["method"], scope["path"], f" (request {name!r})" if name else "")
+def _named(scope: Scope) -> str:
+    """A request, with its client's own name for it: that finds it in the logs of all that it went through."""
+    name = dict(scope["headers"]).get(b"x-request-id", b"")[:_LONGEST_NAME].decode("latin-1")
+    return f"{scope['method']} {scope['path']}" + (f" (request {name!r})" if name else "")

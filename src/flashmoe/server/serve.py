@@ -15,17 +15,21 @@ import uvicorn
 from flashmoe.errors import UsageError
 from flashmoe.runtime.model import Model
 from flashmoe.server.app import Front, make_app
+from flashmoe.server.loading import BACKLOG
 from flashmoe.server.timeouts import TimeoutProtocol
 from flashmoe.server.upstream import InnerServer
 
-GRACE_SECONDS = 30.0  # for running requests, when the server is told to end
+_LAST_SECONDS = 5  # for connections to close when requests have ended
 KEEP_ALIVE_SECONDS = 120  # between two requests; clients keep connections for up to 75 s, and then trust them
 
 
 class FrontServer(uvicorn.Server):
-    """Ends in order: no new requests, a time of grace for those that run, then an error in their streams."""
+    """Ends in order: new requests are refused, those that run have some time, then an error ends their streams.
 
-    def __init__(self, front: Front, grace: float = GRACE_SECONDS) -> None:
+    Connections are taken until the end, so that a gateway is told 503 and asks another worker.
+    """
+
+    def __init__(self, front: Front, drain_seconds: float) -> None:
         super().__init__(
             uvicorn.Config(
                 front,
@@ -35,10 +39,10 @@ class FrontServer(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=KEEP_ALIVE_SECONDS,
-                timeout_graceful_shutdown=int(grace) + 5,
+                timeout_graceful_shutdown=_LAST_SECONDS,
             )
         )
-        self._front, self._grace = front, grace
+        self._front, self._drain_seconds = front, drain_seconds
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -54,10 +58,13 @@ class FrontServer(uvicorn.Server):
                 signal.signal(number, handler)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._front.traffic.drain()
-        late = asyncio.get_running_loop().call_later(self._grace, self._front.traffic.stop)
+        traffic, clock = self._front.traffic, asyncio.get_running_loop().time
+        traffic.drain()
+        late = clock() + self._drain_seconds
+        while traffic.busy and clock() < late and not self.force_exit:
+            await asyncio.sleep(0.05)
+        traffic.stop()
         await super().shutdown(sockets)
-        late.cancel()
 
 
 def listen(host: str, port: int) -> list[socket.socket]:
@@ -75,7 +82,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             sock.bind((address, port or found[0].getsockname()[1]))
-            sock.listen(2048)
+            sock.listen(BACKLOG)
     except (OSError, OverflowError, UnicodeError) as error:  # the last of names that are none
         for sock in found:
             sock.close()
@@ -95,13 +102,13 @@ def serve(
     api_key: str | None = None,
     cors: Sequence[str] = (),
     names: Sequence[str] = (),
-    grace: float = GRACE_SECONDS,
+    drain_seconds: float,
     started: Callable[[], Any] = lambda: None,
 ) -> None:
     """Serve `model` through the backend `inner` on `sockets` until SIGINT or SIGTERM.
 
-    names: see Guard. started: called when requests are answered.
+    names: see Guard. drain_seconds: for running requests at the end. started: called when requests are answered.
     """
     front = make_app(model, inner, name=name, host=host, api_key=api_key, cors=cors, names=names)
     front.started = started
-    FrontServer(front, grace).run(sockets=sockets)
+    FrontServer(front, drain_seconds).run(sockets=sockets)

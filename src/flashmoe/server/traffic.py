@@ -1,7 +1,10 @@
-"""Requests in flight: how many run and wait, whether more are taken, and how they ended."""
+"""Requests in flight: how many run and wait, and how long, whether more are taken, and how they ended."""
 
 from __future__ import annotations
 
+import logging
+import math
+import time
 from asyncio import Task
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +12,10 @@ from contextlib import contextmanager
 from flashmoe.server.errors import Refusal, shutting_down
 
 MOST_WAITING = 256  # requests; the backend's queue has no end of its own
+BEHIND_SECONDS = 30.0  # a server whose requests wait longer says so in the log,
+AGAIN_SECONDS = 60.0  # once in this time
+_RETRY_SECONDS = (5, 60)  # at least and at most, before a client that found the queue full tries again
+_log = logging.getLogger("flashmoe.server")
 
 _ROUTES = (
     "/completion",
@@ -31,7 +38,10 @@ class Traffic:
     """Counts requests on generating routes. It lives in the event loop; its figures may be read from any thread."""
 
     def __init__(self, parallel: int) -> None:
-        self._parallel, self._in_flight = parallel, 0
+        self.parallel = parallel
+        self._began: dict[object, float] = {}  # counted requests, and when they came, the oldest first
+        self._entered = 0
+        self._said = -math.inf  # when the log was last told that requests wait
         self._tasks: set[Task[None]] = set()
         self.accepting = True
         #: Called with "ok", "client_error", "server_error" or "cancelled" when a counted request has ended.
@@ -42,27 +52,62 @@ class Traffic:
     @property
     def running(self) -> int:
         """Requests that have a slot. The backend gives slots first come, first served."""
-        return min(self._in_flight, self._parallel)
+        return min(len(self._began), self.parallel)
 
     @property
     def waiting(self) -> int:
-        return self._in_flight - self.running
+        return len(self._began) - self.running
+
+    @property
+    def waiting_seconds(self) -> float:
+        """How long the request that waits longest has waited; 0.0 where none does."""
+        began = list(self._began.values())  # at once: other threads ask
+        return max(0.0, time.monotonic() - began[self.parallel]) if len(began) > self.parallel else 0.0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request that was taken has not ended."""
+        return bool(self._entered or self._tasks)
 
     @contextmanager
     def counted(self) -> Iterator[None]:
         """For the time of a request on a generating route. Raises Refusal where too many wait."""
         if self.waiting >= MOST_WAITING:
             message = f"{MOST_WAITING} requests are waiting already: try again later"
-            raise Refusal(503, message, headers={"Retry-After": "5"})
-        self._in_flight += 1
+            least, most = _RETRY_SECONDS
+            seconds = max(least, min(most, math.ceil(self.waiting_seconds)))
+            raise Refusal(503, message, headers={"Retry-After": str(seconds)})
+        self._began[request := object()] = time.monotonic()
+        self._say_if_behind()
         try:
             yield
         finally:
-            self._in_flight -= 1
+            self._say_if_behind()
+            del self._began[request]
+
+    def _say_if_behind(self) -> None:
+        seconds = self.waiting_seconds
+        if seconds > BEHIND_SECONDS and time.monotonic() > self._said + AGAIN_SECONDS:
+            self._said = time.monotonic()
+            _log.warning(
+                "%d requests wait, one for %.0f s: more come than this machine answers", self.waiting, seconds
+            )
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """For the time of a request that is to come to its end before the server does. Raises Refusal when no new
+        requests are taken.
+        """
+        self.check_open()
+        self._entered += 1
+        try:
+            yield
+        finally:
+            self._entered -= 1
 
     @contextmanager
     def stoppable(self, task: Task[None]) -> Iterator[None]:
-        """`task` is cancelled where the time of grace ends before the block does."""
+        """`task` is cancelled where the time to drain ends before the block does."""
         self._tasks.add(task)
         try:
             yield

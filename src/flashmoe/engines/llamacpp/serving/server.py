@@ -15,6 +15,7 @@ import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ class InnerServer:
         self.last_error = ""
         self._error: BaseException | None = None
         self._requests: dict[threading.Thread, threading.Event] = {}  # under way, and what cancels them
+        self._connections: set[_UnixConnection] = set()  # of requests to its HTTP side that are under way
         #: What clients of the socket must send as their key.
         self.key = secrets.token_urlsafe(32)
         folder = self._folder = make_socket_folder(_SOCKET)
@@ -130,19 +132,28 @@ class InnerServer:
 
     def ask(self, method: str, path: str, body: Request | None = None) -> Any:
         """A request to its HTTP side, as a client of this process; the answer's JSON. Raises as `chat` does."""
+        status, answer = self.exchange(method, path, b"" if body is None else json.dumps(body).encode())
+        if status >= 400:
+            raise self._as_error(answer.get("error", answer) if isinstance(answer, dict) else answer)
+        return answer
+
+    def exchange(self, method: str, path: str, body: bytes = b"") -> tuple[int, Any]:
+        """The same without a look at what is asked and answered: status, and JSON. From any thread.
+
+        Raises ModelError where there is no answer, also because of `cancel`.
+        """
         connection = _UnixConnection(self.socket)
+        self._connections.add(connection)
         try:
             headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
-            connection.request(method, path, None if body is None else json.dumps(body).encode(), headers)
+            connection.request(method, path, body or None, headers)
             response = connection.getresponse()
-            answer = json.loads(response.read() or b"null")
+            return response.status, json.loads(response.read() or b"null")
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise ModelError(f"llama.cpp's server does not answer ({error})") from None
         finally:
+            self._connections.discard(connection)
             connection.close()
-        if response.status >= 400:
-            raise self._as_error(answer.get("error", answer) if isinstance(answer, dict) else answer)
-        return answer
 
     def _stream(self, handler: str, request: Request) -> Iterator[Event]:
         """Closing the iterator cancels the request. The caller's thread waits interruptibly."""
@@ -197,6 +208,8 @@ class InnerServer:
         requests = list(self._requests.items())
         for _, cancelled in requests:
             cancelled.set()
+        for connection in list(self._connections):
+            connection.hang_up()
         for worker, _ in requests:
             worker.join()
 
@@ -238,6 +251,11 @@ class _UnixConnection(http.client.HTTPConnection):
     def connect(self) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.connect(self._path)
+
+    def hang_up(self) -> None:
+        """Give up, from another thread than the one that waits for the answer."""
+        with suppress(OSError, AttributeError):  # it is just being opened or closed
+            self.sock.shutdown(socket.SHUT_RDWR)
 
 
 def _start(engine: LlamaEngine, params: Any) -> Any:
