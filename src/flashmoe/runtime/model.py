@@ -106,8 +106,12 @@ class Model:
         if self._server is not None:
             self._server.collect()
 
-    def record(self) -> Recorder:
-        """Record which experts every token is routed to from here on; `Recorder.save` writes the trace."""
+    def record(self, *, ranked: bool = False) -> Recorder:
+        """Record which experts every token is routed to from here on; `Recorder.save` writes the trace.
+
+        ranked: of decoded tokens also what the router ranked next, for the simulation of approximations; slower.
+        Raises UsageError where that is not known.
+        """
         catalog = self.catalog
         recorder = Recorder(
             len(catalog.layers),
@@ -115,7 +119,14 @@ class Model:
             catalog.n_experts,
             model=catalog.identity,
             first_moe_layer=catalog.layers[0].block,
+            ranked=ranked,
         )
+        if ranked:
+            from flashmoe.engines.llamacpp.engine import LlamaEngine
+
+            if not isinstance(self.engine, LlamaEngine):
+                raise UsageError("rankings are recorded with llama.cpp")
+            self.engine.record_rankings(recorder)
         self.decoder.record(recorder)
         return recorder
 

@@ -38,8 +38,10 @@ INPUT_TOKENS = b"inp_tokens"  # the token ids that a graph gathers embeddings by
 RETURNED, NOT_RETURNED = 0, 1
 MOST_QUIET = 62  # bits of Control.quiet
 #: Why Python is called: a node is ready; it is wanted to be looked at; a graph begins; it has ended; rows of a table
-#: are about to be gathered; a layer has been served and there is something to read ahead; routes cannot be rewritten.
-READY, LOOK, BEGIN, END, GATHER, SERVED, REFUSED = range(7)
+#: are about to be gathered; a layer has been served and there is something to read ahead; routes cannot be
+#: rewritten; the router's ranking is to be recorded.
+READY, LOOK, BEGIN, END, GATHER, SERVED, REFUSED, RANKED = range(8)
+TO_RANK = 1 << 32  # in what rewrites: the router's ranking is to be recorded
 CHOSEN, GATHERED = 0, 1  # where routes are rewritten: experts are chosen; their weights are gathered
 
 # Python's half: (node, why); what it returns is not looked at, Control.outcome says whether to go on
@@ -328,7 +330,9 @@ def _rewrite(control: Any, node: Any, block: Any, where: Any) -> Any:  # pragma:
     """Let the routes of a block be rewritten; whether the evaluation goes on."""
     layer = carray(int64_at(control[_LAYERS]), block + 1)[block]
     done: Any = call4(control[_REWRITE], control[_REWRITING], layer, node, where)
-    return done >= 0 or ask_python(control, node, REFUSED)
+    if done < 0:
+        return ask_python(control, node, REFUSED)
+    return done < TO_RANK or ask_python(control, node, RANKED)
 
 
 @kept_callback(types.uint8(types.int64, types.uint8, types.int64))

@@ -31,6 +31,7 @@ from flashmoe.engines.llamacpp.callback import (
     MOST_QUIET,
     NOT_RETURNED,
     PYTHON_CALLBACK,
+    RANKED,
     REFUSED,
     RETURNED,
     SERVED,
@@ -294,6 +295,9 @@ class RouterHook:
                     self._gather(Tensor.from_address(address))
                 elif why == REFUSED:
                     raise self._inspection.not_rewritten(address)
+                elif why == RANKED:
+                    assert self.rewriter is not None
+                    self.rewriter.tell_ranking(address)
                 elif why == SERVED:
                     self._step.read_ahead(self._layer_at[control.block])
                 elif control.block >= 0:

@@ -7,6 +7,8 @@ left out: what was gathered for them becomes 0, or -inf where it is a logit and 
 
 from __future__ import annotations
 
+import ctypes as C
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,13 +25,14 @@ from flashmoe.common.compiled import (
 )
 from flashmoe.common.kept import kept
 from flashmoe.engines.llamacpp.abi import CONSTANTS, Tensor
-from flashmoe.engines.llamacpp.callback import CHOSEN, block_of, read
+from flashmoe.engines.llamacpp.callback import CHOSEN, TO_RANK, block_of, read
 from flashmoe.routing.approximation import Approximation
 from flashmoe.routing.rewrite import Rewriter, leave_out, substitute
 
 _REFUSED = -1
 
 _PINNED = "RewriteState"
+Ranked = Callable[[int, NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]], None]
 _SIGNATURE = types.int64(types.int64, types.int64, types.int64, types.int64)
 _F32, _I32 = CONSTANTS["GGML_TYPE_F32"], CONSTANTS["GGML_TYPE_I32"]
 _PROBABILITIES = np.frombuffer(b"ffn_moe_probs-", np.uint8)
@@ -50,14 +53,54 @@ class GraphRewriter:
     def __init__(self, rewriter: Rewriter, slot_of: NDArray[np.int32]) -> None:
         """slot_of: [L, E] of the pool's residency, which does not move."""
         #: Calls so far, of either kind: each choice is gathered by once.
-        self._calls = np.zeros(2, np.int64)
+        self._calls = np.zeros(3, np.int64)  # and whether rankings are recorded
         self._pinned = Pinned(_PINNED, (rewriter.state, slot_of, self._calls))
         self.state = self._pinned.address
+        self._told: Ranked = lambda *_: None
+        self._layer_of: Mapping[int, int] = {}
+        self._n = 0
         self.function = address_of(_rewrite, _SIGNATURE)
 
     def begin(self) -> None:
         """A graph begins; the last one may have failed in the middle."""
-        self._calls[:] = 0
+        self._calls[:2] = 0
+
+    def record_rankings(self, told: Ranked, layer_of: Mapping[int, int], n: int) -> None:
+        """Let `told` be called for every choice, with the layer and what `ranking` gives. layer_of: of every block."""
+        self._told, self._layer_of, self._n = told, layer_of, n
+        self._calls[2] = 1
+
+    def tell_ranking(self, node: int) -> None:
+        """Experts of a layer are about to be chosen, and what the router says of them is to be told."""
+        block = int(Tensor.from_address(node).name.rpartition(b"-")[2])
+        self._told(self._layer_of[block], *ranking(node, self._n))
+
+
+def ranking(node: int, n: int) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:
+    """The `n` best experts of each token at a node `ffn_moe_topk`, [tokens, n], their scores' logarithms less the best
+    one's, and the range of all of them, [tokens]."""
+    ids = Tensor.from_address(node)
+    scores = Tensor.from_address(Tensor.from_address(ids.view_src or node).src[0])
+    tokens, experts = scores.ne[1], scores.ne[0]
+    table = np.stack(
+        [
+            np.ctypeslib.as_array((C.c_float * experts).from_address(scores.data + t * scores.nb[1]))
+            for t in range(tokens)
+        ]
+    )
+    if not _is_plain(scores):
+        table = np.log(np.maximum(table, np.float32(1e-30)))
+    best = np.argsort(-table, axis=1, kind="stable")[:, :n]
+    ranked = np.take_along_axis(table, best, axis=1)
+    lowest = np.where(np.isfinite(table), table, np.inf).min(axis=1)
+    return best.astype(np.int32), ranked - ranked[:, :1], ranked[:, 0] - lowest
+
+
+def _is_plain(scores: Any) -> bool:
+    """Whether scores are logits: a product, or a sum with the router's bias."""
+    while scores.src[0] and not scores.name.startswith(b"ffn_moe_probs-"):
+        scores = Tensor.from_address(scores.src[0])
+    return bool(scores.src[1])
 
 
 @kept()
@@ -117,7 +160,7 @@ def _rewrite(state: Any, layer: Any, node: Any, stop: Any) -> Any:  # pragma: no
         else:
             gathered = carray(float32_at(read(node + _DATA) + 4 * k * token), k)
             done += leave_out(st, slot_of, layer, row, logits, its, gathered)
-    return done
+    return done | TO_RANK if stop == CHOSEN and calls[2] != 0 else done
 
 
 def compile_kernels() -> None:
