@@ -56,7 +56,9 @@ def test_options_are_given_once(tmp_path: Path) -> None:
 
 
 def test_the_command_line_has_the_same_defaults() -> None:
-    assert ModelOptions().load_options() == LoadOptions()
+    """But that it learns: a program of somebody else's leaves nothing behind unasked."""
+    assert ModelOptions().load_options() == LoadOptions(learn=True)
+    assert ModelOptions(no_learn=True).load_options() == LoadOptions()
 
 
 def test_every_option_of_the_command_line_arrives() -> None:
@@ -65,7 +67,7 @@ def test_every_option_of_the_command_line_arrives() -> None:
         "threads": 1, "cache_type_k": "q8_0", "cache_type_v": "q4_0", "save_cache": True, "save_cache_size": "1GiB",
         "approx": "cache:0.2", "verify": True,
     }  # fmt: skip
-    assert set(values) | {"ram"} == {field.name for field in fields(ModelOptions)}
+    assert set(values) | {"ram"} == {field.name for field in fields(ModelOptions)} - {"no_learn"}
     made = ModelOptions(**values).load_options(trace=True)
     renamed = {"ctx_size": "n_ctx", "ubatch": "n_ubatch"}
     assert {getattr(made, renamed.get(name, name)) == value for name, value in values.items()} == {True}

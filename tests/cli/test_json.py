@@ -101,6 +101,7 @@ def arguments(command: str, model: Path, trace: Path) -> tuple[object, ...]:
         "bench": ("bench", model, *BENCH.split()),
         "trace info": ("trace", "info", trace),
         "policies": ("policies",),
+        "learn": ("learn", model, "--forget"),
         "predictors": ("predictors",),
         "train policy": ("train", "policy", trace, "-o", written, "--epochs", 1, "--held-out", 0.2, "-t", 1),
         "train prefetch": ("train", "prefetch", trace, "-o", written, "--held-out", 0.2),
@@ -141,7 +142,7 @@ def test_no_command_is_left_out() -> None:
             yield name
 
     known = {"run", "chat", "verify", "doctor", "plan", "quality", "simulate", "bench", "trace info", "train policy",
-             "train prefetch", "serve", "batch", "policies", "predictors"}  # fmt: skip
+             "train prefetch", "serve", "batch", "policies", "predictors", "learn"}  # fmt: skip
     of_engine = {"engine list", "engine build", "engine add", "engine check"}  # tests/builder
     assert set(walk(root, "")) == known | of_engine
 
@@ -149,7 +150,7 @@ def test_no_command_is_left_out() -> None:
 @pytest.mark.parametrize(
     "command",
     ["run", "chat", "verify", "doctor", "plan", "quality", "simulate", "simulate --prefetch", "bench", "trace info",
-     "train policy", "train prefetch", "policies", "predictors"],
+     "train policy", "train prefetch", "policies", "predictors", "learn"],
 )  # fmt: skip
 def test_the_report_of(command: str, tiny: Tiny, tmp_path: Path, trace: Path) -> None:
     if command.startswith("train policy"):

@@ -24,6 +24,7 @@ CALLS = [
     ("bench run", [["MODEL"], ["--ram", "50%"]]),
     ("bench", [["make-model", "OLMoE-1B-7B", "out.gguf"], ["--scale", "0.1"]]),
     ("bench make-model", [["OLMoE-1B-7B", "out.gguf"], ["--scale", "0.1"], ["--quant", "Q8_0"]]),
+    ("learn", [["MODEL"], ["--forget"], ["--json", "r.json"]]),
     ("policies", [["--json", "r.json"], ["-q"]]),
     ("predictors", [["--json", "r.json"], ["-q"]]),
     ("trace record", [["MODEL"], ["--prompts", "p.txt"], ["-o", "t.npz"]]),

@@ -23,6 +23,7 @@ from flashmoe.cache.policies.flashmoe_plus import FlashmoePlus
 from flashmoe.cache.policies.learned import PolicyFile
 from flashmoe.cache.residency import equal_quota, make_residency
 from flashmoe.errors import FlashMoEError, PolicyError, TraceError, UsageError
+from flashmoe.learn.plus_shape import DECAYS, HORIZON_WEIGHTS, Sizes
 from flashmoe.learn.samples import SEGMENT, Samples
 from flashmoe.routing.trace import RoutingTrace
 from flashmoe.runtime.load import load
@@ -127,14 +128,11 @@ def test_numba_computes_what_torch_trained(kind: str) -> None:
             value.data = value.data.half().float()
         with torch.no_grad():
             net.v0 += 0.1
-    constants = {
-        "decays": list(networks.DECAYS), "channel_decays": list(networks.CHANNEL_DECAYS), "R": 8, "H": 16, "K": 6,
-        "M": 24, "horizon_weights": list(networks.HORIZON_WEIGHTS),
-    }  # fmt: skip
+    constants = Sizes(r=8, h=16).constants
     arrays = {name: value.astype(np.float32) for name, value in net.export().items()}
     features = paper.FEATURES if kind == "flashmoe" else plus.FEATURES
     file = PolicyFile(kind, arrays, 3, 16, 2, features, constants=constants)
-    batch = Samples(trace, None if kind == "flashmoe" else networks.DECAYS).batch([0])
+    batch = Samples(trace, None if kind == "flashmoe" else DECAYS).batch([0])
     with torch.no_grad():
         if kind == "flashmoe":
             want = -net(torch.from_numpy(batch.inputs)).numpy()
@@ -142,7 +140,7 @@ def test_numba_computes_what_torch_trained(kind: str) -> None:
             now = torch.arange(1, SEGMENT)
             x = (torch.from_numpy(v) for v in (batch.inputs, batch.recency, batch.picked))
             chances = torch.sigmoid(net(*x, now - 1, now))
-            weights = torch.tensor(networks.HORIZON_WEIGHTS)
+            weights = torch.tensor(HORIZON_WEIGHTS)
             want = (torch.einsum("ljne,j->lne", chances, weights) / weights.sum()).numpy()
             want = np.concatenate([want[:, :1], want], axis=1)
     checked = 0

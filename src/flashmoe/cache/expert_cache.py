@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from flashmoe.cache.elastic import ElasticPool
 from flashmoe.cache.filling import Demand, Each, Filling
+from flashmoe.cache.history import History
 from flashmoe.cache.policies.base import MISSES, CompiledRequest, EvictionPolicy
 from flashmoe.cache.pool import SlotPool
 from flashmoe.cache.recent import RecentRouting
@@ -61,6 +62,8 @@ class ExpertCache:
         self._first_slot = self._filling.first_slots
         self.warm: WarmStart | None = None
         self.recent = RecentRouting(pool.top_k, residency.n_experts)
+        #: Takes over what `recent` notes, where it is to be kept.
+        self.history: History | None = None
         self._lock = SafeLock()
         #: Of benchmarks. While there is one, every request comes to `ensure`.
         self.observer: CacheObserver | None = None
@@ -97,6 +100,8 @@ class ExpertCache:
             self._filling.finish(self.stats[self.phase])
             self.before_step()
             self._adjust()
+            if self.history:
+                self.history.look()
             decode = self.phase == "decode"
             if decode:
                 self.recent.begin_step(tokens)

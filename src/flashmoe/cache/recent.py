@@ -25,6 +25,11 @@ class RecentRouting:
         self._tokens = 0
         self._begun: deque[int] = deque(maxlen=IDS)  # tokens noted when a sequence began
 
+    @property
+    def tokens(self) -> int:
+        """How many were noted in all."""
+        return self._tokens
+
     def begin_sequence(self) -> None:
         """A new prompt or conversation begins."""
         self._begun.append(self._tokens)

@@ -16,6 +16,7 @@ from flashmoe.cli import (
     chat,
     doctor,
     engine,
+    learn,
     listing,
     pack,
     plan,
@@ -51,6 +52,7 @@ app.command("verify")(verify.verify)
 app.command("doctor")(doctor.doctor)
 app.command("plan")(plan.plan)
 app.command("quality")(quality.quality)
+app.command("learn")(learn.learn)
 app.command("simulate")(simulate.simulate)
 app.command("policies")(listing.policies)
 app.command("predictors")(listing.predictors)

@@ -133,6 +133,13 @@ Approx = Annotated[
         "1 to 3; flashmoe quality shows the price (default: 0, exact).",
     ),
 ]
+NoLearn = Annotated[
+    bool,
+    typer.Option(
+        "--no-learn",
+        help="Neither use nor keep what was learnt about this model's experts (see flashmoe learn).",
+    ),
+]
 Parallel = Annotated[
     int,
     typer.Option(
@@ -199,6 +206,7 @@ class ModelOptions:
     save_cache: SaveCache = False
     save_cache_size: SaveCacheSize = "4GiB"
     approx: Approx = ""
+    no_learn: NoLearn = False
     verify: Verify = False
 
     def load_options(self, **more: Any) -> LoadOptions:
@@ -219,6 +227,7 @@ class ModelOptions:
             save_cache=self.save_cache,
             save_cache_size=self.save_cache_size,
             approx=self.approx,
+            learn=not self.no_learn,
             verify=self.verify,
             **more,
         )

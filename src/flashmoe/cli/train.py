@@ -83,7 +83,9 @@ def policy(
     if plot:
         draw(trained, plot)
     if not quiet:
-        stdout_console().print(_table(trained.report["held_out"], trained.trained_on["held_out_tokens"]))
+        stdout_console().print(
+            held_out_table(trained.report["held_out"], trained.trained_on["held_out_tokens"])
+        )
         stdout_console().print(f"wrote {output}: use it with --policy {kind}:{output}", soft_wrap=True)
 
 
@@ -147,7 +149,7 @@ def prefetch(
         stdout_console().print(f"wrote {output}: use it with --prefetch {kind}:{output}", soft_wrap=True)
 
 
-def _table(rates: dict[str, dict[str, float]], tokens: int) -> Table:
+def held_out_table(rates: dict[str, dict[str, float]], tokens: int) -> Table:
     table = Table(title=f"hit rates on {tokens} held-out tokens, per-layer")
     table.add_column("policy")
     for capacity in rates:

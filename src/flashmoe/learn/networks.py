@@ -11,15 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from flashmoe.cache.policies.flashmoe import HIDDEN
+from flashmoe.learn.plus_shape import CHANNEL_DECAYS, DECAYS, DROPOUT, HORIZONS
 from flashmoe.learn.samples import Batch
-
-#: Time scales of the moving averages, and those that the context follows (indices).
-DECAYS = (0.5, 0.75, 0.9, 0.96, 0.985, 0.997)
-CHANNEL_DECAYS = (0, 2, 4)
-#: "Used within that many steps", and the weight of each in the score.
-HORIZONS = (1, 2, 4, 8, 16, 32)
-HORIZON_WEIGHTS = (1.0, 1.0, 1.0, 1.0, 0.75, 0.5)
-DROPOUT = 0.1  # of the hidden units of the context, while training
 
 
 def _normal(*shape: int, scale: float) -> nn.Parameter:

@@ -6,7 +6,8 @@ layers, E experts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -173,3 +174,13 @@ class Samples:
             _distances(self.ids, self.clocks, a, b, self._following[s].copy(), out.distance, row)
             row += b - a
         return out
+
+
+def ahead(make: Callable[[NDArray[np.int64]], Batch], order: NDArray[np.int64]) -> Iterator[Batch]:
+    """Batches of the rows of `order`, each made in a second thread while the one before is worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(make, order[0])
+        for row in order[1:]:
+            batch, waiting = waiting.result(), pool.submit(make, row)
+            yield batch
+        yield waiting.result()

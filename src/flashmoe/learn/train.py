@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from flashmoe.cache.policies.learned import PolicyFile
 from flashmoe.common.machine import cores
 from flashmoe.common.plotting import new_figure, save_figure
 from flashmoe.errors import FlashMoEError, TraceError, UsageError
-from flashmoe.learn.samples import SEGMENT, Batch, Samples
+from flashmoe.learn.plus_shape import DECAYS, Sizes
+from flashmoe.learn.samples import SEGMENT, Samples, ahead
 from flashmoe.routing.files import split
 from flashmoe.routing.trace import RoutingTrace
 from flashmoe.simulate.replay import replay
@@ -73,21 +73,14 @@ def train(
         decays, per_batch, rate = None, 4, 2e-3  # batches of 256 tokens
     else:
         net = networks.PlusNet(trace.n_layers, trace.num_experts, **plan.sizes)
-        decays, per_batch, rate = networks.DECAYS, 2, 5e-3
+        decays, per_batch, rate = DECAYS, 2, 5e-3
     data, held = Samples(part, decays), Samples(rest, decays)
     history = _fit(net, data, held, kind, plan, per_batch, rate, started, progress)
     constants: dict[str, Any]
     if kind == "flashmoe":
         features, constants = flashmoe.FEATURES, {"hidden": flashmoe.HIDDEN, "distance_limit": net.limit}
     else:
-        features = flashmoe_plus.FEATURES
-        constants = {
-            "decays": list(networks.DECAYS),
-            "channel_decays": list(net.channels),
-            "horizons": list(networks.HORIZONS),
-            "horizon_weights": list(networks.HORIZON_WEIGHTS),
-            "R": net.r, "H": net.h, "K": net.k, "M": net.m,
-        }  # fmt: skip
+        features, constants = flashmoe_plus.FEATURES, Sizes(net.r, net.h, net.k, net.m).constants
     trained = PolicyFile(
         kind=kind,
         arrays=net.export(),
@@ -175,16 +168,6 @@ def _fit(
     if not np.isfinite(best):
         raise TraceError("training did not converge (loss is not a number): use more tokens")
     return [[round(a, 6), round(b, 6)] for a, b in history]
-
-
-def ahead(make: Callable[[NDArray[np.int64]], Batch], order: NDArray[np.int64]) -> Iterator[Batch]:
-    """Batches of the rows of `order`, each made in a second thread while the one before is worked on."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(make, order[0])
-        for row in order[1:]:
-            batch, waiting = waiting.result(), pool.submit(make, row)
-            yield batch
-        yield waiting.result()
 
 
 def policy_of(trained: PolicyFile) -> Flashmoe | FlashmoePlus:

@@ -193,8 +193,8 @@ class RoutingTrace:
 
     # File -------------------------------------------------------------------------------------------------
 
-    def save(self, path: str | Path) -> None:
-        """Write the file, whole or not at all. Raises TraceError where the place cannot be written."""
+    def as_bytes(self) -> bytes:
+        """The file's content."""
         ids = self.expert_ids.astype(np.int8) if self.num_experts <= 128 else self.expert_ids
         arrays: dict[str, NDArray[Any]] = {
             "expert_ids": ids,
@@ -215,8 +215,12 @@ class RoutingTrace:
             "first_moe_layer": str(self.first_moe_layer),
             "model": json.dumps(dict(self.model), sort_keys=True),
         }
+        return save(arrays, metadata)
+
+    def save(self, path: str | Path) -> None:
+        """Write the file, whole or not at all. Raises TraceError where the place cannot be written."""
         try:
-            write_atomically(Path(path), save(arrays, metadata))
+            write_atomically(Path(path), self.as_bytes())
         except OSError as error:
             raise TraceError(f"cannot write {path}: {error.strerror}; choose another place") from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -16,9 +16,11 @@ import numpy as np
 
 from flashmoe.cache import sizing
 from flashmoe.cache.expert_cache import ExpertCache
+from flashmoe.cache.history import History
 from flashmoe.cache.policies import create
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.pool import SlotPool
+from flashmoe.cache.remembered import Remembered
 from flashmoe.cache.residency import make_residency
 from flashmoe.common import memory, numa
 from flashmoe.common.machine import cores
@@ -99,16 +101,28 @@ def _load(
     started = time.perf_counter()
     memory.spare_addresses()
     server = options.server or ServerOptions()
+    learns = options.learn and options.engine == LLAMACPP
     make_policy = partial(create, options.policy or default_policy(model))
-    evict = make_policy()
+    evict = make_policy()  # names are known to be good before anything is downloaded
     predictors = create_predictors(options.prefetch)
     auto = options.cache is None and options.ram in (None, AUTO_RAM)
     limit = 0
     if options.cache is None:
         limit = memory.default_ram() if auto else parse_bytes(options.ram or 0)
 
+    def check(catalog: ExpertCatalog) -> None:
+        """Take what was learnt of the model, and see that the policy is for it."""
+        nonlocal evict, make_policy
+        if learns:
+            remembered = Remembered(catalog.identity)
+            if options.policy is None and (learnt := remembered.trained()):
+                make_policy = partial(create, learnt)
+                evict = make_policy()
+            remembered.recall(evict, len(catalog.layers), catalog.n_experts)
+        evict.check_model(catalog.identity)
+
     def prepare(catalog: ExpertCatalog) -> int:
-        """Compile what is compiled; the bytes that the predictors take."""
+        """Compile what is compiled; the bytes that policy and predictors take."""
         compile_policy(
             evict, len(catalog.layers), catalog.n_experts, ranking=bool(limit or options.save_cache)
         )
@@ -121,7 +135,7 @@ def _load(
                 rewriting.compile_kernels()
         predictors[:] = _bind(predictors, catalog, limit if options.prefetch == "auto" else 0)
         memory.release_code()
-        return sum(p.nbytes for p in predictors)
+        return evict.nbytes + sum(p.nbytes for p in predictors)
 
     loading = Loading(
         model=model,
@@ -129,8 +143,8 @@ def _load(
         limit=limit,
         threads=options.threads or cores(),
         projector_bytes=projector_bytes(server.mmproj) if server.mmproj else 0,
-        policy=make_policy,
-        check=lambda catalog: evict.check_model(catalog.identity),
+        policy=lambda: make_policy(),
+        check=check,
         prepare=prepare,
         progress=lambda done, total: report_progress("load", min(done, total), total),
     )
@@ -170,6 +184,8 @@ def _load(
         resources = ExitStack()
         ranked = None
         saved = None
+        if learns and rewriter is None:  # else it would learn what is not the model's routing
+            resources.callback(_learn(Remembered(catalog.identity), experts))
         if options.save_cache:
             session = Session(options.save_cache, catalog, evict, predictors)
             resources.callback(session.save)  # when all else has been freed
@@ -230,6 +246,18 @@ def _saved_conversations(session: Session, opened: Opened, most: int) -> SavedCo
         )
         return None
     return saved
+
+
+def _learn(remembered: Remembered, cache: ExpertCache) -> Callable[[], None]:
+    """Keep the routing from here on; what is to be called at the end puts it, and what was learnt, to what is known."""
+    history = cache.history = History(cache.recent)
+
+    def keep() -> None:
+        if (routing := history.routing()) is not None:
+            remembered.keep(cache.policy)
+            remembered.add_history(*routing, cache.policy.residency.n_experts)
+
+    return keep
 
 
 def _bind(predictors: Sequence[Predictor], catalog: ExpertCatalog, limit: int) -> list[Predictor]:

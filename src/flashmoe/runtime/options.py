@@ -58,6 +58,9 @@ class LoadOptions:
     approx: let the routing of decoded tokens be approximate, at a price that `flashmoe quality` measures:
         "cache:LAMBDA", "drop:F", both joined by "+", or a level, "1" to "3" (docs/approximate.md). Prompts stay exact.
         Off ("") by default.
+    learn: keep what the policy learns, and a bounded history of the experts that were routed to, in the user's cache,
+        and go on from it at the next start (see `flashmoe learn`): numbers about experts, no text and no tokens. Of
+        the engine llama.cpp only; the command line does so unless told otherwise.
     verify: compare every slice of an expert with its checksum (`flashmoe.verify`) when it is first read; one that
         differs is a ReadError.
 
@@ -85,6 +88,7 @@ class LoadOptions:
     save_cache: bool | str | Path = False
     save_cache_size: str | int = DEFAULT_SAVED
     approx: str = ""
+    learn: bool = False
     verify: bool = False
 
     def __post_init__(self) -> None:
@@ -123,8 +127,8 @@ class LoadOptions:
             )
         if self.pooling != "none":
             raise UsageError("the transformers engine makes no embeddings: use a GGUF")
-        if parse_approx(self.approx):
-            raise UsageError("--approx is for llama.cpp: the transformers engine routes as its model does")
+        if parse_approx(self.approx) and self.vram is not None:
+            raise UsageError("--approx knows the experts in RAM only: leave out --vram")
         if self.verify:
             raise UsageError(
                 "--verify is for GGUF models; checkpoints on the hub have checksums of their own"

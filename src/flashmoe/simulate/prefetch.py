@@ -111,7 +111,7 @@ def judge(
     predictor.check_model(trace.model)
     pools = []
     for size in slots:
-        pool = create_for(policy, trace.model)
+        pool = create_for(policy, trace.model, n_layers, n_experts)
         pool.bind(pool_for(trace, size, partition))
         if pool.oracle:
             each = np.tile(np.arange(trace.n_tokens), (len(pool.residency.window_count), 1))

@@ -94,7 +94,10 @@ def simulate(
     TraceError."""
     total = trace.n_layers * trace.num_experts
     sizes = list(slots) if slots is not None else parse_capacities("12.5%,25%,50%", total)
-    made = {spec: create_for(spec, trace.model) for spec in dict.fromkeys([*policies, "lru", "belady"])}
+    made = {
+        spec: create_for(spec, trace.model, trace.n_layers, trace.num_experts)
+        for spec in dict.fromkeys([*policies, "lru", "belady"])
+    }
     rows = []
     for size in sizes:
         results: dict[str, tuple[Replay, float]] = {}

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flashmoe.cache import remembered
 from flashmoe.common.cgroup import processor_quota
 from flashmoe.common.files import cache_folder, cache_is_kept
 from flashmoe.common.machine import allowed_cores, cores, file_system, physical_cores, processor
@@ -79,9 +80,13 @@ def system() -> Check:
 def cache() -> Check:
     """Where compiled code and notes are kept."""
     folder = cache_folder()
-    facts = {"folder": str(folder), "kept": cache_is_kept()}
+    learnt = remembered.nbytes()
+    facts = {"folder": str(folder), "kept": cache_is_kept(), "learnt_bytes": learnt}
     if facts["kept"]:
-        return Check("cache", OK, f"compiled code and notes are kept in {folder}", facts=facts)
+        text = f"compiled code and notes are kept in {folder}"
+        if learnt:
+            text += f"; {format_bytes(learnt)} learnt from use (flashmoe learn MODEL --forget)"
+        return Check("cache", OK, text, facts=facts)
     return Check(
         "cache",
         ADVICE,

@@ -237,7 +237,6 @@ class Adaptive(EvictionPolicy):
 
     def recall(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """See EvictionPolicy."""
-        self._members()
         self.online.recall(arrays)
 
     def limits(self) -> dict[str, Limits]:
@@ -249,6 +248,10 @@ class Adaptive(EvictionPolicy):
             "held": (0, n_experts - 1),
             "size": (0, n_experts),
         }
+
+    def _for_victims(self) -> AdaptiveState | AdaptivePlusState:
+        state: AdaptiveState | AdaptivePlusState = self._state
+        return state._replace(online=online.without_weights(state.online))
 
     def _consistent(self) -> bool:
         """Whether the lists of what shadow caches hold are what `shadow` says."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -226,7 +226,7 @@ class EvictionPolicy:
 
     def ranking(self) -> Int32:
         """The resident experts in the order in which they would go, int32 [L, E]: the last to go first, then -1."""
-        residency, state = deepcopy((self.residency, self._state))
+        residency, state = deepcopy((self.residency, self._for_victims()))
         order = np.empty(residency.n_slots, np.int32)
         keys = order[: self.kernels.rank(state, residency, order)]
         ranked = np.full((residency.n_layers, residency.n_experts), -1, np.int32)
@@ -251,13 +251,33 @@ class EvictionPolicy:
         raise NotImplementedError
 
     def recall(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Take back what `learnt` gave, before the first request. Raises PolicyError for arrays that it would never
-        give, and then changes nothing."""
+        """Go on from what `learnt` gave, at every `bind` from here on; from nothing with no arrays.
+
+        `make_state` raises PolicyError for arrays of another shape, or such as `learnt` would never give.
+        """
         raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the state takes when all of it is in use."""
+        return sum(array.nbytes for array in _arrays(self._state))
 
     def limits(self) -> dict[str, Limits]:
         """Least and largest values of the arrays of the state that are used as indices."""
         return {}
 
+    def _for_victims(self) -> Any:
+        """The state, without large arrays that `victim` and `evicted` do not read."""
+        return self._state
+
     def _changing(self) -> dict[str, NDArray[Any]]:
         return {name: value for name, value in self._state._asdict().items() if name not in self.fixed}
+
+
+def _arrays(state: Any) -> Iterator[NDArray[Any]]:
+    """Those of a (nested) state."""
+    if isinstance(state, np.ndarray):
+        yield state
+    else:
+        for part in state or ():
+            yield from _arrays(part)

@@ -218,6 +218,11 @@ def inputs(n_layers: int, n_experts: int) -> tuple[int, int]:
     return decays, max(behind, 0)
 
 
+def without_weights(state: OnlineState) -> OnlineState:
+    """What `victim` reads: nearly all of the memory is weights."""
+    return state._replace(weight=np.empty((0, 0, 0, 0), np.float32))
+
+
 def make_state(n_layers: int, n_experts: int) -> OnlineState:
     """As at the start: no weights."""
     decays, behind = inputs(n_layers, n_experts)
@@ -265,9 +270,17 @@ class Online(EvictionPolicy):
     kernels = loops.compiled(OnlineState, record, victim)
     fixed = SCRATCH
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._recalled: Mapping[str, NDArray[Any]] = {}
+
     def make_state(self, n_layers: int, n_experts: int) -> OnlineState:
         """See EvictionPolicy."""
-        return make_state(n_layers, n_experts)
+        state = make_state(n_layers, n_experts)
+        own = {name: getattr(state, name) for name in LEARNT}
+        if self._recalled and (wrong := load_state(own, self._recalled, limits(n_experts))):
+            raise PolicyError(f"what {self.name!r} has learnt does not fit ({wrong})")
+        return state
 
     def learnt(self) -> dict[str, NDArray[np.float32]]:
         """See EvictionPolicy."""
@@ -275,9 +288,10 @@ class Online(EvictionPolicy):
 
     def recall(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """See EvictionPolicy."""
-        own = {name: getattr(self._state, name) for name in LEARNT}
-        if wrong := load_state(own, arrays, self.limits()):
-            raise PolicyError(f"what {self.name!r} has learnt does not fit ({wrong})")
+        self._recalled = arrays
+
+    def _for_victims(self) -> OnlineState:
+        return without_weights(self._state)
 
     def limits(self) -> dict[str, Limits]:
         """See EvictionPolicy."""

@@ -1,0 +1,121 @@
+"""`flashmoe learn`: trains `flashmoe+` from the routing that is remembered of a model, and keeps it if it is better.
+
+The newest part of the history is not trained on: there the policy is compared with what the model would run with
+otherwise, both having seen the older part.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flashmoe.cache.policies import create
+from flashmoe.cache.policies.base import EvictionPolicy
+from flashmoe.cache.policies.belady import Belady
+from flashmoe.cache.policies.flashmoe_plus import FEATURES, FlashmoePlus
+from flashmoe.cache.policies.learned import PolicyFile
+from flashmoe.cache.policies.lru import Lru
+from flashmoe.cache.remembered import KIND, Remembered
+from flashmoe.errors import TraceError
+from flashmoe.learn import plus
+from flashmoe.learn.plus_shape import DECAYS, Sizes
+from flashmoe.learn.samples import Samples
+from flashmoe.routing.files import split
+from flashmoe.routing.trace import RoutingTrace
+from flashmoe.simulate.expected import slots_of
+from flashmoe.simulate.replay import replay
+from flashmoe.storage.hub import default_policy
+
+LEAST = 1024  # tokens
+HELD_OUT = 0.1  # of the history, the newest: what is judged on
+LEAD = 0.002  # in hit rate, that makes a policy better
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of it. Hit rates of the newest part: {capacity: {policy: rate}}."""
+
+    tokens: int  # trained on
+    held_out_tokens: int
+    seconds: float
+    loss: list[float]  # of each epoch
+    held_out: dict[str, dict[str, float]]
+    better: (
+        bool  # than the policy that is used otherwise, by LEAD on average: it is used from the next start on
+    )
+
+    def as_dict(self) -> dict[str, Any]:
+        """As written to JSON."""
+        return dict(self.__dict__)
+
+
+def learn(
+    remembered: Remembered,
+    progress: plus.Progress | None = None,
+    sizes: Sizes | None = None,
+) -> Verdict:
+    """Train, judge, and keep the policy if it is better; an earlier one that is no better is deleted.
+
+    Raises TraceError where too little is remembered, PolicyError where the file cannot be written.
+    """
+    trace = remembered.history()
+    tokens = trace.n_tokens if trace else 0
+    if trace is None or tokens < LEAST:
+        raise TraceError(
+            f"{tokens} tokens of this model's routing are remembered, learning takes at least {LEAST}: use it for a "
+            "while (flashmoe run, chat or serve), or train on traces with `flashmoe train policy`"
+        )
+    started = time.monotonic()
+    old, new = split(trace, 1 - HELD_OUT)
+    sizes = sizes or Sizes()
+    weights, loss = plus.train(Samples(old, DECAYS), sizes, progress=progress)
+    trained = PolicyFile(
+        kind=KIND,
+        arrays=plus.export(weights, sizes),
+        n_layers=trace.n_layers,
+        n_experts=trace.num_experts,
+        top_k=trace.top_k,
+        features=FEATURES,
+        constants=sizes.constants,
+        model=dict(trace.model),
+        trained_on={
+            "tokens": old.n_tokens,
+            "sequences": old.n_sequences,
+            "held_out_tokens": new.n_tokens,
+            "epochs": len(loss),
+            "seconds": round(time.monotonic() - started, 1),
+        },
+    )
+    usual = default_policy("")
+    rates = compare(trace, new.n_tokens, {
+        "lru": Lru, usual: lambda: create(usual), KIND: lambda: FlashmoePlus(trained=trained), "belady": Belady,
+    })  # fmt: skip
+    better = bool(rates) and np.mean([row[KIND] - row[usual] for row in rates.values()]) >= LEAD
+    trained.report.update(held_out=rates)
+    if better:
+        trained.save(remembered.policy)
+    else:
+        remembered.policy.unlink(missing_ok=True)
+    return Verdict(
+        old.n_tokens, new.n_tokens, round(time.monotonic() - started, 1), loss, rates, bool(better)
+    )
+
+
+def compare(
+    trace: RoutingTrace, newest: int, policies: dict[str, Callable[[], EvictionPolicy]]
+) -> dict[str, dict[str, float]]:
+    """Hit rates on the last `newest` tokens of a trace, of which the policies have seen the rest."""
+    steps = trace.steps()
+    judged = steps[:-1] >= trace.n_tokens - newest
+    found: dict[str, dict[str, float]] = {}
+    for name, slots in slots_of(trace).items():
+        replays = {label: replay(trace, make(), slots) for label, make in policies.items()}
+        found[name] = {
+            label: round(float(r.hits[judged].sum() / max(1, r.requests[judged].sum())), 4)
+            for label, r in replays.items()
+        }
+    return found
