@@ -35,7 +35,7 @@ from flashmoe.errors import UsageError
         ({"cache_type_v": "f8"}, "choose from f16|unknown type"),
         ({"layout": "packed"}, "unknown layout"),
         ({"approx": "much"}, "choose cache:LAMBDA"),
-        ({"engine": "transformers", "approx": "1"}, "--approx is for llama.cpp"),
+        ({"engine": "transformers", "approx": "1", "vram": "50%"}, "leave out --vram"),
     ],
 )
 def test_what_no_model_can_be_loaded_with(given: dict[str, Any], message: str, tmp_path: Path) -> None:
