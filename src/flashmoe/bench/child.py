@@ -113,6 +113,7 @@ def _measure_pool(job: Job) -> dict[str, Any]:
         library=_library(job),
         save_cache=job.save_cache or False,
         verify=job.verify,
+        approx=job.approx,
         **options,
     )
     if not job.save_cache:
