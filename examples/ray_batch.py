@@ -25,7 +25,7 @@ from flashmoe.common.files import write_atomically
 from flashmoe.runtime.batch import answer
 from flashmoe.runtime.batch_file import Line, Requests
 
-AT_ONCE = 4  # tasks' worth of requests for each slot: their ends should not come often
+PER_SLOT = 4  # requests of a task for each slot: at a task's end slots run empty
 
 
 class Worker:
@@ -64,7 +64,7 @@ def main() -> None:
     answers = ray.data.from_items(lines).map_batches(
         Worker,
         fn_constructor_args=(given.model, options),
-        batch_size=AT_ONCE * given.parallel,
+        batch_size=PER_SLOT * given.parallel,
         compute=ray.data.ActorPoolStrategy(size=given.workers),
         num_cpus=given.cpus,
     )

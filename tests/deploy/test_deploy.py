@@ -23,6 +23,7 @@ from tests.server.process import ServerProcess
 DEPLOY = Path(__file__).parents[2] / "deploy"
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 KUBERNETES = list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
+KEY = "of all workers"
 UNIT = (DEPLOY / "flashmoe.service").read_text()
 
 
@@ -120,7 +121,8 @@ def test_systemd(tmp_path: Path) -> None:
 
 
 def test_composition(demo: Path) -> None:
-    """The services' own commands as processes of this machine: a chat through the gateway, and an end in order."""
+    """The services' own commands as processes of this machine, with a key as in Kubernetes: a chat through the gateway,
+    and an end in order."""
     pytest.importorskip("smg", reason="smg is not installed")
     services = COMPOSE["services"]
     command = services["gateway"]["command"]
@@ -132,20 +134,27 @@ def test_composition(demo: Path) -> None:
         for port in ports:
             arguments = serve_commands()["compose"][2:]
             options = [a for a in arguments if not a.startswith(("--host", "--port"))]
-            workers.append(ServerProcess(demo, *options, "--port", port, "--ram", "600MiB"))
+            environment = {"FLASHMOE_API_KEY": KEY}
+            workers.append(ServerProcess(demo, *options, "--port", port, "--ram", "600MiB", env=environment))
         options = [
             a for a in command[1:] if a.startswith("--") and not re.match("--(host|port|worker-urls)", a)
         ]
-        with gateway([worker.url for worker in workers], options) as url:
-            assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "flashmoe"
+        options += ["--api-key", KEY]
+        with (
+            gateway([worker.url for worker in workers], options, KEY) as url,
+            httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60) as client,
+        ):
             body = {
                 "model": "flashmoe",
                 "messages": [{"role": "user", "content": "A colour?"}],
                 "max_tokens": 4,
             }
-            answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+            assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 401
+            assert httpx.get(f"{url}/health").status_code == 200
+            assert client.get("/v1/models").json()["data"][0]["id"] == "flashmoe"
+            answer = client.post("/v1/chat/completions", json=body)
             assert answer.status_code == 200, answer.text
-            streamed = httpx.post(f"{url}/v1/chat/completions", json={**body, "stream": True}, timeout=60)
+            streamed = client.post("/v1/chat/completions", json={**body, "stream": True})
             assert streamed.text.count("data: ") > 4
             assert streamed.text.rstrip().endswith("data: [DONE]")
     finally:

@@ -58,8 +58,8 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def gateway(urls: Sequence[str], more: Sequence[str] = ()) -> Iterator[str]:
-    """smg before workers, when it knows all of them; its address. more: of its options."""
+def gateway(urls: Sequence[str], more: Sequence[str] = (), key: str = "none") -> Iterator[str]:
+    """smg before workers, when it knows all of them; its address. more: of its options; key: what it and they want."""
     port, figures = free_ports(2)
     options = {
         "host": "127.0.0.1", "port": port, "prometheus-port": figures, "prometheus-host": "127.0.0.1",
@@ -74,12 +74,12 @@ def gateway(urls: Sequence[str], more: Sequence[str] = ()) -> Iterator[str]:
         command += [f"--{name}", str(value)]
     command += more
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        url = f"http://127.0.0.1:{port}"
+        url, headers = f"http://127.0.0.1:{port}", {"Authorization": f"Bearer {key}"}
         try:
             for _ in range(600):
                 assert process.poll() is None
                 try:
-                    if httpx.get(f"{url}/workers").json()["total"] == len(urls):
+                    if httpx.get(f"{url}/workers", headers=headers).json()["total"] == len(urls):
                         break
                 except (httpx.TransportError, ValueError, KeyError):
                     pass
