@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flashmoe.bench.choices import answer, read_choices
 from flashmoe.bench.quality import EXACT, LADDER, LIMITS, QualityPlan, cut, log_softmax, run
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.stock import StockModel
@@ -112,6 +113,44 @@ def test_calibrated_levels(demo: Path, text: Path, tmp_path: Path, monkeypatch: 
     with load(demo, cache="25%", threads=1, prefetch="none", approx="1") as model:
         assert model.rewritten is not None
         assert model.rewritten.rule == LEVELS["1"]
+
+
+def test_choices(demo: Path, text: Path, tmp_path: Path) -> None:
+    """What the stock library finds likeliest is the exact run's answer; a whole run's shares add up."""
+    rows = [
+        {"question": "Which is a colour?", "choices": ["red", "chair", "seven"], "answer": 0},
+        {"question": "Where do boats lie?", "choices": ["in the sky", "in the harbour"], "answer": "B"},
+    ]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions = read_choices(tmp_path / "q.jsonl")
+    assert [question.answer for question in questions] == [0, 1]
+    assert questions[1].prompt == "Where do boats lie?\nA. in the sky\nB. in the harbour\nAnswer:"
+    with load(demo, cache="100%", threads=1, n_ctx=128, prefetch="none") as model:
+        tokens = model.engine.tokenize(questions[0].prompt)
+        model.decoder.rewind()
+        model.decoder.evaluate(tokens, decode=False)
+        letters = [model.engine.tokenize(f" {letter}", begin=False)[-1] for letter in "ABC"]
+        expected = int(model.decoder.logits()[letters].argmax())
+        assert answer(model, questions[0], 16) == expected
+    given = ("--text", text, "-c", 128, "-t", 1, "--cache", "25%", "--prefetch", "none", "--tokens", 4)
+    files = ("--choices", tmp_path / "q.jsonl", "--json", tmp_path / "out.json")
+    done = flashmoe("quality", demo, *given, *files, "--approx", "cache:1")
+    assert done.status == 0, done.err
+    exact, lossy = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert exact["same_answer_share"] == 1
+    assert {exact["correct_share"], lossy["correct_share"], lossy["same_answer_share"]} <= {0, 0.5, 1}
+    assert "25%, cache:1: " in done.out
+    assert exact["tokens"] == lossy["tokens"] == 4  # of the text
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"question": "?", "choices": ["a"], "answer": 0}', '{"choices": ["a", "b"], "answer": 2}', "[", "3"],
+)
+def test_refused_questions(line: str, tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"question": "?", "choices": ["a", "b"], "answer": 1}\n' + line)
+    with pytest.raises(UsageError, match="line 2: give"):
+        read_choices(tmp_path / "q.jsonl")
 
 
 def test_cut() -> None:

@@ -103,4 +103,7 @@ def test_rankings_of_other_routers(name: str, lib: Library, tiny: Tiny) -> None:
             model.decoder.evaluate([token], decode=True)
         trace = recorder.trace()
     assert trace.ranked_ids is not None
+    assert trace.score_range is not None
     assert np.array_equal(trace.ranked_ids[:, :, : trace.top_k], trace.expert_ids)
+    assert (trace.score_range > 0).all()
+    assert np.isfinite(trace.score_range).all()  # of the experts that may be chosen

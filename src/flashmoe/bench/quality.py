@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flashmoe.bench.choices import Question, answer
 from flashmoe.bench.spec import Size
 from flashmoe.common.text import decode
 from flashmoe.errors import UsageError
@@ -50,6 +51,7 @@ class QualityPlan:
     modes: Sequence[str] = ()
     text: Path | None = None  # default: the one that comes with the package
     tokens: int = 0
+    questions: Sequence[Question] = ()  # to be answered in every run
     options: LoadOptions = LoadOptions()
 
     def __post_init__(self) -> None:
@@ -67,6 +69,7 @@ def run(plan: QualityPlan, progress: Progress = lambda what, done, total: None) 
     total = len(plan.sizes) * len(modes)
     rows: list[dict[str, Any]] = []
     facts: dict[str, Any] = {}
+    given: list[int] = []  # the exact run's answers
     with tempfile.TemporaryFile() as file:
         exact = _Exact(file, kept=total > 1)
         for size in plan.sizes:
@@ -83,6 +86,9 @@ def run(plan: QualityPlan, progress: Progress = lambda what, done, total: None) 
                 with load(plan.model, options=options) as model:
                     windows = cut(model.engine.tokenize(text), model.engine.n_ctx, plan.tokens)
                     rows.append({"size": size.text, "approx": mode} | _measure(model, windows, exact))
+                    answers = [answer(model, question, _PROMPT) for question in plan.questions]
+                    given = given or answers
+                    rows[-1] |= _answered(plan.questions, answers, given)
                     facts = facts or _facts(model, windows)
         progress("done", total, total)
     first = rows[0]["perplexity"]
@@ -200,6 +206,15 @@ def _measure(model: Model, windows: Sequence[Sequence[int]], exact: _Exact) -> d
         "read_bytes_per_token": stats.bytes_read / len(losses),
         "tokens_per_second": phase.tokens_per_second,
     }
+
+
+def _answered(questions: Sequence[Question], answers: Sequence[int], exact: Sequence[int]) -> dict[str, Any]:
+    """Shares of right answers, and of those that are the exact run's; nothing without questions."""
+    if not questions:
+        return {}
+    right = [own == question.answer for own, question in zip(answers, questions, strict=True)]
+    same = [own == other for own, other in zip(answers, exact, strict=True)]
+    return {"correct_share": float(np.mean(right)), "same_answer_share": float(np.mean(same))}
 
 
 def _facts(model: Model, windows: Sequence[Sequence[int]]) -> dict[str, Any]:

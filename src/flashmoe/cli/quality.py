@@ -36,6 +36,14 @@ def quality(
         str | None,
         typer.Option("--cache", help="Sizes of the expert cache, instead of --ram: 25%,40% of the experts."),
     ] = None,
+    choices: Annotated[
+        Path | None,
+        typer.Option(
+            "--choices",
+            help='Multiple-choice questions to answer in each run: a .jsonl file of {"question": "...", "choices": '
+            '["...", "..."], "answer": 0}.',
+        ),
+    ] = None,
     tokens: Annotated[
         int, typer.Option("--tokens", help="Maximum tokens to decode in each run; 0 for the whole text.")
     ] = 0,
@@ -65,6 +73,7 @@ def quality(
     """Measure a model's perplexity on a text, and what approximate routing (--approx) costs and saves."""
     if ram is not None and cache is not None:
         raise UsageError("give the sizes to measure with --ram or with --cache, not both")
+    from flashmoe.bench.choices import read_choices
     from flashmoe.bench.quality import QualityPlan, run
     from flashmoe.bench.quality import calibrate as set_levels
     from flashmoe.bench.spec import Size, cache_sizes, ram_sizes
@@ -87,6 +96,7 @@ def quality(
         modes=approx or (),
         text=text,
         tokens=tokens,
+        questions=read_choices(choices) if choices else (),
         options=LoadOptions(policy=policy, prefetch=prefetch, layout=layout, n_ctx=ctx_size, threads=threads),
     )
     if plot_file:
@@ -105,6 +115,13 @@ def quality(
 
         levels, report = set_levels(plan, show) if calibrate else ({}, run(plan, show))
     stdout_console().print(table(report))
+    if choices:
+        for row in report["rows"]:
+            stdout_console().print(
+                f"{row['size']}, {row['approx']}: {row['correct_share']:.1%} of {len(plan.questions)} answers right, "
+                f"{row['same_answer_share']:.1%} the exact run's",
+                soft_wrap=True,
+            )
     for level, rule in levels.items():
         stdout_console().print(f"--approx {level}: {'exact' if rule == '0' else rule}")
     if json_file:

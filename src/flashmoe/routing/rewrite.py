@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from flashmoe.common.kept import kept
 from flashmoe.routing.approximation import Approximation
 
-_LEAST = 1e-30  # scores below count as this; their logarithm is finite
+LEAST = 1e-30  # scores below count as this; their logarithm is finite
 
 _BOOST, _DROP, _OPTIONS = range(3)
 _ROUTED, _REPLACED, _DROPPED, _TOKENS, _COUNTS = range(5)
@@ -119,7 +119,7 @@ class Rewriter:
 
 @kept()
 def _log(score: Any, logits: Any) -> Any:  # pragma: no cover - compiled
-    return np.float64(score) if logits else math.log(max(np.float64(score), _LEAST))
+    return np.float64(score) if logits else math.log(max(np.float64(score), LEAST))
 
 
 @kept()
@@ -141,7 +141,8 @@ def substitute(
 
     slot_of: int32 [L, E], -1 where an expert is absent. scores: float32 [E], by which the router has chosen, -inf for
     what it may not choose; weights: float32 [E], from which the experts' weights will be gathered. logits: whether the
-    scores are logits (else they are positive, and their logarithms are compared); weights_logits: the same of weights.
+    scores are logits (else their logarithms are compared, and where a negative bias leaves the best one that was not
+    chosen without one, nothing is replaced); weights_logits: the same of weights.
     """
     boost = st.options[_BOOST]
     n, k = len(scores), len(ids)

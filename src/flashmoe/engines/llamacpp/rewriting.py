@@ -27,7 +27,7 @@ from flashmoe.common.kept import kept
 from flashmoe.engines.llamacpp.abi import CONSTANTS, Tensor
 from flashmoe.engines.llamacpp.callback import CHOSEN, TO_RANK, block_of, read
 from flashmoe.routing.approximation import Approximation
-from flashmoe.routing.rewrite import Rewriter, leave_out, substitute
+from flashmoe.routing.rewrite import LEAST, Rewriter, leave_out, substitute
 
 _REFUSED = -1
 
@@ -88,8 +88,8 @@ def ranking(node: int, n: int) -> tuple[NDArray[np.int32], NDArray[np.float32], 
             for t in range(tokens)
         ]
     )
-    if not _is_plain(scores):
-        table = np.log(np.maximum(table, np.float32(1e-30)))
+    if not _is_plain(scores):  # what may not be chosen has -inf
+        table = np.where(table > -np.inf, np.log(np.maximum(table, np.float32(LEAST))), -np.inf)
     best = np.argsort(-table, axis=1, kind="stable")[:, :n]
     ranked = np.take_along_axis(table, best, axis=1)
     lowest = np.where(np.isfinite(table), table, np.inf).min(axis=1)
