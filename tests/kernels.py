@@ -56,6 +56,9 @@ def compile_predictor(name: str) -> None:
 def compile_callback() -> None:
     """The compiled half of the eval callback, and what llama.cpp's server calls: compiled when they are imported."""
     import flashmoe.engines.llamacpp.serving.borrow  # noqa: F401
+    from flashmoe.engines.llamacpp import rewriting
+
+    rewriting.compile_kernels()
 
 
 def main() -> None:

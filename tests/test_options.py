@@ -34,6 +34,8 @@ from flashmoe.errors import UsageError
         ({"cache_type_k": "f8"}, "choose from f16|unknown type"),
         ({"cache_type_v": "f8"}, "choose from f16|unknown type"),
         ({"layout": "packed"}, "unknown layout"),
+        ({"approx": "much"}, "choose cache:LAMBDA"),
+        ({"engine": "transformers", "approx": "1", "vram": "50%"}, "leave out --vram"),
     ],
 )
 def test_what_no_model_can_be_loaded_with(given: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -63,7 +65,7 @@ def test_every_option_of_the_command_line_arrives() -> None:
     values: dict[str, Any] = {
         "cache": "50%", "policy": "lru", "prefetch": "none", "layout": "plain", "ctx_size": 64, "ubatch": 8,
         "threads": 1, "cache_type_k": "q8_0", "cache_type_v": "q4_0", "save_cache": True, "save_cache_size": "1GiB",
-        "verify": True,
+        "approx": "cache:0.2", "verify": True,
     }  # fmt: skip
     assert set(values) | {"ram"} == {field.name for field in fields(ModelOptions)} - {"no_learn"}
     made = ModelOptions(**values).load_options(trace=True)

@@ -58,7 +58,10 @@ def test_every_route_and_its_errors(demo: Path, tmp_path: Path) -> None:
     assert report["io"]["read_bytes_per_token"] > 0
     check(report)
     before = out.read_bytes()
-    assert "all 7 answers already" in flashmoe(*arguments).err
+    figures.unlink()
+    assert "all 7 answers already" in flashmoe(*arguments, "--json", figures).err
+    again = json.loads(figures.read_text())["batch"]
+    assert (again["lines"], again["answered_before"], again["failed"]) == (7, 7, 4)
     assert out.read_bytes() == before
 
 

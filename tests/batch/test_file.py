@@ -12,7 +12,7 @@ import pytest
 
 from flashmoe.errors import ModelError, UsageError
 from flashmoe.runtime.batch import run_batch
-from flashmoe.runtime.batch_file import Journal, Requests, is_complete
+from flashmoe.runtime.batch_file import Journal, Requests, failed_in
 from tests.batch.inputs import read, request, write
 
 IDENTITY = {"input": "x", "model": {"name": "m"}}
@@ -147,13 +147,16 @@ def test_whose_journal_it_is(source: Path, tmp_path: Path) -> None:
 
 def test_an_output_that_is_there(source: Path, tmp_path: Path) -> None:
     out, requests = tmp_path / "out.jsonl", Requests(source)
-    assert not is_complete(out, requests)
+    assert failed_in(out, requests) is None
     run(source, out, Echo())
-    assert is_complete(out, requests)
+    assert failed_in(out, requests) == 0
+    whole = read(out)
+    write(out, [*whole[:-1], {**whole[-1], "response": None, "error": {"code": "x", "message": "y"}}])
+    assert failed_in(out, requests) == 1
     write(out, read(out)[:-1])
     for path in (out, source):
         with pytest.raises(UsageError, match="there already"):
-            is_complete(path, requests)
+            failed_in(path, requests)
 
 
 def test_inputs_that_are_none(tmp_path: Path) -> None:

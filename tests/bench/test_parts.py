@@ -196,6 +196,7 @@ def measured(speed: float, logits: str = "a") -> dict:
     report = {
         "policy": "lru",
         "layout": "plain",
+        "approximate": {},
         "text": "",
         "decode": {"tokens": 8, "tokens_per_second": speed},
         "io": {
@@ -247,6 +248,16 @@ def test_different_logits_and_failed_opponents_show() -> None:
     failed = Round({LRU: measured(10.0)}, {"mmap": {"error": "killed", "limit_bytes": 1}}, QUIET)
     row = make_row(Size("1", ram=1), LRU, "mmap", None, [failed])
     assert (row["ratio"], row["opponent_decode"], row["opponent_error"]) == (None, None, "killed")
+
+
+def test_an_approximation_is_not_compared_with_exact_logits() -> None:
+    ours = measured(10.0)
+    ours["report"]["approximate"] = {"approx": "cache:0.2"}
+    rounds = [Round({LRU: ours}, {"mmap": measured(5.0, "b")}, QUIET)]
+    row = make_row(Size("1", ram=1), LRU, "mmap", None, rounds)
+    assert (row["same_logits"], row["ratio"]) == (None, 2.0)
+    with pytest.raises(UsageError, match="choose cache:LAMBDA"):
+        Plan(Path("m.gguf"), [Size("1", ram=1)], approximations=["cash"])
 
 
 def test_bounds_and_spread_of_little() -> None:

@@ -83,7 +83,8 @@ def test_a_benchmark_of_pairs(model: Path) -> None:
 
 
 def test_each_layout_computes_what_its_opponent_does(model: Path) -> None:
-    report = runner.run(plan(model, baselines=["plain", "stock"], layouts=["plain", "repacked"]))
+    sizes = cache_sizes("100%")  # all are read before the prompt, as the baseline's are
+    report = runner.run(plan(model, sizes=sizes, baselines=["plain", "stock"], layouts=["plain", "repacked"]))
     same = {(row["layout"], row["baseline"]): row["same_logits"] for row in report["rows"]}
     assert same == {
         ("plain", "plain"): True,
@@ -91,6 +92,7 @@ def test_each_layout_computes_what_its_opponent_does(model: Path) -> None:
         ("repacked", "plain"): None,
         ("repacked", "stock"): True,
     }
+    assert [row["cache"][f"{phase}misses"] for row in report["rows"] for phase in ("", "prefill_")] == [0] * 8
 
 
 def test_a_budget_holds_the_whole_process(model: Path) -> None:

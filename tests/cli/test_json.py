@@ -95,6 +95,7 @@ def arguments(command: str, model: Path, trace: Path) -> tuple[object, ...]:
         "verify": ("verify", model),
         "doctor": ("doctor", trace.parent),
         "plan": ("plan", model, "-t", 1),
+        "quality": ("quality", "demo", "--cache", "25%", "-t", 1, "--tokens", 8, "--approx", "1"),
         "simulate": ("simulate", trace, "--policy", "lru"),
         "simulate --prefetch": ("simulate", trace, "--prefetch", "table", "--capacity", "50%"),
         "bench": ("bench", model, *BENCH.split()),
@@ -140,7 +141,7 @@ def test_no_command_is_left_out() -> None:
         if any("--json" in parameter.opts for parameter in command.params):
             yield name
 
-    known = {"run", "chat", "verify", "doctor", "plan", "simulate", "bench", "trace info", "train policy",
+    known = {"run", "chat", "verify", "doctor", "plan", "quality", "simulate", "bench", "trace info", "train policy",
              "train prefetch", "serve", "batch", "policies", "predictors", "learn"}  # fmt: skip
     of_engine = {"engine list", "engine build", "engine add", "engine check"}  # tests/builder
     assert set(walk(root, "")) == known | of_engine
@@ -148,7 +149,7 @@ def test_no_command_is_left_out() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["run", "chat", "verify", "doctor", "plan", "simulate", "simulate --prefetch", "bench", "trace info",
+    ["run", "chat", "verify", "doctor", "plan", "quality", "simulate", "simulate --prefetch", "bench", "trace info",
      "train policy", "train prefetch", "policies", "predictors", "learn"],
 )  # fmt: skip
 def test_the_report_of(command: str, tiny: Tiny, tmp_path: Path, trace: Path) -> None:

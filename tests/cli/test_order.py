@@ -19,6 +19,7 @@ CALLS = [
     ("verify", [["MODEL"], ["--json", "r.json"], ["-q"]]),
     ("doctor", [["."], ["-q"]]),
     ("plan", [["MODEL"], ["--ram", "4GiB,8GiB"], ["-q"]]),
+    ("quality", [["MODEL"], ["--approx", "1"], ["-q"]]),
     ("simulate", [["t.npz"], ["--policy", "lru"], ["--first", "10"]]),
     ("bench", [["MODEL"], ["--ram", "50%"], ["--pairs", "2"]]),
     ("bench run", [["MODEL"], ["--ram", "50%"]]),

@@ -78,6 +78,17 @@ def test_the_next_session_goes_on_and_the_simulator_with_it(demo: Path, lib: Lib
     assert grown.n_sequences == 2
 
 
+def test_an_approximate_session_teaches_nothing(demo: Path, lib: Library) -> None:
+    """Its routing is not the model's."""
+    first, _ = session(demo, lib, 1)
+    before = Remembered(first.model).history()
+    session(demo, lib, 2, approx="cache:0.5")
+    after = Remembered(first.model).history()
+    assert before
+    assert after
+    assert after.n_tokens == before.n_tokens
+
+
 def test_nothing_is_kept_unless_asked_for(demo: Path, tmp_path: Path) -> None:
     run = ("run", demo, "--cache", "25%", "-p", "Once", "-n", "8", "--policy", "online", "-t", 1)
     assert command(*run, "--no-learn").status == 0

@@ -45,7 +45,7 @@ def make_row(
     chosen = ours[middle]
     report = {key: value for key, value in chosen["report"].items() if key != "text"}
     same = None
-    if baseline in _SAME_KERNELS[report["layout"]] and theirs and not failed:
+    if not report["approximate"] and baseline in _SAME_KERNELS[report["layout"]] and theirs and not failed:
         same = all(
             our["logits_sha256"] == their["logits_sha256"] for our, their in zip(ours, theirs, strict=True)
         )

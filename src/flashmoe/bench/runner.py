@@ -28,6 +28,7 @@ from flashmoe.common.machine import cores
 from flashmoe.common.plugins import DEFAULT
 from flashmoe.common.signals import ended_by_signals
 from flashmoe.errors import UsageError
+from flashmoe.routing.approximation import parse
 from flashmoe.routing.files import read as read_trace
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.disk import read_ceiling
@@ -60,13 +61,18 @@ class _Runner:
         self._trace = None if _is_tokens(plan.routing) else plan.routing
         if self._trace:
             read_trace(self._trace)  # fails here, before anything runs
+            if any(map(parse, plan.approximations)):
+                raise UsageError(
+                    "--approx rewrites what the router says, and a trace is to be followed: give no trace"
+                )
         for policy in set(plan.policies) - {DEFAULT}:
             create(policy)  # as well
         for size in plan.sizes:
             if size.cache is not None:
                 parse_cache(size.cache, self._catalog, 1)
         self._settings = [
-            Setting(*values) for values in product(plan.policies, plan.prefetchers, plan.layouts)
+            Setting(*values)
+            for values in product(plan.policies, plan.prefetchers, plan.layouts, plan.approximations)
         ]
         self._total = len(plan.sizes) * plan.pairs * (len(self._settings) + len(plan.baselines))
         self._done = 0

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from flashmoe.common.plugins import DEFAULT
 from flashmoe.common.units import parse_bytes
 from flashmoe.errors import FlashMoEError, UsageError
+from flashmoe.routing.approximation import parse
 from flashmoe.runtime.layout import AUTO, check_layout
 
 #: What can be measured against. The pool itself is the engine "pool".
@@ -53,6 +54,7 @@ class Job:
     policy: str = DEFAULT
     prefetch: str = "auto"
     layout: str = AUTO
+    approx: str = ""
     trace: str | None = None
     trace_start: int = 0
     save_cache: str | None = None
@@ -74,6 +76,7 @@ class Setting(NamedTuple):
     policy: str
     prefetch: str
     layout: str
+    approx: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class Plan:
     policies: Sequence[str] = (DEFAULT,)
     prefetchers: Sequence[str] = ("auto",)
     layouts: Sequence[str] = (AUTO,)
+    approximations: Sequence[str] = ("",)
     pairs: int = 5
     n_prompt: int = 16
     n_warmup: int = 32
@@ -121,6 +125,8 @@ class Plan:
             create_all(spec)  # raises what is wrong with it
         for layout in self.layouts:
             check_layout(layout)
+        for approx in self.approximations:
+            parse(approx)
         if min(self.pairs, self.n_prompt, self.n_decode, self.n_ubatch) < 1 or self.n_warmup < 0:
             raise UsageError(
                 "--pairs, --prompt-tokens, --tokens and -ub must be at least 1, --warmup not negative"

@@ -20,6 +20,7 @@ from flashmoe.cli import (
     listing,
     pack,
     plan,
+    quality,
     run,
     serve,
     simulate,
@@ -50,6 +51,7 @@ app.command("pack")(pack.pack)
 app.command("verify")(verify.verify)
 app.command("doctor")(doctor.doctor)
 app.command("plan")(plan.plan)
+app.command("quality")(quality.quality)
 app.command("learn")(learn.learn)
 app.command("simulate")(simulate.simulate)
 app.command("policies")(listing.policies)

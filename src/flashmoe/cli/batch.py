@@ -44,14 +44,17 @@ def batch(
 
     A line that is no request, or that the model cannot answer, gets an error as its answer.
     """
-    from flashmoe.runtime.batch import run_batch
-    from flashmoe.runtime.batch_file import Journal, Requests, is_complete
+    from flashmoe.runtime.batch import BatchFigures, run_batch
+    from flashmoe.runtime.batch_file import Journal, Requests, failed_in
     from flashmoe.runtime.load import load
 
     console = stderr_console(quiet)
     asked, out = Requests(expanded(requests)), expanded(answers)
-    if is_complete(out, asked):
-        console.print(f"{answers} has all {len(asked.ids)} answers already")
+    if (failed := failed_in(out, asked)) is not None:
+        lines = len(asked.ids)
+        console.print(f"{answers} has all {lines} answers already")
+        if json_file:
+            json_file.write({"batch": BatchFigures(lines, lines, failed, 0, 0.0).as_dict()})
         return
     with LoadProgress(console) as progress:
         given = loading.load_options(

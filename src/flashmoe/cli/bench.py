@@ -28,6 +28,7 @@ from flashmoe.cli.groups import with_options
 from flashmoe.cli.progress import stderr_console, stdout_console
 from flashmoe.common.units import format_bytes
 from flashmoe.errors import UsageError
+from flashmoe.runtime.telemetry import approximately
 
 _RUN = "run"
 _COMPUTING = options.ComputeOptions()
@@ -90,6 +91,13 @@ def run(
             "--layout", help="Layouts of the weights to measure, comma-separated: auto, plain, repacked."
         ),
     ] = "auto",
+    approx: Annotated[
+        str,
+        typer.Option(
+            "--approx",
+            help="Approximations of the routing to measure, comma-separated: 0 (exact), cache:0.2, drop:0.5.",
+        ),
+    ] = "0",
     pairs: Annotated[
         int, typer.Option("--pairs", help="Number of measurements of each configuration, interleaved.")
     ] = 5,
@@ -145,6 +153,7 @@ def run(
         policies=split_list(policy),
         prefetchers=split_list(prefetch),
         layouts=split_list(layout),
+        approximations=split_list(approx),
         pairs=pairs,
         n_prompt=prompt_tokens,
         n_warmup=warmup,
@@ -255,6 +264,7 @@ def _print(report: dict[str, Any], console: Console) -> None:
     console.print(table)
     for line in (
         f"{machine['processor']}, {machine['threads']} threads, {machine['library']}, kernels {machine['kernels']}",
+        *dict.fromkeys(f"~ {approximately(row['approximate'])}" for row in rows if row["approximate"]),
         *(f"note: {note}" for note in [*_on_logits(rows), *report["notes"]]),
     ):
         console.print(line, style="dim", highlight=False, soft_wrap=True)
@@ -263,11 +273,12 @@ def _print(report: dict[str, Any], console: Console) -> None:
 def _cells(row: dict[str, Any]) -> list[str]:
     policy = row["policy_used"] if row["policy"] == "default" else row["policy"]
     prefetch = "" if row["prefetch"] == "none" else f" + {row['prefetch']}"
+    approx = f", ~{row['approximate']['approx']}" if row["approximate"] else ""
     theirs, quartiles = row["opponent_decode"], row["spread"]["ratio"]
     return [
         (row["size"] if row["budget_bytes"] is None else f"{format_bytes(row['budget_bytes'])}")
         + (" BUSY" if row["busy"] else ""),
-        f"{policy}{prefetch}, {row['layout']}",
+        f"{policy}{prefetch}, {row['layout']}{approx}",
         f"{row['decode']['tokens_per_second']:.2f}",
         f"{row['cache']['hit_rate']:.1%}",
         f"{row['io']['stall_share']:.0%}",

@@ -125,6 +125,14 @@ SaveCacheSize = Annotated[
         help="Maximum disk space for conversations that --save-cache saves; 0 saves none.",
     ),
 ]
+Approx = Annotated[
+    str,
+    typer.Option(
+        "--approx",
+        help="Approximate routing of decoded tokens, lossy: cache:LAMBDA, drop:F, both joined by +, or a level from "
+        "1 to 3; flashmoe quality shows the price (default: 0, exact).",
+    ),
+]
 NoLearn = Annotated[
     bool,
     typer.Option(
@@ -197,6 +205,7 @@ class ModelOptions:
     cache_type_v: CacheTypeV = "f16"
     save_cache: SaveCache = False
     save_cache_size: SaveCacheSize = "4GiB"
+    approx: Approx = ""
     no_learn: NoLearn = False
     verify: Verify = False
 
@@ -217,6 +226,7 @@ class ModelOptions:
             cache_type_v=self.cache_type_v,
             save_cache=self.save_cache,
             save_cache_size=self.save_cache_size,
+            approx=self.approx,
             learn=not self.no_learn,
             verify=self.verify,
             **more,

@@ -17,7 +17,8 @@ from flashmoe.errors import UsageError
 
 if TYPE_CHECKING:
     from flashmoe.routing.trace import RoutingTrace
-    from flashmoe.simulate.report import Machine
+    from flashmoe.simulate.replay import Row
+    from flashmoe.simulate.report import Machine, Simulation
     from flashmoe.storage.catalog import ExpertCatalog
 
 
@@ -35,6 +36,14 @@ def simulate(
         typer.Option(
             "--prefetch",
             help="Evaluate predictors instead: all, NAME or NAME:FILE, with one policy (default: lfu-aged).",
+        ),
+    ] = None,
+    approx: Annotated[
+        str | None,
+        typer.Option(
+            "--approx",
+            help="Simulate approximations of the routing, comma-separated: cache:0.2,drop:0.5; needs a trace of "
+            "flashmoe trace record --ranked.",
         ),
     ] = None,
     first: Annotated[
@@ -92,7 +101,6 @@ def simulate(
     """Simulate eviction policies on a routing trace: hit rates, gap to the oracle, bytes and tokens per second."""
     import numpy as np
 
-    from flashmoe.cli import tables
     from flashmoe.routing.files import read
     from flashmoe.simulate import report
     from flashmoe.simulate.replay import parse_capacities, parse_policies, simulate
@@ -109,6 +117,15 @@ def simulate(
     if prefetch is not None:
         _prefetch(recorded, prefetch, policy, slots, partition, plot, json_file, quiet)
         return
+    if approx is not None:
+        from flashmoe.simulate.approximate import simulate_approximately
+
+        specs = parse_policies("lfu-aged" if policy == "all" else policy)
+        given = [part.strip() for part in approx.split(",") if part.strip()]
+        with console.status("simulating"):
+            rows = simulate_approximately(recorded, specs, given, slots, partition)
+        _show(report.Simulation.of(recorded, rows, machine), plot, json_file, quiet)
+        return
     with console.status("compiling") as status:
         rows = simulate(
             recorded,
@@ -119,13 +136,20 @@ def simulate(
             read(guide) if guide else None,
             lambda name, size: status.update(Text(f"{name}, {size} slots")),
         )
-    found = report.Simulation.of(recorded, rows, machine)
+    _show(report.Simulation.of(recorded, rows, machine), plot, json_file, quiet)
+
+
+def _show(found: Simulation[Row], plot: Path | None, json_file: JsonFile | None, quiet: bool) -> None:
+    """A table, JSON, a figure."""
+    from flashmoe.cli import tables
+    from flashmoe.simulate import report
+
     if not quiet:
         stdout_console().print(tables.of_policies(found))
     if json_file:
         json_file.write(found.as_dict())
     if plot:
-        report.plot(rows, plot, found.model)
+        report.plot(found.rows, plot, found.model)
 
 
 def _prefetch(

@@ -59,6 +59,13 @@ def record(
     restart: Annotated[
         bool, typer.Option("--restart", help="Overwrite an existing trace instead of continuing it.")
     ] = False,
+    ranked: Annotated[
+        bool,
+        typer.Option(
+            "--ranked",
+            help="Also record what the router ranked next, for flashmoe simulate --approx; slower.",
+        ),
+    ] = False,
     quiet: options.Silent = False,
 ) -> None:
     """Run a model over many prompts and record its routing. Run it again to continue where it stopped."""
@@ -83,9 +90,8 @@ def record(
     from flashmoe.runtime.load import load
 
     chosen = sampling.sampling()
-    with load(model, ram=ram, cache=cache, n_ctx=ctx_size, threads=threads, trace=True) as loaded:
-        recorder = loaded.recorder
-        assert recorder is not None
+    with load(model, ram=ram, cache=cache, n_ctx=ctx_size, threads=threads) as loaded:
+        recorder = loaded.record(ranked=ranked)
         if before and dict(before.model) != loaded.catalog.identity:
             raise UsageError(f"{output} is a trace of another model: add --restart, or choose another -o")
 

@@ -16,6 +16,7 @@ from flashmoe.cache.pool import SlotPool
 from flashmoe.errors import UsageError
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import RoutingObserver
+from flashmoe.routing.rewrite import Rewriter
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,10 @@ class Engine(Protocol):
 
     def prefetch(self, prefetcher: Prefetcher) -> None:
         """Let `prefetcher` see every layer's routing from here on, and read ahead."""
+        ...
+
+    def approximate(self, rewriter: Rewriter) -> None:
+        """Let the routes of decoded tokens be rewritten; after `attach`. Raises UsageError where that cannot be."""
         ...
 
     def override_routing(self, override: Callable[[int, NDArray[np.int32]], None]) -> None:

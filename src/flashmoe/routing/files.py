@@ -133,14 +133,12 @@ def merge(traces: Sequence[RoutingTrace]) -> RoutingTrace:
         sequence.append(n_sequences + np.cumsum(begins) - 1)
         step.append(trace.step - trace.step[0] + n_steps)
         n_sequences, n_steps = int(sequence[-1][-1]) + 1, int(step[-1][-1]) + 1
-    weights = None
-    if all(trace.router_weights is not None for trace in traces):
-        weights = np.concatenate(
-            [trace.router_weights for trace in traces if trace.router_weights is not None]
-        )
 
     def joined(name: str) -> NDArray[Any]:
         return np.concatenate([getattr(trace, name) for trace in traces])
+
+    def in_all(name: str) -> NDArray[Any] | None:
+        return joined(name) if all(getattr(trace, name) is not None for trace in traces) else None
 
     return replace(
         first,
@@ -149,7 +147,10 @@ def merge(traces: Sequence[RoutingTrace]) -> RoutingTrace:
         sequence_id=np.concatenate(sequence).astype(np.int32),
         phase=joined("phase"),
         step=np.concatenate(step).astype(np.int32),
-        router_weights=weights,
+        router_weights=in_all("router_weights"),
+        ranked_ids=in_all("ranked_ids"),
+        ranked_scores=in_all("ranked_scores"),
+        score_range=in_all("score_range"),
     )
 
 

@@ -6,6 +6,10 @@ One `.safetensors` file, readable without FlashMoE. T tokens, L MoE layers, k ex
                     computes the last
                                              layer of a prompt only for the tokens whose output is wanted)
     router_weights  float16 [T, L, k]        weights of these experts; optional
+    ranked_ids      int8 or int16 [T, L, 2k] the experts that the router has ranked best, the best first; -1 where that
+                                             was not recorded (prompts); optional
+    ranked_scores   float16 [T, L, 2k]       logarithms of their scores, less the best one's
+    score_range     float16 [T, L]           range of the logarithms of all experts' scores
     token_id        int32 [T]                token, -1 where unknown
     sequence_id     int32 [T]                prompt or conversation; the tokens of one lie together
     phase           uint8 [T]                0 decode, 1 prefill
@@ -53,6 +57,9 @@ class RoutingTrace:
     phase: NDArray[Any] = field(default_factory=lambda: np.zeros(0, np.uint8))  # [T]; DECODE
     step: NDArray[Any] = field(default_factory=lambda: np.zeros(0, np.int32))  # [T]; one token each
     router_weights: NDArray[Any] | None = None  # [T, L, k]
+    ranked_ids: NDArray[Any] | None = None  # [T, L, 2k]
+    ranked_scores: NDArray[Any] | None = None  # [T, L, 2k]
+    score_range: NDArray[Any] | None = None  # [T, L]
     first_moe_layer: int = 0
     model: Mapping[str, Any] = field(default_factory=dict)
 
@@ -97,8 +104,26 @@ class RoutingTrace:
                     f"{list(ids.shape)}"
                 )
             object.__setattr__(self, "router_weights", np.ascontiguousarray(self.router_weights, np.float16))
+        self._check_ranking()
         if (np.diff(self.step) < 0).any():
             raise TraceError("the steps of the trace are out of order; record it again")
+
+    def _check_ranking(self) -> None:
+        """All of it or nothing, and of the right shapes."""
+        ids, scores, ranges = self.ranked_ids, self.ranked_scores, self.score_range
+        if ids is None and scores is None and ranges is None:
+            return
+        rows = self.expert_ids.shape[:2]
+        if ids is None or scores is None or ranges is None or ids.ndim != 3 or ids.shape != scores.shape:
+            raise TraceError("the trace's ranking of experts is incomplete; record it again")
+        if ids.shape[:2] != rows or ranges.shape != rows or ids.dtype.kind not in "iu" or ids.size == 0:
+            raise TraceError("the trace's ranking of experts does not match its tokens; record it again")
+        numbers = [scores.astype(np.float64), ranges.astype(np.float64)]
+        if ids.max() >= self.num_experts or ids.min() < -1 or not all(np.isfinite(n).all() for n in numbers):
+            raise TraceError("the trace's ranking of experts is damaged; record it again")
+        object.__setattr__(self, "ranked_ids", np.ascontiguousarray(ids, np.int16))
+        object.__setattr__(self, "ranked_scores", np.ascontiguousarray(scores, np.float16))
+        object.__setattr__(self, "score_range", np.ascontiguousarray(ranges, np.float16))
 
     # Shape ------------------------------------------------------------------------------------------------
 
@@ -145,7 +170,8 @@ class RoutingTrace:
         """The tokens chosen by a mask or an ascending index array, as a trace of their own."""
         if len(self.token_id[keep]) == 0:
             raise TraceError("no token of the trace is left: choose other sequences")
-        weights = None if self.router_weights is None else self.router_weights[keep]
+        optional = ("router_weights", "ranked_ids", "ranked_scores", "score_range")
+        kept = {name: getattr(self, name)[keep] for name in optional if getattr(self, name) is not None}
         return replace(
             self,
             expert_ids=self.expert_ids[keep],
@@ -153,7 +179,7 @@ class RoutingTrace:
             sequence_id=self.sequence_id[keep],
             phase=self.phase[keep],
             step=self.step[keep],
-            router_weights=weights,
+            **kept,
         )
 
     def check_model(self, n_layers: int, n_experts: int) -> None:
@@ -179,6 +205,9 @@ class RoutingTrace:
         }
         if self.router_weights is not None:
             arrays["router_weights"] = self.router_weights
+        if self.ranked_ids is not None and self.ranked_scores is not None and self.score_range is not None:
+            arrays["ranked_ids"] = self.ranked_ids.astype(ids.dtype)
+            arrays |= {"ranked_scores": self.ranked_scores, "score_range": self.score_range}
         metadata = {
             "format": FORMAT,
             "version": VERSION,
@@ -217,7 +246,16 @@ class RoutingTrace:
                 f"trace {path} has version {metadata.get('version')}, this program reads {VERSION}: update it"
             )
         try:
-            known = ("token_id", "sequence_id", "phase", "step", "router_weights")
+            known = (
+                "token_id",
+                "sequence_id",
+                "phase",
+                "step",
+                "router_weights",
+                "ranked_ids",
+                "ranked_scores",
+                "score_range",
+            )
             return cls(
                 expert_ids=arrays["expert_ids"],
                 num_experts=int(metadata["num_experts"]),

@@ -23,7 +23,7 @@ _COMPUTE_ERROR = "Compute error."  # all that the server says of an evaluation t
 
 @dataclass(frozen=True)
 class BatchFigures:
-    """What a batch has done. tokens and seconds: of this process, of the answers alone."""
+    """What a batch has done. tokens: that this process has made; seconds: that it took for them, loading aside."""
 
     lines: int
     answered_before: int  # by earlier processes

@@ -211,16 +211,19 @@ def has_failed(result: Result) -> bool:
     return result["error"] is not None or result["response"]["status_code"] >= 400
 
 
-def is_complete(out: Path, requests: Requests) -> bool:
-    """Whether an output is there already. Raises UsageError where the file is something else."""
+def failed_in(out: Path, requests: Requests) -> int | None:
+    """Lines with an error in an output that is there already, None where none is. Raises UsageError where the file is
+    something else."""
     if not os.path.lexists(out):
-        return False
+        return None
     try:
         if not os.path.samefile(out, requests.path):
             with open(out, "rb") as file:
                 results = [_parsed(raw) for raw in file]
-            if [result and result.get("custom_id", "") for result in results] == requests.ids:
-                return True
+            if all(result and result.keys() >= {"custom_id", "response", "error"} for result in results):
+                found = [result for result in results if result]
+                if [result["custom_id"] for result in found] == requests.ids:
+                    return sum(map(has_failed, found))
     except OSError as error:
         raise FlashMoEError(f"{printable(str(out))}: it cannot be read ({error.strerror})") from None
     raise UsageError(

@@ -26,13 +26,17 @@ from flashmoe.common import memory, numa
 from flashmoe.common.machine import cores
 from flashmoe.common.signals import run_apart
 from flashmoe.common.units import parse_bytes
+from flashmoe.engines.llamacpp import rewriting
 from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.serving.options import ServerOptions, projector_bytes
 from flashmoe.errors import FlashMoEError, FlashMoEWarning, UsageError
 from flashmoe.prefetch import Predictor, scheduler
 from flashmoe.prefetch import create_all as create_predictors
 from flashmoe.prefetch.scheduler import Prefetcher
+from flashmoe.routing.approximation import parse as parse_approx
+from flashmoe.routing.rewrite import Rewriter
 from flashmoe.runtime.governor import Governor
+from flashmoe.runtime.levels import levels_of
 from flashmoe.runtime.model import Model, Progress
 from flashmoe.runtime.opening import Loading, Opened
 from flashmoe.runtime.options import AUTO_RAM, LLAMACPP, TRANSFORMERS, LoadOptions
@@ -126,6 +130,9 @@ def _load(
             scheduler.compile_kernels()
         if options.engine == LLAMACPP:
             import flashmoe.engines.llamacpp.serving.borrow  # noqa: F401 - compiles what the server borrows
+
+            if parse_approx(options.approx) is not None:
+                rewriting.compile_kernels()
         predictors[:] = _bind(predictors, catalog, limit if options.prefetch == "auto" else 0)
         memory.release_code()
         return evict.nbytes + sum(p.nbytes for p in predictors)
@@ -160,6 +167,11 @@ def _load(
         runner.attach(pool, slots, experts)
         if runner.tiers:
             stack.callback(runner.tiers.close)
+        rewriter = None
+        approximation = parse_approx(options.approx, levels_of(catalog.identity))
+        if approximation is not None:
+            rewriter = Rewriter(approximation, len(catalog.layers), catalog.n_experts, catalog.top_k)
+            runner.approximate(rewriter)
         prefetcher = None
         if predictors and any(spare):
             prefetcher = Prefetcher(predictors, runner.tiers or experts)
@@ -172,7 +184,7 @@ def _load(
         resources = ExitStack()
         ranked = None
         saved = None
-        if learns:
+        if learns and rewriter is None:  # else it would learn what is not the model's routing
             resources.callback(_learn(Remembered(catalog.identity), experts))
         if options.save_cache:
             session = Session(options.save_cache, catalog, evict, predictors)
@@ -204,6 +216,7 @@ def _load(
             else None,
             public=options.parallel is not None,
             saved=saved,
+            rewriter=rewriter,
         )
         if options.trace:
             loaded_model.record()

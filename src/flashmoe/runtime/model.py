@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from flashmoe.engines.base import Engine, SamplingParams, TemplateEngine
 from flashmoe.errors import UsageError
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import Recorder
+from flashmoe.routing.rewrite import Rewriter, Rewritten
 from flashmoe.runtime.decoder import Decoder
 from flashmoe.runtime.embedding import embed
 from flashmoe.runtime.generation import Generation, Progress, check_prompt
@@ -55,6 +56,7 @@ class Model:
         server_options: ServerOptions | None = None,
         public: bool = False,
         saved: SavedConversations | None = None,
+        rewriter: Rewriter | None = None,
     ) -> None:
         """public: prompts come to the server from other processes too: nothing else tells where one begins.
 
@@ -69,6 +71,7 @@ class Model:
         self._server: InnerServer | None = None
         self._starting = threading.RLock()
         self._public, self._saved = public, saved
+        self._rewriter = rewriter
 
     @property
     def model(self) -> Any:
@@ -89,13 +92,26 @@ class Model:
         self._collect()
         return self.cache.stats
 
+    @property
+    def rewritten(self) -> Rewritten | None:
+        """How far decoded tokens' routing so far differs from the model's; None for an exact run."""
+        return self._rewriter.rewritten if self._rewriter else None
+
+    def exactly(self) -> AbstractContextManager[None]:
+        """No route is rewritten meanwhile, whatever it was loaded with; from any thread."""
+        return self._rewriter.exactly() if self._rewriter else nullcontext()
+
     def _collect(self) -> None:
         """Have counted what the server has evaluated without Python."""
         if self._server is not None:
             self._server.collect()
 
-    def record(self) -> Recorder:
-        """Record which experts every token is routed to from here on; `Recorder.save` writes the trace."""
+    def record(self, *, ranked: bool = False) -> Recorder:
+        """Record which experts every token is routed to from here on; `Recorder.save` writes the trace.
+
+        ranked: of decoded tokens also what the router ranked next, for the simulation of approximations; slower.
+        Raises UsageError where that is not known.
+        """
         catalog = self.catalog
         recorder = Recorder(
             len(catalog.layers),
@@ -103,7 +119,14 @@ class Model:
             catalog.n_experts,
             model=catalog.identity,
             first_moe_layer=catalog.layers[0].block,
+            ranked=ranked,
         )
+        if ranked:
+            from flashmoe.engines.llamacpp.engine import LlamaEngine
+
+            if not isinstance(self.engine, LlamaEngine):
+                raise UsageError("rankings are recorded with llama.cpp")
+            self.engine.record_rankings(recorder)
         self.decoder.record(recorder)
         return recorder
 
@@ -318,6 +341,7 @@ class Model:
             misses=what_if.larger,
             others=lambda: what_if.others([*self.alternatives, *suggested()]),
             budget=self.budget_bytes,
+            rewritten=self.rewritten,
             tiers=self.engine.tiers.figures() if self.engine.tiers else {},
             warm=(self.cache.warm.experts, self.cache.warm.bytes) if self.cache.warm else (0, 0),
             ceiling=read_ceiling(

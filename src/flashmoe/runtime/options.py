@@ -9,6 +9,7 @@ from flashmoe.common.units import parse_bytes
 from flashmoe.engines.llamacpp.context import CACHE_TYPES
 from flashmoe.engines.llamacpp.serving.options import ServerOptions
 from flashmoe.errors import UsageError
+from flashmoe.routing.approximation import parse as parse_approx
 from flashmoe.runtime.layout import AUTO, REPACKED, check_layout
 
 ENGINES = (LLAMACPP, TRANSFORMERS) = ("llama.cpp", "transformers")
@@ -55,6 +56,9 @@ class LoadOptions:
         `table` the file holds the ids of tokens that were used. The conversations that the server's slots hold then
         are kept too, as tokens and states, in a folder beside it.
     save_cache_size: what conversations may take of the drive; 0 keeps none.
+    approx: let the routing of decoded tokens be approximate, at a price that `flashmoe quality` measures:
+        "cache:LAMBDA", "drop:F", both joined by "+", or a level, "1" to "3" (docs/approximate.md). Prompts stay exact.
+        Off ("") by default.
     learn: keep what the policy learns, and a bounded history of the experts that were routed to, in the user's cache,
         and go on from it at the next start (see `flashmoe learn`): numbers about experts, no text and no tokens. Of
         the engine llama.cpp only; the command line does so unless told otherwise.
@@ -84,6 +88,7 @@ class LoadOptions:
     pooling: str = "none"
     save_cache: bool | str | Path = False
     save_cache_size: str | int = DEFAULT_SAVED
+    approx: str = ""
     learn: bool = False
     verify: bool = False
 
@@ -110,6 +115,7 @@ class LoadOptions:
                 f"unknown type of a KV cache {unknown.pop()!r}: choose from {', '.join(CACHE_TYPES)}"
             )
         check_layout(self.layout)
+        parse_approx(self.approx)
         for size in (self.cache_ram, self.save_cache_size):
             parse_bytes(size or 0)
         if self.ram is not None and self.ram != AUTO_RAM and not parse_bytes(self.ram):
@@ -122,6 +128,8 @@ class LoadOptions:
             )
         if self.pooling != "none":
             raise UsageError("the transformers engine makes no embeddings: use a GGUF")
+        if parse_approx(self.approx) and self.vram is not None:
+            raise UsageError("--approx knows the experts in RAM only: leave out --vram")
         if self.verify:
             raise UsageError(
                 "--verify is for GGUF models; checkpoints on the hub have checksums of their own"

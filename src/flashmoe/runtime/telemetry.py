@@ -13,6 +13,7 @@ from flashmoe.runtime.advice import advise
 
 if TYPE_CHECKING:
     from flashmoe.cache.stats import CacheStats
+    from flashmoe.routing.rewrite import Rewritten
 
 STALL_BOUND = 0.4  # a run that waits for reads more than this share of its time is bound by the drive
 FAULTS_PER_TOKEN = 4  # more major page faults per token: the system takes the weights' memory away
@@ -69,6 +70,7 @@ class Report:
     memory: dict[str, int]
     start: dict[str, float]
     tiers: dict[str, float]  # of experts on a GPU; empty where there are none
+    approximate: dict[str, Any]  # how far the routing differs from the model's; empty for an exact run
     bound: str
     advice: dict[str, Any]
 
@@ -99,6 +101,7 @@ class Report:
             f"reads {io['read_bytes_per_second'] / 1e9:.2f} GB/s on average{ceiling}; "
             f"memory {format_bytes(m['peak_bytes'])} at most{budget}; weights {self.layout}"
             + (f", kernels {self.kernels}" if self.kernels else ""),
+            *([approximately(self.approximate)] if self.approximate else []),
             *self._given_back(),
             *self._tiers(),
             self.advice["sentence"],
@@ -126,6 +129,15 @@ class Report:
         ]
 
 
+def approximately(figures: Mapping[str, Any]) -> str:
+    """What `Rewritten.as_dict` says, in a line."""
+    level = "" if figures["approx"] == figures["rule"] else f"level {figures['approx']}, "
+    return (
+        f"approximate ({level}{figures['rule']}): {figures['replaced_share']:.1%} of experts replaced, "
+        f"{figures['dropped_share']:.1%} left out, {figures['mass_lost_share']:.1%} of the router's weight lost"
+    )
+
+
 def bound(stall_share: float, faults: int, tokens: int) -> str:
     """What held the decoding up: "memory" (the system pages the weights), "ssd", or "compute"."""
     if tokens and faults > FAULTS_PER_TOKEN * tokens:
@@ -151,6 +163,7 @@ def make_report(
     budget: int,
     ceiling: float,
     tiers: dict[str, float],
+    rewritten: Rewritten | None = None,
     warm: tuple[int, int] = (0, 0),
     given_back: tuple[int, int] = (0, 0),
 ) -> Report:
@@ -228,6 +241,7 @@ def make_report(
             "warm_bytes": warm[1],
         },
         tiers=tiers,
+        approximate=rewritten.as_dict() if rewritten else {},
         bound=held_up,
         advice=asdict(advice),
     )

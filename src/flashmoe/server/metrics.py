@@ -58,6 +58,16 @@ class _ModelCollector(Collector):
             ):
                 read.add_metric([phase, what], value)
         yield read
+        rewritten = model.rewritten
+        for name, text, count in (
+            (
+                "experts_replaced",
+                "Experts that --approx has replaced.",
+                rewritten.replaced if rewritten else 0,
+            ),
+            ("experts_dropped", "Experts that --approx has left out.", rewritten.dropped if rewritten else 0),
+        ):
+            yield CounterMetricFamily(f"flashmoe_{name}", text, count)
         residency = model.cache.policy.residency
         for name, text, gauge in (
             ("pool_slots", "Slots of the expert pool that are in use.", sum(model.cache.elastic.slots)),

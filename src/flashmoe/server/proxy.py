@@ -13,6 +13,7 @@ from contextlib import nullcontext, suppress
 import aiohttp
 from starlette.types import Receive, Scope, Send
 
+from flashmoe.server.approximate import Approximate
 from flashmoe.server.body import Gone, Limits
 from flashmoe.server.errors import Refusal, shutting_down
 from flashmoe.server.exchange import Exchange
@@ -29,8 +30,16 @@ _LONGEST_NAME = 128  # characters of a client's name for a request, in the log
 class Proxy:
     """Requests to one backend. `scope[TRUSTED]` says whether a request may be made with the backend's key."""
 
-    def __init__(self, inner: InnerServer, upstream: Upstream, traffic: Traffic, limits: Limits) -> None:
+    def __init__(
+        self,
+        inner: InnerServer,
+        upstream: Upstream,
+        traffic: Traffic,
+        limits: Limits,
+        approximate: Approximate,
+    ) -> None:
         self._inner, self._upstream, self._traffic, self._limits = inner, upstream, traffic, limits
+        self._approximate = approximate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         counted = scope["method"] == "POST" and scope["path"] in GENERATING
@@ -47,7 +56,9 @@ class Proxy:
                 self._traffic.entered() if scope["method"] not in _SAFE else nullcontext(),
                 self._traffic.counted() if counted else nullcontext(),
             ):
-                await self._run(exchange, await self._limits.read(scope, receive), receive)
+                body = await self._limits.read(scope, receive)
+                with self._approximate.for_request(body):
+                    await self._run(exchange, body, receive)
             outcome = exchange.outcome
         except Gone:
             outcome = "cancelled"

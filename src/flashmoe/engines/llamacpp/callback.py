@@ -38,8 +38,11 @@ INPUT_TOKENS = b"inp_tokens"  # the token ids that a graph gathers embeddings by
 RETURNED, NOT_RETURNED = 0, 1
 MOST_QUIET = 62  # bits of Control.quiet
 #: Why Python is called: a node is ready; it is wanted to be looked at; a graph begins; it has ended; rows of a table
-#: are about to be gathered; a layer has been served and there is something to read ahead.
-READY, LOOK, BEGIN, END, GATHER, SERVED = range(6)
+#: are about to be gathered; a layer has been served and there is something to read ahead; routes cannot be
+#: rewritten; the router's ranking is to be recorded.
+READY, LOOK, BEGIN, END, GATHER, SERVED, REFUSED, RANKED = range(8)
+TO_RANK = 1 << 32  # in what rewrites: the router's ranking is to be recorded
+CHOSEN, GATHERED = 0, 1  # where routes are rewritten: experts are chosen; their weights are gathered
 
 # Python's half: (node, why); what it returns is not looked at, Control.outcome says whether to go on
 PYTHON_CALLBACK = C.CFUNCTYPE(C.c_uint8, C.c_void_p, C.c_uint8)
@@ -99,16 +102,21 @@ class Control(C.Structure):
         ("log", C.c_int64),  # address of the RoutingLog of the graph under way; 0: Python is told at once
         ("tables", C.c_int64),  # address of int64 [...]: tensors whose rows are read when gathered, then 0
         ("look_in", C.c_int64),  # whether the next layer is to ask Python, come what may
+        (
+            "rewrite",
+            C.c_int64,
+        ),  # address of what rewrites routes (rewriting.py), 0 for exact ones; and its state
+        ("rewriting", C.c_int64),
     ]
 
 
-_FIELDS = 52
+_FIELDS = 54
 _PYTHON, _INSPECT, _OUTCOME, _BUFFER, _CAPACITY, _BLOCK, _TOKENS, _TOP_K, _IDS, _WEIGHTS = range(10)
 _PENDING, _LATE, _LATE_LENGTH, _LOGITS, _HIDDEN, _BEGUN, _THREAD, _IGNORE, _INPUTS = range(10, 19)
 _REQUEST, _POOL, _ARRAYS, _SLOTS, _LAYERS, _FIRST_SLOTS, _DONE, _HITS = range(19, 27)
 _RECENT, _RECENT_AT, _RECENT_SIZE, _QUIET, _IS_QUIET, _GRAPHS, _GRAPH_TOKENS, _NANOSECONDS = range(27, 35)
 _BEGAN, _ENDED, _STOP, _SPANS, _WHOLE, _VALUES, _CHOSEN, _TRUE_IDS = 35, 37, *range(39, 45)
-_TURN, _GUESSES, _HELD, _AHEAD, _LOG, _TABLES, _LOOK_IN = range(45, 52)
+_TURN, _GUESSES, _HELD, _AHEAD, _LOG, _TABLES, _LOOK_IN, _REWRITE, _REWRITING = range(45, 54)
 _WEIGHTS_NAME, _IDS_NAME = np.frombuffer(ROUTER_WEIGHTS, np.uint8), np.frombuffer(ROUTER_IDS, np.uint8)
 _LOGITS_NAME, _TOKENS_NAME = np.frombuffer(ROUTER_LOGITS, np.uint8), np.frombuffer(INPUT_TOKENS, np.uint8)
 _VALUES_NAME = np.frombuffer(VALUE_IDS, np.uint8)
@@ -141,7 +149,7 @@ def _call(_typing: Any, _function: Any, _node: Any, _ask: Any) -> Any:
 
 
 @kept()
-def _block_of(tensor: Any, prefix: Any) -> Any:  # pragma: no cover - compiled
+def block_of(tensor: Any, prefix: Any) -> Any:  # pragma: no cover - compiled
     """The number that follows `prefix` in a tensor's name, -1 for any other name ("... (reshaped)" among them)."""
     name = carray(bytes_at(tensor), _NAME_END)
     for i in range(len(prefix)):
@@ -158,17 +166,18 @@ def _block_of(tensor: Any, prefix: Any) -> Any:  # pragma: no cover - compiled
 
 
 @kept()
-def _read(address: Any) -> Any:  # pragma: no cover - compiled
+def read(address: Any) -> Any:  # pragma: no cover - compiled
+    """The int64 at an address."""
     return carray(int64_at(address), 1)[0]
 
 
 @kept()
 def _copy_ids(ids: Any, buffer: Any, back: Any) -> Any:  # pragma: no cover - compiled
     """Copy the ids between their tensor, whose rows lie apart (it is a view), and the buffer."""
-    top_k, tokens, stride = _read(ids + _NE0), _read(ids + _NE1), _read(ids + _NB1)
+    top_k, tokens, stride = read(ids + _NE0), read(ids + _NE1), read(ids + _NB1)
     packed = carray(int32_at(buffer), tokens * top_k)
     for token in range(tokens):
-        row = carray(int32_at(_read(ids + _DATA) + token * stride), top_k)
+        row = carray(int32_at(read(ids + _DATA) + token * stride), top_k)
         for i in range(top_k):
             if back:
                 row[i] = packed[token * top_k + i]
@@ -210,7 +219,7 @@ def end_graph(address: Any, thread: Any) -> Any:  # pragma: no cover - compiled
 @kept()
 def _gathers_tokens(node: Any) -> Any:  # pragma: no cover - compiled
     """Whether a node gathers rows by the graph's token ids."""
-    ids = _read(node + _SOURCE1)
+    ids = read(node + _SOURCE1)
     if ids == 0:
         return False
     name = carray(bytes_at(ids), _NAME_END)
@@ -226,8 +235,8 @@ def _is_table(control: Any, tensor: Any) -> Any:  # pragma: no cover - compiled
     if tensor == 0 or control[_TABLES] == 0:
         return False
     at = control[_TABLES]
-    while _read(at) != 0:
-        if _read(at) == tensor:
+    while read(at) != 0:
+        if read(at) == tensor:
             return True
         at += 8
     return False
@@ -236,8 +245,8 @@ def _is_table(control: Any, tensor: Any) -> Any:  # pragma: no cover - compiled
 @kept()
 def _begin(control: Any, address: Any, node: Any) -> Any:  # pragma: no cover - compiled
     """The graph that begins gathers its tokens' embeddings at `node`: tell Python, unless it has nothing to say."""
-    ids = _read(node + _SOURCE1)
-    control[_INPUTS], control[_TOKENS] = _read(ids + _DATA), _read(ids + _NE0)
+    ids = read(node + _SOURCE1)
+    control[_INPUTS], control[_TOKENS] = read(ids + _DATA), read(ids + _NE0)
     if control[_TOKENS] <= MOST_QUIET and (control[_QUIET] >> control[_TOKENS]) & 1 != 0:
         control[_BEGUN], control[_IS_QUIET] = 1, control[_TOKENS]
         _clock_gettime(_MONOTONIC, address + 8 * _BEGAN)
@@ -297,7 +306,7 @@ def _is_late(control: Any, node: Any) -> Any:  # pragma: no cover - compiled
     first = 0
     for i in range(len(prefixes)):
         if prefixes[i] == 0:
-            if _block_of(node, prefixes[first:i]) >= 0:
+            if block_of(node, prefixes[first:i]) >= 0:
                 return True
             first = i + 1
     return False
@@ -307,13 +316,23 @@ def _is_late(control: Any, node: Any) -> Any:  # pragma: no cover - compiled
 def _find_logits(control: Any, node: Any) -> Any:  # pragma: no cover - compiled
     """From the gathered weights back to the router's product and its input."""
     for _ in range(_STEPS_TO_LOGITS):
-        node = _read(node + _SOURCE0)
+        node = read(node + _SOURCE0)
         if node == 0:
             return
-        if _block_of(node, _LOGITS_NAME) >= 0:
-            if _read(node + _SOURCE1) != 0:
-                control[_LOGITS], control[_HIDDEN] = node, _read(_read(node + _SOURCE1) + _DATA)
+        if block_of(node, _LOGITS_NAME) >= 0:
+            if read(node + _SOURCE1) != 0:
+                control[_LOGITS], control[_HIDDEN] = node, read(read(node + _SOURCE1) + _DATA)
             return
+
+
+@kept()
+def _rewrite(control: Any, node: Any, block: Any, where: Any) -> Any:  # pragma: no cover - compiled
+    """Let the routes of a block be rewritten; whether the evaluation goes on."""
+    layer = carray(int64_at(control[_LAYERS]), block + 1)[block]
+    done: Any = call4(control[_REWRITE], control[_REWRITING], layer, node, where)
+    if done < 0:
+        return ask_python(control, node, REFUSED)
+    return done < TO_RANK or ask_python(control, node, RANKED)
 
 
 @kept_callback(types.uint8(types.int64, types.uint8, types.int64))
@@ -322,12 +341,14 @@ def on_node(node: Any, ask: Any, address: Any) -> Any:  # pragma: no cover - com
     control = carray(int64_at(address), _FIELDS)
     if control[_IGNORE] != 0 or control[_STOP] != 0 or control[_OUTCOME] == NOT_RETURNED:
         return ask  # it has failed, or is not to be: want this node, and end the evaluation at it
-    block, values = _block_of(node, _WEIGHTS_NAME), False
+    block, values = block_of(node, _WEIGHTS_NAME), False
     if block < 0 and control[_VALUES] != 0:
-        block = _block_of(node, _VALUES_NAME)
+        block = block_of(node, _VALUES_NAME)
         if block >= 0:
             block, values = block + control[_VALUES], True
-    used = control[_CHOSEN] != 0 and _read(node + _SOURCE2) == control[_CHOSEN]
+    used = control[_CHOSEN] != 0 and read(node + _SOURCE2) == control[_CHOSEN]
+    approximate = control[_REWRITE] != 0 and control[_BEGUN] != 0
+    routed = block_of(node, _IDS_NAME) if approximate and block < 0 else -1
     if ask != 0:
         if control[_THREAD] == 0:
             control[_THREAD] = _pthread_self()
@@ -335,23 +356,27 @@ def on_node(node: Any, ask: Any, address: Any) -> Any:  # pragma: no cover - com
             return 1
         if control[_INSPECT] != 0 and not ask_python(control, node, LOOK):
             return 1
-        if _is_table(control, _read(node + _SOURCE0)) and not ask_python(control, node, GATHER):
+        if _is_table(control, read(node + _SOURCE0)) and not ask_python(control, node, GATHER):
             return 1
-        return block >= 0 or used or _is_late(control, node)
+        return block >= 0 or used or routed >= 0 or _is_late(control, node)
+    if routed >= 0:
+        return _rewrite(control, node, routed, CHOSEN)
     if used:
         _copy_ids(control[_CHOSEN], control[_TRUE_IDS], True)
         control[_CHOSEN] = 0
         return 1
     control[_BLOCK] = -1
-    ids = node if values else _read(node + _SOURCE1) if block >= 0 else 0
+    ids = node if values else read(node + _SOURCE1) if block >= 0 else 0
     if block >= 0:
-        control[_BLOCK], control[_IDS], control[_WEIGHTS] = block, ids, _read(node + _DATA)
-        control[_TOKENS], control[_TOP_K] = _read(ids + _NE1), _read(ids + _NE0)
+        control[_BLOCK], control[_IDS], control[_WEIGHTS] = block, ids, read(node + _DATA)
+        control[_TOKENS], control[_TOP_K] = read(ids + _NE1), read(ids + _NE0)
         # no token left: the last layer of a micro-batch without outputs; another name: a second, dense set of experts
-        if control[_TOKENS] == 0 or (not values and _block_of(ids, _IDS_NAME) < 0):
+        if control[_TOKENS] == 0 or (not values and block_of(ids, _IDS_NAME) < 0):
             return 1
         n = control[_TOKENS] * control[_TOP_K]
         if n > control[_CAPACITY]:
+            return 0
+        if approximate and not _rewrite(control, node, block, GATHERED):
             return 0
         _copy_ids(ids, control[_BUFFER], False)
         if values:

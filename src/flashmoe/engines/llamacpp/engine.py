@@ -22,12 +22,15 @@ from flashmoe.engines.llamacpp.counts import Evaluated
 from flashmoe.engines.llamacpp.hook import RouterHook
 from flashmoe.engines.llamacpp.library import Library, is_of_wheel
 from flashmoe.engines.llamacpp.loader import LoadedModel
+from flashmoe.engines.llamacpp.rewriting import GraphRewriter
 from flashmoe.engines.llamacpp.sampler import Sampler
 from flashmoe.engines.llamacpp.spinning import Spinning, release_threads
 from flashmoe.engines.llamacpp.stack import BYTES_PER_CHARACTER, on_large_stack, raise_thread_stacks
 from flashmoe.errors import FlashMoEError, ModelError, UsageError
 from flashmoe.prefetch.scheduler import Prefetcher
-from flashmoe.routing.recorder import RoutingObserver
+from flashmoe.routing.approximation import Approximation
+from flashmoe.routing.recorder import Recorder, RoutingObserver
+from flashmoe.routing.rewrite import Rewriter
 
 _LONG_TEXT = 4096  # bytes from which on a thread's usual stack may be too small for the tokenizer
 
@@ -98,6 +101,28 @@ class LlamaEngine:
     def prefetch(self, prefetcher: Prefetcher) -> None:
         """Let `prefetcher` see every layer's routing from here on, and read ahead."""
         self._hook.prefetch(prefetcher)
+
+    def approximate(self, rewriter: Rewriter) -> None:
+        """Let the routes of decoded tokens be rewritten; after `attach`. Raises UsageError where that cannot be."""
+        catalog = self._model.catalog
+        if catalog.first_value_place:
+            raise UsageError(f"{catalog.label}: --approx does not know experts for values: run it without")
+        if catalog.top_k == 1:
+            raise UsageError(
+                f"{catalog.label}: a token has one expert of a layer, and --approx never replaces that"
+            )
+        assert self._hook.cache
+        self._hook.rewriter = GraphRewriter(rewriter, self._hook.cache.policy.residency.slot_of)
+
+    def record_rankings(self, recorder: Recorder) -> None:
+        """Let `recorder` have the best 2k experts of every decoded token too; after `attach`. Raises UsageError."""
+        if self._hook.rewriter is None:  # one that rewrites nothing
+            catalog = self._model.catalog
+            layers, experts = len(catalog.layers), catalog.n_experts
+            self.approximate(Rewriter(Approximation(""), layers, experts, catalog.top_k))
+        assert self._hook.rewriter is not None
+        layer_of = {place: layer for layer, place in enumerate(self._model.catalog.places)}
+        self._hook.rewriter.record_rankings(recorder.add_ranking, layer_of, 2 * recorder.top_k)
 
     def override_routing(self, override: Callable[[int, NDArray[np.int32]], None]) -> None:
         """Let `override` overwrite the ids, (layer, int32 [tokens, top_k]), before they are made resident."""

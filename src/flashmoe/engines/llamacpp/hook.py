@@ -31,6 +31,8 @@ from flashmoe.engines.llamacpp.callback import (
     MOST_QUIET,
     NOT_RETURNED,
     PYTHON_CALLBACK,
+    RANKED,
+    REFUSED,
     RETURNED,
     SERVED,
     Control,
@@ -39,6 +41,7 @@ from flashmoe.engines.llamacpp.callback import (
 from flashmoe.engines.llamacpp.counts import Counts, Evaluated
 from flashmoe.engines.llamacpp.inspection import Inspection
 from flashmoe.engines.llamacpp.loader import LoadedModel
+from flashmoe.engines.llamacpp.rewriting import GraphRewriter
 from flashmoe.engines.llamacpp.routers import read_router
 from flashmoe.engines.llamacpp.routing_log import TOKENS, RoutingLog
 from flashmoe.errors import FlashMoEError, ModelError
@@ -97,6 +100,8 @@ class RouterHook:
         self._threads: set[int] = set()
         self._log: RoutingLog | None = None
         self._counts = Counts(self._control)
+        #: Where decoded tokens' routes are rewritten.
+        self.rewriter: GraphRewriter | None = None
 
     @property
     def cache(self) -> ExpertCache | None:
@@ -186,8 +191,12 @@ class RouterHook:
         control.inspect, control.whole = int(inspect), int(self._inspection.whole)
         control.request = control.recent = control.quiet = control.turn = control.log = 0
         control.begun = 1
+        control.rewrite = 0
         if cache is None:
             return
+        if self.rewriter is not None and cache.phase == "decode" and step.override is None:
+            self.rewriter.begin()
+            control.rewrite, control.rewriting = self.rewriter.function, self.rewriter.state
         step.begin(tokens)
         top_k = self._model.catalog.top_k
         compiled = cache.compiled_request(len(tokens) * top_k)
@@ -284,6 +293,11 @@ class RouterHook:
                     self._inspection.look(address)
                 elif why == GATHER:
                     self._gather(Tensor.from_address(address))
+                elif why == REFUSED:
+                    raise self._inspection.not_rewritten(address)
+                elif why == RANKED:
+                    assert self.rewriter is not None
+                    self.rewriter.tell_ranking(address)
                 elif why == SERVED:
                     self._step.read_ahead(self._layer_at[control.block])
                 elif control.block >= 0:

@@ -154,6 +154,13 @@ class Inspection:
             table = self._model.tables[tables.pop()].name
             raise self._refusal(node, f"does more with {table} than to gather the rows of its tokens")
 
+    def not_rewritten(self, address: int) -> ModelError:
+        """Why the routes at a node cannot be rewritten."""
+        return self._refusal(
+            Tensor.from_address(address),
+            "routes its experts in a way that --approx does not know: run it without",
+        )
+
     def _refusal(self, node: Tensor, what: str) -> ModelError:
         return ModelError(
             f"the architecture {self._model.catalog.gguf.architecture!r} {what} "

@@ -18,7 +18,8 @@ from flashmoe.common.signals import run_apart
 from flashmoe.engines.base import SamplingParams
 from flashmoe.engines.transformers.experts import IMPLEMENTATION, PooledExperts, register
 from flashmoe.engines.transformers.front import Front
-from flashmoe.engines.transformers.routers import find_routers
+from flashmoe.engines.transformers.rewriting import RouteRewriter
+from flashmoe.engines.transformers.routers import find_matrices, find_routers
 from flashmoe.engines.transformers.routing import Routing, count_tokens
 from flashmoe.engines.transformers.sampler import Sampler
 from flashmoe.engines.transformers.slots import HostSlots, InRam, Residents
@@ -27,6 +28,7 @@ from flashmoe.engines.transformers.tokens import open_tokenizer, token_bytes
 from flashmoe.errors import FlashMoEError, ModelError, UsageError
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import Recorder, RoutingObserver
+from flashmoe.routing.rewrite import Rewriter
 from flashmoe.routing.trace import DECODE, PREFILL
 from flashmoe.storage.catalog import ExpertCatalog
 
@@ -78,6 +80,15 @@ class TransformersEngine:
         self._limits = "logits_to_keep" in inspect.signature(type(model).forward).parameters
         model.register_forward_pre_hook(self._before, with_kwargs=True)
         model.register_forward_hook(self._after, with_kwargs=True)
+
+    def approximate(self, rewriter: Rewriter) -> None:
+        matrices = find_matrices(self.model, self._experts)
+        if not matrices or self._catalog.top_k == 1:
+            raise UsageError(
+                f"{self._catalog.label}: --approx does not know this model's routers: run it without"
+            )
+        slot_of = self._routing.cache.policy.residency.slot_of
+        self._routing.rewriter = RouteRewriter(rewriter, slot_of, matrices)
 
     def attach(self, pool: SlotPool, slots: Sequence[int], cache: ExpertCache) -> None:
         register()

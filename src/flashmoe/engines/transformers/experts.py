@@ -41,8 +41,11 @@ class Residence(Protocol):
         """Whether weights may come in RAM to a model that computes elsewhere."""
         ...
 
-    def route(self, layer: int, ids: Int32) -> Int32:
-        """The experts to run in place of those that the router picked, [tokens, top_k]; mostly just these."""
+    def route(
+        self, layer: int, ids: Int32, hidden: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[Int32, torch.Tensor]:
+        """The experts to run in place of those that the router picked, [tokens, top_k], and their weights; mostly just
+        these. hidden: the router's input, [tokens, n]."""
         ...
 
     def ensure(
@@ -88,7 +91,7 @@ class PooledExperts:
 
     def __call__(self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         picked = index.to(_CPU, torch.int32).numpy()
-        ids = self._residence.route(self._layer, picked)
+        ids, weights = self._residence.route(self._layer, picked, hidden, weights)
         if ids is not picked:
             index = torch.from_numpy(ids).to(index)
         chosen = _Chosen(ids)

@@ -23,7 +23,20 @@ def find_routers(model: Any, experts: tuple[str, ...]) -> list[Router]:
     return [] if None in found else [router for router in found if router is not None]
 
 
-def _find(model: Any, name: str) -> Router | None:
+def find_matrices(model: Any, experts: tuple[str, ...]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """The routers' weights [experts, n], and their biases where they have one; none where one is not found, or where
+    something else decides the choice."""
+    found = []
+    for name in experts:
+        matrix, added = _tensors(model, name)
+        if matrix is None or added.keys() - {"bias"}:
+            return []
+        found.append((matrix.detach(), added["bias"].detach() if added else None))
+    return found
+
+
+def _tensors(model: Any, name: str) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+    """The router's matrix beside an experts module, if there is one, and what has a number for each expert, by name."""
     block_name, _, own = name.rpartition(".")
     block, count = model.get_submodule(block_name), model.get_submodule(name).num_experts
     tensors = {
@@ -32,14 +45,20 @@ def _find(model: Any, name: str) -> Router | None:
         if not key.startswith(f"{own}.") and tensor.ndim in (1, 2) and len(tensor) == count
     }
     matrices = [tensor for tensor in tensors.values() if tensor.ndim == 2]
-    if len(matrices) != 1:
-        return None
-    n = matrices[0].shape[1]
     added = {key.rpartition(".")[2]: tensor for key, tensor in tensors.items() if tensor.ndim == 1}
+    return matrices[0] if len(matrices) == 1 else None, added
+
+
+def _find(model: Any, name: str) -> Router | None:
+    matrix, added = _tensors(model, name)
+    if matrix is None:
+        return None
+    block_name = name.rpartition(".")[0]
+    n, count = matrix.shape[1], len(matrix)
     layer = model.get_submodule(block_name.rpartition(".")[0])
     norm = getattr(getattr(layer, _NORM, None), "weight", None)
     return Router(
-        _bits(matrices[0]),
+        _bits(matrix),
         np.ones(n, np.float32) if norm is None or norm.shape != (n,) else _floats(norm),
         _floats(added["bias"]) if "bias" in added else np.zeros(count, np.float32),
         _floats(added["e_score_correction_bias"])

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.engines.layer_step import LayerStep
+from flashmoe.engines.transformers.rewriting import RouteRewriter
 from flashmoe.engines.transformers.slots import Each, Residents, Weights
 from flashmoe.errors import FlashMoEError
 
@@ -27,6 +28,8 @@ class Routing:
         self._residents: Residents | None = None
         self._hidden: NDArray[np.float32] | None = None
         self._single = False
+        #: Where decoded tokens' routes are rewritten.
+        self.rewriter: RouteRewriter | None = None
         #: Whether the forward under way is to end; see `interrupt`.
         self.stop = False
 
@@ -67,14 +70,17 @@ class Routing:
         if self.step.predicts and self._single:
             self._hidden = hidden.detach().to("cpu", torch.float32).reshape(-1).numpy()
 
-    def route(self, layer: int, ids: Int32) -> Int32:
+    def route(
+        self, layer: int, ids: Int32, hidden: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[Int32, torch.Tensor]:
         if self.stop:
             raise FlashMoEError("the evaluation was interrupted")
-        if self.step.override is None:
-            return ids
-        ids = ids.copy()
-        self.step.override(layer, ids)
-        return ids
+        if self.step.override is not None:
+            ids = ids.copy()
+            self.step.override(layer, ids)
+        elif self.rewriter is not None and self.cache.phase == "decode":
+            return self.rewriter(layer, ids, hidden, weights)
+        return ids, weights
 
     @property
     def computes(self) -> bool:

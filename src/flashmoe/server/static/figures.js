@@ -39,7 +39,7 @@ export class Figures {
 
   show(frame) {
     this.#speed(frame);
-    this.#hits(frame.prefetch);
+    this.#hits(frame.prefetch, frame.approximate);
     this.#drive();
     this.#memory(frame.memory);
     this.#time();
@@ -62,7 +62,7 @@ export class Figures {
     spark(tile.querySelector(".spark"), this.#counters.history(PARTS));
   }
 
-  #hits(predictor) {
+  #hits(predictor, approximate) {
     const tile = this.#tiles.hits;
     const { hits, late_hits: late, misses, prefetch_hits: ahead } = this.#counters.over("decode", LONG);
     const all = hits + late + misses;
@@ -72,7 +72,10 @@ export class Figures {
     const label = `${percent(parts[0])} cached, ${percent(parts[1])} prefetched, ${percent(parts[2])} late, ` +
       `${percent(parts[3])} missed`;
     fill(tile, parts, label);
-    set(tile, ((100 * hits) / all).toFixed(1), predictor ? `${percent(parts[1])} prefetched` : "no prefetching");
+    const fetched = predictor ? `${percent(parts[1])} prefetched` : "no prefetching";
+    const lossy = approximate && `approximate: ${percent(approximate.replaced_share)} replaced, ` +
+      `${percent(approximate.dropped_share)} left out`;
+    set(tile, ((100 * hits) / all).toFixed(1), lossy || fetched);
     tile.title = `${label}; policy ${this.info.policy}${predictor && `, predictor ${predictor}`}`;
   }
 

@@ -1,0 +1,39 @@
+"""The field `approx` of a request: 0 asks a server that approximates for an exact answer."""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager, nullcontext
+
+from flashmoe.routing.approximation import EXACT
+from flashmoe.runtime.model import Model
+from flashmoe.server.errors import Refusal
+
+_FIELD = b'"approx"'
+
+
+class Approximate:
+    """What a model's approximation means to requests. Sequences are decoded together: all are exact while one is."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+
+    def for_request(self, body: bytes) -> AbstractContextManager[None]:
+        """For the time of a request. Raises Refusal where it asks for what the server was not started with."""
+        if _FIELD not in body:
+            return nullcontext()
+        try:
+            request = json.loads(body)
+        except (ValueError, RecursionError):
+            return nullcontext()  # the backend says what is wrong with it
+        if not isinstance(request, dict) or request.get("approx") is None:
+            return nullcontext()
+        asked = request["approx"]
+        name = asked if isinstance(asked, str) else "0" if asked in (0, False) else str(asked)
+        if name in EXACT:
+            return self._model.exactly()
+        own = self._model.rewritten.approx if self._model.rewritten else ""
+        if name != own:
+            started = f"was started with --approx {own}" if own else "was started without --approx"
+            raise Refusal(400, f"approx: this server {started}; a request may give 0 for an exact answer")
+        return nullcontext()
