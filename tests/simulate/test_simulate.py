@@ -143,7 +143,7 @@ def test_rows_and_gap() -> None:
 
 def test_the_default_is_that_of_the_trace_s_model(demo: Path) -> None:
     trace = made_up()
-    default, named = simulate(trace, ["default", "lfu-aged"], [12])
+    default, named = simulate(trace, ["default", default_policy("")], [12])
     assert default.policy == "default"
     assert default.hits == named.hits
     identity = ExpertCatalog.from_gguf(read_gguf(demo)).identity

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from flashmoe.cache.recent import RecentRouting
 
 TAKEN = 256  # tokens that are taken over from the ring at once
-MOST = 1 << 24  # ids of all layers that are kept: 43,690 tokens of 48 layers, top-8
+MOST = 1 << 23  # ids of all layers that are kept in memory (16 MiB): 21,845 tokens of 48 layers, top-8
 
 
 class History:

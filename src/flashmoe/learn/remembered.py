@@ -16,10 +16,12 @@ import numpy as np
 from flashmoe.cache.policies import create
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.policies.belady import Belady
+from flashmoe.cache.policies.default import untaught_default
 from flashmoe.cache.policies.flashmoe_plus import FEATURES, FlashmoePlus
 from flashmoe.cache.policies.learned import PolicyFile
 from flashmoe.cache.policies.lru import Lru
 from flashmoe.cache.remembered import KIND, Remembered
+from flashmoe.common.plugins import DEFAULT
 from flashmoe.errors import TraceError
 from flashmoe.learn import plus
 from flashmoe.learn.plus_shape import DECAYS, Sizes
@@ -28,9 +30,9 @@ from flashmoe.routing.files import split
 from flashmoe.routing.trace import RoutingTrace
 from flashmoe.simulate.expected import slots_of
 from flashmoe.simulate.replay import replay
-from flashmoe.storage.hub import default_policy
 
 LEAST = 1024  # tokens
+LEARNT = "learnt"  # what the new policy is called in reports
 HELD_OUT = 0.1  # of the history, the newest: what is judged on
 LEAD = 0.002  # in hit rate, that makes a policy better
 
@@ -90,11 +92,11 @@ def learn(
             "seconds": round(time.monotonic() - started, 1),
         },
     )
-    usual = default_policy("")
+    usual = untaught_default(trace.model)
     rates = compare(trace, new.n_tokens, {
-        "lru": Lru, usual: lambda: create(usual), KIND: lambda: FlashmoePlus(trained=trained), "belady": Belady,
+        "lru": Lru, DEFAULT: lambda: create(usual), LEARNT: lambda: FlashmoePlus(trained=trained), "belady": Belady,
     })  # fmt: skip
-    better = bool(rates) and np.mean([row[KIND] - row[usual] for row in rates.values()]) >= LEAD
+    better = bool(rates) and np.mean([row[LEARNT] - row[DEFAULT] for row in rates.values()]) >= LEAD
     trained.report.update(held_out=rates)
     if better:
         trained.save(remembered.policy)

@@ -29,7 +29,8 @@ class LoadOptions:
     cache: sizes the expert pool directly instead: "25%" of the experts, "2GiB", or a number of slots ("300").
     vram: of the transformers engine: compute on the GPU, with a tier of experts there in front of those in RAM: "50%"
         of the experts, or a size of all that the model takes there ("16GiB"). Without it the CPU computes.
-    policy: eviction policy, NAME or NAME:FILE (default: lfu-aged, or what is bundled with the demo model).
+    policy: eviction policy, NAME or NAME:FILE (default: adaptive, or what is bundled with the demo model,
+        or what `flashmoe learn` has made).
     prefetch: predictor of the next layer's experts: "gate", "table", "promoe:FILE", "moe-infinity", "none", or "auto":
         the first of gate and table that is worth asking on this text, and none where neither is.
     layout: of all weights. "plain": the file's; "repacked": those that llama.cpp's default chooses for this processor;

@@ -73,9 +73,9 @@ def demo_model() -> Path:
 
 
 def default_policy(model: str | Path) -> str:
-    """The eviction policy where none is named: the demo model's own trained one, else `lfu-aged` (docs/policies.md)."""
+    """The eviction policy where none is named: the demo model's own trained one, else `adaptive` (docs/policies.md)."""
     trained = demo_model().with_name("demo.policy.safetensors")
-    return f"flashmoe+:{trained}" if str(model) == DEMO and trained.is_file() else "lfu-aged"
+    return f"flashmoe+:{trained}" if str(model) == DEMO and trained.is_file() else "adaptive"
 
 
 def header(model: str) -> tuple[GGUF, bool]:

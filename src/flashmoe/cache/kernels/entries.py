@@ -21,11 +21,11 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 from flashmoe.cache.kernels import rules
-from flashmoe.cache.kernels.loops import access_each_loop, access_loop, rank_loop, release_loop, window_loop
+from flashmoe.cache.kernels.loops import access_loop, rank_loop, release_loop, window_loop
 from flashmoe.cache.kernels.replay import replay_loop
 from flashmoe.cache.kernels.rules import RULES, begin_rule, ignore_begin, ignore_eviction
 from flashmoe.cache.kernels.slots import LEAN, allocating, evictable, lean, lowest
-from flashmoe.common.compiled import layout, pinned
+from flashmoe.common.compiled import call4, layout, pinned
 from flashmoe.common.kept import kept, source
 
 __all__ = ["Kernels", "allocating", "compiled", "evictable", "lean", "lowest"]
@@ -33,11 +33,24 @@ __all__ = ["Kernels", "allocating", "compiled", "evictable", "lean", "lowest"]
 REQUEST = "request"  # kind of Pinned: ids, slots_out, miss_expert, miss_slot of EvictionPolicy.access
 
 
+@kept(**LEAN)
+def access_each(access, pool, request, layer, ids, wanted):
+    """An access, by its address, for each row of ids, int32 [tokens, k]; wanted: int32 [k], the ids of the request.
+
+    Returns -1 where a row does not fit, else 0. One for all policies: nothing is compiled twice for it.
+    """
+    for t in range(ids.shape[0]):
+        for j in range(ids.shape[1]):
+            wanted[j] = ids[t, j]
+        if call4(access, pool, request, layer, ids.shape[1]) < 0:
+            return -1
+    return 0
+
+
 class Kernels(NamedTuple):
     """The compiled entry points of a policy."""
 
     access: Any  # (Pinned (state, res), Pinned REQUEST, layer, n); EvictionPolicy.request
-    access_each: Callable[..., int]  # (state, res, layer, ids, slots_out, miss_expert, miss_slot) -> 0 or -1
     window: Callable[..., None]  # (state, res, tokens, k)
     release: Callable[..., int]  # (state, res, layer, expert) -> slot or -1
     replay: Callable[..., int]  # see replay_loop; -> -1 or failed step
@@ -95,7 +108,6 @@ def compiled(
 
     return Kernels(
         keep(access, addressed),
-        entry(access_each_loop),
         entry(window_loop),
         entry(release_loop),
         entry(replay_loop),

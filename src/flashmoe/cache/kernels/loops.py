@@ -177,15 +177,6 @@ def rank_loop(st, res, order):
 
 
 @lean
-def access_each_loop(st, res, layer, ids, slots_out, miss_expert, miss_slot):
-    """One access per row of ids, int32 [tokens, k]; returns -1 where a row does not fit, else 0."""
-    for t in range(ids.shape[0]):
-        if access_loop(st, res, layer, ids[t], slots_out, miss_expert, miss_slot) < 0:
-            return -1
-    return 0
-
-
-@lean
 def window_size(slots, n_layers, n_experts, k, tokens):
     """Slots that a size group of `slots` slots and `n_layers` layers lends to a step of `tokens` tokens.
 

@@ -11,7 +11,7 @@ import numpy as np
 from numba import types
 from numpy.typing import NDArray
 
-from flashmoe.cache.kernels.entries import REQUEST, Kernels
+from flashmoe.cache.kernels.entries import REQUEST, Kernels, access_each
 from flashmoe.cache.kernels.loops import window_size
 from flashmoe.cache.residency import Residency
 from flashmoe.cache.saved import Limits, load_state
@@ -150,7 +150,9 @@ class EvictionPolicy:
 
         The other arrays, int32 [>= k], are scratch: what stays is in the pool's arrays.
         """
-        return self.kernels.access_each(self._state, self._res, layer, ids, slots_out, miss_expert, miss_slot)
+        wanted = np.empty(ids.shape[1], np.int32)
+        one = self.compiled_request(wanted, slots_out, miss_expert, miss_slot)
+        return int(access_each(one.function, one.pool, one.arrays, layer, ids, wanted))
 
     def window(self, tokens: int, k: int) -> None:
         """Call before a step: lend slots to a step of several tokens (prefill), take them back for a single one.

@@ -14,10 +14,12 @@ from flashmoe.storage.hub import DEMO, default_policy
 
 
 def default_for(model: Mapping[str, Any]) -> str:
-    """The spec that the model of this identity (of a trace, or of a catalog) runs with by default: what `flashmoe
-    learn` has made, what is bundled with the demo model, or what every model has."""
-    if learnt := Remembered(model).trained():
-        return learnt
+    """The spec that the model of this identity (of a trace, or of a catalog) runs with by default."""
+    return Remembered(model).trained() or untaught_default(model)
+
+
+def untaught_default(model: Mapping[str, Any]) -> str:
+    """The same where `flashmoe learn` has made nothing: what is bundled with the demo model, or what all have."""
     spec = default_policy(DEMO)
     kind, _, file = spec.partition(":")
     telling = "tensors_sha256"
