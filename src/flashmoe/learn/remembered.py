@@ -46,9 +46,7 @@ class Verdict:
     seconds: float
     loss: list[float]  # of each epoch
     held_out: dict[str, dict[str, float]]
-    better: (
-        bool  # than the policy that is used otherwise, by LEAD on average: it is used from the next start on
-    )
+    better: bool  # by LEAD on average than what is used otherwise: it is used from the next start on
 
     def as_dict(self) -> dict[str, Any]:
         """As written to JSON."""

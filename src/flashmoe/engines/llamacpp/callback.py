@@ -102,11 +102,8 @@ class Control(C.Structure):
         ("log", C.c_int64),  # address of the RoutingLog of the graph under way; 0: Python is told at once
         ("tables", C.c_int64),  # address of int64 [...]: tensors whose rows are read when gathered, then 0
         ("look_in", C.c_int64),  # whether the next layer is to ask Python, come what may
-        (
-            "rewrite",
-            C.c_int64,
-        ),  # address of what rewrites routes (rewriting.py), 0 for exact ones; and its state
-        ("rewriting", C.c_int64),
+        ("rewrite", C.c_int64),  # address of what rewrites routes (rewriting.py), 0 for exact ones
+        ("rewriting", C.c_int64),  # and of its state
     ]
 
 
