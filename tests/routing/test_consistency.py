@@ -54,4 +54,4 @@ def test_what_has_no_segment() -> None:
 def test_a_real_model_is_far_from_chance() -> None:
     whole, per_layer = routing_consistency(real("olmoe-1b-7b-decode.npz"))
     assert whole == pytest.approx(0.494, abs=0.001)
-    assert min(per_layer) > by_chance(8, 64) + 0.1
+    assert min(per_layer) > by_chance(8, 64) + 0.05

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import flashmoe
+from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.errors import ReadError
 from flashmoe.storage import direct
@@ -104,3 +105,29 @@ def test_http_says_which_read_failed(model: flashmoe.Model, disk: Disk) -> None:
     assert "Input/output error" in server.last_error
     disk.fault()
     assert server.ask("POST", "/completion", request(1))["content"]
+
+
+def test_it_ends_without_a_line_of_log(demo: Path, lib: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that logs when its graph is ended, where that is Python's, would wait for the one that waits for it."""
+    logs: list[Any] = []
+
+    def log_set(log: Any, data: Any) -> None:
+        logs.append(log)
+        set_log(log, data)
+
+    with flashmoe.load(demo, cache="50%", threads=1, n_ctx=128, library=lib) as model:
+        engine = model.engine
+        assert isinstance(engine, LlamaEngine)
+        server = model.server()
+        wait, set_log = engine.wait_until_idle, lib.llama_log_set
+        at_its_end: list[Any] = []
+
+        def wait_until_idle() -> None:
+            at_its_end.append(logs[-1])
+            wait()
+
+        monkeypatch.setattr(lib, "llama_log_set", log_set)
+        monkeypatch.setattr(engine, "wait_until_idle", wait_until_idle)
+        server.close()
+    assert [log is lib._log for log in at_its_end] == [False]
+    assert logs[-1] is lib._log

@@ -12,7 +12,6 @@ from typing import NamedTuple
 from flashmoe.common.plugins import DEFAULT
 from flashmoe.common.units import parse_bytes
 from flashmoe.errors import FlashMoEError, UsageError
-from flashmoe.routing.approximation import parse
 from flashmoe.runtime.layout import AUTO, check_layout
 
 #: What can be measured against. The pool itself is the engine "pool".
@@ -119,7 +118,8 @@ class Plan:
         for name in self.baselines:
             if name not in BASELINES:
                 raise UsageError(f"--against {name!r}: choose from {', '.join(BASELINES)} or {NO_BASELINE}")
-        from flashmoe.prefetch import create_all  # it takes a moment to import
+        from flashmoe.prefetch import create_all  # they take a moment to import
+        from flashmoe.routing.approximation import parse
 
         for spec in self.prefetchers:
             create_all(spec)  # raises what is wrong with it

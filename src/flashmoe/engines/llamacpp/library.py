@@ -130,6 +130,7 @@ PROTOTYPES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 #: The library goes on calling them when nothing else knows them any more.
 _loggers: list[Any] = []
+_NO_LOG = C.CDLL(None).abs  # looks at its first argument only, and does nothing
 
 
 class Library:
@@ -261,6 +262,10 @@ class Library:
         """Have errors in `messages` again: a process has one log, which its server or another `Library` takes."""
         self.llama_log_set(self._log, None)
 
+    def silence(self) -> None:
+        """Log nothing until `keep_log`: before a call that keeps Python's lock and waits for a thread that may log."""
+        self.llama_log_set(C.cast(_NO_LOG, abi.LOG_CALLBACK), None)
+
     def _find(self, name: str) -> Any:
         for handle in self._handles:
             try:
@@ -273,7 +278,7 @@ class Library:
 
     def _on_log(self, level: int, text: bytes | None, _data: Any) -> None:
         """Called in whatever thread the library logs. Its calls release Python's lock, but for those that start its
-        server, when the server's own log takes the place of this one, and end it, when nothing is logged."""
+        server, when the server's own log takes the place of this one, and end it, which `silence` is for."""
         if level != _CONTINUED:
             self._level = _LEVELS.get(level, 0)
         line = text.decode("utf-8", errors="replace").strip() if text and self._level else ""

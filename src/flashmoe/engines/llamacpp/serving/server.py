@@ -219,7 +219,9 @@ class InnerServer:
             return
         self.cancel()
         with self._engine.ignoring():
-            # its destructor waits for its thread with Python's lock held: that one must not need Python any more
+            # its destructor waits for its thread with Python's lock held: that one must not need Python any more,
+            # nor log that its graph was ended
+            self._engine.library.silence()
             self._engine.wait_until_idle()
             self._server = None
         self._give_back()
