@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flashmoe.cache.policies import create
-from flashmoe.cache.policies.adaptive import Adaptive
+from flashmoe.cache.policies.adaptive import AGED, Adaptive
 from flashmoe.cache.policies.flashmoe_plus import FlashmoePlus
 from flashmoe.cache.residency import check_residency, make_residency
 from flashmoe.errors import PolicyError
@@ -52,6 +52,19 @@ def test_follows_what_the_text_favours() -> None:
     rates = {name: replay(trace, create(name), 4).hit_rate for name in ("lru", "lfu-aged", "adaptive")}
     assert rates["lfu-aged"] > rates["lru"] + 0.02
     assert rates["adaptive"] > rates["lfu-aged"] - 0.01
+
+
+def test_where_nothing_is_evicted_nothing_is_learnt() -> None:
+    """A share that holds all experts costs what the moving average does, which a smaller one would go on from."""
+    trace, whole = made_up(200), create("adaptive")
+    assert replay(trace, whole, trace.n_layers * trace.num_experts).requests.sum() > 0
+    state = whole.state()
+    assert not state["gain"].any()
+    assert not state["online.steps"].any()
+    assert state["score"][AGED].any(axis=1).all()
+    part = create("adaptive")
+    replay(trace, part, trace.n_layers * trace.num_experts // 2)
+    assert part.state()["gain"].any()
 
 
 def test_state_and_partitions() -> None:

@@ -64,6 +64,12 @@ class AdaptivePlusState(NamedTuple):
 
 
 @lean
+def is_whole(st, res, layer):
+    """Whether a layer's share holds all of its experts: there is nothing to choose, and nothing worth learning."""
+    return res.quota[layer] >= st.score.shape[2]
+
+
+@lean
 def score_members(st, res, layer, ids, n):
     """Bring the scores of a layer up to date for the members that need no file."""
     recent, average, learnt = st.score[LRU, layer], st.score[AGED, layer], st.score[ONLINE, layer]
@@ -72,6 +78,8 @@ def score_members(st, res, layer, ids, n):
     for i in range(n):
         average[ids[i]] += 1.0
         recent[ids[i]] = res.step[0]
+    if is_whole(st, res, layer):
+        return
     online.follow(st.online, layer, ids, n)
     score = st.online.score[layer]
     for e in range(score.shape[0]):
@@ -143,13 +151,15 @@ def compare(st, res, layer, ids, n):
 
 def record(st, res, layer, ids, n):
     score_members(st, res, layer, ids, n)
-    compare(st, res, layer, ids, n)
+    if not is_whole(st, res, layer):
+        compare(st, res, layer, ids, n)
 
 
 def record_plus(st, res, layer, ids, n):
     score_members(st, res, layer, ids, n)
-    score_plus(st, res, layer, ids, n)
-    compare(st, res, layer, ids, n)
+    if not is_whole(st, res, layer):
+        score_plus(st, res, layer, ids, n)
+        compare(st, res, layer, ids, n)
 
 
 def victim(st, res, layer, g):
