@@ -195,6 +195,21 @@ def test_prefault_rests_while_reads_are_far_behind(monkeypatch: pytest.MonkeyPat
     assert priorities == {os.getpriority(os.PRIO_PROCESS, 0)}
 
 
+def test_prefault_does_not_rest_while_nothing_is_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefaults, "_LEAD", 4 << 20)
+    monkeypatch.setattr(prefaults, "_RESTS", 1e9)  # for ever
+    steps = []
+    monkeypatch.setattr(prefaults, "commit", lambda address, nbytes: steps.append(nbytes) or True)
+    prefault = Prefault([(1 << 30, 64 << 20)])
+    prefault.start()
+    assert prefault._thread is not None
+    prefault._thread.join(0.1)
+    assert prefault._thread.is_alive()
+    prefault.idle = lambda: True
+    prefault.join()
+    assert sum(steps) == 64 << 20
+
+
 def test_reads_say_how_far_they_have_come(checked: Checked) -> None:
     pool = checked.pool
     lead = pool._prefault._lead

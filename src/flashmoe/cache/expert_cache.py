@@ -57,7 +57,8 @@ class ExpertCache:
         #: The engine's, for any thread: has its next step announced and the next layer come to `ensure`, come what
         #: may; whether it computes none now.
         self.on_resize: Callable[[], bool] = lambda: True
-        self._stepping = False
+        #: Whether a graph is being evaluated.
+        self.stepping = False
         self._filling = Filling(pool, reader, policy)
         self._first_slot = self._filling.first_slots
         self.warm: WarmStart | None = None
@@ -96,7 +97,7 @@ class ExpertCache:
         slots that other layers need last (`find_victim`), for as long as it is asked for.
         """
         with self._lock:
-            self._stepping = True
+            self.stepping = True
             self._filling.finish(self.stats[self.phase])
             self.before_step()
             self._adjust()
@@ -113,7 +114,7 @@ class ExpertCache:
 
     def end_step(self) -> None:
         """What `begin_step` has announced is computed, or has failed."""
-        self._stepping = False
+        self.stepping = False
 
     def resize(self, slots: Sequence[int]) -> None:
         """Have `slots[g]` slots of each size group in use (see ElasticPool), from the next step or layer on.
@@ -131,7 +132,7 @@ class ExpertCache:
         self.on_resize()
         time.sleep(_NOTICED)
         with self._lock:
-            if not self._stepping and self.on_resize():
+            if not self.stepping and self.on_resize():
                 self._adjust()
 
     def _adjust(self) -> None:

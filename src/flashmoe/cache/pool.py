@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -141,8 +141,10 @@ class SlotPool:
         self.regions.append((address, nbytes))
         return address
 
-    def prefault(self) -> None:
-        """Commit the memory in the background."""
+    def prefault(self, idle: Callable[[], bool] | None = None) -> None:
+        """Commit the memory in the background; idle: whether nothing is evaluated, as it is from here on."""
+        if idle:
+            self._prefault.idle = idle
         self._prefault.start()
 
     @property

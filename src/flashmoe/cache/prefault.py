@@ -1,15 +1,15 @@
 """Commits a pool's memory in the background: touching it first while reading costs more than the read itself.
 
 Compute threads spin while they wait for each other: a thread of the least priority would hardly run beside them, and
-one that takes a core stops them all. So the thread has a usual priority, works as long as reads are close behind it,
-and else rests most of the time.
+one that takes a core stops them all. So the thread has a usual priority, works as long as reads are close behind it or
+nothing is evaluated, and else rests most of the time.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from mmap import PAGESIZE
 
 from flashmoe.storage.addresses import absent_bytes, commit, give_back
@@ -30,6 +30,8 @@ class Prefault:
         self._done = [0] * len(regions)
         self._reached = [0] * len(regions)  # what reads go to
         self._lock = threading.Lock()  # held while memory is committed or given back
+        #: Whether nothing is evaluated: no thread waits for a core.
+        self.idle: Callable[[], bool] = lambda: False
         self._lead = max(_STEP, _LEAD // max(1, len(regions)))
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -81,7 +83,7 @@ class Prefault:
         began = time.perf_counter()
         while self._go_on():
             rest = _RESTS * (time.perf_counter() - began)
-            while rest > 0 and self.far_ahead and not self._stop.wait(min(rest, _PAUSE)):
+            while rest > 0 and self.far_ahead and not self.idle() and not self._stop.wait(min(rest, _PAUSE)):
                 rest -= _PAUSE
             began = time.perf_counter()
 

@@ -192,7 +192,7 @@ def _load(
             ranked = session.restore()
             if options.engine == LLAMACPP:
                 saved = _saved_conversations(session, opened, parse_bytes(options.save_cache_size))
-        pool.prefault()
+        pool.prefault(lambda: not experts.stepping)
         if ranked is not None:
             stack.callback(experts.close)
             experts.warm_start(ranked)
