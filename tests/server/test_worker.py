@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import signal
 import socket
@@ -66,17 +67,23 @@ def test_health_from_the_start(demo: Path) -> None:
     assert seen == sorted(seen, reverse=True)
 
 
+def stream_under_way(connection: http.client.HTTPConnection, tokens: int) -> http.client.HTTPResponse:
+    """A completion of `tokens` tokens, of which the first has come."""
+    body = {"prompt": "The sea", "max_tokens": tokens, "stream": True, "ignore_eos": True}
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    while b"text" not in response.readline():
+        pass
+    return response
+
+
 def test_end_in_order(demo: Path, cache_home: Path) -> None:
     """A stream under way comes to its end, then the conversations are kept; the exit status is 0."""
     folder = cache_home / "flashmoe/sessions"
     before = set(folder.rglob("*.state"))
     with serving(demo, "--cache", "50%", "--parallel", 1, "--save-cache") as server:
         connection = connect(server)
-        body = {"prompt": "The sea", "max_tokens": 100, "stream": True, "ignore_eos": True}
-        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        while b"text" not in response.readline():
-            pass
+        response = stream_under_way(connection, 100)
         server.send_signal(signal.SIGTERM)
         rest = response.read().decode()
         assert '"finish_reason":"length"' in rest
@@ -90,11 +97,7 @@ def test_end_of_what_takes_too_long(demo: Path) -> None:
     """After the time to drain a stream is told why it ends."""
     with serving(demo, "--cache", "20%", "--drain-seconds", 0.1) as server:
         connection = connect(server)
-        body = {"prompt": "The sea", "max_tokens": 500, "stream": True, "ignore_eos": True}
-        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-        response = connection.getresponse()
-        while b"text" not in response.readline():
-            pass
+        response = stream_under_way(connection, 500)
         server.send_signal(signal.SIGTERM)
         last = response.read().decode().split("data: ")[-1]
         assert json.loads(last)["error"]["message"] == "the server is shutting down"

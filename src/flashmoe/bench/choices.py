@@ -12,6 +12,7 @@ import numpy as np
 
 from flashmoe.common.text import decode
 from flashmoe.errors import UsageError
+from flashmoe.runtime.generation import split
 from flashmoe.runtime.model import Model
 
 _LETTERS = string.ascii_uppercase
@@ -77,8 +78,8 @@ def answer(model: Model, question: Question, n_prompt: int) -> int:
             f"a question has {len(tokens)} tokens, the context {engine.n_ctx}: leave it out, or raise -c"
         )
     decoder.rewind()
-    for start in range(0, min(n_prompt, len(tokens)), engine.n_ubatch):
-        decoder.evaluate(tokens[start : min(start + engine.n_ubatch, n_prompt)], decode=False)
+    for chunk in split(tokens[:n_prompt], engine.n_ubatch):
+        decoder.evaluate(chunk, decode=False)
     for token in tokens[n_prompt:]:
         decoder.evaluate([token], decode=True)
     return int(np.argmax(decoder.logits()[[each[-1] for each in whole]]))

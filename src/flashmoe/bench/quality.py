@@ -22,6 +22,7 @@ from flashmoe.bench.spec import Size
 from flashmoe.common.text import decode
 from flashmoe.errors import UsageError
 from flashmoe.routing.approximation import parse
+from flashmoe.runtime.generation import split
 from flashmoe.runtime.levels import save_levels
 from flashmoe.runtime.load import load
 from flashmoe.runtime.model import Model
@@ -177,9 +178,8 @@ def _measure(model: Model, windows: Sequence[Sequence[int]], exact: _Exact) -> d
     with exact.run() as compare:
         for window in windows:
             decoder.rewind()
-            step = model.engine.n_ubatch
-            for start in range(0, _PROMPT, step):
-                decoder.evaluate(window[start : min(start + step, _PROMPT)], decode=False)
+            for chunk in split(window[:_PROMPT], model.engine.n_ubatch):
+                decoder.evaluate(chunk, decode=False)
             for token, following in zip(window[_PROMPT:], window[_PROMPT + 1 :], strict=False):
                 decoder.evaluate([token], decode=True)
                 own = log_softmax(decoder.logits())
@@ -189,7 +189,7 @@ def _measure(model: Model, windows: Sequence[Sequence[int]], exact: _Exact) -> d
                 divergence.append(float((np.exp(other, dtype=np.float64) * (other - own)).sum()))
                 agreeing += int(own.argmax() == other.argmax())
     stats, phase = model.cache_stats["decode"], model.telemetry.decode
-    rewritten = model.rewritten
+    rewritten = model.rewritten.as_dict() if model.rewritten else {}
     return {
         "slots": sum(model.cache.elastic.slots),
         "total_experts": model.catalog.total_experts,
@@ -198,9 +198,10 @@ def _measure(model: Model, windows: Sequence[Sequence[int]], exact: _Exact) -> d
         "log_error": float(np.std(differences) / np.sqrt(len(losses))),
         "kl_divergence": float(np.mean(divergence)),
         "top1_agreement": agreeing / len(losses),
-        "replaced_share": rewritten.as_dict()["replaced_share"] if rewritten else 0.0,
-        "dropped_share": rewritten.as_dict()["dropped_share"] if rewritten else 0.0,
-        "mass_lost_share": rewritten.as_dict()["mass_lost_share"] if rewritten else 0.0,
+        **{
+            share: rewritten.get(share, 0.0)
+            for share in ("replaced_share", "dropped_share", "mass_lost_share")
+        },
         "misses_per_token": (stats.misses + stats.late_hits) / len(losses),
         "hit_rate": stats.hit_rate,
         "read_bytes_per_token": stats.bytes_read / len(losses),

@@ -8,9 +8,10 @@ import stat
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 from flashmoe.errors import FlashMoEError, FlashMoEWarning
 
@@ -117,12 +118,22 @@ def write_atomically(path: Path, data: bytes, *, private: bool = False) -> None:
         path.write_bytes(data)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        if private:
+            os.fchmod(file.fileno(), 0o600)
+        file.write(data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A new file, which takes the place of `path` at the block's end, whole or not at all. Raises OSError.
+
+    path: no link, in a folder that is there.
+    """
     part = path.parent / f".{secrets.token_hex(8)}.part"
     try:
         with open(part, "xb") as file:  # its mode follows the umask; that of a file of tempfile does not
-            if private:
-                os.fchmod(file.fileno(), 0o600)
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)

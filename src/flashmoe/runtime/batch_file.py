@@ -11,9 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +19,7 @@ from typing import IO, Any
 
 import xxhash
 
+from flashmoe.common.files import replacing
 from flashmoe.common.text import printable
 from flashmoe.engines.llamacpp.serving.bodies import TOO_DEEP, too_deep
 from flashmoe.errors import FlashMoEError, UsageError
@@ -141,21 +140,12 @@ class Journal:
 
     def finish(self) -> None:
         """Write the output, in the input's order, and remove the journal."""
-        part = self._out.with_name(f".{secrets.token_hex(8)}.part")
-        try:
-            with open(part, "xb") as file:
-                for number in sorted(self._places):
-                    offset, size = self._places[number]
-                    self._file.seek(offset)
-                    result = json.loads(self._file.read(size))["result"]
-                    file.write(json.dumps(result).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, self._out)
-        except BaseException:
-            with suppress(OSError):
-                part.unlink()
-            raise
+        with replacing(self._out) as file:
+            for number in sorted(self._places):
+                offset, size = self._places[number]
+                self._file.seek(offset)
+                result = json.loads(self._file.read(size))["result"]
+                file.write(json.dumps(result).encode() + b"\n")
         self.path.unlink()
 
     def close(self) -> None:

@@ -19,21 +19,14 @@ def levels_of(identity: Mapping[str, str]) -> Mapping[str, str]:
         levels = {level: str(found[level]) for level in LEVELS}
         for rule in levels.values():
             parse(rule, {})
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        UsageError,
-    ):  # none, or damaged: calibrated anew some day
-        return LEVELS
+    except (OSError, ValueError, KeyError, TypeError, UsageError):
+        return LEVELS  # none, or damaged: calibrated anew some day
     return levels
 
 
 def save_levels(identity: Mapping[str, str], levels: Mapping[str, str]) -> Path:
     """Keep the levels of a model; where. Raises OSError."""
     path = _path(identity)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(dict(levels), indent=1) + "\n").encode())
     return path
 

@@ -70,18 +70,21 @@ def is_whole(st, res, layer):
 
 
 @lean
-def score_members(st, res, layer, ids, n):
-    """Bring the scores of a layer up to date for the members that need no file."""
-    recent, average, learnt = st.score[LRU, layer], st.score[AGED, layer], st.score[ONLINE, layer]
+def score_averages(st, res, layer, ids, n):
+    """Bring the scores of a layer up to date for lru and lfu-aged."""
+    recent, average = st.score[LRU, layer], st.score[AGED, layer]
     for e in range(average.shape[0]):
         average[e] *= AGED_DECAY
     for i in range(n):
         average[ids[i]] += 1.0
         recent[ids[i]] = res.step[0]
-    if is_whole(st, res, layer):
-        return
+
+
+@lean
+def score_online(st, layer, ids, n):
+    """The same for online."""
     online.follow(st.online, layer, ids, n)
-    score = st.online.score[layer]
+    score, learnt = st.online.score[layer], st.score[ONLINE, layer]
     for e in range(score.shape[0]):
         learnt[e] = score[e]
 
@@ -150,14 +153,16 @@ def compare(st, res, layer, ids, n):
 
 
 def record(st, res, layer, ids, n):
-    score_members(st, res, layer, ids, n)
+    score_averages(st, res, layer, ids, n)
     if not is_whole(st, res, layer):
+        score_online(st, layer, ids, n)
         compare(st, res, layer, ids, n)
 
 
 def record_plus(st, res, layer, ids, n):
-    score_members(st, res, layer, ids, n)
+    score_averages(st, res, layer, ids, n)
     if not is_whole(st, res, layer):
+        score_online(st, layer, ids, n)
         score_plus(st, res, layer, ids, n)
         compare(st, res, layer, ids, n)
 
