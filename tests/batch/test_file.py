@@ -88,6 +88,25 @@ def test_killed_at_every_byte(source: Path, tmp_path: Path) -> None:
         assert max(server.asked.values()) == 1
 
 
+def test_interrupted_while_it_is_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer is in the journal once, and counted."""
+    out, struck = tmp_path / "out.jsonl", []
+
+    def fsync(descriptor: int) -> None:
+        if not struck:
+            struck.append(descriptor)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("flashmoe.runtime.batch_file.os.fsync", fsync)
+    with Journal(out, IDENTITY) as journal, pytest.raises(KeyboardInterrupt):
+        run_batch(Echo(), Requests(source), journal)  # type: ignore[arg-type]
+    lines = [entry["line"] for entry in read(journal.path)[1:]]
+    assert sorted(set(lines)) == sorted(lines)
+    assert len(lines) == len(journal) > 0
+
+
 def test_what_a_failing_drive_leaves(source: Path, tmp_path: Path) -> None:
     """A journal whose middle was never written."""
     out, journal = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,3 +109,11 @@ def fronted(
             server.should_exit = True
             thread.join(60)
             assert not thread.is_alive()
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait: a request is counted, and logged, after its client has the answer."""
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)

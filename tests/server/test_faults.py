@@ -17,7 +17,7 @@ import pytest
 from aiohttp import web
 
 from flashmoe.runtime.model import Model
-from tests.server.front import Backend, Running, fronted, made_up_server
+from tests.server.front import Backend, Running, fronted, made_up_server, until
 
 REASON = 'cannot read 4096 bytes of "model.gguf" at 123: Input/output error\n(drive)'
 ERROR = {"error": {"code": 500, "message": "Compute error.", "type": "server_error"}}
@@ -120,8 +120,8 @@ def test_backend_that_is_gone(pool: Model, tmp_path: Path) -> None:
             answer = httpx.request(method, f"{front.url}/{path}")
             assert answer.status_code == 502
             assert answer.json()["error"]["message"]
-        text = httpx.get(f"{front.url}/metrics").text
-        assert 'flashmoe_requests_total{outcome="server_error"} 1.0' in text
+        counted = 'flashmoe_requests_total{outcome="server_error"} 1.0'
+        until(lambda: counted in httpx.get(f"{front.url}/metrics").text)
 
 
 def test_hang_up_is_passed_on(front: Running) -> None:
@@ -187,9 +187,14 @@ def test_names_of_requests_are_in_the_log(front: Running, caplog: pytest.LogCapt
     for path, name in (("/infill?n=1", "client-7"), ("/v1/messages?cut", "b" * 1000)):
         with suppress(httpx.HTTPError):
             httpx.post(front.url + path, headers={"X-Request-Id": name})
-    first, second = (
-        r.getMessage() for r in caplog.records if (r.name, r.levelname) == ("flashmoe.server", "INFO")
-    )
+
+    def said() -> list[str]:
+        return [
+            r.getMessage() for r in caplog.records if (r.name, r.levelname) == ("flashmoe.server", "INFO")
+        ]
+
+    until(lambda: len(said()) == 2)
+    first, second = said()
     assert first.startswith("POST /infill (request 'client-7'): ok after ")
     assert f"(request '{'b' * 128}')" in second
 

@@ -19,6 +19,7 @@ import pytest
 from openai import OpenAI
 
 from tests.cli.runner import own_process
+from tests.server.front import until
 from tests.server.hangups import connect, hang_up_at_random, wait_for_idle
 from tests.server.load import ask
 from tests.server.process import ServerProcess, serving
@@ -98,7 +99,7 @@ def test_hang_up_frees_the_work_at_once(guarded: ServerProcess) -> None:
     wait_for_idle(guarded, KEY)
     time.sleep(0.2)
     assert tokens(guarded, "decode", KEY) - before < 400
-    assert 'flashmoe_requests_total{outcome="cancelled"} 1.0' in metrics(guarded, KEY)
+    until(lambda: 'flashmoe_requests_total{outcome="cancelled"} 1.0' in metrics(guarded, KEY))
     with guarded.client(KEY) as client:
         assert client.completions.create(model="any", **BODY).usage
 
@@ -131,10 +132,11 @@ def metrics(server: ServerProcess, key: str = "none") -> str:
 
 def test_metrics_and_their_dashboard(server: ServerProcess, client: OpenAI) -> None:
     client.completions.create(model="any", **BODY)
+    ok = re.compile(r'flashmoe_requests_total{outcome="ok"} (\S+)')
+    until(lambda: float(ok.findall(metrics(server))[0]) > 0)
     text = metrics(server)
     assert float(re.findall(r'flashmoe_tokens_total{phase="decode"} (\S+)', text)[0]) > 0
     assert float(re.findall(r"\nflashmoe_memory_resident_bytes (\S+)", text)[0]) > 1e7
-    assert float(re.findall(r'flashmoe_requests_total{outcome="ok"} (\S+)', text)[0]) > 0
     names = {line.split("{")[0].split(" ")[0] for line in text.splitlines() if not line.startswith("#")}
     names.add("flashmoe_recent_hit_rate")  # once there was enough to compare
     dashboard = json.loads((DOCS / "grafana-dashboard.json").read_text())

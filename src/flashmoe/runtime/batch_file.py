@@ -20,6 +20,7 @@ from typing import IO, Any
 import xxhash
 
 from flashmoe.common.files import replacing
+from flashmoe.common.signals import SafeLock
 from flashmoe.common.text import printable
 from flashmoe.engines.llamacpp.serving.bodies import TOO_DEEP, too_deep
 from flashmoe.errors import FlashMoEError, UsageError
@@ -112,8 +113,10 @@ class Journal:
         self._out = Path(os.path.realpath(out))
         self.path = self._out.with_name(f"{self._out.name}.partial")
         self._places: dict[int, tuple[int, int]] = {}  # by line of the input: offset and bytes of its result
-        #: Lines whose answer is an error.
-        self.failed = 0
+        self._failed = set[int]()
+        self._whole = (
+            SafeLock()
+        )  # a signal handler that raises finds an answer in the file and here, or nowhere
         header = {"format": _FORMAT, "version": _VERSION, **json.loads(json.dumps(identity))}
         self._file: IO[bytes] = open(self.path, "a+b")  # noqa: SIM115 - closed by `close`
         try:
@@ -129,13 +132,22 @@ class Journal:
     def __len__(self) -> int:
         return len(self._places)
 
+    @property
+    def failed(self) -> int:
+        """Lines whose answer is an error."""
+        return len(self._failed)
+
     def add(self, results: Iterable[tuple[Line, Result]]) -> None:
-        """Append answers; they are on the drive when this returns."""
-        for line, result in results:
-            data = _entry(line.number, result)
-            self._note(line.number, result, self._file.tell(), len(data))
-            self._file.write(data)
-        self._file.flush()
+        """Append answers, those left out that are there; they are on the drive when this returns."""
+        with self._whole:
+            for line, result in results:
+                if line in self:
+                    continue
+                data = _entry(line.number, result)
+                offset = self._file.tell()
+                self._file.write(data)
+                self._note(line.number, result, offset, len(data))
+            self._file.flush()
         os.fsync(self._file.fileno())
 
     def finish(self) -> None:
@@ -193,7 +205,8 @@ class Journal:
 
     def _note(self, number: int, result: Result, offset: int, size: int) -> None:
         self._places[number] = offset, size
-        self.failed += has_failed(result)
+        if has_failed(result):
+            self._failed.add(number)
 
 
 def has_failed(result: Result) -> bool:
