@@ -30,6 +30,7 @@ from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.policies.flashmoe_plus import FlashmoePlus, FlashmoePlusState
 from flashmoe.cache.policies.learned import PolicyFile
 from flashmoe.cache.policies.online import Online, OnlineState
+from flashmoe.cache.residency import GLOBAL
 from flashmoe.cache.saved import Limits
 from flashmoe.errors import PolicyError
 
@@ -102,11 +103,22 @@ def score_online(st, layer, ids, n):
         learnt[e] = score[e]
 
 
+@lean
+def all_hit(st, res, layer, ids, n):
+    """Whether nothing is to leave the layer, neither in the pool nor in the shadow cache of flashmoe+."""
+    misses = 0
+    for i in range(n):
+        misses += res.slot_of[layer, ids[i]] < 0 or st.shadow[PLUS, layer, ids[i]] == 0
+    return misses == 0
+
+
 @allocating
 def score_plus(st, res, layer, ids, n):
-    """The same for flashmoe+: of what either cache holds, and of what is requested."""
+    """The same for flashmoe+: of what either cache holds, and of what is requested; where one is to leave."""
     now = res.accesses[layer]
     plus.note(st.learned, layer, ids, n, now)
+    if res.partition[0] != GLOBAL and all_hit(st, res, layer, ids, n):
+        return
     hidden = np.empty(st.learned.b1.shape[1], np.float32)
     x = np.empty(st.learned.v1.shape[1], np.float32)
     y = np.empty(st.learned.v1.shape[2], np.float32)
