@@ -41,4 +41,4 @@ def _optimise(library: Any) -> None:
 
 
 if OPTIMISES_ONCE:
-    CPUCodeLibrary._optimize_final_module = _optimise
+    CPUCodeLibrary._optimize_final_module = _optimise  # type: ignore[method-assign]
