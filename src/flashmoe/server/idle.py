@@ -35,7 +35,8 @@ class IdleLearning:
         self._child: Process | None = None
         self._judged = self._judged_at = 0  # tokens that were remembered then, and those of this session
         self._requests = asyncio.Event()  # set while requests run
-        self._quiet = asyncio.Event()  # set while none does
+        self._stopped = asyncio.Event()  # set from when the child is stopped until it may go on
+        self._quiet = asyncio.Event()  # set while no request runs
         self._quiet.set()
 
     def on_requests(self, running: bool) -> None:
@@ -43,6 +44,7 @@ class IdleLearning:
         (self._requests if running else self._quiet).set()
         (self._quiet if running else self._requests).clear()
         if running and self._child is not None:
+            self._stopped.set()
             self._signal(signal.SIGSTOP)
 
     async def run(self) -> None:
@@ -60,7 +62,7 @@ class IdleLearning:
             await self._quiet.wait()
             try:
                 await asyncio.wait_for(self._requests.wait(), self._seconds)
-            except TimeoutError:
+            except asyncio.TimeoutError:
                 return
 
     async def _train(self) -> bool:
@@ -99,17 +101,21 @@ class IdleLearning:
         )
         answer = asyncio.create_task(child.communicate(json.dumps(asked).encode()))
         try:
+            if self._requests.is_set():  # while it was started
+                self.on_requests(True)
             while not answer.done():
-                if self._requests.is_set():
-                    self._signal(signal.SIGSTOP)
+                stopped = asyncio.create_task(self._stopped.wait())
+                await asyncio.wait((answer, stopped), return_when=asyncio.FIRST_COMPLETED)
+                stopped.cancel()
+                if self._stopped.is_set():
                     await self._idle()
+                    self._stopped.clear()
                     self._signal(signal.SIGCONT)
-                requests = asyncio.create_task(self._requests.wait())
-                await asyncio.wait((answer, requests), return_when=asyncio.FIRST_COMPLETED)
-                requests.cancel()
             out, _ = await answer
         finally:
+            answer.cancel()
             self._child = None
+            self._stopped.clear()
             with suppress(ProcessLookupError):
                 child.kill()
             await asyncio.shield(child.wait())
