@@ -2,7 +2,7 @@
 
 numba optimises every function as a module of its own, with all that it calls linked in: what lies six calls deep is
 optimised six times, and only the last counts. Under `optimising_once`, what a function calls is left to the function
-itself. That takes a fifth off the time of a first start, and the code that comes out is as fast.
+itself. That takes a fifth off the time that kernels compile, and the code that comes out is as fast.
 """
 
 from __future__ import annotations
