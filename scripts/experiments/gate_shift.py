@@ -29,6 +29,7 @@ from torch.nn import functional
 
 import flashmoe
 from flashmoe.engines.transformers.routers import find_routers
+from flashmoe.prefetch.gate_kernels import DOUBT, LATELY
 from flashmoe.routing.trace import RoutingTrace
 from flashmoe.storage.hub import demo_model
 
@@ -110,9 +111,14 @@ def main() -> None:
     print("| known | guesses from | found 4 | found 8 |\n|---|---|---|---|")
     for name, x in known.items():
         shift = (own[:, :rows] - x[:, :rows]).mean(1, keepdim=True)
+        learned = torch.zeros_like(x)  # as it goes, as `gate` does
+        for t in range(1, x.shape[1]):
+            rate = 1 / min(t + DOUBT, LATELY)
+            learned[:, t] = torch.lerp(learned[:, t - 1], own[:, t - 1] - x[:, t - 1], rate)
         found = {
             "the router": route(x),
             "the router, mean shift": route(x + shift),
+            "the router, mean shift, learned as it goes": route(x + learned),
             "a trained head": head(x, y, rows, seconds),
         }
         for kind, logits in found.items():

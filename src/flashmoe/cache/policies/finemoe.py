@@ -1,6 +1,6 @@
 """FineMoE (arXiv 2502.05370): evict by the map of the past step that the present one is like.
 
-The victim is the resident of the smallest probability in that map, times the visits of this session so far. See
+The victim is the resident of the smallest probability in that map, times its visits in this sequence. See
 `cache.maps` for the store of maps, and for what is known of probabilities and embeddings where."""
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from flashmoe.cache.maps import Embed, MapState
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.saved import Limits
 
-LEAST = 1 / maps.WHOLE  # a probability: of experts that the map gives none, visits decide
+LEAST = 1 / maps.WHOLE  # of either factor: where one is 0, the other decides
 
 
 class FineMoEState(NamedTuple):
     """Scores, what they are made of, and the store."""
 
     score: NDArray[np.float64]  # [L, E] probability * visits
-    visits: NDArray[np.float64]  # [L, E]
+    visits: NDArray[np.float64]  # [L, E] in this sequence
     maps: MapState
 
 
@@ -35,11 +35,15 @@ def record(st, res, layer, ids, n):
     nearest = st.maps.nearest[maps.guide(st.maps, layer)]
     for e in range(st.score.shape[1]):
         share = np.int64(st.maps.past[layer, e, nearest]) if nearest >= 0 else 0
-        st.score[layer, e] = (share / maps.WHOLE + LEAST) * st.visits[layer, e]
+        st.score[layer, e] = (share / maps.WHOLE + LEAST) * (st.visits[layer, e] + LEAST)
 
 
 def victim(st, res, layer, g):
     return loops.lowest(st.score, res, layer, g)
+
+
+def begin(st):
+    st.visits[:] = 0.0
 
 
 class FineMoE(EvictionPolicy):
@@ -49,7 +53,7 @@ class FineMoE(EvictionPolicy):
     """
 
     name = "finemoe"
-    kernels = loops.compiled(FineMoEState, record, victim)
+    kernels = loops.compiled(FineMoEState, record, victim, begin=begin)
     needs_ranking = True
 
     def __init__(self, size: int = maps.SIZE) -> None:
