@@ -238,8 +238,9 @@ def observe_at(address: Any, layer: Any, ids: Any, n: Any, hidden: Any) -> Any: 
     if hidden != 0:
         st.number[SEEN], st.number[HIDDEN] = layer, hidden
     if layer == st.number[SEEN] and layer != st.number[FOLLOWED] and st.routers.shape[0] > 0:
-        n, last = st.scaled.shape[0], max(layer - 1, 0)
-        state, norm = carray(float32_at(st.number[HIDDEN]), n), carray(float32_at(st.routers[layer, 1]), n)
+        width, last = st.scaled.shape[0], max(layer - 1, 0)
+        state = carray(float32_at(st.number[HIDDEN]), width)
+        norm = carray(float32_at(st.routers[layer, 1]), width)
         known = layer > 0 and st.number[FOLLOWED] == layer - 1
         st.steps[last] = follow(state, norm, st.before, st.shift[last], st.steps[last], known)
         st.number[FOLLOWED] = layer
