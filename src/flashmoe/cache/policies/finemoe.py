@@ -47,7 +47,7 @@ def begin(st):
 
 
 class FineMoE(EvictionPolicy):
-    """Evicts the smallest probability x visits, by the map of the most similar past step.
+    """Evicts the smallest probability x visits by the most similar past step's map.
 
     size: maps that are kept (the paper: 1,000).
     """
