@@ -7,10 +7,11 @@ ahead by a margin. The first to choose is flashmoe+, or lfu-aged without a file:
 must lead before it counts, and a trained policy that does worse than LRU on a user's text is left within some hundred
 tokens.
 
-Whoever drives, the pool stays near lfu-aged until it has been better. The shadow cache of lfu-aged says how many hits
-that policy would have had so far, and which experts it would hold that the pool does not: each of those costs one miss
-at most. While the hits that the pool is ahead by, less those experts, are below -DEBT of all requests, lfu-aged
-chooses.
+In a layer's first START steps the pool stays near lfu-aged, whoever drives, until it has been better. The shadow cache
+of lfu-aged says how many hits that policy would have had so far, and which experts it would hold that the pool does
+not: each of those costs one miss at most. While the hits that the pool is ahead by, less those experts, are below -DEBT
+of all requests, lfu-aged chooses. Later on the account would be wrong: slots that are lent to prompts count against the
+pool.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ WINDOW = 500.0  # steps of a layer
 MARGIN = 0.003  # lead in hit rate that makes a change
 NEIGHBOURS = 0.5  # weight of all layers' hits beside the layer's own
 REQUESTS, AHEAD, APART = 0, 1, 2  # in the ledger
+START = 300  # steps of a layer, in which the ledger counts
 DEBT = 0.002  # share of all requests so far that the pool may have fewer hits of than lfu-aged
 
 
@@ -172,10 +174,10 @@ def keep_account(st, res, layer, ids, n):
 
 
 @lean
-def may_differ(st):
-    """Whether the pool may choose other victims than lfu-aged would: an expert that lfu-aged had kept is a miss at most
+def may_differ(st, res, layer):
+    """Whether a layer may choose other victims than lfu-aged would: an expert that lfu-aged had kept is a miss at most
     once, so that `ledger` says how far behind the pool can come."""
-    return st.ledger[AHEAD] - st.ledger[APART] >= -DEBT * st.ledger[REQUESTS]
+    return res.accesses[layer] > START or st.ledger[AHEAD] - st.ledger[APART] >= -DEBT * st.ledger[REQUESTS]
 
 
 @lean
@@ -219,7 +221,7 @@ def record_plus(st, res, layer, ids, n):
 def victim(st, res, layer, g):
     if layer >= 0:
         member = AGED
-        if st.driver[layer] != AGED and may_differ(st):
+        if st.driver[layer] != AGED and may_differ(st, res, layer):
             member = st.driver[layer]
             st.apart[layer] += 1  # at most; the layer's next request counts
             st.ledger[APART] += 1
