@@ -136,7 +136,7 @@ def bound(loaded: flashmoe.Model, session: Session, notes: Notes, warmup: int, t
     seconds = sum(session.decode() for _ in range(tokens))
     stats, layers = loaded.cache_stats["decode"], np.array(notes.layers)
     reading = layers[layers[:, 0] > 0]
-    saved = np.array([bounds(*row, k) for row in reading]).sum(axis=0) / seconds
+    saved = np.array([bounds(row[0], row[1], row[2], row[3], k) for row in reading]).sum(axis=0) / seconds
     first, second = layers[:, 1].sum() / seconds, layers[:, 3].sum() / seconds
     return (
         f"a token {1e3 * seconds / tokens:.1f} ms; hits {stats.hit_rate:.3f}; "
@@ -154,7 +154,8 @@ def alternate(
     made = loaded.engine._hook._overlap  # type: ignore[attr-defined]
     for _ in range(warmup):
         session.decode()
-    layers, seen = made.layers, [[], []]
+    layers = made.layers
+    seen: list[list[tuple[float, float, int]]] = [[], []]
     for i in range(tokens):
         on = (i // BLOCK + swapped) % 2
         made.layers = layers if on else frozenset()

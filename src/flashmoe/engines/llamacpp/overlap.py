@@ -118,7 +118,7 @@ class Overlap:
         self._state = np.zeros(_SIZE, np.int64)
         self._parts: tuple[list[int], list[int]] = [], []
         self._graphs: dict[tuple[int, ...], _Graph] = {}
-        self._memory: list[NDArray[np.uint8]] = []
+        self._memory: dict[tuple[int, ...], list[NDArray[np.uint8]]] = {}  # of all graphs of a shape
         self._undo = ExitStack()
         self._backend = 0
 
@@ -188,7 +188,7 @@ class Overlap:
         """Rows of the last of `nodes` for experts in `slots`, float32 [n, n_embd]; valid until the next call."""
         first, second, between, last = nodes
         shape = len(slots), _node(first.src[1]).ne[0], first.ne[0], last.ne[0]
-        graph = self._graphs.get(shape) or self._make(shape, nodes)
+        graph = self._graphs.get(shape) or self._make(shape, nodes, _node(first.src[2]).ne[0])
         graph.input.data = _node(first.src[1]).data
         for mine, node in zip((graph.first, graph.second, graph.between, graph.last), nodes, strict=True):
             mine.src[0], mine.op_params[:] = node.src[0], node.op_params[:]
@@ -201,20 +201,23 @@ class Overlap:
         n = (C.c_float * (len(slots) * last.ne[0])).from_address(graph.last.data)
         return np.ctypeslib.as_array(n).reshape(len(slots), -1)
 
-    def _make(self, shape: tuple[int, ...], nodes: tuple[Any, Any, Any, Any]) -> _Graph:
-        """A graph for so many experts, of (inputs, hidden numbers, outputs)."""
+    def _make(self, shape: tuple[int, ...], nodes: tuple[Any, Any, Any, Any], most: int) -> _Graph:
+        """A graph for so many experts, of (inputs, hidden numbers, outputs); its memory is enough for `most`."""
         lib, (n, inputs, hidden, outputs) = self._lib, shape
         context = lib.ggml_init(InitParams(_CONTEXT_BYTES, None, True))
         self._undo.callback(lib.ggml_free, context)
+        columns = inputs, most, hidden, hidden, hidden, outputs
+        memory = self._memory.setdefault(
+            shape[1:], [np.zeros(4 * n * most + _ALIGN, np.uint8) for n in columns]
+        )
+        places = (-(-one.ctypes.data // _ALIGN) * _ALIGN for one in memory)
 
         def tensor(kind: int, columns: int, rows: int, op: int = _NOTHING, *sources: int) -> Any:
             made = _node(lib.ggml_new_tensor_3d(context, kind, columns, rows, 1))
             made.op = op
             for i, source in enumerate(sources):
                 made.src[i] = source
-            memory = np.zeros(4 * columns * rows + _ALIGN, np.uint8)
-            self._memory.append(memory)
-            made.data = -(-memory.ctypes.data // _ALIGN) * _ALIGN
+            made.data = next(places)
             return made
 
         first, second, between, last = nodes
