@@ -68,7 +68,8 @@ def main() -> None:
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         running = [pool.submit(compile_callback), *(pool.submit(compile_policies, name) for name in order)]
         running += [
-            pool.submit(compile_predictor, name) for name in ("table", "gate", "moe-infinity", "promoe")
+            pool.submit(compile_predictor, name)
+            for name in ("table", "gate", "moe-infinity", "finemoe", "promoe")
         ]
         for future in running:
             future.result()

@@ -205,6 +205,11 @@ def test_a_header_by_ranges(
         parse_remote(Path("n.gguf"), size, RemoteFile(f"{url}/n.gguf", size))
 
 
+def at_hub(url: str, home: Path) -> dict[str, str]:
+    """The environment of a process whose hub is at `url`."""
+    return {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
+
+
 @pytest.mark.parametrize("parts", [1, 3])
 def test_models_on_the_hub(parts: int, hub: tuple[str, type[Hub]], tiny: Tiny, tmp_path: Path) -> None:
     """Split or not: the same plan as of the file, but for its place; nothing is downloaded."""
@@ -213,9 +218,16 @@ def test_models_on_the_hub(parts: int, hub: tuple[str, type[Hub]], tiny: Tiny, t
     path.write_bytes(tiny("llama").read_bytes())
     first = split(path, parts)[0] if parts > 1 else path
     home = tmp_path / "home"
-    env = {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
     result = own_process(
-        "plan", f"hf:org/repo:{first.name}", "--json", "-", "--drive", tmp_path, "-t", 1, env=env
+        "plan",
+        f"hf:org/repo:{first.name}",
+        "--json",
+        "-",
+        "--drive",
+        tmp_path,
+        "-t",
+        1,
+        env=at_hub(url, home),
     )
     assert result.status == 0, result.err
     there, here = json.loads(result.out), json.loads(flashmoe("plan", first, "--json", "-", "-t", 1).out)
@@ -230,7 +242,10 @@ def test_models_on_the_hub(parts: int, hub: tuple[str, type[Hub]], tiny: Tiny, t
     )
     assert {name: there[name] for name in same} == {name: here[name] for name in same}
     assert not list(home.rglob("*.gguf"))
-    missing = own_process("plan", "hf:org/repo:none.gguf", env=env)
+
+
+def test_a_file_that_is_not_on_the_hub(hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
+    missing = own_process("plan", "hf:org/repo:none.gguf", env=at_hub(hub[0], tmp_path / "home"))
     assert missing.status == 1
     assert "no file 'none.gguf'" in missing.message
 

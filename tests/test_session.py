@@ -7,6 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -68,8 +69,10 @@ def contents(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         return {name: opened_file.get_tensor(name) for name in names}, opened_file.metadata()
 
 
-@pytest.mark.parametrize("prefetch", ["none", "table", "moe-infinity"])
-@pytest.mark.parametrize("policy", ["lru", "lfu-aged", "arc"])
+@pytest.mark.parametrize(
+    ("policy", "prefetch"),
+    [*product(("lru", "lfu-aged", "arc"), ("none", "table", "moe-infinity")), ("finemoe", "finemoe")],
+)
 def test_logits_are_the_same(
     policy: str, prefetch: str, lib: Library, tiny: Tiny, reference: Reference, tmp_path: Path
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from flashmoe.prefetch.gate import Gate, Router
-from flashmoe.prefetch.gate_kernels import products
+from flashmoe.prefetch.gate_kernels import expect, products
 
 EXPERTS, WIDTH, TOP_K = 16, 40, 3
 CALL4, CALL5 = C.CFUNCTYPE(C.c_int64, *[C.c_int64] * 4), C.CFUNCTYPE(C.c_int64, *[C.c_int64] * 5)
@@ -44,16 +44,12 @@ def test_rows_of_absent_experts_and_of_the_residents_picked_most(kind: type) -> 
     slot_of, picked = np.full(EXPERTS, -1, np.int32), np.ones(EXPERTS, np.float32)
     slot_of[resident] = 1
     picked[list(hot)] = 2
-    hidden, old, new = (draw.uniform(0.5, 1.5, WIDTH).astype(np.float32) for _ in range(3))
-    old[3] = 0  # nothing is known of that number without its norm
+    scaled = draw.uniform(0.5, 1.5, WIDTH).astype(np.float32)
     experts, out = np.zeros(EXPERTS, np.int32), np.full(EXPERTS, np.nan, np.float32)
-    absent, found = products(
-        weights, slot_of, picked, len(hot), hidden, old, new, np.empty(WIDTH, np.float32), experts, out
-    )
+    absent, found = products(weights, slot_of, picked, len(hot), scaled, experts, out)
     assert experts[:absent].tolist() == np.flatnonzero(slot_of < 0).tolist()
     assert set(experts[absent:found].tolist()) == hot
     assert sorted(experts.tolist()) == list(range(EXPERTS))
-    scaled = np.where(old == 0, hidden, hidden * new / np.where(old == 0, 1, old))
     np.testing.assert_allclose(out[:found], numbers[experts[:found]] @ scaled, rtol=1e-4, atol=1e-4)
     assert np.isnan(out[found:]).all()  # their rows were left alone
 
@@ -66,8 +62,46 @@ def test_every_number_is_what_it_is(kind: type) -> None:
     weights, numbers = stored(values[:, np.newaxis], kind)
     one, out = np.ones(1, np.float32), np.empty(EXPERTS, np.float32)
     experts = np.zeros(EXPERTS, np.int32)
-    products(weights, experts - 1, out, 0, one, one, one, one.copy(), experts, out)
+    products(weights, experts - 1, out, 0, one, experts, out)
     assert out.tolist() == numbers[:, 0].tolist()
+
+
+def test_the_state_ahead_is_the_present_one_and_the_mean_shift() -> None:
+    draw = np.random.default_rng(3)
+    hidden, old, new = (draw.uniform(0.5, 1.5, WIDTH).astype(np.float32) for _ in range(3))
+    old[3] = 0  # nothing is known of that number without its norm
+    shift = draw.standard_normal((2, WIDTH)).astype(np.float32)
+    for between in range(3):
+        scaled = np.empty(WIDTH, np.float32)
+        expect(hidden, old, new, shift[:between], scaled)
+        ahead = (hidden / np.where(old == 0, 1, old) + shift[:between].sum(axis=0)) * new
+        np.testing.assert_allclose(scaled, np.where(old == 0, hidden, ahead), rtol=1e-5, atol=1e-5)
+
+
+def test_the_mean_shift_is_learned() -> None:
+    """The second layer's state is the first one's and a constant, which is larger: only with it are the picks found."""
+    draw = np.random.default_rng(4)
+    weights = draw.standard_normal((EXPERTS, WIDTH)).astype(np.float32)
+    norms = [draw.uniform(0.5, 1.5, WIDTH).astype(np.float32) for _ in range(2)]
+    constant = 3 * draw.standard_normal(WIDTH).astype(np.float32)
+    made = Gate()
+    made.bind(2, EXPERTS, TOP_K)
+    made.use_routers([router(weights, norm) for norm in norms])
+    out, found = np.zeros(EXPERTS, np.float32), []
+    for _ in range(200):
+        states = [draw.standard_normal(WIDTH).astype(np.float32)]
+        states.append(states[0] + constant)
+        made.begin_step(0)
+        for layer, (state, norm) in enumerate(zip(states, norms, strict=True)):
+            picked = np.argsort(-(weights @ (state * norm)))[:TOP_K].astype(np.int32)
+            if layer == 1:
+                found.append(len(set(picked) & set(np.argsort(-out)[:TOP_K])) / TOP_K)
+            made.see(layer, state * norm)
+            made.observe(layer, picked)
+            if layer == 0:
+                made.predict(0, 1, out)
+    assert np.mean(found[:5]) < 0.7
+    assert np.mean(found[100:]) > 0.95
 
 
 def gate(weights: NDArray[np.float32]) -> Gate:

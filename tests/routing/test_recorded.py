@@ -16,6 +16,7 @@ from flashmoe.cache.policies.base import MISSES
 from flashmoe.cache.residency import make_residency
 from flashmoe.cli.trace import app
 from flashmoe.engines.base import SamplingParams
+from flashmoe.engines.llamacpp.embeddings import TokenEmbeddings, table_of
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.errors import FlashMoEWarning
 from flashmoe.prefetch.base import Predictor
@@ -23,6 +24,7 @@ from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.trace import PREFILL, RoutingTrace
 from flashmoe.runtime import open_gguf as gguf
 from flashmoe.runtime.model import Model
+from flashmoe.simulate.told import replay_told
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.gguf import read_gguf
 from flashmoe.storage.hub import DEMO, default_policy
@@ -55,9 +57,9 @@ def test_hits_of_the_runtime_are_the_simulator_s(name: str, lib: Library, demo: 
         threads=1,
         policy=spec,
         prefetch="none",
-        trace=True,
         library=lib,
     ) as model:
+        model.record(ranked=name == "finemoe")
         policy, ensure = model.cache.policy, model.cache.ensure
 
         def noted(layer: int, ids: Any, **options: Any) -> Any:
@@ -80,7 +82,16 @@ def test_hits_of_the_runtime_are_the_simulator_s(name: str, lib: Library, demo: 
         counted = sum(phase.hits - phase.prefetch_hits for phase in model.cache.stats.values())
     simulated = create(spec)
     simulated.bind(make_residency(pool.n_layers, pool.n_experts, pool.quota, pool.group))
-    result = simulated.replay(trace.expert_ids, trace.steps(), trace.starts(), want_bits=True)
+    if simulated.needs_ranking:
+        table = table_of(read_gguf(demo))
+        assert table is not None
+        simulated.use_embeddings(TokenEmbeddings(lib, table))
+        result = replay_told(trace, simulated, want_bits=True)
+        told, own = simulated.state(), policy.state()
+        assert told["number"][0] == own["number"][0] > 12
+        assert all(np.array_equal(told[part], own[part]) for part in ("past", "embedding", "visits", "score"))
+    else:
+        result = simulated.replay(trace.expert_ids, trace.steps(), trace.starts(), want_bits=True)
     first = trace.steps()
     at = 0
     for a, b in zip(first, first[1:], strict=False):

@@ -79,7 +79,8 @@ def exchange(sock: socket.socket, head: bytes = HEAD) -> bytes:
     sock.sendall(head + b"\r\nabcd")
     answer = b""
     while not answer.endswith(b"abcd"):
-        answer += sock.recv(4096)
+        answer += (part := sock.recv(4096))
+        assert part, answer
     return answer
 
 
@@ -141,11 +142,12 @@ def test_offer_of_another_protocol(address: tuple[str, int]) -> None:
         for _ in range(2):
             assert exchange(sock, HEAD + OFFER).startswith(b"HTTP/1.1 200 ")
         sock.sendall(HEAD + OFFER + b"\r\n")
-        time.sleep(0.1)
+        time.sleep(0.02)
         sock.sendall(b"ab")
-        time.sleep(0.1)
+        time.sleep(0.02)
         sock.sendall(b"cd" + CHUNKED + OFFER + b"\r\n4\r\nefgh\r\n0\r\n\r\n")
         answers = b""
         while not answers.endswith(b"efgh"):
-            answers += sock.recv(4096)
+            answers += (part := sock.recv(4096))
+            assert part, answers
         assert b"abcd" in answers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from flashmoe.routing.trace import RoutingTrace
     from flashmoe.simulate.replay import Row
     from flashmoe.simulate.report import Machine, Simulation
+    from flashmoe.simulate.told import Embed
     from flashmoe.storage.catalog import ExpertCatalog
 
 
@@ -74,7 +76,11 @@ def simulate(
     ] = False,
     model: Annotated[
         str | None,
-        typer.Option("--model", help="GGUF model to take expert sizes from, for bytes read per token."),
+        typer.Option(
+            "--model",
+            help="GGUF model to take expert sizes from, for bytes read per token, and the embeddings that finemoe "
+            "compares.",
+        ),
     ] = None,
     expert_bytes: Annotated[
         str | None,
@@ -113,9 +119,10 @@ def simulate(
         recorded = recorded.rows(np.arange(min(first, recorded.n_tokens)))
     slots = parse_capacities(capacity, recorded.n_layers * recorded.num_experts)
     machine = _machine(catalog, expert_bytes, disk, compute_ms)
+    embed = _embeddings(catalog) if catalog else None
     console = stderr_console(quiet)
     if prefetch is not None:
-        _prefetch(recorded, prefetch, policy, slots, partition, plot, json_file, quiet)
+        _prefetch(recorded, prefetch, policy, slots, partition, embed, plot, json_file, quiet)
         return
     if approx is not None:
         from flashmoe.simulate.approximate import simulate_approximately
@@ -135,6 +142,7 @@ def simulate(
             per_sequence,
             read(guide) if guide else None,
             lambda name, size: status.update(Text(f"{name}, {size} slots")),
+            embed,
         )
     _show(report.Simulation.of(recorded, rows, machine), plot, json_file, quiet)
 
@@ -158,6 +166,7 @@ def _prefetch(
     policy: str,
     slots: list[int],
     partition: str,
+    embed: Embed | None,
     figure: Path | None,
     json_file: JsonFile | None,
     quiet: bool,
@@ -179,6 +188,7 @@ def _prefetch(
             policy,
             partition,
             lambda name, done: status.update(Text(f"{name}, {done} of {trace.n_tokens} tokens")),
+            embed,
         )
     found = Simulation.of(trace, rows)
     if not quiet:
@@ -204,6 +214,23 @@ def _machine(
     else:
         return None
     return Machine(size, float(parse_bytes(disk.removesuffix("/s"))) if disk else None, compute_ms / 1000)
+
+
+def _embeddings(catalog: ExpertCatalog) -> Embed | None:
+    """Those of a GGUF model; the library that converts them is opened when the first policy asks."""
+    from flashmoe.engines.llamacpp.embeddings import TokenEmbeddings, table_of
+
+    table = table_of(catalog.gguf)
+    if table is None:
+        return None
+
+    @cache
+    def opened() -> TokenEmbeddings:
+        from flashmoe.engines.llamacpp.library import find_library, open_library
+
+        return TokenEmbeddings(open_library(find_library()), table)
+
+    return lambda tokens: opened()(tokens)
 
 
 def _catalog(model: str, trace: RoutingTrace) -> ExpertCatalog:

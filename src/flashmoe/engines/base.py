@@ -14,6 +14,7 @@ from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.pool import SlotPool
 from flashmoe.errors import UsageError
+from flashmoe.prefetch.base import Predictor
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import RoutingObserver
 from flashmoe.routing.rewrite import Rewriter
@@ -179,6 +180,11 @@ class Engine(Protocol):
 
     def approximate(self, rewriter: Rewriter) -> None:
         """Let the routes of decoded tokens be rewritten; after `attach`. Raises UsageError where that cannot be."""
+        ...
+
+    def inform(self, followers: Sequence[EvictionPolicy | Predictor]) -> None:
+        """Tell policies and predictors with `needs_ranking` what the engine knows: the embeddings of tokens, and what
+        routers say of decoded ones; after `attach`."""
         ...
 
     def override_routing(self, override: Callable[[int, NDArray[np.int32]], None]) -> None:

@@ -80,6 +80,8 @@ class LayerStep:
         """A graph of `tokens` begins, ids or -1 where only their number is known."""
         assert self.cache is not None
         (self.residents or self.cache).begin_step(len(tokens), self._top_k)
+        if self.cache.policy.needs_ranking:
+            self.cache.policy.begin_step(tokens)
         self._tell(lambda recorder: recorder.begin_step())
         # several sequences decoded together ask the next layer for too many experts to guess them
         self._single = len(tokens) == 1

@@ -36,6 +36,7 @@ BUILTIN = {
     "table": "table:Table",
     "promoe": "promoe:ProMoE",
     "moe-infinity": "moe_infinity:MoEInfinity",
+    "finemoe": "finemoe:FineMoE",
 }
 
 AUTO = ("gate", "table")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -60,6 +60,8 @@ class Predictor:
     needs_file: ClassVar[bool] = False
     #: True for predictors that need the routers' inputs (`see`), which no trace has.
     needs_hidden: ClassVar[bool] = False
+    #: True for predictors that want what routers say of experts that they do not pick: see `rank`.
+    needs_ranking: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.n_layers = self.n_experts = self.top_k = 0
@@ -101,6 +103,16 @@ class Predictor:
 
     def use_routers(self, routers: Sequence[Any]) -> None:
         """The routers of all layers (gate.Router), from an engine that can show them; kept by `gate` only."""
+
+    def use_embeddings(self, embed: Callable[[Sequence[int]], Float32]) -> None:
+        """The embeddings of the model's tokens, float32 [n, d], by their ids; of predictors with `needs_ranking`."""
+
+    def rank(self, layer: int, ids: NDArray[Any], scores: NDArray[Any]) -> None:
+        """What a layer's router says of its best experts, for the token of this step, before `observe`, where that is
+        known.
+
+        ids: [n], -1: none; scores: [n], logarithms of theirs, less the best one's. Of predictors with `needs_ranking`.
+        """
 
     def use_residency(self, slot_of: Int32) -> None:
         """After `bind`: the slots of all experts, int32 [L, E], -1 for those not resident. They change; a predictor for

@@ -2,8 +2,9 @@
 
 From HOBBIT (arXiv 2411.01433): the residual stream changes little from one layer to the next, so a router
 of a layer ahead mostly chooses already what it will choose later. The present layer's router input is the normalised
-hidden state times that layer's norm weights; for another layer the weights are exchanged. Needs an engine that shows
-the hidden state, so it has no figures on traces.
+hidden state times that layer's norm weights; for another layer the weights are exchanged. The mean of what changes from
+layer to layer is learned and added, as in DALI (arXiv 2602.03495). Needs an engine that shows the hidden state, so it
+has no figures on traces.
 
 Most of its time goes to reading the router's matrix from memory, so rows of residents are left out, and the others are
 read in the type that they are stored in. What a logit is worth shows beside those that win: the residents that were
@@ -22,6 +23,7 @@ from flashmoe.common.compiled import Pinned, address_of
 from flashmoe.prefetch.base import OBSERVE, PREDICT, Compiled, Float32, Int32, Predictor
 from flashmoe.prefetch.gate_kernels import (
     ASKED,
+    FOLLOWED,
     HIDDEN,
     KIND,
     SEEN,
@@ -80,7 +82,12 @@ class Gate(Predictor):
             for router in self.routers
         ]
         width = len(self.routers[0].norm)
-        self._pin(self._calls._replace(scaled=np.empty(width, np.float32), routers=np.array(rows, np.int64)))
+        states = np.zeros((self.n_layers + 2, width), np.float32)
+        self._pin(
+            self._calls._replace(
+                scaled=states[0], before=states[1], shift=states[2:], routers=np.array(rows, np.int64)
+            )
+        )
 
     def use_residency(self, slot_of: Int32) -> None:
         """See Predictor: residents get no chance."""
@@ -101,7 +108,10 @@ class Gate(Predictor):
             experts=np.zeros(n_experts, np.int32),
             scores=np.zeros(n_experts, np.float32),
             scaled=np.empty(0, np.float32),
-            number=np.array([-1, -1, 0, 0, top_k, _HOT * top_k], np.int64),
+            shift=np.empty((n_layers, 0), np.float32),
+            before=np.empty(0, np.float32),
+            steps=np.zeros(n_layers, np.int64),
+            number=np.array([-1, -1, 0, 0, top_k, _HOT * top_k, -1], np.int64),
             routers=np.zeros((0, 5), np.int64),
         )
         self._pin(calls)
@@ -117,7 +127,7 @@ class Gate(Predictor):
 
     def begin_step(self, token: int) -> None:
         """See Predictor."""
-        self._calls.number[SEEN] = self._calls.number[ASKED] = -1
+        self._calls.number[[SEEN, ASKED, FOLLOWED]] = -1
 
     def observe(self, layer: int, ids: Int32) -> None:
         """See Predictor."""

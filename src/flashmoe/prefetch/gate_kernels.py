@@ -15,9 +15,11 @@ from flashmoe.common.kept import kept
 
 _FORGET = 0.99  # of what was learned of a layer, per token
 _COOL = 0.97  # of how often an expert was picked
+LATELY = 256  # tokens that a mean shift is of, about; those that count as none at the start:
+DOUBT = 8
 TRUST = 1.0  # what the fit that a layer begins with counts for
 KIND = "GateCalls"
-SEEN, ASKED, ABSENT, HIDDEN, TOP_K, HOT = range(6)  # GateCalls.number
+SEEN, ASKED, ABSENT, HIDDEN, TOP_K, HOT, FOLLOWED = range(7)  # GateCalls.number
 TYPES = (np.float32, np.int16, np.uint16)  # of a router's matrix
 
 
@@ -30,7 +32,10 @@ class GateCalls(NamedTuple):
     experts: NDArray[np.int32]  # [E] of the last answer, and their margins
     scores: NDArray[np.float32]  # [E]
     scaled: NDArray[np.float32]  # [n] scratch
-    #: [6] layers seen and asked about, absent experts in the answer, the hidden state, ...
+    shift: NDArray[np.float32]  # [L, n] mean of how a layer's state differs from the one before: `follow`
+    before: NDArray[np.float32]  # [n] the state of the layer that was seen last
+    steps: NDArray[np.int64]  # [L] that `shift` is the mean of
+    #: [7] layers seen and asked about, absent experts in the answer, the hidden state, ...
     number: NDArray[np.int64]
     #: [L or 0, 5] addresses of matrix, norm, bias, choice_bias or 0; the matrix's type
     routers: NDArray[np.int64]
@@ -66,9 +71,6 @@ def products(
     slot_of: Any,
     picked: Any,
     hot: Any,
-    hidden: Any,
-    old_norm: Any,
-    new_norm: Any,
     scaled: Any,
     experts: Any,
     out: Any,
@@ -76,13 +78,10 @@ def products(
     """The products of a router's rows with a hidden state, of absent experts and of up to `hot` residents.
 
     weights [E, n] (see Router); slot_of: int32 [E], -1 where absent; picked: float32 [E], residents with the largest
-    are taken; hidden: float32 [n], normalised and multiplied with old_norm [n], which new_norm [n] replaces; scaled:
-    float32 [n], scratch. Fills experts int32 [E] and out float32 [E] as far as returned: how many are absent, and how
-    many there are with the residents, which come after them.
+    are taken; scaled: float32 [n], the state as the router would see it. Fills experts int32 [E] and out float32 [E] as
+    far as returned: how many are absent, and how many there are with the residents, which come after them.
     """
-    n = hidden.shape[0]
-    for i in range(n):
-        scaled[i] = hidden[i] * new_norm[i] / old_norm[i] if old_norm[i] != 0 else hidden[i]
+    n = scaled.shape[0]
     absent, last = 0, weights.shape[0]
     for e in range(weights.shape[0]):
         if slot_of[e] < 0:
@@ -184,6 +183,40 @@ def learn(margins: Any, experts: Any, absent: Any, ids: Any, fit: Any) -> None: 
         fit[1] -= (fit[2] * by_offset - fit[3] * by_slope) / determinant
 
 
+@kept(fastmath=True, nogil=True)
+def expect(
+    hidden: Any, old_norm: Any, new_norm: Any, shift: Any, scaled: Any
+) -> None:  # pragma: no cover - compiled
+    """Fill scaled [n] with what a router ahead would see, were its state the present one but for the mean shift.
+
+    hidden: float32 [n], normalised and multiplied with old_norm [n], which new_norm [n] replaces; shift: float32
+    [layers between, n] (DALI, arXiv 2602.03495).
+    """
+    for i in range(hidden.shape[0]):
+        if old_norm[i] == 0:
+            scaled[i] = hidden[i]  # nothing is known of that number without its norm
+            continue
+        value = hidden[i] / old_norm[i]
+        for layer in range(shift.shape[0]):
+            value += shift[layer, i]
+        scaled[i] = value * new_norm[i]
+
+
+@kept(fastmath=True, nogil=True)
+def follow(
+    hidden: Any, norm: Any, before: Any, shift: Any, steps: Any, known: Any
+) -> Any:  # pragma: no cover - compiled
+    """Take a layer's state, hidden [n] as in `expect`, into before [n]; known: whether the one before is there, so that
+    the mean shift [n] of `steps` tokens learns. Returns of how many tokens it is then."""
+    rate = np.float32(1.0 / min(steps + 1 + DOUBT, LATELY))
+    for i in range(hidden.shape[0]):
+        state = hidden[i] / norm[i] if norm[i] != 0 else np.float32(0)
+        if known:
+            shift[i] += rate * (state - before[i] - shift[i])
+        before[i] = state
+    return steps + 1 if known else steps
+
+
 @kept(nogil=True)
 def count(ids: Any, picked: Any) -> None:  # pragma: no cover - compiled
     """Add picks of a layer, int32 [tokens, k], to how often each expert was picked lately, float32 [E]."""
@@ -204,6 +237,13 @@ def observe_at(address: Any, layer: Any, ids: Any, n: Any, hidden: Any) -> Any: 
     st = pinned(address, KIND)
     if hidden != 0:
         st.number[SEEN], st.number[HIDDEN] = layer, hidden
+    if layer == st.number[SEEN] and layer != st.number[FOLLOWED] and st.routers.shape[0] > 0:
+        width, last = st.scaled.shape[0], max(layer - 1, 0)
+        state = carray(float32_at(st.number[HIDDEN]), width)
+        norm = carray(float32_at(st.routers[layer, 1]), width)
+        known = layer > 0 and st.number[FOLLOWED] == layer - 1
+        st.steps[last] = follow(state, norm, st.before, st.shift[last], st.steps[last], known)
+        st.number[FOLLOWED] = layer
     picks = carray(int32_at(ids), (1, n))
     if layer == st.number[ASKED]:
         learn(st.scores, st.experts, st.number[ABSENT], picks[0], st.fit[layer])
@@ -220,10 +260,9 @@ def _score(st: Any, layer: Any, target: Any, weights: Any) -> Any:  # pragma: no
         carray(float32_at(st.routers[layer, 1]), n),
         carray(float32_at(st.routers[target, 1]), n),
     )
+    expect(hidden, norm, next_norm, st.shift[layer:target], st.scaled)
     slots, picked = st.slot_of[target], st.picked[target]
-    return products(
-        weights, slots, picked, st.number[HOT], hidden, norm, next_norm, st.scaled, st.experts, st.scores
-    )
+    return products(weights, slots, picked, st.number[HOT], st.scaled, st.experts, st.scores)
 
 
 @kept(also=_reached, nogil=True)

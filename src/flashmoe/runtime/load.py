@@ -176,6 +176,9 @@ def _load(
         if predictors and any(spare):
             prefetcher = Prefetcher(predictors, runner.tiers or experts)
             runner.prefetch(prefetcher)
+        everyone: list[EvictionPolicy | Predictor] = [evict, *predictors]
+        if followers := [one for one in everyone if one.needs_ranking]:
+            runner.inform(followers)
         if limit and not runner.tiers:  # copies to a device need slots to stay where they are
             sequences = runner.sequences if isinstance(runner, LlamaEngine) else 1
             needed = sizing.least_slots(catalog, runner.n_ubatch, sequences)

@@ -31,8 +31,8 @@ class LoadOptions:
         of the experts, or a size of all that the model takes there ("16GiB"). Without it the CPU computes.
     policy: eviction policy, NAME or NAME:FILE (default: adaptive, or what is bundled with the demo model,
         or what `flashmoe learn` has made).
-    prefetch: predictor of the next layer's experts: "gate", "table", "promoe:FILE", "moe-infinity", "none", or "auto":
-        the first of gate and table that is worth asking on this text, and none where neither is.
+    prefetch: predictor of the next layer's experts: "gate", "table", "promoe:FILE", "moe-infinity", "finemoe", "none",
+        or "auto": the first of gate and table that is worth asking on this text, and none where neither is.
     layout: of all weights. "plain": the file's; "repacked": those that llama.cpp's default chooses for this processor;
         "auto": repacked where that is faster. The results are llama.cpp's with the same layouts.
     n_ctx: context in tokens of one conversation (default: the model's, and less, down to 1024, where it would take more

@@ -12,14 +12,15 @@ from flashmoe.simulate.recent import Comparison, RecentSteps, compare
 
 EVERY_SECONDS = 10.0  # between two comparisons, at least
 WANTED_SECONDS = 60.0  # after it was last asked for
-SHARE = 0.005  # of a core, while a comparison is under way
+SHARE = 0.005  # of a core, while a comparison is under way and tokens are evaluated
+_LOOK = 0.05  # seconds between looks whether they still are
 
 
 class Comparing:
     """Notes what is routed and compares, from the first `look` to a minute after the last one.
 
     The thread has the priority of all others: it holds Python's lock, which the engine's thread needs, while it works.
-    It works for a few milliseconds and then rests 200 times as long.
+    It works for a few milliseconds and then rests 200 times as long, unless nothing is evaluated.
     """
 
     def __init__(self, model: Model, broadcast: Broadcast) -> None:
@@ -61,7 +62,9 @@ class Comparing:
         self._broadcast.leave(steps)
 
     def _rest(self) -> None:
-        time.sleep((time.thread_time() - self._worked) / SHARE)
+        end = time.monotonic() + (time.thread_time() - self._worked) / SHARE
+        while self._model.cache.stepping and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, _LOOK))
         self._worked = time.thread_time()
 
     def _wanted(self) -> bool:

@@ -15,6 +15,7 @@ _HEAD_SECONDS = 10.0  # for a client to send a request's head
 _LAST_SECONDS = 0.2  # the same, when the model has loaded
 _LARGEST_HEAD = 1 << 16
 _RETRY_SECONDS = 1
+_AGAIN_SECONDS = 0.05  # after a connection that could not be taken
 
 
 @contextmanager
@@ -50,9 +51,11 @@ async def _refuse(sockets: Sequence[socket.socket], ends: asyncio.Event) -> None
             await asyncio.wait((accepted, ended), return_when=asyncio.FIRST_COMPLETED)
             if not accepted.done():
                 accepted.cancel()
-            elif accepted.exception() is None:  # else the client has gone
+            elif accepted.exception() is None:
                 taken.add(task := asyncio.ensure_future(_answer(accepted.result()[0])))
                 task.add_done_callback(taken.discard)
+            else:  # the client has gone, or every descriptor is in use for now
+                await asyncio.wait((ended,), timeout=_AGAIN_SECONDS)
 
     await asyncio.gather(*map(accept, sockets))
     if taken:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.policies.default import create_for
 from flashmoe.common.kept import kept
 from flashmoe.common.plotting import new_figure, save_figure
@@ -19,6 +20,7 @@ from flashmoe.prefetch import create, needs_hidden, of_routing_alone
 from flashmoe.prefetch.base import AHEAD, Predictor, PredictorError
 from flashmoe.routing.trace import RoutingTrace
 from flashmoe.simulate.partition import pool_for
+from flashmoe.simulate.told import Embed, tell
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ def judge(
             each = np.tile(np.arange(trace.n_tokens), (len(pool.residency.window_count), 1))
             pool.prepare(trace.expert_ids, each)
         pools.append(pool)
+    everyone: list[EvictionPolicy | Predictor] = [predictor, *pools]
+    followers = [one for one in everyone if one.needs_ranking]
     most = min(2 * k, n_experts)
     counts = np.zeros((len(AHEAD), len(pools) + 1, most + 1, 2), np.int64)
     chance = np.zeros((len(AHEAD), n_layers, n_experts), np.float32)
@@ -131,6 +135,8 @@ def judge(
             for pool in pools:
                 pool.begin_sequence()
         single = b - a == 1
+        for pool in pools:
+            pool.begin_step(trace.token_id[a:b].tolist())
         if single:
             predictor.begin_step(int(trace.token_id[a]))
             for target in range(n_layers):
@@ -144,6 +150,9 @@ def judge(
                 for c, ahead in enumerate(AHEAD):
                     if layer >= ahead:
                         tally(chance[c, layer], ids[0], absent, order, counts[c])
+            if single:
+                for follower in followers:
+                    tell(trace, a, layer, follower)
             for pool in pools:
                 if pool.access_each(layer, ids, *scratch) < 0:
                     raise UsageError(f"a token of layer {layer} does not fit: raise the capacity")
@@ -167,15 +176,21 @@ def simulate_prefetch(
     policy: str = "lfu-aged",
     partition: str = "per-layer",
     progress: Callable[[str, int], None] | None = None,
+    embed: Embed | None = None,
 ) -> list[PrefetchRow]:
     """Judge predictors (specs NAME or NAME:FILE) with 1, 2, 4, k and 2k guesses, one row for each with each
-    distance and capacity. Raises UsageError, PredictorError, PolicyError."""
+    distance and capacity. embed: the model's embeddings, for those that follow them.
+
+    Raises UsageError, PredictorError, PolicyError.
+    """
     rows = []
     total = trace.n_layers * trace.num_experts
     for spec in predictors:
         predictor = create(spec)
         if predictor is None:
             continue
+        if embed is not None:
+            predictor.use_embeddings(embed)
         show = (lambda done, spec=spec: progress(spec, done)) if progress else None
         try:
             counts = judge(trace, predictor, slots, policy, partition, show)

@@ -15,6 +15,7 @@ from flashmoe.cache.residency import make_residency
 from flashmoe.errors import FlashMoEError, UsageError
 from flashmoe.routing.trace import RoutingTrace
 from flashmoe.simulate.partition import pool_for
+from flashmoe.simulate.told import Embed, replay_told
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ def replay(
 ) -> Replay:
     """One policy over one trace from a cold start (a cold start for each sequence with `per_sequence`)."""
     policy.bind(pool_for(trace, slots, partition, guide))
+    if policy.needs_ranking:
+        return replay_told(trace, policy, per_sequence, want_bits)
     return policy.replay(trace.expert_ids, trace.steps(), trace.starts(cold=per_sequence), want_bits)
 
 
@@ -86,11 +89,13 @@ def simulate(
     per_sequence: bool = False,
     guide: RoutingTrace | None = None,
     progress: Callable[[str, int], None] | None = None,
+    embed: Embed | None = None,
 ) -> list[Row]:
     """Replay a trace through policies (specs NAME or NAME:FILE, or "default") at capacities in slots (default 12.5, 25,
     50 %).
 
-    LRU and Belady run in any case: the gap is measured between them. Raises UsageError, PolicyError,
+    LRU and Belady run in any case: the gap is measured between them. embed: the model's embeddings, for policies that
+    follow them. Raises UsageError, PolicyError,
     TraceError."""
     total = trace.n_layers * trace.num_experts
     sizes = list(slots) if slots is not None else parse_capacities("12.5%,25%,50%", total)
@@ -98,6 +103,9 @@ def simulate(
         spec: create_for(spec, trace.model, trace.n_layers, trace.num_experts)
         for spec in dict.fromkeys([*policies, "lru", "belady"])
     }
+    for policy in made.values():
+        if embed is not None:
+            policy.use_embeddings(embed)
     rows = []
     for size in sizes:
         results: dict[str, tuple[Replay, float]] = {}

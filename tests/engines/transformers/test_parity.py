@@ -125,7 +125,7 @@ def test_prefetching_reads_ahead_and_changes_nothing(tmp_path: Path) -> None:
     folder = make_checkpoint("qwen3_moe", tmp_path, torch.bfloat16, shape={"num_experts": 48})
     made = []
     trained = tmp_path / "promoe.safetensors"
-    for prefetch in ("none", "gate", "table", "moe-infinity", f"promoe:{trained}"):
+    for prefetch in ("none", "gate", "table", "moe-infinity", "finemoe", f"promoe:{trained}"):
         if prefetch.startswith("promoe"):
             learning.train(made[0], "promoe", Plan(epochs=1, threads=1)).save(trained)
         with flashmoe.load(

@@ -41,6 +41,7 @@ BUILTIN = {
     "arc": "arc:Arc",
     "lecar": "lecar:LeCaR",
     "moe-infinity": "moe_infinity:MoEInfinity",
+    "finemoe": "finemoe:FineMoE",
     "flashmoe": "flashmoe:Flashmoe",
     "flashmoe+": "flashmoe_plus:FlashmoePlus",
     "online": "online:Online",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -64,6 +64,9 @@ class EvictionPolicy:
     suggested: ClassVar[bool] = False
     #: True for policies that learn weights while they run, which other sessions can go on from: see `learnt`.
     learns: ClassVar[bool] = False
+    #: True for policies that want each step's tokens, and what routers say of experts that they do not pick: see
+    #: `begin_step` and `rank`.
+    needs_ranking: ClassVar[bool] = False
     #: True for policies that know the future: simulator only.
     oracle: ClassVar[bool] = False
     #: Arrays of the state that an option or a trained file sets: no part of what is saved.
@@ -106,6 +109,18 @@ class EvictionPolicy:
         """A new prompt or conversation begins: what counts "in this sequence" starts again. Slots stay as
         they are."""
         self.kernels.begin(self._state)
+
+    def use_embeddings(self, embed: Callable[[Sequence[int]], NDArray[np.float32]]) -> None:
+        """The embeddings of the model's tokens, float32 [n, d], by their ids; of policies with `needs_ranking`."""
+
+    def begin_step(self, tokens: Sequence[int]) -> None:
+        """Tokens are about to be evaluated at once: their ids, -1 where unknown. Of policies with `needs_ranking`."""
+
+    def rank(self, layer: int, ids: NDArray[Any], scores: NDArray[Any]) -> None:
+        """What a layer's router says of its best experts, for the token of its next access, where that is known.
+
+        ids: [n], -1: none; scores: [n], logarithms of theirs, less the best one's. Of policies with `needs_ranking`.
+        """
 
     def access(self, layer: int, ids: Int32, slots_out: Int32, miss_expert: Int32, miss_slot: Int32) -> int:
         """One request of a layer: hits are pinned, misses get slots. Returns the number of misses m.

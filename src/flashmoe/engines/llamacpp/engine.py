@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes as C
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe.cache.expert_cache import ExpertCache
+from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.pool import SlotPool
 from flashmoe.common.signals import run_apart
 from flashmoe.engines.base import SamplingParams
 from flashmoe.engines.llamacpp import kernels
 from flashmoe.engines.llamacpp.context import Context
 from flashmoe.engines.llamacpp.counts import Evaluated
+from flashmoe.engines.llamacpp.embeddings import TokenEmbeddings, table_of
 from flashmoe.engines.llamacpp.hook import RouterHook
 from flashmoe.engines.llamacpp.library import Library, is_of_wheel
 from flashmoe.engines.llamacpp.loader import LoadedModel
-from flashmoe.engines.llamacpp.rewriting import GraphRewriter
+from flashmoe.engines.llamacpp.rewriting import GraphRewriter, Ranked
 from flashmoe.engines.llamacpp.sampler import Sampler
 from flashmoe.engines.llamacpp.spinning import Spinning, release_threads
 from flashmoe.engines.llamacpp.stack import BYTES_PER_CHARACTER, on_large_stack, raise_thread_stacks
 from flashmoe.errors import FlashMoEError, ModelError, UsageError
+from flashmoe.prefetch.base import Predictor
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.approximation import Approximation
 from flashmoe.routing.recorder import Recorder, RoutingObserver
@@ -116,13 +119,30 @@ class LlamaEngine:
 
     def record_rankings(self, recorder: Recorder) -> None:
         """Let `recorder` have the best 2k experts of every decoded token too; after `attach`. Raises UsageError."""
+        self._tell_rankings(recorder.add_ranking)
+
+    def _tell_rankings(self, told: Ranked) -> None:
+        catalog = self._model.catalog
         if self._hook.rewriter is None:  # one that rewrites nothing
-            catalog = self._model.catalog
             layers, experts = len(catalog.layers), catalog.n_experts
             self.approximate(Rewriter(Approximation(""), layers, experts, catalog.top_k))
         assert self._hook.rewriter is not None
-        layer_of = {place: layer for layer, place in enumerate(self._model.catalog.places)}
-        self._hook.rewriter.record_rankings(recorder.add_ranking, layer_of, 2 * recorder.top_k)
+        layer_of = {place: layer for layer, place in enumerate(catalog.places)}
+        self._hook.rewriter.record_rankings(told, layer_of, 2 * catalog.top_k)
+
+    def inform(self, followers: Sequence[EvictionPolicy | Predictor]) -> None:
+        if table := table_of(self._model.catalog.gguf):
+            embeddings = TokenEmbeddings(self._lib, table)
+            for follower in followers:
+                follower.use_embeddings(embeddings)
+
+        def told(layer: int, ids: NDArray[np.int32], scores: NDArray[np.float32], *_: Any) -> None:
+            if len(ids) == 1:
+                for follower in followers:
+                    follower.rank(layer, ids[0], scores[0])
+
+        with suppress(UsageError):  # a form of routing whose scores are not known: the picks have to do
+            self._tell_rankings(told)
 
     def override_routing(self, override: Callable[[int, NDArray[np.int32]], None]) -> None:
         """Let `override` overwrite the ids, (layer, int32 [tokens, top_k]), before they are made resident."""

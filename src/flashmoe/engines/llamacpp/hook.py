@@ -216,7 +216,7 @@ class RouterHook:
             control.pool, control.arrays, control.request = compiled.pool, compiled.arrays, compiled.function
             if cache.phase == "decode":
                 control.recent = cache.recent.ids.ctypes.data
-                if step.prefetcher is None and not control.log:
+                if step.prefetcher is None and not control.log and not cache.policy.needs_ranking:
                     most = min(self._parallel, cache.served_together(top_k), MOST_QUIET)
                     known = [n for n in range(1, most + 1) if self._inspection.knows(n)]
                     control.quiet = sum(1 << n for n in known)

@@ -56,7 +56,7 @@ class GraphRewriter:
         self._calls = np.zeros(3, np.int64)  # and whether rankings are recorded
         self._pinned = Pinned(_PINNED, (rewriter.state, slot_of, self._calls))
         self.state = self._pinned.address
-        self._told: Ranked = lambda *_: None
+        self._told: list[Ranked] = []
         self._layer_of: Mapping[int, int] = {}
         self._n = 0
         self.function = address_of(_rewrite, _SIGNATURE)
@@ -67,13 +67,16 @@ class GraphRewriter:
 
     def record_rankings(self, told: Ranked, layer_of: Mapping[int, int], n: int) -> None:
         """Let `told` be called for every choice, with the layer and what `ranking` gives. layer_of: of every block."""
-        self._told, self._layer_of, self._n = told, layer_of, n
+        self._told.append(told)
+        self._layer_of, self._n = layer_of, n
         self._calls[2] = 1
 
     def tell_ranking(self, node: int) -> None:
         """Experts of a layer are about to be chosen, and what the router says of them is to be told."""
         block = int(Tensor.from_address(node).name.rpartition(b"-")[2])
-        self._told(self._layer_of[block], *ranking(node, self._n))
+        found = ranking(node, self._n)
+        for told in self._told:
+            told(self._layer_of[block], *found)
 
 
 def ranking(node: int, n: int) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.float32]]:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from flashmoe.cache.expert_cache import ExpertCache
+from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.pool import SlotPool
 from flashmoe.common.signals import run_apart
 from flashmoe.engines.base import SamplingParams
@@ -26,6 +27,7 @@ from flashmoe.engines.transformers.slots import HostSlots, InRam, Residents
 from flashmoe.engines.transformers.tiers import Tiers
 from flashmoe.engines.transformers.tokens import open_tokenizer, token_bytes
 from flashmoe.errors import FlashMoEError, ModelError, UsageError
+from flashmoe.prefetch.base import Predictor
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import Recorder, RoutingObserver
 from flashmoe.routing.rewrite import Rewriter
@@ -114,6 +116,18 @@ class TransformersEngine:
         routers = find_routers(self.model, self._experts)
         if routers:
             prefetcher.use_routers(routers)
+
+    def inform(self, followers: Sequence[EvictionPolicy | Predictor]) -> None:
+        """See Engine; what routers say is not told here."""
+        table = self.model.get_input_embeddings()
+
+        def embed(tokens: Sequence[int]) -> NDArray[np.float32]:
+            with torch.no_grad():
+                found: torch.Tensor = table.weight[torch.tensor(tokens, device=table.weight.device)]
+            return found.to("cpu", torch.float32).numpy()
+
+        for follower in followers:
+            follower.use_embeddings(embed)
 
     def override_routing(self, override: Callable[[int, NDArray[np.int32]], None]) -> None:
         self._routing.step.override = override
