@@ -122,14 +122,14 @@ class Inspection:
         self._look_at_tables(node, sources)
         if self._absent and not self._absent.isdisjoint(map(_root, sources)):
             raise self._refusal(node, "uses a block that predicts further tokens for the present one")
+        if self._kind[0] == 1:
+            product = self._tensors.get(node.src[0]) if node.src[0] else None
+            self._forms.look(address, self._lib.ggml_op_desc(address), product)
         if node.view_src in sources:  # computes nothing
             return
         if 0 in node.ne[:]:  # the last layer of a micro-batch without outputs
             self._complete = self._complete and not any(_root(s) in self._tensors for s in sources)
             return
-        if self._kind[0] == 1:
-            product = self._tensors.get(node.src[0]) if node.src[0] else None
-            self._forms.look(address, self._lib.ggml_op_desc(address), product)
         tensors = {i for i, source in enumerate(node.src) if source and _root(source) in self._tensors}
         ids = {i for i, source in enumerate(node.src) if source and _root(source) in self._renamed}
         if not tensors and not ids:

@@ -47,7 +47,7 @@ class Forms:
         self._between: dict[int, int] = {}  # address of an activation -> its layer
         self._layer_of: dict[int, int] = {}  # of every product
         self._others: set[int] = set()  # layers that do anything else
-        self._ids: dict[int, int] = {}
+        self._ids: dict[int, int] = {}  # address of what holds each layer's
         #: The numbers of the two operations.
         self.product = self.activation = -1
 
