@@ -127,6 +127,20 @@ def test_hit_reads_nothing(tiny: Tiny) -> None:
             assert c.ensure(0, [2, 0, 1]) == [first[2], first[0], first[1]]
 
 
+def test_reads_that_are_left_under_way(tiny: Tiny) -> None:
+    with checked(tiny("gpt-oss"), 12) as c:
+        c.ensure(0, [1, 2])
+        wanted = [1, 3, 2, 5]
+        slots = c.cache.ensure(0, np.array(wanted, np.int32), leave_all=True).tolist()
+        assert c.cache.late == {3, 5}
+        c.cache.finish(leave_last=True)
+        assert not c.cache.late
+        assert c.cache.pending
+        c.cache.finish()
+        assert not c.cache.pending
+        c.check(0, wanted, slots)
+
+
 def test_slots_are_numbered_within_their_group(tiny: Tiny) -> None:
     with checked(tiny("olmoe"), [4, 6, 8, 10]) as c:
         for layer, n in enumerate([4, 6, 8, 10]):

@@ -14,6 +14,7 @@ import pytest
 
 import flashmoe
 from flashmoe.cache.sizing import group_top_k
+from flashmoe.engines.llamacpp import overlap
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.runtime.layout import PLAIN, REPACKED
 from flashmoe.storage import catalog
@@ -53,9 +54,11 @@ def llama(lib: Library, tiny: Tiny) -> Iterator[Reference]:
 
 @contextmanager
 def streaming_tables_from(nbytes: int) -> Iterator[None]:
-    """Token embeddings of this size on are not kept in memory, where the model allows it."""
+    """Token embeddings of this size on are not kept in memory, where the model allows it; and experts are multiplied
+    while others are read, however small they are."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(catalog, "_WORTH_STREAMING", nbytes)
+        patch.setattr(overlap, "WORTH", 0)
         yield
 
 

@@ -226,25 +226,27 @@ class ExpertCache:
         ids: Int32,
         *,
         leave_last: bool = False,
+        leave_all: bool = False,
         meanwhile: Callable[[], None] | None = None,
         each: Each | None = None,
         requested: int = -1,
     ) -> Int32:
         """Make the experts `ids` (int32 [n] or [tokens, top_k], may repeat) of a layer resident and complete.
 
-        With `leave_last` the last weight (down) may still be under way: call `finish` before it is used. `meanwhile` is
-        called once the reads are queued, before they are waited for. `each` is called with every expert and its slot
-        as soon as its bytes are in, the residents first: what it does happens while the others are read.
+        With `leave_last` the last weight (down) may still be under way: call `finish` before it is used. With
+        `leave_all` all weights of the experts in `late` may, except in a step that passes through the window.
+        `meanwhile` is called once the reads are queued, before they are waited for. `each` is called with every expert
+        and its slot as soon as its bytes are in, the residents first: what it does happens while the others are read.
         `requested`: what the `compiled_request` for these ids has returned, where it was made.
         Returns their slots, int32 [n], numbered in the layer's size group; valid until the next call. Raises ReadError
         (the failed experts are then absent and the cache is consistent) and BudgetError (they cannot fit at once).
         """
         with self._lock:
             if self.observer is None:
-                return self._ensure(layer, ids, leave_last, meanwhile, each, requested)
+                return self._ensure(layer, ids, leave_last, leave_all, meanwhile, each, requested)
             self.observer.enter(layer)
             try:
-                return self._ensure(layer, ids, leave_last, meanwhile, each, requested)
+                return self._ensure(layer, ids, leave_last, leave_all, meanwhile, each, requested)
             finally:
                 self.observer.leave()
 
@@ -253,6 +255,7 @@ class ExpertCache:
         layer: int,
         ids: Int32,
         leave_last: bool,
+        leave_all: bool,
         meanwhile: Callable[[], None] | None,
         each: Each | None,
         requested: int,
@@ -282,7 +285,7 @@ class ExpertCache:
         self.stats[self.phase].hits += done >> 32
         settle = partial(self._settle, layer, ids, meanwhile)
         if misses:
-            self._fill(layer, ids, slots, misses, leave_last, settle, each)
+            self._fill(layer, ids, slots, misses, leave_last, leave_all, settle, each)
         else:
             settle()
             if each:
@@ -357,16 +360,24 @@ class ExpertCache:
         """Whether `ensure` has left reads under way."""
         return self._filling.pending is not None
 
-    def finish(self) -> None:
-        """Wait for what `ensure` has left under way. Raises ReadError; the experts are then absent."""
+    @property
+    def late(self) -> frozenset[int]:
+        """Experts that `ensure` was allowed to leave under way with all weights (`leave_all`), and has."""
+        return self._filling.late
+
+    def finish(self, *, leave_last: bool = False) -> None:
+        """Wait for what `ensure` has left under way, or for all but the last weight.
+
+        Raises ReadError; the experts are then absent.
+        """
         with self._lock:
             layer, stats = self._filling.pending, self.stats[self.phase]
             if self.observer is None or layer is None:
-                self._filling.finish(stats)
+                self._filling.finish(stats, leave_last=leave_last)
                 return
             self.observer.enter(layer)
             try:
-                self._filling.finish(stats)
+                self._filling.finish(stats, leave_last=leave_last)
             finally:
                 self.observer.leave()
 
@@ -377,6 +388,7 @@ class ExpertCache:
         slots: Int32,
         misses: int,
         leave_last: bool,
+        leave_all: bool,
         meanwhile: Callable[[], None] | None,
         each: Each | None,
     ) -> None:
@@ -391,7 +403,7 @@ class ExpertCache:
             else:
                 demand.absent += missed
             if each is None:
-                self._filling.read(demand, stats, leave_last, meanwhile)
+                self._filling.read(demand, stats, leave_last, meanwhile, leave_all)
             else:
                 self._filling.read_each(demand, stats, _pairs(ids, slots), each, meanwhile)
 

@@ -27,6 +27,7 @@ class Demand:
     absent: list[tuple[int, int]] = field(default_factory=list)  # (expert, slot), to be read
     staged: list[tuple[int, Staged]] = field(default_factory=list)  # prefetched, perhaps not to the end
     tickets: list[Ticket] = field(default_factory=list)  # of the absent
+    late: frozenset[int] = frozenset()  # experts whose bytes were not in when their reads were left under way
 
     @property
     def placed(self) -> list[tuple[int, int]]:
@@ -43,12 +44,18 @@ class Filling:
         #: The first slot of each layer's size group.
         self.first_slots = [int(residency.group_start[group]) for group in residency.group]
         self._bytes = [sum(w.weight.nbytes for w in windows) for windows in pool.windows]
-        self._under_way: tuple[Demand, list[Ticket]] | None = None
+        # with tickets that are still to be waited for: of all tensors but the last, and of that
+        self._under_way: tuple[Demand, list[Ticket], list[Ticket]] | None = None
 
     @property
     def pending(self) -> int | None:
         """The layer of which reads have been left under way."""
         return self._under_way[0].layer if self._under_way else None
+
+    @property
+    def late(self) -> frozenset[int]:
+        """Its experts of which more than the last tensor may have been left under way."""
+        return self._under_way[0].late if self._under_way else frozenset()
 
     @contextmanager
     def releasing(self, demand: Demand) -> Iterator[None]:
@@ -66,11 +73,17 @@ class Filling:
             raise
 
     def read(
-        self, demand: Demand, stats: CacheStats, leave_last: bool, meanwhile: Callable[[], None] | None
+        self,
+        demand: Demand,
+        stats: CacheStats,
+        leave_last: bool,
+        meanwhile: Callable[[], None] | None,
+        leave_all: bool = False,
     ) -> None:
         """Read tensor by tensor over all experts: what is needed first comes first.
 
-        `leave_last`: the last tensor is left under way, for `finish`; `meanwhile` is called before any wait.
+        `leave_last`: the last tensor is left under way, for `finish`, and with `leave_all` every one; `meanwhile` is
+        called before any wait.
         """
         layer, first = demand.layer, self.first_slots[demand.layer]
         incomplete = [entry for _, entry in demand.staged if not entry.complete]
@@ -89,13 +102,17 @@ class Filling:
             self._pool.fill_tables(layer, expert, slot - first)
         if meanwhile:
             meanwhile()
-        began = time.perf_counter()
-        for ticket in now if leave_last else now + later:
-            self._reader.wait(ticket)
-        stats.stall_seconds += time.perf_counter() - began
+        if leave_all:
+            late = [expert for expert, entry in demand.staged if not entry.complete]
+            demand.late = frozenset(late + [expert for expert, _ in demand.absent])
+        else:
+            began = time.perf_counter()
+            for ticket in now if leave_last else now + later:
+                self._reader.wait(ticket)
+            stats.stall_seconds += time.perf_counter() - began
         self._count(demand, stats, len(incomplete))
-        if leave_last:
-            self._under_way = demand, later
+        if leave_last or leave_all:
+            self._under_way = demand, now if leave_all else [], later
 
     def read_each(
         self,
@@ -142,14 +159,17 @@ class Filling:
         stats.misses += absent
         stats.bytes += absent * nbytes
 
-    def finish(self, stats: CacheStats) -> None:
-        """Wait for what `read` has left under way."""
+    def finish(self, stats: CacheStats, *, leave_last: bool = False) -> None:
+        """Wait for what `read` has left under way; for all but the last tensor with `leave_last`."""
         if not self._under_way:
             return
-        demand, tickets = self._under_way
+        demand, now, later = self._under_way
         self._under_way = None
         began = time.perf_counter()
         with self.releasing(demand):
-            for ticket in tickets:
+            for ticket in now if leave_last else now + later:
                 self._reader.wait(ticket)
         stats.stall_seconds += time.perf_counter() - began
+        if leave_last:
+            demand.late = frozenset()
+            self._under_way = demand, [], later

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
-from llvmlite import ir
-from numba import carray, types
-from numba.extending import intrinsic
+from numba import carray
 from numpy.typing import NDArray
 
 from flashmoe.common.compiled import float32_at, int16_at, int32_at, layout, pinned, uint16_at
+from flashmoe.common.halves import float32_of
 from flashmoe.common.kept import kept
 
 _FORGET = 0.99  # of what was learned of a layer, per token
@@ -39,30 +38,6 @@ class GateCalls(NamedTuple):
     number: NDArray[np.int64]
     #: [L or 0, 5] addresses of matrix, norm, bias, choice_bias or 0; the matrix's type
     routers: NDArray[np.int64]
-
-
-@intrinsic
-def _float32(_typing: Any, number: Any) -> Any:
-    """A float32 as it is; a uint16 as the bits of a bfloat16, an int16 as those of a float16 (finite ones)."""
-
-    def as_it_is(_context: Any, _builder: Any, _signature: Any, args: Any) -> Any:
-        return args[0]
-
-    def from_bfloat16(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        bits = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.IntType(32)(16))
-        return builder.bitcast(bits, ir.FloatType())
-
-    def from_float16(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        # in integers: not every processor converts them. The exponents' offsets differ by 112
-        number = ir.IntType(32)
-        bits = builder.sext(args[0], number)
-        sign = builder.and_(bits, number(0x80000000))
-        magnitude = builder.shl(builder.and_(bits, number(0x7FFF)), number(13))
-        value = builder.bitcast(builder.or_(sign, magnitude), ir.FloatType())
-        return builder.fmul(value, ir.FloatType()(2.0**112))
-
-    made = {types.float32: as_it_is, types.uint16: from_bfloat16, types.int16: from_float16}
-    return types.float32(number), made[number]
 
 
 @kept(fastmath=True, nogil=True)
@@ -103,17 +78,17 @@ def products(
         three, four = weights[experts[done + 2]], weights[experts[done + 3]]
         a = b = c = d = np.float32(0)
         for i in range(n):
-            a += _float32(one[i]) * scaled[i]  # type: ignore[call-arg]
-            b += _float32(two[i]) * scaled[i]  # type: ignore[call-arg]
-            c += _float32(three[i]) * scaled[i]  # type: ignore[call-arg]
-            d += _float32(four[i]) * scaled[i]  # type: ignore[call-arg]
+            a += float32_of(one[i]) * scaled[i]
+            b += float32_of(two[i]) * scaled[i]
+            c += float32_of(three[i]) * scaled[i]
+            d += float32_of(four[i]) * scaled[i]
         out[done], out[done + 1], out[done + 2], out[done + 3] = a, b, c, d
         done += 4
     while done < found:
         one = weights[experts[done]]
         a = np.float32(0)
         for i in range(n):
-            a += _float32(one[i]) * scaled[i]  # type: ignore[call-arg]
+            a += float32_of(one[i]) * scaled[i]
         out[done] = a
         done += 1
     return absent, found

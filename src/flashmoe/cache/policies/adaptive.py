@@ -123,11 +123,11 @@ def score_plus(st, res, layer, ids, n):
         return
     hidden = np.empty(st.learned.b1.shape[1], np.float32)
     x = np.empty(st.learned.v1.shape[1], np.float32)
-    y = np.empty(st.learned.v1.shape[2], np.float32)
+    y, z = np.empty(st.learned.v1.shape[2], np.float32), np.empty(st.learned.mean.shape[0], np.float32)
     plus.read_context(st.learned, layer, hidden)
     for e in range(st.score.shape[2]):
         if res.slot_of[layer, e] >= 0 or st.shadow[PLUS, layer, e] == 1 or res.seen[e] == res.step[0]:
-            st.score[PLUS, layer, e] = plus.rate(st.learned, layer, e, hidden, x, y, now)
+            st.score[PLUS, layer, e] = plus.rate(st.learned, layer, e, hidden, x, y, z, now)
 
 
 @lean

@@ -29,11 +29,13 @@ from flashmoe.cache.kernels.slots import allocating, lean, loose
 from flashmoe.cache.policies.learned import LearnedPolicy, PolicyFile
 from flashmoe.cache.residency import GLOBAL
 from flashmoe.cache.saved import Limits
+from flashmoe.common.halves import float32_of
 from flashmoe.errors import PolicyError
 
 FEATURES = ["log_average[0:D]", "recency", "context[0:K]"]
 CHANNELS = "now, averages[channel_decays]"
 NEVER = -100_000
+_LARGEST = float(np.finfo(np.float16).max)
 
 
 class FlashmoePlusState(NamedTuple):
@@ -50,9 +52,9 @@ class FlashmoePlusState(NamedTuple):
     channel: NDArray[np.int32]  # [C - 1] which decays the channels after the first use
     top_k: NDArray[np.int32]  # [1] experts per token
     embed: NDArray[np.float32]  # [L, E, R]
-    w1: NDArray[np.float32]  # [L, C * R, H]
+    w1: NDArray[np.int16]  # [L, C * R, H] bits of float16, as in the file: half as much to read from memory
     b1: NDArray[np.float32]  # [L, H]
-    w2: NDArray[np.float32]  # [L, E, K, H]
+    w2: NDArray[np.int16]  # [L, E, K, H] likewise
     b2: NDArray[np.float32]  # [L, E, K]
     v1: NDArray[np.float32]  # [L, I, M]
     c1: NDArray[np.float32]  # [L, M]
@@ -103,8 +105,8 @@ def follow(st, layer, n):
 
 
 @loose
-def rate(st, layer, e, hidden, x, y, now):
-    """Score of one expert; x float32 [I], y float32 [M] are scratch."""
+def rate(st, layer, e, hidden, x, y, z, now):
+    """Score of one expert; x float32 [I], y float32 [M], z float32 [J] are scratch."""
     n_scales, n_context, width = st.decay.shape[0], st.b2.shape[2], hidden.shape[0]
     for d in range(n_scales):
         x[d] = math.log(st.average[layer, e, d] + np.float32(1e-3)) * np.float32(0.3) + np.float32(1.0)
@@ -112,23 +114,25 @@ def rate(st, layer, e, hidden, x, y, now):
     for k in range(n_context):
         total = np.float32(0.0)
         for h in range(width):
-            total += st.w2[layer, e, k, h] * hidden[h]
+            total += float32_of(st.w2[layer, e, k, h]) * hidden[h]
         x[n_scales + 1 + k] = total + st.b2[layer, e, k]
     for m in range(y.shape[0]):
         y[m] = st.c1[layer, m]
     for i in range(x.shape[0]):
         for m in range(y.shape[0]):
             y[m] += x[i] * st.v1[layer, i, m]
-    score = np.float32(0.0)
+    for j in range(z.shape[0]):
+        z[j] = st.c2[layer, j]
     for m in range(y.shape[0]):
-        y[m] = max(y[m], np.float32(0.0))
-    for j in range(st.mean.shape[0]):
-        logit = st.c2[layer, j]
-        for m in range(y.shape[0]):
-            logit += y[m] * st.v2[layer, m, j]
-        for i in range(x.shape[0]):
-            logit += x[i] * st.v0[layer, i, j]
-        score += st.mean[j] / (np.float32(1.0) + math.exp(-logit))
+        unit = max(y[m], np.float32(0.0))
+        for j in range(z.shape[0]):
+            z[j] += unit * st.v2[layer, m, j]
+    for i in range(x.shape[0]):
+        for j in range(z.shape[0]):
+            z[j] += x[i] * st.v0[layer, i, j]
+    score = np.float32(0.0)
+    for j in range(z.shape[0]):
+        score += st.mean[j] / (np.float32(1.0) + math.exp(-z[j]))
     return score
 
 
@@ -138,10 +142,23 @@ def read_context(st, layer, hidden):
     n_channels, width = st.context.shape
     for h in range(hidden.shape[0]):
         hidden[h] = st.b1[layer, h]
-    for i in range(n_channels * width):
-        a = st.context[i // width, i % width]
-        for h in range(hidden.shape[0]):
-            hidden[h] += a * st.w1[layer, i, h]
+    for c in range(n_channels):
+        seen, rows = st.context[c], st.w1[layer, c * width : (c + 1) * width]
+        r = 0
+        while r + 4 <= width:  # four rows at a time: sums are loaded and stored less often
+            one, two, three, four = rows[r], rows[r + 1], rows[r + 2], rows[r + 3]
+            for h in range(hidden.shape[0]):
+                hidden[h] += (
+                    seen[r] * float32_of(one[h])
+                    + seen[r + 1] * float32_of(two[h])
+                    + seen[r + 2] * float32_of(three[h])
+                    + seen[r + 3] * float32_of(four[h])
+                )
+            r += 4
+        while r < width:
+            for h in range(hidden.shape[0]):
+                hidden[h] += seen[r] * float32_of(rows[r, h])
+            r += 1
     for h in range(hidden.shape[0]):
         hidden[h] = max(hidden[h], np.float32(0.0))
 
@@ -151,15 +168,15 @@ def infer(st, res, layer, now):
     """Score what can be a victim before the layer's next access: residents, and what was just requested."""
     hidden = np.empty(st.b1.shape[1], np.float32)
     x = np.empty(st.v1.shape[1], np.float32)
-    y = np.empty(st.v1.shape[2], np.float32)
+    y, z = np.empty(st.v1.shape[2], np.float32), np.empty(st.mean.shape[0], np.float32)
     read_context(st, layer, hidden)
     for i in range(res.used[layer]):
         e = res.members[layer, i]
-        st.score[layer, e] = rate(st, layer, e, hidden, x, y, now)
+        st.score[layer, e] = rate(st, layer, e, hidden, x, y, z, now)
     for i in range(st.current[layer, st.current.shape[1] - 1]):
         e = st.current[layer, i]
         if res.slot_of[layer, e] < 0:
-            st.score[layer, e] = rate(st, layer, e, hidden, x, y, now)
+            st.score[layer, e] = rate(st, layer, e, hidden, x, y, z, now)
     st.scored[layer] = now
 
 
@@ -218,6 +235,10 @@ class FlashmoePlus(LearnedPolicy):
             "v1": (i, m), "c1": (m,), "v2": (m, j), "v0": (i, j), "c2": (j,),
         }  # fmt: skip
         self.weights = {name: self.trained.array(name, n_layers, *shape) for name, shape in shapes.items()}
+        for name in ("w1", "w2"):
+            self.weights[name] = (
+                self.weights[name].clip(-_LARGEST, _LARGEST).astype(np.float16).view(np.int16)
+            )
         self.fixed = frozenset({*self.weights, "decay", "channel", "top_k", "mean"})
 
     def make_state(self, n_layers: int, n_experts: int) -> FlashmoePlusState:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe.cache.policies.base import EvictionPolicy
@@ -42,7 +41,7 @@ class LearnedPolicy(EvictionPolicy):
     """A policy made from a trained file."""
 
     needs_file = True
-    weights: dict[str, NDArray[np.float32]]
+    weights: dict[str, NDArray[Any]]
 
     def __init__(self, file: str | Path | None = None, trained: PolicyFile | None = None) -> None:
         super().__init__()

@@ -23,6 +23,7 @@ from numba.extending import intrinsic
 from flashmoe.common.compiled import bytes_at, call4, call5, int16_at, int32_at, int64_at
 from flashmoe.common.kept import kept, kept_callback
 from flashmoe.engines.llamacpp.abi import Tensor
+from flashmoe.engines.llamacpp.overlap import is_last, take
 from flashmoe.engines.llamacpp.routing_log import note
 from flashmoe.engines.llamacpp.spans import show
 
@@ -39,8 +40,8 @@ RETURNED, NOT_RETURNED = 0, 1
 MOST_QUIET = 62  # bits of Control.quiet
 #: Why Python is called: a node is ready; it is wanted to be looked at; a graph begins; it has ended; rows of a table
 #: are about to be gathered; a layer has been served and there is something to read ahead; routes cannot be
-#: rewritten; the router's ranking is to be recorded.
-READY, LOOK, BEGIN, END, GATHER, SERVED, REFUSED, RANKED = range(8)
+#: rewritten; the router's ranking is to be recorded; a layer's products are to be computed apart.
+READY, LOOK, BEGIN, END, GATHER, SERVED, REFUSED, RANKED, APART = range(9)
 TO_RANK = 1 << 32  # in what rewrites: the router's ranking is to be recorded
 CHOSEN, GATHERED = 0, 1  # where routes are rewritten: experts are chosen; their weights are gathered
 
@@ -104,16 +105,17 @@ class Control(C.Structure):
         ("look_in", C.c_int64),  # whether the next layer is to ask Python, come what may
         ("rewrite", C.c_int64),  # address of what rewrites routes (rewriting.py), 0 for exact ones
         ("rewriting", C.c_int64),  # and of its state
+        ("diverted", C.c_int64),  # what `Overlap.divert` has said of the layer's products, or 0
     ]
 
 
-_FIELDS = 54
+_FIELDS = 55
 _PYTHON, _INSPECT, _OUTCOME, _BUFFER, _CAPACITY, _BLOCK, _TOKENS, _TOP_K, _IDS, _WEIGHTS = range(10)
 _PENDING, _LATE, _LATE_LENGTH, _LOGITS, _HIDDEN, _BEGUN, _THREAD, _IGNORE, _INPUTS = range(10, 19)
 _REQUEST, _POOL, _ARRAYS, _SLOTS, _LAYERS, _FIRST_SLOTS, _DONE, _HITS = range(19, 27)
 _RECENT, _RECENT_AT, _RECENT_SIZE, _QUIET, _IS_QUIET, _GRAPHS, _GRAPH_TOKENS, _NANOSECONDS = range(27, 35)
 _BEGAN, _ENDED, _STOP, _SPANS, _WHOLE, _VALUES, _CHOSEN, _TRUE_IDS = 35, 37, *range(39, 45)
-_TURN, _GUESSES, _HELD, _AHEAD, _LOG, _TABLES, _LOOK_IN, _REWRITE, _REWRITING = range(45, 54)
+_TURN, _GUESSES, _HELD, _AHEAD, _LOG, _TABLES, _LOOK_IN, _REWRITE, _REWRITING, _DIVERTED = range(45, 55)
 _WEIGHTS_NAME, _IDS_NAME = np.frombuffer(ROUTER_WEIGHTS, np.uint8), np.frombuffer(ROUTER_IDS, np.uint8)
 _LOGITS_NAME, _TOKENS_NAME = np.frombuffer(ROUTER_LOGITS, np.uint8), np.frombuffer(INPUT_TOKENS, np.uint8)
 _VALUES_NAME = np.frombuffer(VALUE_IDS, np.uint8)
@@ -355,7 +357,11 @@ def on_node(node: Any, ask: Any, address: Any) -> Any:  # pragma: no cover - com
             return 1
         if _is_table(control, read(node + _SOURCE0)) and not ask_python(control, node, GATHER):
             return 1
+        if control[_DIVERTED] != 0 and block < 0:
+            return take(control[_DIVERTED], node)
         return block >= 0 or used or routed >= 0 or _is_late(control, node)
+    if control[_DIVERTED] != 0 and block < 0:
+        return is_last(control[_DIVERTED], node) and ask_python(control, node, APART)
     if routed >= 0:
         return _rewrite(control, node, routed, CHOSEN)
     if used:

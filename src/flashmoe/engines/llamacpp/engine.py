@@ -60,7 +60,7 @@ class LlamaEngine:
         assert model.pointer
         self._lib, self._model = lib, model
         self.kernels, self.kernels_hint = lib.kernels, kernels.hint(lib)
-        self._hook = RouterHook(model, n_ubatch)
+        self._hook = RouterHook(model, n_ubatch, threads)
         self._vocab = lib.llama_model_get_vocab(model.pointer)
         self.n_vocab = int(lib.llama_vocab_n_tokens(self._vocab))
         self._context = Context(
@@ -336,3 +336,4 @@ class LlamaEngine:
         """Free the context; the model is its loader's."""
         self._spinning.close()
         self._context.close()
+        self._hook.close()

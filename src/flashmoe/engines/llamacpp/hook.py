@@ -24,6 +24,7 @@ from flashmoe.common.memory import major_faults
 from flashmoe.engines.layer_step import LayerStep
 from flashmoe.engines.llamacpp.abi import Tensor
 from flashmoe.engines.llamacpp.callback import (
+    APART,
     BEGIN,
     END,
     GATHER,
@@ -41,6 +42,7 @@ from flashmoe.engines.llamacpp.callback import (
 from flashmoe.engines.llamacpp.counts import Counts, Evaluated
 from flashmoe.engines.llamacpp.inspection import Inspection
 from flashmoe.engines.llamacpp.loader import LoadedModel
+from flashmoe.engines.llamacpp.overlap import Overlap
 from flashmoe.engines.llamacpp.rewriting import GraphRewriter
 from flashmoe.engines.llamacpp.routers import read_router
 from flashmoe.engines.llamacpp.routing_log import TOKENS, RoutingLog
@@ -63,10 +65,12 @@ class RouterHook:
     An exception inside (a failed read, Ctrl-C) ends the evaluation; it is kept in `error` for the caller to raise.
     """
 
-    def __init__(self, model: LoadedModel, n_ubatch: int) -> None:
+    def __init__(self, model: LoadedModel, n_ubatch: int, threads: int) -> None:
+        """threads: that compute."""
         self._layer_at = {place: i for i, place in enumerate(model.catalog.places)}
         self._model = model
         self._inspection = Inspection(model)
+        self._overlap = Overlap(model.lib, threads)
         self._step = LayerStep(model.catalog.top_k)
         self._late = C.create_string_buffer(256)
         self._n_ids = n_ubatch * model.catalog.top_k
@@ -191,7 +195,7 @@ class RouterHook:
         control.inspect, control.whole = int(inspect), int(self._inspection.whole)
         control.request = control.recent = control.quiet = control.turn = control.log = 0
         control.begun = 1
-        control.rewrite = 0
+        control.rewrite = control.diverted = 0
         if cache is None:
             return
         if self.rewriter is not None and cache.phase == "decode" and step.override is None:
@@ -220,7 +224,10 @@ class RouterHook:
                         control.quiet = 0
 
     def _use_what_is_known(self) -> None:
-        """Use what the graphs that were inspected have shown: routers, the input of every layer's last product."""
+        """Use what the graphs that were inspected have shown: routers, the input of every layer's last product, and
+        which layers multiply in a way that can be done apart."""
+        if forms := self._inspection.take_forms():
+            self._overlap.learn(forms)
         prefetcher = self._step.prefetcher
         if prefetcher is not None and not self._routers:
             routers = [router for _, router in sorted(self._met.items()) if router]
@@ -255,7 +262,9 @@ class RouterHook:
 
     def _settle(self) -> None:
         """An evaluation has ended. No read may be under way then; only one that failed leaves any."""
-        self._control.pending = self._control.chosen = 0
+        if self._control.diverted:
+            self._overlap.restore()
+        self._control.pending = self._control.chosen = self._control.diverted = 0
         self._inspection.restore()
         if not self._step.cache:
             return
@@ -300,6 +309,8 @@ class RouterHook:
                     self.rewriter.tell_ranking(address)
                 elif why == SERVED:
                     self._step.read_ahead(self._layer_at[control.block])
+                elif why == APART:
+                    self._multiply_apart(control)
                 elif control.block >= 0:
                     self._rename(control, address)
                 else:
@@ -386,15 +397,24 @@ class RouterHook:
             )
         if step.predicts and control.inspect and tokens == 1 and control.logits:
             self._met[layer] = read_router(self._model.lib, node, control.logits, control.ids)
+        leave_last = control.late_length > 0 and not values
+        apart = tokens == 1 and not control.inspect and layer in self._overlap.layers
+        wanted = ids.tolist() if apart else []
         ensure = partial(
             cache.ensure,
             layer,
             ids if tokens == 1 else picked,
-            leave_last=control.late_length > 0 and not values,
+            leave_last=leave_last,
+            leave_all=apart,
             requested=control.done,
         )
         ids[:] = step.serve(layer, picked, lambda meanwhile: ensure(meanwhile=meanwhile), self._router_input)
         control.done = -1
+        late = cache.late
+        if 0 < len(late) < top_k:
+            control.diverted = self._overlap.divert(control.ids, [expert in late for expert in wanted])
+        elif apart:
+            cache.finish(leave_last=leave_last)
         control.pending = cache.pending
 
     def _router_input(self) -> NDArray[np.float32] | None:
@@ -405,6 +425,15 @@ class RouterHook:
         if address not in self._hidden:
             self._hidden[address] = _floats(address, 1, len(self._routers[0].norm))[0]
         return self._hidden[address]
+
+    def _multiply_apart(self, control: Control) -> None:
+        assert self._step.cache is not None
+        self._overlap.compute(self._step.cache.finish)
+        control.pending = control.diverted = 0
+
+    def close(self) -> None:
+        """Free what products apart take; no graph is evaluated any more."""
+        self._overlap.close()
 
     def _finish(self, control: Control) -> None:
         assert self._step.cache is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from flashmoe.engines.llamacpp.abi import CONSTANTS, Tensor
 from flashmoe.engines.llamacpp.loader import LoadedModel
+from flashmoe.engines.llamacpp.overlap import Forms
 from flashmoe.errors import ModelError
 
 INDICES = CONSTANTS["GGML_TYPE_I32"]
@@ -30,6 +31,8 @@ class Inspection:
         self._renamed: dict[int, int] = {}  # address of what holds ids that were renamed -> their layer
         self._refused: list[tuple[Tensor, int]] = []  # and their operations
         self._late_inputs: set[bytes] = set()
+        self._forms = Forms(model.catalog)  # of the graph under way
+        self._shown: Forms | None = None  # of the last one of one token that was inspected
         self._seen: set[tuple[int, bool]] = set()  # (tokens, for embeddings) of graphs that were inspected
         self._kind = 0, False
         self._complete = True  # all of the last graph that was to be inspected
@@ -59,14 +62,23 @@ class Inspection:
         self._complete = True
         self._renamed = {}
         self._late_inputs.clear()
+        if tokens == 1:
+            self._forms = Forms(self._model.catalog)
         return True
 
     def end(self) -> None:
         """The graph was evaluated to its end."""
         if self._complete:
+            if self._kind not in self._seen and self._kind[0] == 1:
+                self._shown = self._forms
             self._seen.add(self._kind)
         self._begun.add(self._kind)
         self._moving = self._moving is not False
+
+    def take_forms(self) -> Forms | None:
+        """How the layers of a graph of one token multiply; None where that was taken before, or is not known."""
+        taken, self._shown = self._shown, None
+        return taken
 
     def take_late_inputs(self) -> list[bytes]:
         """The prefixes of the names that inputs of a layer's last product have, as the last graph has shown them.
@@ -87,6 +99,7 @@ class Inspection:
         if layer in self._renamed.values():  # the products of one choice might follow the other
             self._keep_whole(Tensor.from_address(ids))
         self._renamed[root] = layer
+        self._forms.rename(ids, layer)
 
     def look(self, address: int) -> None:
         """Raise ModelError where a node uses tensors of ours in a way that is not provided for."""
@@ -109,6 +122,9 @@ class Inspection:
         self._look_at_tables(node, sources)
         if self._absent and not self._absent.isdisjoint(map(_root, sources)):
             raise self._refusal(node, "uses a block that predicts further tokens for the present one")
+        if self._kind[0] == 1:
+            product = self._tensors.get(node.src[0]) if node.src[0] else None
+            self._forms.look(address, self._lib.ggml_op_desc(address), product)
         if node.view_src in sources:  # computes nothing
             return
         if 0 in node.ne[:]:  # the last layer of a micro-batch without outputs
