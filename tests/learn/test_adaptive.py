@@ -34,14 +34,33 @@ def test_never_far_below_its_best_member(share: float) -> None:
     check_residency(adaptive.residency)
 
 
-@pytest.mark.parametrize("name", ["olmoe-1b-7b-decode.npz", "glm-4.5-air-decode.npz"])
+@pytest.mark.parametrize("name", ["olmoe-1b-7b-decode.npz", "glm-4.5-air-decode.npz", VALIDATION])
 @pytest.mark.parametrize("share", [0.125, 0.25, 0.5])
 def test_the_default_is_safe_from_the_first_token_on(name: str, share: float) -> None:
-    """Texts of some hundred tokens, in which nothing can be learnt: at most 0.3 points below the moving average."""
+    """Texts of 60 to 300 tokens, in which little can be learnt: at most 0.3 points below the moving average."""
     trace = real(name)
     slots = round(share * trace.n_layers * trace.num_experts)
-    default, average = (replay(trace, create(n), slots).hit_rate for n in (default_policy(""), "lfu-aged"))
-    assert default > average - 0.003
+    for tokens, most in ((60, 20), (300, 10)):
+        tokens = min(tokens, trace.n_tokens)
+        for start in range(0, trace.n_tokens - tokens + 1, tokens)[:most]:
+            piece = trace.rows(np.arange(start, start + tokens))
+            default, average = (
+                replay(piece, create(n), slots).hit_rate for n in (default_policy(""), "lfu-aged")
+            )
+            assert default > average - 0.003
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5])
+def test_a_bad_member_costs_no_more_at_the_start(share: float) -> None:
+    """Nor does a trained policy that knows nothing, which is the first to choose."""
+    trace = real(VALIDATION).rows(np.arange(200))
+    slots = round(share * 26 * 64)
+    bad = untrained("flashmoe+", 26, 64, 6, r=8, h=16)
+    policies = (create("lfu-aged"), Adaptive(trained=bad), FlashmoePlus(trained=bad))
+    average, adaptive, alone = (replay(trace, p, slots).hits.sum(axis=1).cumsum() for p in policies)
+    bound = 0.003 * 26 * 6 * np.arange(1, 201) + 1
+    assert (average - adaptive <= bound).all()
+    assert (average - alone > bound).any()
 
 
 def test_follows_what_the_text_favours() -> None:

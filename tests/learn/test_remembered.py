@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 import flashmoe
 from flashmoe.cache import remembered as module
 from flashmoe.cache.policies import create
+from flashmoe.cache.policies.adaptive import Adaptive
 from flashmoe.cache.policies.default import create_for, default_for
 from flashmoe.cache.remembered import Remembered
 from flashmoe.engines.base import SamplingParams
@@ -148,8 +149,10 @@ def test_learns_without_torch_and_is_used_if_better(monkeypatch: pytest.MonkeyPa
     assert verdict.better == remembered.policy.exists()
     monkeypatch.setattr("flashmoe.learn.remembered.LEAD", -1.0)
     assert learn(remembered, sizes=small).better
-    assert default_for(IDENTITY) == f"flashmoe+:{remembered.policy}"
-    assert create_for("default", IDENTITY, 3, 16).name == "flashmoe+"
+    assert default_for(IDENTITY) == f"adaptive:{remembered.policy}"
+    made = create_for("default", IDENTITY, 3, 16)
+    assert isinstance(made, Adaptive)
+    assert made.learned
     monkeypatch.setattr("flashmoe.learn.remembered.LEAD", 1.0)
     assert not learn(remembered, sizes=small).better
     assert default_for(IDENTITY) == default_for({})
@@ -164,15 +167,16 @@ def test_a_policy_that_was_learnt_is_the_next_start_s(demo: Path, lib: Library) 
     file.model.update(identity)
     file.save(remembered.policy)
     for more, expected in (
-        ({"learn": True}, "flashmoe+"),
-        ({}, None),
-        ({"learn": True, "policy": "lru"}, "lru"),
+        ({"learn": True}, True),
+        ({}, False),
+        ({"learn": True, "policy": "adaptive"}, False),
     ):
         with flashmoe.load(demo, **options, **more) as model:
-            assert model.cache.policy.name == (expected or create(default_for({})).name)
+            assert isinstance(model.cache.policy, Adaptive)
+            assert (model.cache.policy.learned is not None) == expected
     remembered.policy.write_bytes(b"damaged")
     with pytest.warns(FlashMoEWarning, match="left out"), flashmoe.load(demo, **options, learn=True) as model:
-        assert model.cache.policy.name != "flashmoe+"
+        assert getattr(model.cache.policy, "learned", file) is None
 
 
 def test_the_comparison_is_on_the_newest_part() -> None:

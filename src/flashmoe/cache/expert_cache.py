@@ -116,6 +116,14 @@ class ExpertCache:
         """What `begin_step` has announced is computed, or has failed."""
         self.stepping = False
 
+    def take_history(self) -> tuple[NDArray[np.int16], NDArray[np.int32]] | None:
+        """The routing since the last call (see `History.routing`); None where there is none, or a step is under way.
+
+        From any thread.
+        """
+        with self._lock:
+            return self.history.routing() if self.history and not self.stepping else None
+
     def resize(self, slots: Sequence[int]) -> None:
         """Have `slots[g]` slots of each size group in use (see ElasticPool), from the next step or layer on.
 

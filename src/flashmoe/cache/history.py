@@ -36,7 +36,8 @@ class History:
             del self._blocks[0]
 
     def routing(self) -> tuple[NDArray[np.int16], NDArray[np.int32]] | None:
-        """Experts [T, L, k] of the tokens so far, oldest first, -1 for none, and the number of each one's sequence [T].
+        """Experts [T, L, k] of the tokens since the last call, oldest first, -1 for none, and the number of each one's
+        sequence [T]; they are kept here no longer.
 
         None where nothing was decoded.
         """
@@ -44,4 +45,5 @@ class History:
         if not self._blocks:
             return None
         ids, begins = (np.concatenate(parts) for parts in zip(*self._blocks, strict=True))
+        self._blocks.clear()
         return ids, np.cumsum(begins).astype(np.int32)

@@ -30,6 +30,7 @@ from flashmoe.storage.arrays import read_safetensors
 
 MOST_BYTES = 16 << 20  # of the history's expert ids: 43,690 tokens of 48 layers, top-8 of up to 128 experts
 KIND = "flashmoe+"  # that is trained
+WITH = "adaptive"  # of which it is a member
 FORMAT = "flashmoe-learnt"
 VERSION = "1"
 
@@ -64,7 +65,7 @@ class Remembered:
         return self.folder / "policy.safetensors"
 
     def trained(self) -> str:
-        """The spec of that policy; "" where there is none that can be used."""
+        """The spec of the policy that has it as a member; "" where there is none that can be used."""
         if not self.policy.exists():
             return ""
         try:
@@ -72,7 +73,7 @@ class Remembered:
         except PolicyError as error:
             _warn(f"{error}; it is left out")
             return ""
-        return f"{KIND}:{self.policy}"
+        return f"{WITH}:{self.policy}"
 
     @property
     def _weights(self) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -59,6 +60,15 @@ def serve(
             min=0,
         ),
     ] = 30.0,
+    learn_when_idle: Annotated[
+        float | None,
+        typer.Option(
+            "--learn-when-idle",
+            help="Seconds without a request after which the server trains the eviction policy on its history, as "
+            "flashmoe learn does, until the next request (default: never).",
+            min=0,
+        ),
+    ] = None,
     alias: Annotated[
         str | None,
         typer.Option("-a", "--alias", help="Model name to report to clients (default: the file's name)."),
@@ -84,6 +94,10 @@ def serve(
     from flashmoe.server.serve import serve as run_server
     from flashmoe.simulate.recent import compile_replays
 
+    if learn_when_idle is not None and (loading.no_learn or loading.approx):
+        raise UsageError(
+            "--learn-when-idle trains on what --no-learn and --approx leave out: leave them out instead"
+        )
     console = stderr_console(False)
     key = argument(api_key or os.environ.get(KEY_VARIABLE) or "", "the key (--api-key)") or None
     alias = argument(alias or "", "--alias")
@@ -101,6 +115,12 @@ def serve(
             )
             loaded = opened.enter_context(load(model, options=asked, progress=progress.update))
             inner = loaded.server()
+        learning = None
+        if learn_when_idle is not None:
+            from flashmoe.server.idle import IdleLearning
+
+            assert loaded.learning
+            learning = IdleLearning(loaded.learning, learn_when_idle, partial(console.print, highlight=False))
         name = alias or printable(loaded.catalog.gguf.files[0].stem)
         address, real_port = sockets[0].getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
@@ -125,6 +145,7 @@ def serve(
             names=allow_host or [],
             drain_seconds=drain_seconds,
             started=started,
+            learning=learning,
         )
         report = loaded.report()
         show(console, report)

@@ -32,6 +32,7 @@ from flashmoe.common.numba_internals import (
     Signature,
     normalize_signature,
 )
+from flashmoe.common.optimised import optimising_once
 
 _log = logging.getLogger(__name__)
 
@@ -46,7 +47,9 @@ def kept(*, also: Also = tuple, **options: Any) -> Callable[[Callable[..., Any]]
 
     def keep(function: Callable[..., Any]) -> Any:
         made: Any = numba.njit(**options)(function)
-        if KEEPS and hasattr(made, "_cache"):  # not so where compilation is switched off
+        if hasattr(made, "compile"):  # not so where compilation is switched off
+            made.compile = optimising_once(made.compile, function.__qualname__)
+        if KEEPS and hasattr(made, "_cache"):
             made._cache = _cache(function, also)
         return made
 

@@ -31,7 +31,8 @@ try:
     from numba.core import event
     from numba.core.caching import FunctionCache, IndexDataCacheFile, NullCache
     from numba.core.ccallback import CFunc
-    from numba.core.codegen import JITCodeLibrary
+    from numba.core.codegen import CPUCodeLibrary, JITCodeLibrary
+    from numba.core.compiler_lock import global_compiler_lock
     from numba.core.cpu import CPUTargetOptions
     from numba.core.datamodel import default_manager
     from numba.core.funcdesc import FunctionDescriptor
@@ -47,13 +48,16 @@ except (ImportError, AttributeError, KeyError) as error:
 
 __all__ = [
     "KEEPS",
+    "OPTIMISES_ONCE",
     "BesideSource",
     "CFunc",
+    "CPUCodeLibrary",
     "ForUser",
     "FunctionCache",
     "NullCache",
     "Signature",
     "event",
+    "global_compiler_lock",
     "normalize_signature",
 ]
 
@@ -70,6 +74,11 @@ def _arrays() -> bool:
 
 def _options() -> bool:
     return all(hasattr(CPUTargetOptions, name) for name in _OPTIONS)
+
+
+def _optimising() -> bool:
+    """See common.optimised."""
+    return _takes(CPUCodeLibrary._optimize_final_module) and isinstance(CPUCodeLibrary.name, property)
 
 
 def _addresses() -> bool:
@@ -122,5 +131,7 @@ def _check() -> bool:
     return keeps
 
 
+#: Whether what optimises compiled code can be called for some functions only.
+OPTIMISES_ONCE = _holds(_optimising)
 #: Whether compiled code can be kept on disk.
 KEEPS = _check()

@@ -14,26 +14,30 @@ from typing import Any
 import numpy as np
 
 from flashmoe.cache.policies import create
+from flashmoe.cache.policies.adaptive import Adaptive
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.policies.belady import Belady
 from flashmoe.cache.policies.default import untaught_default
-from flashmoe.cache.policies.flashmoe_plus import FEATURES, FlashmoePlus
+from flashmoe.cache.policies.flashmoe_plus import FEATURES
 from flashmoe.cache.policies.learned import PolicyFile
 from flashmoe.cache.policies.lru import Lru
+from flashmoe.cache.policies.online import LARGEST
 from flashmoe.cache.remembered import KIND, Remembered
 from flashmoe.common.plugins import DEFAULT
 from flashmoe.errors import TraceError
 from flashmoe.learn import plus
-from flashmoe.learn.plus_shape import DECAYS, Sizes
-from flashmoe.learn.samples import Samples
+from flashmoe.learn.plus import PER_BATCH
+from flashmoe.learn.plus_shape import CHANNEL_DECAYS, DECAYS, Sizes
+from flashmoe.learn.samples import SEGMENT, Samples
 from flashmoe.routing.files import split
 from flashmoe.routing.trace import RoutingTrace
 from flashmoe.simulate.expected import slots_of
 from flashmoe.simulate.replay import replay
 
 LEAST = 1024  # tokens
-LEARNT = "learnt"  # what the new policy is called in reports
+LEARNT = "learnt"  # what the policy that has it as a member is called in reports
 HELD_OUT = 0.1  # of the history, the newest: what is judged on
+BASE_BYTES = 384 << 20  # Python with numpy and numba, while it compiles
 LEAD = 0.002  # in hit rate, that makes a policy better
 
 
@@ -92,7 +96,7 @@ def learn(
     )
     usual = untaught_default(trace.model)
     rates = compare(trace, new.n_tokens, {
-        "lru": Lru, DEFAULT: lambda: create(usual), LEARNT: lambda: FlashmoePlus(trained=trained), "belady": Belady,
+        "lru": Lru, DEFAULT: lambda: create(usual), LEARNT: lambda: Adaptive(trained=trained), "belady": Belady,
     })  # fmt: skip
     better = bool(rates) and np.mean([row[LEARNT] - row[DEFAULT] for row in rates.values()]) >= LEAD
     trained.report.update(held_out=rates)
@@ -103,6 +107,22 @@ def learn(
     return Verdict(
         old.n_tokens, new.n_tokens, round(time.monotonic() - started, 1), loss, rates, bool(better)
     )
+
+
+def memory_for(remembered: Remembered) -> int:
+    """Bytes that `learn` takes at most in a process of its own."""
+    trace = remembered.history()
+    if trace is None:
+        return BASE_BYTES
+    sizes, experts = Sizes(), trace.n_layers * trace.num_experts
+    channels = len(CHANNEL_DECAYS) + 1
+    per_layer = channels * sizes.r * sizes.h + trace.num_experts * (sizes.r + sizes.k * (sizes.h + 1))
+    weights = 4 * 4 * trace.n_layers * per_layer  # values, gradients, two moments
+    samples = trace.n_tokens // SEGMENT * experts * (4 * len(DECAYS) + 8 + 8)
+    rows = PER_BATCH * SEGMENT
+    batches = 3 * rows * (experts * (4 * len(DECAYS) + 16) + 4 * 4 * trace.n_layers * channels * sizes.r)
+    replayed = trace.n_tokens * trace.n_layers * (8 * trace.top_k + 64)
+    return BASE_BYTES + weights + samples + batches + replayed + LARGEST
 
 
 def compare(

@@ -42,6 +42,7 @@ class Governor:
     ) -> None:
         """budget: bytes of the whole process. least[g]: slots of size group g that the engine needs in any case."""
         self._cache, self._least, self._budget = cache, list(least), budget
+        self._reserved = 0  # bytes of the budget that another process of ours has
         self._tokens_seen = 0  # steps of decoding that have begun
         self._begun = self._warned = False
         self._next = 0.0
@@ -52,6 +53,18 @@ class Governor:
         if gives_way:
             self._thread = threading.Thread(target=self._watch, name="flashmoe-memory", daemon=True)
             self._thread.start()
+
+    def reserve(self, nbytes: int) -> bool:
+        """Let another process have `nbytes` of the budget, until the next call: the pool gives back what is too much.
+
+        False, and nothing has changed, where it cannot give as much. From a thread that evaluates nothing.
+        """
+        room = self._budget - self._has() + self._reserved
+        if nbytes > room + _bytes(self._surplus(), self._cache.pool.slot_bytes):
+            return False
+        self._reserved = nbytes
+        self._cache.resize_now(self.look())
+        return True
 
     def close(self) -> None:
         """End."""
@@ -77,7 +90,7 @@ class Governor:
         """
         self._next = time.monotonic() + _EVERY
         elastic = self._cache.elastic
-        has = memory.status_bytes("VmRSS") + self._cache.pool.absent
+        has = self._has()
         room = self._budget - has
         if spare is not None:
             room = min(room, spare)
@@ -93,6 +106,14 @@ class Governor:
         )
         return slots
 
+    def _has(self) -> int:
+        """What counts against the budget."""
+        return memory.status_bytes("VmRSS") + self._cache.pool.absent + self._reserved
+
+    def _surplus(self) -> list[int]:
+        """Slots of each size group in use that the engine does not need in any case."""
+        return [max(0, n - least) for n, least in zip(self._cache.elastic.slots, self._least, strict=True)]
+
     def _fitting(self, room: int) -> list[int]:
         """Slots of each size group with which `room` bytes more are taken, or fewer where it is negative."""
         elastic, sizes = self._cache.elastic, self._cache.pool.slot_bytes
@@ -104,7 +125,7 @@ class Governor:
             share = max(0.0, min(1.0, (room - _MARGIN) / _bytes(missing, sizes)))
             return [n + int(share * more) for n, more in zip(slots, missing, strict=True)]
         self._last_shrunk = time.monotonic()
-        surplus = [max(0, n - least) for n, least in zip(slots, self._least, strict=True)]
+        surplus = self._surplus()
         share = -room / max(1, _bytes(surplus, sizes))
         if share > 1 and not self._warned:
             self._warned = True

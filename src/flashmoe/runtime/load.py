@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -16,7 +16,6 @@ import numpy as np
 
 from flashmoe.cache import sizing
 from flashmoe.cache.expert_cache import ExpertCache
-from flashmoe.cache.history import History
 from flashmoe.cache.policies import create
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.pool import SlotPool
@@ -36,6 +35,7 @@ from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.approximation import parse as parse_approx
 from flashmoe.routing.rewrite import Rewriter
 from flashmoe.runtime.governor import Governor
+from flashmoe.runtime.learning import Learning
 from flashmoe.runtime.levels import levels_of
 from flashmoe.runtime.model import Model, Progress
 from flashmoe.runtime.opening import Loading, Opened
@@ -179,16 +179,20 @@ def _load(
         everyone: list[EvictionPolicy | Predictor] = [evict, *predictors]
         if followers := [one for one in everyone if one.needs_ranking]:
             runner.inform(followers)
+        governor = None
         if limit and not runner.tiers:  # copies to a device need slots to stay where they are
             sequences = runner.sequences if isinstance(runner, LlamaEngine) else 1
             needed = sizing.least_slots(catalog, runner.n_ubatch, sequences)
             least = [n + away for n, away in zip(needed, spare, strict=True)]
-            stack.callback(Governor(experts, limit, least, gives_way=auto).close)
+            governor = Governor(experts, limit, least, gives_way=auto)
+            stack.callback(governor.close)
         resources = ExitStack()
         ranked = None
         saved = None
+        learning = None
         if learns and rewriter is None:  # else it would learn what is not the model's routing
-            resources.callback(_learn(Remembered(catalog.identity), experts))
+            learning = Learning(Remembered(catalog.identity), experts, governor)
+            resources.callback(learning.keep)
         if options.save_cache:
             session = Session(options.save_cache, catalog, evict, predictors)
             resources.callback(session.save)  # when all else has been freed
@@ -220,6 +224,7 @@ def _load(
             public=options.parallel is not None,
             saved=saved,
             rewriter=rewriter,
+            learning=learning,
         )
         if options.trace:
             loaded_model.record()
@@ -249,18 +254,6 @@ def _saved_conversations(session: Session, opened: Opened, most: int) -> SavedCo
         )
         return None
     return saved
-
-
-def _learn(remembered: Remembered, cache: ExpertCache) -> Callable[[], None]:
-    """Keep the routing from here on; what is to be called at the end puts it, and what was learnt, to what is known."""
-    history = cache.history = History(cache.recent)
-
-    def keep() -> None:
-        if (routing := history.routing()) is not None:
-            remembered.keep(cache.policy)
-            remembered.add_history(*routing, cache.policy.residency.n_experts)
-
-    return keep
 
 
 def _bind(predictors: Sequence[Predictor], catalog: ExpertCatalog, limit: int) -> list[Predictor]:

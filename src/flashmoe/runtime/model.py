@@ -25,6 +25,7 @@ from flashmoe.runtime.decoder import Decoder
 from flashmoe.runtime.embedding import embed
 from flashmoe.runtime.generation import Generation, Progress, check_prompt
 from flashmoe.runtime.layout import PLAIN
+from flashmoe.runtime.learning import Learning
 from flashmoe.runtime.telemetry import Report, Telemetry, make_report
 from flashmoe.simulate.what_if import WhatIf
 from flashmoe.storage.catalog import ExpertCatalog
@@ -57,6 +58,7 @@ class Model:
         public: bool = False,
         saved: SavedConversations | None = None,
         rewriter: Rewriter | None = None,
+        learning: Learning | None = None,
     ) -> None:
         """public: prompts come to the server from other processes too: nothing else tells where one begins.
 
@@ -72,6 +74,7 @@ class Model:
         self._starting = threading.RLock()
         self._public, self._saved = public, saved
         self._rewriter = rewriter
+        self.learning = learning  # what it leaves to the next session; None where it leaves nothing
 
     @property
     def model(self) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -53,6 +54,8 @@ class Front:
         names: Sequence[str],
     ) -> None:
         self.started: Callable[[], Any] = lambda: None
+        #: Runs from then on, and is cancelled at the end.
+        self.beside: Callable[[], Coroutine[Any, Any, None]] | None = None
         self.traffic = Traffic(inner.parallel)
         self._upstream = Upstream(inner)
         limits = Limits(inner.n_ctx, inner.longest_text, inner.multimodal)
@@ -103,7 +106,11 @@ class Front:
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
             await self._upstream.open()
             self.started()
+            beside = asyncio.create_task(self.beside()) if self.beside else None
             yield
+            if beside is not None:
+                beside.cancel()
+                await asyncio.wait((beside,))
             await self._upstream.close()
 
         return Starlette(

@@ -8,7 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -18,6 +18,9 @@ from flashmoe.server.app import Front, make_app
 from flashmoe.server.loading import BACKLOG
 from flashmoe.server.timeouts import TimeoutProtocol
 from flashmoe.server.upstream import InnerServer
+
+if TYPE_CHECKING:
+    from flashmoe.server.idle import IdleLearning
 
 _LAST_SECONDS = 5  # for connections to close when requests have ended
 KEEP_ALIVE_SECONDS = 120  # between two requests; clients keep connections for up to 75 s, and then trust them
@@ -104,11 +107,15 @@ def serve(
     names: Sequence[str] = (),
     drain_seconds: float,
     started: Callable[[], Any] = lambda: None,
+    learning: IdleLearning | None = None,
 ) -> None:
     """Serve `model` through the backend `inner` on `sockets` until SIGINT or SIGTERM.
 
     names: see Guard. drain_seconds: for running requests at the end. started: called when requests are answered.
+    learning: while none runs.
     """
     front = make_app(model, inner, name=name, host=host, api_key=api_key, cors=cors, names=names)
     front.started = started
+    if learning is not None:
+        front.traffic.on_requests, front.beside = learning.on_requests, learning.run
     FrontServer(front, drain_seconds).run(sockets=sockets)

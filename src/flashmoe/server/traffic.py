@@ -46,6 +46,8 @@ class Traffic:
         self.accepting = True
         #: Called with "ok", "client_error", "server_error" or "cancelled" when a counted request has ended.
         self.on_end: Callable[[str], None] = lambda _: None
+        #: Called with True when a counted request comes and none was running, with False when the last one has ended.
+        self.on_requests: Callable[[bool], None] = lambda _: None
         #: Called with the seconds from a counted request to the first byte of its response's body.
         self.on_first_byte: Callable[[float], None] = lambda _: None
 
@@ -78,12 +80,16 @@ class Traffic:
             seconds = max(least, min(most, math.ceil(self.waiting_seconds)))
             raise Refusal(503, message, headers={"Retry-After": str(seconds)})
         self._began[request := object()] = time.monotonic()
+        if len(self._began) == 1:
+            self.on_requests(True)
         self._say_if_behind()
         try:
             yield
         finally:
             self._say_if_behind()
             del self._began[request]
+            if not self._began:
+                self.on_requests(False)
 
     def _say_if_behind(self) -> None:
         seconds = self.waiting_seconds

@@ -6,6 +6,12 @@ layer, of the layer's share, that holds no bytes and sees the same requests. Hit
 ahead by a margin. The first to choose is flashmoe+, or lfu-aged without a file: what is learnt while the model runs
 must lead before it counts, and a trained policy that does worse than LRU on a user's text is left within some hundred
 tokens.
+
+In a layer's first START steps the pool stays near lfu-aged, whoever drives, until it has been better. The shadow cache
+of lfu-aged says how many hits that policy would have had so far, and which experts it would hold that the pool does
+not: each of those costs one miss at most. While the hits that the pool is ahead by, less those experts, are below -DEBT
+of all requests, lfu-aged chooses. Later on the account would be wrong: slots that are lent to prompts count against the
+pool.
 """
 
 from __future__ import annotations
@@ -25,6 +31,7 @@ from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.policies.flashmoe_plus import FlashmoePlus, FlashmoePlusState
 from flashmoe.cache.policies.learned import PolicyFile
 from flashmoe.cache.policies.online import Online, OnlineState
+from flashmoe.cache.residency import GLOBAL
 from flashmoe.cache.saved import Limits
 from flashmoe.errors import PolicyError
 
@@ -34,6 +41,9 @@ AGED_DECAY = 0.97
 WINDOW = 500.0  # steps of a layer
 MARGIN = 0.003  # lead in hit rate that makes a change
 NEIGHBOURS = 0.5  # weight of all layers' hits beside the layer's own
+REQUESTS, AHEAD, APART = 0, 1, 2  # in the ledger
+START = 300  # steps of a layer, in which the ledger counts
+DEBT = 0.002  # share of all requests so far that the pool may have fewer hits of than lfu-aged
 
 
 class AdaptiveState(NamedTuple):
@@ -46,6 +56,10 @@ class AdaptiveState(NamedTuple):
     gain: NDArray[np.float64]  # [M, L] faded hit rate
     total: NDArray[np.float64]  # [M] mean of gain over the layers
     driver: NDArray[np.int64]  # [L]
+    apart: NDArray[np.int64]  # [L] experts in the shadow cache of lfu-aged that the pool does not hold
+    ledger: NDArray[
+        np.int64
+    ]  # [3] requests, hits of the pool less those of lfu-aged's shadow caches, sum of `apart`
     online: OnlineState
 
 
@@ -59,6 +73,8 @@ class AdaptivePlusState(NamedTuple):
     gain: NDArray[np.float64]
     total: NDArray[np.float64]
     driver: NDArray[np.int64]
+    apart: NDArray[np.int64]
+    ledger: NDArray[np.int64]
     online: OnlineState
     learned: FlashmoePlusState
 
@@ -89,11 +105,22 @@ def score_online(st, layer, ids, n):
         learnt[e] = score[e]
 
 
+@lean
+def all_hit(st, res, layer, ids, n):
+    """Whether nothing is to leave the layer, neither in the pool nor in the shadow cache of flashmoe+."""
+    misses = 0
+    for i in range(n):
+        misses += res.slot_of[layer, ids[i]] < 0 or st.shadow[PLUS, layer, ids[i]] == 0
+    return misses == 0
+
+
 @allocating
 def score_plus(st, res, layer, ids, n):
-    """The same for flashmoe+: of what either cache holds, and of what is requested."""
+    """The same for flashmoe+: of what either cache holds, and of what is requested; where one is to leave."""
     now = res.accesses[layer]
     plus.note(st.learned, layer, ids, n, now)
+    if res.partition[0] != GLOBAL and all_hit(st, res, layer, ids, n):
+        return
     hidden = np.empty(st.learned.b1.shape[1], np.float32)
     x = np.empty(st.learned.v1.shape[1], np.float32)
     y, z = np.empty(st.learned.v1.shape[2], np.float32), np.empty(st.learned.mean.shape[0], np.float32)
@@ -134,11 +161,35 @@ def serve_shadow(st, res, m, layer, ids, n):
 
 
 @lean
+def keep_account(st, res, layer, ids, n):
+    """Count the pool's hits, and what it lacks of lfu-aged's shadow cache; before the members serve the requests."""
+    apart = 0
+    for i in range(st.size[AGED, layer]):
+        apart += res.slot_of[layer, st.held[AGED, layer, i]] < 0
+    st.ledger[APART] += apart - st.apart[layer]
+    st.apart[layer] = apart
+    st.ledger[REQUESTS] += n
+    for i in range(n):
+        st.ledger[AHEAD] += res.slot_of[layer, ids[i]] >= 0
+
+
+@lean
+def may_differ(st, res, layer):
+    """Whether a layer may choose other victims than lfu-aged would: an expert that lfu-aged had kept is a miss at most
+    once, so that `ledger` says how far behind the pool can come."""
+    return res.accesses[layer] > START or st.ledger[AHEAD] - st.ledger[APART] >= -DEBT * st.ledger[REQUESTS]
+
+
+@lean
 def compare(st, res, layer, ids, n):
     """Let all members serve the requests, and choose who drives the layer from here on."""
     n_members, n_layers = st.gain.shape
+    keep_account(st, res, layer, ids, n)
     for m in range(n_members):
-        rate = serve_shadow(st, res, m, layer, ids, n) / max(n, 1)
+        hits = serve_shadow(st, res, m, layer, ids, n)
+        if m == AGED:
+            st.ledger[AHEAD] -= hits
+        rate = hits / max(n, 1)
         change = (rate - st.gain[m, layer]) / min(WINDOW, res.accesses[layer] + 1.0)
         st.gain[m, layer] += change
         st.total[m] += change / n_layers
@@ -169,7 +220,12 @@ def record_plus(st, res, layer, ids, n):
 
 def victim(st, res, layer, g):
     if layer >= 0:
-        return loops.lowest(st.score[st.driver[layer]], res, layer, g)
+        member = AGED
+        if st.driver[layer] != AGED and may_differ(st, res, layer):
+            member = st.driver[layer]
+            st.apart[layer] += 1  # at most; the layer's next request counts
+            st.ledger[APART] += 1
+        return loops.lowest(st.score[member], res, layer, g)
     best = AGED
     for m in range(st.total.shape[0]):
         if st.total[m] > st.total[best] + MARGIN:
@@ -213,6 +269,8 @@ class Adaptive(EvictionPolicy):
             gain=np.zeros(shape[:2]),
             total=np.zeros(m),
             driver=np.full(n_layers, AGED if learned is None else PLUS, np.int64),
+            apart=np.zeros(n_layers, np.int64),
+            ledger=np.zeros(3, np.int64),
             online=self.online.make_state(n_layers, n_experts),
         )
         if learned is None:
