@@ -66,7 +66,11 @@ def default_ubatch(catalog: ExpertCatalog) -> int:
 
 @dataclass(frozen=True)
 class Ubatch:
-    """A size of micro-batches, and the experts of each layer that are then read for a token, if routers pick evenly."""
+    """A size of micro-batches, and the experts of each layer that are then read for a token.
+
+    A prompt's: if routers pick evenly. A decoded one's: if as many are found in the pool as with recorded routing, which
+    is about the square root of the share that it holds (docs/policies.md).
+    """
 
     tokens: int
     slots: int
@@ -94,9 +98,9 @@ def ubatches(
             break
         slots = slots_for(catalog, pool, align)
         if micro_batch(catalog, slots, tokens) == tokens:
-            absent = 1 - min(1.0, sum(slots) / catalog.total_experts)
-            prompt = absent * prompt_reads(catalog, tokens)
-            found.append(Ubatch(tokens, sum(slots), prompt, absent * mean_top_k(catalog)))
+            held = min(1.0, sum(slots) / catalog.total_experts)
+            prompt = (1 - held) * prompt_reads(catalog, tokens)
+            found.append(Ubatch(tokens, sum(slots), prompt, (1 - math.sqrt(held)) * mean_top_k(catalog)))
     return sorted(found, key=lambda u: (u.reads, abs(math.log2(u.tokens / USUAL_UBATCH))))
 
 
