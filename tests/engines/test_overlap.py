@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes as C
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -9,7 +13,7 @@ import flashmoe
 from flashmoe.engines.llamacpp import overlap
 from flashmoe.engines.llamacpp.abi import CONSTANTS, Tensor
 from flashmoe.engines.llamacpp.library import Library
-from flashmoe.engines.llamacpp.overlap import Overlap
+from flashmoe.engines.llamacpp.overlap import Forms, Overlap
 from flashmoe.engines.llamacpp.stock import StockModel
 from flashmoe.errors import ReadError
 from flashmoe.runtime.layout import PLAIN, REPACKED
@@ -126,3 +130,28 @@ def test_failed_read_between_the_products(
             model.engine.decode([token])
             other.engine.decode([token])
             assert np.array_equal(model.engine.logits(), other.engine.logits())
+
+
+@pytest.mark.parametrize(("between", "apart"), [("", True), ("VIEW", True), ("ADD", False)])
+def test_nothing_else_is_computed_between_the_products(between: str, apart: bool) -> None:
+    """It might be put where the engine takes the products' input for used."""
+    catalog: Any = SimpleNamespace(layers=[SimpleNamespace(weights=[SimpleNamespace(nbytes=1)])])
+    forms, (given, ids, other), nodes = Forms(catalog), (Tensor(), Tensor(), Tensor()), []
+    given.ne[:] = 8, 1, 1, 1
+
+    def look(operation: str, layer: int | None, *sources: Tensor) -> Tensor:
+        nodes.append(node := Tensor())
+        for i, source in enumerate(sources):
+            node.src[i] = C.addressof(source)
+        node.ne[:] = 8, 2, 1, 1
+        forms.look(C.addressof(node), operation.encode(), layer)
+        return node
+
+    forms.rename(C.addressof(ids), 0)
+    up = look("MUL_MAT_ID", 0, other, given, ids)
+    gate = look("MUL_MAT_ID", 0, other, given, ids)
+    middle = look("SWIGLU", None, gate, up)
+    if between:
+        look(between, None, other)
+    look("MUL_MAT_ID", 0, other, middle, ids)
+    assert forms.layers == ({0} if apart else frozenset())

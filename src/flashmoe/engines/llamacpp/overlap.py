@@ -27,6 +27,7 @@ from flashmoe.storage.catalog import ExpertCatalog
 
 WORTH = 1 << 20  # bytes of an expert from which on its products take longer than calling them apart
 _ACTIVATIONS = {b"SWIGLU", b"GEGLU", b"REGLU", b"SWIGLU_OAI", b"GEGLU_ERF", b"GEGLU_QUICK"}
+_VIEWS = {b"NONE", b"RESHAPE", b"VIEW", b"PERMUTE", b"TRANSPOSE"}
 _NOTHING, _F32, _I32 = (CONSTANTS[f"GGML_{name}"] for name in ("OP_NONE", "TYPE_F32", "TYPE_I32"))
 _OP, _SOURCE0, _SOURCE2 = Tensor.op.offset, Tensor.src.offset, Tensor.src.offset + 16
 _PRODUCTS = 3  # up and gate, in either order, and down
@@ -38,7 +39,8 @@ class Forms:
     """How the layers of a graph multiply, as its nodes show: `look` at each, in their order.
 
     A layer whose experts can be multiplied apart has two products of the same input, an activation of the two, and a
-    product of that; nothing else looks at what is between them.
+    product of that. Nothing else looks at what is between them, and nothing else is computed there: it might be put
+    where the input was, which the engine takes for used.
     """
 
     def __init__(self, catalog: ExpertCatalog) -> None:
@@ -86,6 +88,8 @@ class Forms:
                 self._others |= inner  # type: ignore[arg-type]
         else:
             self._others |= inner  # type: ignore[arg-type]
+            if operation not in _VIEWS:
+                self._others |= {of for of, found in self._products.items() if len(found) < _PRODUCTS}
 
     @property
     def layers(self) -> frozenset[int]:
