@@ -68,8 +68,8 @@ def default_ubatch(catalog: ExpertCatalog) -> int:
 class Ubatch:
     """A size of micro-batches, and the experts of each layer that are then read for a token.
 
-    A prompt's: if routers pick evenly. A decoded one's: if the share of hits is the square root of the share of resident
-    experts, as it about is with recorded routing (docs/policies.md).
+    A prompt's: if routers pick evenly. A decoded one's: if the share of hits is the square root of the share of experts
+    that are resident, about what recorded routing has (docs/policies.md).
     """
 
     tokens: int
