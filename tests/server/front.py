@@ -111,9 +111,9 @@ def fronted(
             assert not thread.is_alive()
 
 
-def until(condition: Callable[[], object]) -> None:
+def until(condition: Callable[[], object], seconds: float = 30) -> None:
     """Wait: a request is counted, and logged, after its client has the answer."""
-    end = time.monotonic() + 30
+    end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.005)

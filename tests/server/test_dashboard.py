@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2 as httpx
 import pytest
 
+from tests.server import front
 from tests.server.process import ServerProcess, serving
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -24,6 +25,8 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromiu
 LIVE = "#status[data-state=live]"
 PICTURE = "document.querySelector('#map').toDataURL()"
 SECONDS = 60
+#: Playwright's own way evaluates text in the page, which the page's policy forbids.
+until = partial(front.until, seconds=SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -54,14 +57,6 @@ def page_of(
         yield page
         assert not ours or not [text for text in said if expected is None or expected not in text]
         assert asked == {urlsplit(url).netloc}
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Wait. (Playwright's own way evaluates text in the page, which the page's policy forbids.)"""
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def ask(server: ServerProcess) -> None:

@@ -12,9 +12,8 @@ from typing import Any
 
 from flashmoe.common.numba_internals import OPTIMISES_ONCE, CPUCodeLibrary, global_compiler_lock
 
-_names: list[
-    str
-] = []  # of the functions that are being compiled, each for the one before; numba's lock guards it
+# of the functions that are being compiled, each for the one before; numba's lock guards it
+_names: list[str] = []
 _whole: Any = getattr(CPUCodeLibrary, "_optimize_final_module", None)
 
 

@@ -57,9 +57,7 @@ class AdaptiveState(NamedTuple):
     total: NDArray[np.float64]  # [M] mean of gain over the layers
     driver: NDArray[np.int64]  # [L]
     apart: NDArray[np.int64]  # [L] experts in the shadow cache of lfu-aged that the pool does not hold
-    ledger: NDArray[
-        np.int64
-    ]  # [3] requests, hits of the pool less those of lfu-aged's shadow caches, sum of `apart`
+    ledger: NDArray[np.int64]  # [3] requests, hits less those of lfu-aged's shadow caches, sum of `apart`
     online: OnlineState
 
 

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes as C
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe.engines.llamacpp.abi import CONSTANTS, InitParams, Tensor
-from flashmoe.engines.llamacpp.library import CPU_DEVICE, Library
+from flashmoe.engines.llamacpp.compute import CpuBackend, aligned
+from flashmoe.engines.llamacpp.library import Library
 from flashmoe.storage.gguf import GGUF, TensorInfo, type_number
 
 _TABLE = "token_embd.weight"
 _MEMORY = 1 << 20  # of a graph with one node
-_ALIGN = 64
-_VOID = C.c_void_p
 
 
 def table_of(gguf: GGUF) -> TensorInfo | None:
@@ -32,11 +29,7 @@ class TokenEmbeddings:
     def __init__(self, lib: Library, table: TensorInfo) -> None:
         self._lib, self._table = lib, table
         self._row_bytes = table.nbytes // table.shape[1]
-        device = lib.ggml_backend_dev_by_type(CPU_DEVICE)
-        self._backend = self._function("ggml_backend_dev_init", _VOID, _VOID, _VOID)(device, None)
-        registry = lib.ggml_backend_dev_backend_reg(device)
-        threads = lib.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_set_n_threads")
-        C.CFUNCTYPE(None, _VOID, C.c_int)(threads)(self._backend, 1)
+        self._backend = CpuBackend(lib, 1)
 
     def __call__(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         width, rows = self._table.shape
@@ -62,38 +55,24 @@ class TokenEmbeddings:
         try:
             source = lib.ggml_new_tensor_2d(context, type_number(self._table.type), width, n)
             ids = lib.ggml_new_tensor_2d(context, CONSTANTS["GGML_TYPE_I32"], n, 1)
-            made = self._function("ggml_get_rows", _VOID, _VOID, _VOID, _VOID)(context, source, ids)
-            numbers = _aligned(4 * width * n)
-            kept = [_aligned(len(data)), _aligned(4 * n), numbers]
+            made = lib.ggml_get_rows(context, source, ids)
+            numbers = aligned(4 * width * n)
+            kept = [aligned(len(data)), aligned(4 * n), numbers]
             kept[0][:], kept[1][:] = (
                 np.frombuffer(data, np.uint8),
                 np.arange(n, dtype=np.int32).view(np.uint8),
             )
             for address, memory in zip((source, ids, made), kept, strict=True):
                 Tensor.from_address(address).data = memory.ctypes.data
-            graph = self._function("ggml_new_graph", _VOID, _VOID)(context)
-            self._function("ggml_build_forward_expand", None, _VOID, _VOID)(graph, made)
-            self._function("ggml_backend_graph_compute", C.c_int, _VOID, _VOID)(self._backend, graph)
+            graph = lib.ggml_new_graph(context)
+            lib.ggml_build_forward_expand(graph, made)
+            self._backend.compute(graph)
             return numbers.view(np.float32).reshape(n, width)
         finally:
             lib.ggml_free(context)
 
-    def _function(self, name: str, result: Any, *arguments: Any) -> Any:
-        found = self._lib._find(name)
-        found.restype, found.argtypes = result, list(arguments)
-        return found
-
     def close(self) -> None:
         """Free what computes."""
-        if self._backend:
-            self._function("ggml_backend_free", None, _VOID)(self._backend)
-            self._backend = None
+        self._backend.close()
 
     __del__ = close
-
-
-def _aligned(nbytes: int) -> NDArray[np.uint8]:
-    """Memory as the kernels want it."""
-    memory = np.zeros(nbytes + _ALIGN, np.uint8)
-    start = -memory.ctypes.data % _ALIGN
-    return memory[start : start + nbytes]

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from flashmoe.common.compiled import int32_at, int64_at
 from flashmoe.common.kept import kept
 from flashmoe.engines.llamacpp.abi import CONSTANTS, InitParams, Tensor
-from flashmoe.engines.llamacpp.library import CPU_DEVICE, Library
+from flashmoe.engines.llamacpp.compute import CpuBackend, aligned
+from flashmoe.engines.llamacpp.library import Library
 from flashmoe.errors import ModelError
 from flashmoe.storage.catalog import ExpertCatalog
 
@@ -32,7 +33,7 @@ _NOTHING, _F32, _I32 = (CONSTANTS[f"GGML_{name}"] for name in ("OP_NONE", "TYPE_
 _OP, _SOURCE0, _SOURCE2 = Tensor.op.offset, Tensor.src.offset, Tensor.src.offset + 16
 _PRODUCTS = 3  # up and gate, in either order, and down
 _IDS, _PRODUCT, _ACTIVATION, _FIRST, _SECOND, _BETWEEN, _LAST, _SIZE = range(8)
-_CONTEXT_BYTES, _GRAPH_NODES, _ALIGN = 64 << 10, 16, 64
+_CONTEXT_BYTES, _GRAPH_NODES = 64 << 10, 16
 
 
 class Forms:
@@ -124,7 +125,7 @@ class Overlap:
         self._graphs: dict[tuple[int, ...], _Graph] = {}
         self._memory: dict[tuple[int, ...], list[NDArray[np.uint8]]] = {}  # of all graphs of a shape
         self._undo = ExitStack()
-        self._backend = 0
+        self._backend: CpuBackend | None = None
 
     def learn(self, forms: Forms) -> None:
         """Take note of what the graph of one token has shown. Nothing is apart where threads are not OpenMP's: the
@@ -133,23 +134,8 @@ class Overlap:
             self.layers = forms.layers
             self._state[_PRODUCT], self._state[_ACTIVATION] = forms.product, forms.activation
             if not self._backend:
-                self._start()
-
-    def _function(self, name: str, result: Any, *arguments: Any) -> Any:
-        found = self._lib._find(name)
-        found.restype, found.argtypes = result, list(arguments)
-        return found
-
-    def _start(self) -> None:
-        void, device = C.c_void_p, self._lib.ggml_backend_dev_by_type(CPU_DEVICE)
-        self._backend = self._function("ggml_backend_dev_init", void, void, void)(device, None)
-        self._undo.callback(self._function("ggml_backend_free", None, void), self._backend)
-        registry = self._lib.ggml_backend_dev_backend_reg(device)
-        address = self._lib.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_set_n_threads")
-        C.CFUNCTYPE(None, void, C.c_int)(address)(self._backend, self._threads)
-        self._compute = self._function("ggml_backend_graph_compute", C.c_int, void, void)
-        self._new_graph = self._function("ggml_new_graph_custom", void, void, C.c_size_t, C.c_bool)
-        self._expand = self._function("ggml_build_forward_expand", None, void, void)
+                self._backend = CpuBackend(self._lib, self._threads)
+                self._undo.callback(self._backend.close)
 
     def divert(self, ids: int, late: Sequence[bool]) -> int:
         """The products with `ids` (a tensor's address) are to do nothing; `late` says which experts are missing.
@@ -200,7 +186,8 @@ class Overlap:
         pair = (graph.second, graph.first) if swapped else (graph.first, graph.second)
         graph.between.src[0], graph.between.src[1] = map(C.addressof, pair)
         C.memmove(graph.ids.data, slots.ctypes.data, slots.nbytes)
-        if self._compute(self._backend, graph.address):
+        assert self._backend is not None
+        if not self._backend.compute(graph.address):
             raise ModelError("the engine failed to multiply a layer's experts; please report it")
         n = (C.c_float * (len(slots) * last.ne[0])).from_address(graph.last.data)
         return np.ctypeslib.as_array(n).reshape(len(slots), -1)
@@ -211,10 +198,8 @@ class Overlap:
         context = lib.ggml_init(InitParams(_CONTEXT_BYTES, None, True))
         self._undo.callback(lib.ggml_free, context)
         columns = inputs, most, hidden, hidden, hidden, outputs
-        memory = self._memory.setdefault(
-            shape[1:], [np.zeros(4 * n * most + _ALIGN, np.uint8) for n in columns]
-        )
-        places = (-(-one.ctypes.data // _ALIGN) * _ALIGN for one in memory)
+        memory = self._memory.setdefault(shape[1:], [aligned(4 * n * most) for n in columns])
+        places = (one.ctypes.data for one in memory)
 
         def tensor(kind: int, columns: int, rows: int, op: int = _NOTHING, *sources: int) -> Any:
             made = _node(lib.ggml_new_tensor_3d(context, kind, columns, rows, 1))
@@ -231,8 +216,8 @@ class Overlap:
         b = tensor(_F32, hidden, n, second.op, second.src[0], at(given), at(ids))
         middle = tensor(_F32, hidden, n, between.op, at(a), at(b))
         result = tensor(_F32, outputs, n, last.op, last.src[0], at(middle), at(ids))
-        address = self._new_graph(context, _GRAPH_NODES, False)
-        self._expand(address, C.addressof(result))
+        address = lib.ggml_new_graph_custom(context, _GRAPH_NODES, False)
+        lib.ggml_build_forward_expand(address, C.addressof(result))
         graph = self._graphs[shape] = _Graph(address, given, ids, a, b, middle, result)
         return graph
 

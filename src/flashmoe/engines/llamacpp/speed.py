@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe.engines.llamacpp.abi import CONSTANTS, InitParams, Tensor
-from flashmoe.engines.llamacpp.library import CPU_DEVICE, Library
+from flashmoe.engines.llamacpp.compute import CpuBackend, aligned
+from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.repack import Repacker
 from flashmoe.storage.gguf import TYPES, type_number
 
@@ -21,7 +22,6 @@ _COLUMNS = 2048
 _BYTES = 192 << 20  # beyond the caches: weights come from memory, as they do when a model runs
 _RUNS = 3
 _F32, _I32 = CONSTANTS["GGML_TYPE_F32"], CONSTANTS["GGML_TYPE_I32"]
-_ALIGN = 64
 _VALUE = 0x11  # of every byte of weights: small numbers in every type
 # of the products that kernels are compared by: OLMoE's experts
 _EXPERTS, _TOP_K, _ROWS, _PROMPT = 64, 8, 1024, 128
@@ -77,32 +77,12 @@ class _Products:
         self._keep: list[NDArray[Any]] = []
         self._context = lib.ggml_init(InitParams(1 << 20, None, True))
         self._repacker = Repacker(lib)
-        device = lib.ggml_backend_dev_by_type(CPU_DEVICE)
-        self._backend = self._function("ggml_backend_dev_init", C.c_void_p, C.c_void_p, C.c_void_p)(
-            device, None
-        )
-        self._pool = None
-        registry = lib.ggml_backend_dev_backend_reg(device)
-
-        def tell(name: str, kind: Any, value: Any) -> None:
-            address = lib.ggml_backend_reg_get_proc_address(registry, name.encode())
-            C.CFUNCTYPE(None, C.c_void_p, kind)(address)(self._backend, value)
-
-        tell("ggml_backend_set_n_threads", C.c_int, threads)
-        if not lib.openmp:
-            params = lib.ggml_threadpool_params_default(threads)
-            self._pool = lib.ggml_threadpool_new(C.byref(params))
-            tell("ggml_backend_cpu_set_threadpool", C.c_void_p, self._pool)
-
-    def _function(self, name: str, result: Any, *arguments: Any) -> Any:
-        found = self._lib._find(name)
-        found.restype, found.argtypes = result, list(arguments)
-        return found
+        self._backend = CpuBackend(lib, threads)
 
     def _array(self, nbytes: int, value: int = 0) -> int:
-        """The address of an array, aligned as the kernels want it."""
-        self._keep.append(np.full(nbytes + _ALIGN, value, np.uint8))
-        return -(-self._keep[-1].ctypes.data // _ALIGN) * _ALIGN
+        """The address of an array."""
+        self._keep.append(aligned(nbytes, value))
+        return int(self._keep[-1].ctypes.data)
 
     def weights(
         self, number: int, columns: int, rows: int, experts: int, *, repack: bool = False
@@ -133,19 +113,16 @@ class _Products:
 
     def seconds(self, products: list[tuple[Any, ...]]) -> float:
         """The shortest time of a graph of products: (name of the function, address of each argument)."""
-        void = C.c_void_p
-        graph = self._function("ggml_new_graph", void, void)(self._context)
-        expand = self._function("ggml_build_forward_expand", None, void, void)
+        graph = self._lib.ggml_new_graph(self._context)
         for name, *arguments in products:
-            made = self._function(name, void, void, *[void] * len(arguments))(self._context, *arguments)
+            made = getattr(self._lib, name)(self._context, *arguments)
             tensor = Tensor.from_address(made)
             tensor.data = self._array(4 * int(np.prod(tensor.ne[:])))
-            expand(graph, made)
-        compute = self._function("ggml_backend_graph_compute", C.c_int, void, void)
+            self._lib.ggml_build_forward_expand(graph, made)
         best = float("inf")
         for _ in range(_RUNS):
             began = time.perf_counter()
-            compute(self._backend, graph)
+            self._backend.compute(graph)
             best = min(best, time.perf_counter() - began)
         return best
 
@@ -153,8 +130,6 @@ class _Products:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._function("ggml_backend_free", None, C.c_void_p)(self._backend)
-        if self._pool:
-            self._lib.ggml_threadpool_free(self._pool)
+        self._backend.close()
         self._repacker.close()
         self._lib.ggml_free(self._context)
