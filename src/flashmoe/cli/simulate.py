@@ -17,10 +17,10 @@ from flashmoe.common.units import parse_bytes
 from flashmoe.errors import UsageError
 
 if TYPE_CHECKING:
+    from flashmoe.cache.maps import Embed
     from flashmoe.routing.trace import RoutingTrace
     from flashmoe.simulate.replay import Row
     from flashmoe.simulate.report import Machine, Simulation
-    from flashmoe.simulate.told import Embed
     from flashmoe.storage.catalog import ExpertCatalog
 
 

@@ -114,9 +114,8 @@ class Journal:
         self.path = self._out.with_name(f"{self._out.name}.partial")
         self._places: dict[int, tuple[int, int]] = {}  # by line of the input: offset and bytes of its result
         self._failed = set[int]()
-        self._whole = (
-            SafeLock()
-        )  # a signal handler that raises finds an answer in the file and here, or nowhere
+        # a signal handler that raises finds an answer in the file and here, or nowhere
+        self._whole = SafeLock()
         header = {"format": _FORMAT, "version": _VERSION, **json.loads(json.dumps(identity))}
         self._file: IO[bytes] = open(self.path, "a+b")  # noqa: SIM115 - closed by `close`
         try:

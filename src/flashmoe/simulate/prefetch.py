@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from flashmoe.cache.maps import Embed
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.policies.default import create_for
 from flashmoe.common.kept import kept
@@ -20,7 +21,7 @@ from flashmoe.prefetch import create, needs_hidden, of_routing_alone
 from flashmoe.prefetch.base import AHEAD, Predictor, PredictorError
 from flashmoe.routing.trace import RoutingTrace
 from flashmoe.simulate.partition import pool_for
-from flashmoe.simulate.told import Embed, tell
+from flashmoe.simulate.told import tell
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from flashmoe.cache.maps import Embed
 from flashmoe.cache.policies import without_file
 from flashmoe.cache.policies.base import EvictionPolicy, Replay
 from flashmoe.cache.policies.default import create_for
@@ -15,7 +16,7 @@ from flashmoe.cache.residency import make_residency
 from flashmoe.errors import FlashMoEError, UsageError
 from flashmoe.routing.trace import RoutingTrace
 from flashmoe.simulate.partition import pool_for
-from flashmoe.simulate.told import Embed, replay_told
+from flashmoe.simulate.told import replay_told
 
 
 @dataclass(frozen=True)

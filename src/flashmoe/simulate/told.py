@@ -6,16 +6,11 @@ policy is told here too, and then the step is replayed by the simulator's loop: 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import numpy as np
-from numpy.typing import NDArray
 
 from flashmoe.cache.policies.base import EvictionPolicy, Replay
 from flashmoe.prefetch.base import Predictor
 from flashmoe.routing.trace import RoutingTrace
-
-Embed = Callable[[Sequence[int]], NDArray[np.float32]]
 
 
 def replay_told(
