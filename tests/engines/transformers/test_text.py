@@ -18,11 +18,13 @@ from typer.testing import CliRunner
 
 import flashmoe
 from flashmoe.cli import app
+from flashmoe.engines.base import SamplingParams
 from flashmoe.engines.transformers.tokens import open_tokenizer, token_bytes
 from flashmoe.routing.trace import RoutingTrace
 from tests.engines.transformers.conftest import Checkpoints
 
 TEXT = "A cät sat — on 1 mat."
+GREEDY = SamplingParams(temperature=0)
 
 
 def byte_level() -> tokenizers.Tokenizer:
@@ -112,7 +114,7 @@ def test_interrupt_stops_cleanly(spoken: Path) -> None:
     """Ctrl-C in the middle of a generation: the text so far, the report, and no traceback."""
     command = [
         sys.executable, "-m", "flashmoe.cli", "run", str(spoken), "--engine", "transformers", "-p", TEXT,
-        "--cache", "1", "-t", "1", "--prefetch", "none",
+        "--cache", "1", "-t", "1", "--prefetch", "none", "--seed", "1",
     ]  # fmt: skip
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -131,7 +133,7 @@ def test_interrupt_stops_cleanly(spoken: Path) -> None:
 
 def test_budget(spoken: Path) -> None:
     with flashmoe.load(spoken, engine="transformers", ram="3GiB", threads=1) as model:
-        assert "".join(model.generate(TEXT, max_tokens=4))
+        assert "".join(model.generate(TEXT, max_tokens=4, sampling=GREEDY))
         assert model.budget_bytes == 3 << 30
 
 
@@ -140,7 +142,7 @@ def test_saved_cache(spoken: Path, tmp_path: Path) -> None:
     for warm in (False, True):
         with flashmoe.load(spoken, engine="transformers", cache="50%", threads=1, save_cache=file) as model:
             assert (model.cache.warm is not None) is warm
-            assert "".join(model.generate(TEXT, max_tokens=4))
+            assert "".join(model.generate(TEXT, max_tokens=4, sampling=GREEDY))
 
 
 def test_without_a_tokenizer(checkpoint: Checkpoints, tmp_path: Path) -> None:
