@@ -19,7 +19,7 @@ import pytest
 
 import flashmoe
 from flashmoe.engines.base import SamplingParams
-from flashmoe.engines.llamacpp.callback import PYTHON_CALLBACK
+from flashmoe.engines.llamacpp.control import PYTHON_CALLBACK
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.serving.options import ServerOptions
 from flashmoe.errors import FlashMoEError, ReadError, UsageError

@@ -113,7 +113,8 @@ def test_more_context_than_trained(rope: dict[str, Any], tiny: Tiny, tmp_path: P
     with pytest.warns(FlashMoEWarning, match="1024 tokens is more than this model was trained for .512."):
         model = load(path, lib, n_ctx=1024, n_ubatch=300, layout="plain")
     with model:
-        assert len(list(model.generate(tokens, max_tokens=3, sampling=SamplingParams(temperature=0, ignore_eos=True)))) > 0
+        greedy = SamplingParams(temperature=0, ignore_eos=True)
+        assert len(list(model.generate(tokens, max_tokens=3, sampling=greedy))) > 0
         assert model.server().ask("GET", "/slots")[0]["n_ctx"] == 1024
         for start in (0, 300):
             model.decoder.evaluate(tokens[start : start + 300], decode=False)

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from flashmoe.engines.llamacpp.callback import PYTHON_CALLBACK, RETURNED, Control, on_node
+from flashmoe.engines.llamacpp.callback import on_node
+from flashmoe.engines.llamacpp.control import PYTHON_CALLBACK, RETURNED, Control
 from flashmoe.routing.files import read
 from flashmoe.routing.trace import RoutingTrace
 from flashmoe.storage.catalog import ExpertCatalog

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.common.memory import major_faults
-from flashmoe.engines.llamacpp.callback import Control
+from flashmoe.engines.llamacpp.control import Control
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.common.memory import major_faults
 from flashmoe.engines.layer_step import LayerStep
 from flashmoe.engines.llamacpp.abi import Tensor
-from flashmoe.engines.llamacpp.callback import (
+from flashmoe.engines.llamacpp.callback import on_node
+from flashmoe.engines.llamacpp.control import (
     APART,
     BEGIN,
     END,
@@ -37,17 +38,15 @@ from flashmoe.engines.llamacpp.callback import (
     RETURNED,
     SERVED,
     Control,
-    on_node,
 )
 from flashmoe.engines.llamacpp.counts import Counts, Evaluated
 from flashmoe.engines.llamacpp.inspection import Inspection
 from flashmoe.engines.llamacpp.loader import LoadedModel
 from flashmoe.engines.llamacpp.overlap import Overlap
 from flashmoe.engines.llamacpp.rewriting import GraphRewriter
-from flashmoe.engines.llamacpp.routers import read_router
+from flashmoe.engines.llamacpp.routers import GraphRouters
 from flashmoe.engines.llamacpp.routing_log import TOKENS, RoutingLog
 from flashmoe.errors import FlashMoEError, ModelError
-from flashmoe.prefetch.gate import Router
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import RoutingObserver
 
@@ -88,9 +87,7 @@ class RouterHook:
         if model.tables:
             self._control.tables = self._tables.ctypes.data
         self._blocks = np.zeros((2, max(self._layer_at) + 1), np.int64)
-        self._met: dict[int, Router | None] = {}
-        self._routers: list[Router] = []  # of all layers, once a graph of one token was inspected
-        self._hidden: dict[int, NDArray[np.float32]] = {}
+        self._routers = GraphRouters(model.lib, len(self._layer_at))
         self.error: BaseException | None = None
         self._n_vocab = 0
         # of the library's server
@@ -229,11 +226,8 @@ class RouterHook:
         if forms := self._inspection.take_forms():
             self._overlap.learn(forms)
         prefetcher = self._step.prefetcher
-        if prefetcher is not None and not self._routers:
-            routers = [router for _, router in sorted(self._met.items()) if router]
-            if len(routers) == len(self._layer_at):
-                self._routers = routers
-                prefetcher.use_routers(routers)
+        if prefetcher is not None and (routers := self._routers.take()):
+            prefetcher.use_routers(routers)
         late = b"\0".join(self._inspection.take_late_inputs())
         if late and len(late) + 2 <= len(self._late):
             self._late.raw = late.ljust(len(self._late), b"\0")
@@ -396,7 +390,7 @@ class RouterHook:
                 f"the last product of layer {layer - 1} did not wait for its reads; please report it"
             )
         if step.predicts and control.inspect and tokens == 1 and control.logits:
-            self._met[layer] = read_router(self._model.lib, node, control.logits, control.ids)
+            self._routers.meet(layer, node, control.logits, control.ids)
         leave_last = control.late_length > 0 and not values
         apart = tokens == 1 and not control.inspect and layer in self._overlap.layers
         wanted = ids.tolist() if apart else []
@@ -408,7 +402,12 @@ class RouterHook:
             leave_all=apart,
             requested=control.done,
         )
-        ids[:] = step.serve(layer, picked, lambda meanwhile: ensure(meanwhile=meanwhile), self._router_input)
+        ids[:] = step.serve(
+            layer,
+            picked,
+            lambda meanwhile: ensure(meanwhile=meanwhile),
+            lambda: self._routers.input(control.hidden),
+        )
         control.done = -1
         late = cache.late
         if 0 < len(late) < top_k:
@@ -416,15 +415,6 @@ class RouterHook:
         elif apart:
             cache.finish(leave_last=leave_last)
         control.pending = cache.pending
-
-    def _router_input(self) -> NDArray[np.float32] | None:
-        """The router's input of the node's layer, of a single token."""
-        address = self._control.hidden
-        if not address or not self._routers:
-            return None
-        if address not in self._hidden:
-            self._hidden[address] = _floats(address, 1, len(self._routers[0].norm))[0]
-        return self._hidden[address]
 
     def _multiply_apart(self, control: Control) -> None:
         assert self._step.cache is not None

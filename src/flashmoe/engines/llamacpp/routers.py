@@ -22,6 +22,39 @@ _BITS: dict[int, np.dtype[Any]] = {
 _CHAIN = 8  # nodes to look back at most
 
 
+class GraphRouters:
+    """The routers of a model, as graphs of one token show them, and their inputs while graphs are evaluated."""
+
+    def __init__(self, lib: Library, layers: int) -> None:
+        self._lib, self._layers = lib, layers
+        self._met: dict[int, Router | None] = {}
+        self._inputs: dict[int, NDArray[np.float32]] = {}
+        #: Of all layers in their order; none until every layer was met, and where any has a form that is not known.
+        self.known: list[Router] = []
+
+    def meet(self, layer: int, weights: int, logits: int, ids: int) -> None:
+        """A layer's nodes in a graph that is inspected; see `read_router`."""
+        self._met[layer] = read_router(self._lib, weights, logits, ids)
+
+    def take(self) -> list[Router]:
+        """The routers of all layers, once: when they have become known."""
+        if self.known:
+            return []
+        routers = [router for _, router in sorted(self._met.items()) if router]
+        if len(routers) == self._layers:
+            self.known = routers
+        return self.known
+
+    def input(self, address: int) -> NDArray[np.float32] | None:
+        """float32 [n] of the engine's at an address, a router's input; None for address 0 or unknown routers."""
+        if not address or not self.known:
+            return None
+        if address not in self._inputs:
+            n = len(self.known[0].norm)
+            self._inputs[address] = np.ctypeslib.as_array((C.c_float * n).from_address(address))
+        return self._inputs[address]
+
+
 def read_router(lib: Library, weights: int, logits: int, ids: int) -> Router | None:
     """The router between a layer's hidden state and its choice; None where it has a form that is not known.
 
