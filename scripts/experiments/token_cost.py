@@ -9,8 +9,8 @@ belong to the thread that evaluates). Each adds something to the one before it:
     asked     ... with an eval callback, compiled, that never stops
     stopped   ... that stops where a layer's router has chosen
     pool      FlashMoE's pool and callback, without Python: what a token of `run` and `serve` is
-    begun     ... with the hook's Python before and after a token
-    handed    ... each token handed to that thread and back, and counted: what `flashmoe bench` measures
+    begun     ... with Python before and after a token, and its counting: what `flashmoe bench` measures
+    handed    ... each token handed to that thread and back: what a loop of `Model.decoder.evaluate` takes
 
 and `stock handed` is stock with each token handed over. Medians, and the mean of the middle half, of all tokens.
 """
@@ -93,7 +93,7 @@ def main(
             for name, context in contexts.items()
         }
         sides["pool"] = (lambda token: engine._context.decode([token]), apart)
-        sides["begun"] = (lambda token: engine._decode([token], False), apart)
+        sides["begun"] = (lambda token: loaded.decoder.evaluate([token], decode=True), apart)
         sides["handed"] = (lambda token: loaded.decoder.evaluate([token], decode=True), timed)
         sides["stock handed"] = (handed(sides["stock"][0]), timed)
         prompt = draw.integers(5, engine.n_vocab, PROMPT).tolist()
