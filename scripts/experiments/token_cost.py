@@ -56,13 +56,22 @@ def timed(decode: Decode, tokens: list[int]) -> list[float]:
     return seconds
 
 
-def apart(decode: Decode, tokens: list[int]) -> list[float]:
-    """All tokens in the thread of every evaluation."""
-    return run_apart(lambda: timed(decode, tokens), lambda: None)
+def in_thread(call: Callable[[], Any]) -> Any:
+    """Call it in the thread of every evaluation."""
+    return run_apart(call, lambda: None)
 
 
 def handed(decode: Decode) -> Decode:
-    return lambda token: run_apart(lambda: decode(token), lambda: None)
+    return lambda token: in_thread(partial(decode, token))
+
+
+def apart(decode: Decode, tokens: list[int]) -> list[float]:
+    found: list[float] = in_thread(partial(timed, decode, tokens))
+    return found
+
+
+def evaluating(context: Any) -> Decode:
+    return lambda token: context.decode([token])
 
 
 def middle(seconds: list[float]) -> float:
@@ -86,13 +95,16 @@ def main(
         engine: Any = loaded.engine
         stock = StockModel(engine.library, model)
         make = partial(stock.context, n_ctx=n_ctx, n_ubatch=PROMPT, threads=threads)
-        callbacks = {"stock": None, "asked": (never.address, 0), "stopped": (at_layers.address, 0)}
+        callbacks = {
+            "stock": None,
+            "asked": (never.address or 0, 0),
+            "stopped": (at_layers.address or 0, 0),
+        }
         contexts = {name: make(callback=callback) for name, callback in callbacks.items()}
         sides: dict[str, tuple[Decode, Callable[[Decode, list[int]], list[float]]]] = {
-            name: (lambda token, context=context: context.decode([token]), apart)
-            for name, context in contexts.items()
+            name: (evaluating(context), apart) for name, context in contexts.items()
         }
-        sides["pool"] = (lambda token: engine._context.decode([token]), apart)
+        sides["pool"] = (evaluating(engine._context), apart)
         sides["begun"] = (lambda token: loaded.decoder.evaluate([token], decode=True), apart)
         sides["handed"] = (lambda token: loaded.decoder.evaluate([token], decode=True), timed)
         sides["stock handed"] = (handed(sides["stock"][0]), timed)
@@ -101,21 +113,21 @@ def main(
         loaded.decoder.evaluate(prompt, decode=False)
         loaded.decoder.evaluate(prompt[:1], decode=True)
         for context in contexts.values():
-            run_apart(lambda context=context: context.decode([*prompt]), lambda: None)
+            in_thread(partial(context.decode, prompt))
         seen: dict[str, list[float]] = {name: [] for name in sides}
         for number in range(rounds):
             tokens = draw.integers(5, engine.n_vocab, block).tolist()
             order = list(sides)[:: 1 if number % 2 else -1]
             for name in order:
                 for context in (*contexts.values(), engine._context):
-                    run_apart(lambda context=context: context.rewind(PROMPT), lambda: None)
+                    in_thread(partial(context.rewind, PROMPT))
                 if name == "pool":  # the hook is as its last token has left it
-                    run_apart(lambda: engine._hook.begin([0]), lambda: None)
+                    in_thread(partial(engine._hook.begin, [0]))
                 time.sleep(rest)
                 decode, run = sides[name]
                 taken = run(decode, tokens)
                 if name == "pool":
-                    run_apart(engine._hook._settle, lambda: None)
+                    in_thread(engine._hook._settle)
                 if number:
                     seen[name] += taken[2:]
         base = middle(seen["stock"])
