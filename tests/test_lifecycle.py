@@ -59,6 +59,20 @@ def test_closed_again(closed: Model) -> None:
     assert closed.report().lines()
 
 
+def test_a_server_that_is_closed(lib: Library, tiny: Tiny) -> None:
+    """Who still has it, or an answer of it, is told."""
+    request = {"prompt": "a", "messages": [{"role": "user", "content": "a"}], "n_predict": 100}
+    with opened(tiny("llama"), lib) as model:
+        server = model.server()
+        begun = server.complete(request)
+        next(begun)
+    with pytest.raises(UsageError, match="the model was closed"):
+        list(begun)
+    for ask in (server.chat, server.complete, server.count_tokens):
+        with pytest.raises(UsageError, match="the model was closed"):
+            ask(request)
+
+
 def test_closed_in_the_middle_of_a_generation(lib: Library, tiny: Tiny) -> None:
     with opened(tiny("llama"), lib) as model:
         generation = model.start([1, 2, 3], max_tokens=20)

@@ -478,7 +478,7 @@ def test_context_taken_back_in_the_middle(lib: Library, tiny: Tiny, llama: Refer
     with opened(tiny("llama"), lib, "30%") as model:
         pieces = model.generate([65] * 20, max_tokens=150, sampling=endless)
         next(pieces)
-    with pytest.raises(UsageError, match="its model was closed"):  # not as if the text ended there
+    with pytest.raises(UsageError, match="the model was closed"):  # not as if the text ended there
         list(pieces)
 
 

@@ -35,6 +35,7 @@ Request = dict[str, Any]
 Event = dict[str, Any]
 
 _COMPUTE_ERROR = "Compute error."  # all that the server says of an evaluation that has failed
+_ENDED = "there is no answer any more: the model was closed, or another prompt has taken its place"
 _SHORT_TEXT = 1 << 16  # characters that are no danger anywhere
 _LOOPS = 4  # threads of its own loops
 _SOCKET = "http.sock"
@@ -133,7 +134,9 @@ class InnerServer:
         return int(answer["input_tokens"])
 
     def _check(self, request: Request) -> None:
-        """Refuse, as the front does, texts that end a tokenizer's thread. Raises UsageError."""
+        """Refuse, as the front does, texts that end a tokenizer's thread; all when it is closed. Raises UsageError."""
+        if self._server is None:
+            raise UsageError(_ENDED)
         texts = [request.get("prompt"), *(message.get("content") for message in request.get("messages", ()))]
         longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
         dangerous = longest > _SHORT_TEXT or longest * BYTES_PER_CHARACTER > raise_thread_stacks()
@@ -183,22 +186,22 @@ class InnerServer:
                 getattr(type(self._server), handler)(self._server, {**request, "stream": True}, hear)
                 events.put(None)
             except Exception as error:  # the server's refusals, as C++ exceptions
-                events.put(error)
+                events.put(UsageError(_ENDED) if self._server is None else error)
 
         worker = threading.Thread(target=run, name="flashmoe-request", daemon=True)
         self._requests[worker] = cancelled
         worker.start()
         try:
             while (event := events.get()) is not None and not cancelled.is_set():
+                if isinstance(event, UsageError):
+                    raise event
                 if isinstance(event, BaseException):
                     raise UsageError(f"the request cannot be answered ({event})") from None
                 if error := event.get("error") or (event if "code" in event and "message" in event else None):
                     raise self._as_error(error)
                 yield event
             if cancelled.is_set():
-                raise UsageError(
-                    "the answer has been ended: its model was closed, or another prompt has begun"
-                )
+                raise UsageError(_ENDED)
         finally:
             cancelled.set()
             worker.join()
