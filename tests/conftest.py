@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from flashmoe.common.machine import cores
 from flashmoe.engines.llamacpp.library import Library, find_library, open_library
+from flashmoe.engines.llamacpp.tested import tested_library
 from flashmoe.storage import hub
 from flashmoe.storage.aio import KernelQueue, Read
 from tests.models import make
@@ -70,6 +72,17 @@ def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         patch.setenv("HF_HOME", str(folder / "huggingface"))
         yield folder
+
+
+@pytest.fixture
+def own_home(cache_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of the test's own for notes, in which nothing is noted but that the library has passed its self-test."""
+    tested_library()
+    folder = tmp_path / "cache"
+    (folder / "flashmoe").mkdir(parents=True)
+    shutil.copy(cache_home / "flashmoe" / "libraries.json", folder / "flashmoe")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")
