@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,9 +23,10 @@ os.environ["GGML_NO_BACKTRACE"] = "1"  # an abort in the library must not start 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in the background: tests interrupt all the same
     signal.signal(signal.SIGINT, signal.default_int_handler)
-# the last: tests start hundreds of processes, and each would compile a hundred modules anew
+# the last: tests start hundreds of processes, and each would compile a hundred modules anew; so would each of these
 for name in ("FLASHMOE_LIBLLAMA", "LLAMA_ARG_THREADS", "PYTHONDONTWRITEBYTECODE"):
     os.environ.pop(name, None)
+sys.dont_write_bytecode = False
 
 # The same cases at every run: what fails has been changed. `--hypothesis-profile=explore` looks for new ones.
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
