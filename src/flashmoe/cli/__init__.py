@@ -14,6 +14,7 @@ import flashmoe
 from flashmoe.cli import streams
 from flashmoe.cli.progress import print_error, stderr_console
 from flashmoe.common.memory import address_room, spare_addresses
+from flashmoe.common.signals import ended_by_signals
 from flashmoe.common.units import format_bytes
 from flashmoe.errors import FlashMoEError, FlashMoEWarning
 
@@ -65,7 +66,8 @@ def main() -> None:
     spare_addresses()
     try:
         _check_folder()
-        make_app(next(iter(sys.argv[1:]), None))()
+        with ended_by_signals():
+            make_app(next(iter(sys.argv[1:]), None))()
     except FlashMoEError as error:
         print_error(stderr_console(quiet=False), error)
         sys.exit(error.exit_status)
