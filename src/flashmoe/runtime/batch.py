@@ -108,9 +108,9 @@ def answer(
         return line.result(error=line.refused)
     try:
         meanwhile = exactly(line.body)
-    except UsageError as error:
+    except UsageError as refused:
         return line.result(
-            response=(400, {"error": {"message": str(error), "type": "invalid_request_error"}})
+            response=(400, {"error": {"message": str(refused), "type": "invalid_request_error"}})
         )
     most = server.longest_text
     if len(line.body) > most and (longest := longest_text(line.body)) > most:
