@@ -120,9 +120,9 @@ def answer(
     with meanwhile:
         status, body = server.exchange("POST", line.url, line.body)
     error = body.get("error") if isinstance(body, dict) else None
-    if isinstance(error, dict) and isinstance(message := error.get("message"), str):
-        why = message == _COMPUTE_ERROR and server.last_error
-        error["message"] = why or in_our_words(message.encode()).decode()
+    if isinstance(error, dict) and isinstance(said := error.get("message"), str):
+        why = said == _COMPUTE_ERROR and server.last_error
+        error["message"] = why or in_our_words(said.encode()).decode()
     return line.result(response=(status, body))
 
 
