@@ -107,7 +107,7 @@ def test_end_of_what_takes_too_long(demo: Path) -> None:
 
 def test_interrupted_twice(demo: Path) -> None:
     """It does not wait, and has nothing to complain of. A hang-up of its terminal drains it, as SIGTERM does."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGHUP):
         with serving(demo, "--cache", "20%", "--drain-seconds", 600, "-c", 2048) as server:
             connection = connect(server)
             response = stream_under_way(connection, 1900)

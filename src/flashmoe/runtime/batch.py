@@ -122,7 +122,7 @@ def answer(
     error = body.get("error") if isinstance(body, dict) else None
     if isinstance(error, dict) and isinstance(said := error.get("message"), str):
         why = said == _COMPUTE_ERROR and server.last_error
-        error["message"] = why or in_our_words(said.encode()).decode()
+        error["message"] = why or in_our_words(said)
     return line.result(response=(status, body))
 
 

@@ -91,7 +91,8 @@ class Exchange:
         if response.status == 404:
             body = repair.no_such_route(self._method, self._path, body)
         else:
-            body = in_our_words(repair.explained(body, self._inner.last_error))
+            body = repair.explained(body, self._inner.last_error)
+            body = in_our_words(body.decode("latin-1")).encode("latin-1")
         if self._path.startswith("/v1/") and not anthropic(self._path):
             body = repair.as_openai(body)
         await self._answer(response.status, headers, body)

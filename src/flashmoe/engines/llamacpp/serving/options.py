@@ -12,8 +12,8 @@ from flashmoe.errors import ModelError
 _PROJECTOR_BUFFERS = 128 << 20  # beside its weights, for an image
 # Options that the server's messages name and that are others here, or are not there
 _ADVICE = {
-    b"Start it with `--embeddings`": b"Start it with `--pooling mean` (or last, or cls)",
-    b" Start it with `--reranking`": b"",
+    "Start it with `--embeddings`": "Start it with `--pooling mean` (or last, or cls)",
+    " Start it with `--reranking`": "",
 }
 
 
@@ -43,7 +43,7 @@ def projector_bytes(path: Path) -> int:
         raise ModelError(f"{path}: the projector cannot be read ({error.strerror})") from None
 
 
-def in_our_words(message: bytes) -> bytes:
+def in_our_words(message: str) -> str:
     """What the server says of a request, with the names that options have here."""
     for theirs, ours in _ADVICE.items():
         message = message.replace(theirs, ours)
