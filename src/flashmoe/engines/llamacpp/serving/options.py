@@ -10,6 +10,11 @@ from typing import Any
 from flashmoe.errors import ModelError
 
 _PROJECTOR_BUFFERS = 128 << 20  # beside its weights, for an image
+# Options that the server's messages name and that are others here, or are not there
+_ADVICE = {
+    "Start it with `--embeddings`": "Start it with `--pooling mean` (or last, or cls)",
+    " Start it with `--reranking`": "",
+}
 
 
 @dataclass(frozen=True)
@@ -36,3 +41,10 @@ def projector_bytes(path: Path) -> int:
         return path.stat().st_size + _PROJECTOR_BUFFERS
     except OSError as error:
         raise ModelError(f"{path}: the projector cannot be read ({error.strerror})") from None
+
+
+def in_our_words(message: str) -> str:
+    """What the server says of a request, with the names that options have here."""
+    for theirs, ours in _ADVICE.items():
+        message = message.replace(theirs, ours)
+    return message
