@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 import warnings
+from contextlib import suppress
 
 import typer
 
@@ -143,7 +144,8 @@ def _import_failure(error: BaseException) -> str | None:
 
 def _drop_output() -> None:
     """What standard output still holds cannot be written either, and Python would try again at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    with suppress(OSError):  # no more files can be opened
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _warning(

@@ -28,7 +28,7 @@ def read_text(file: IO[bytes], source: str) -> str:
     """The rest of a file, as `decode` reads it. Raises OSError, and UsageError where it is no text or never ends."""
     data = file.read(MOST_BYTES + 1)
     if len(data) > MOST_BYTES:
-        raise UsageError(f"{source} is larger than {format_bytes(MOST_BYTES)}: split it")
+        raise UsageError(f"{source}: texts of more than {format_bytes(MOST_BYTES)} are not read")
     return decode(data, source)
 
 
