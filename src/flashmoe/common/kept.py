@@ -20,7 +20,6 @@ from typing import Any
 
 import numba
 import numpy as np
-from numba.core import config
 
 from flashmoe.common.files import cache_folder
 from flashmoe.common.numba_internals import (
@@ -61,7 +60,7 @@ def kept(*, also: Also = tuple, **options: Any) -> Callable[[Callable[..., Any]]
 def kept_callback(signature: Any, **options: Any) -> Callable[[Callable[..., Any]], Any]:
     """`numba.cfunc(signature, **options)`, kept on disk. Raises LibraryError where compilation is switched off: the
     library cannot call Python in the place of it."""
-    if config.DISABLE_JIT:
+    if getattr(numba.config, "DISABLE_JIT", False):
         raise LibraryError("NUMBA_DISABLE_JIT is set, and what llama.cpp calls must be compiled: unset it")
     if not KEEPS:
         return numba.cfunc(signature, **options)
