@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections import Counter
 from pathlib import Path
@@ -164,6 +165,28 @@ def test_whose_journal_it_is(source: Path, tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize("line", ["somebody's notes\n", '{"custom_id": "a"}\n', "notes", "{", "\n"], ids=repr)
+def test_a_file_in_the_journal_s_place(line: str, source: Path, tmp_path: Path) -> None:
+    """It is not ours to write to, be it the input."""
+    journal = tmp_path / "out.jsonl.partial"
+    journal.write_text(line)
+    if line == "{":  # what a kill may leave of a journal
+        assert run(source, tmp_path / "out.jsonl", Echo()).lines == 4
+        return
+    with pytest.raises(UsageError, match="is no journal of a batch: move it"):
+        run(source, tmp_path / "out.jsonl", Echo())
+    assert journal.read_text() == line
+
+
+def test_an_input_that_changes_meanwhile(source: Path, tmp_path: Path) -> None:
+    """The answers are those of what was there at the beginning, or none is an output."""
+    out, requests = tmp_path / "out.jsonl", Requests(source)
+    write(source, [*read(source), request("e")])
+    with Journal(out, IDENTITY) as journal, pytest.raises(UsageError, match="have been changed meanwhile"):
+        run_batch(Echo(), requests, journal)  # type: ignore[arg-type]
+    assert not out.exists()
+
+
 def test_an_output_that_is_there(source: Path, tmp_path: Path) -> None:
     out, requests = tmp_path / "out.jsonl", Requests(source)
     assert failed_in(out, requests) is None
@@ -183,3 +206,6 @@ def test_inputs_that_are_none(tmp_path: Path) -> None:
         Requests(tmp_path / "none.jsonl")
     with pytest.raises(UsageError, match="no request"):
         Requests(write(tmp_path / "empty.jsonl", ["", " "]))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="save them in one"):
+        Requests(tmp_path / "pipe")

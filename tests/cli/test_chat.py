@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -281,6 +282,26 @@ def test_interrupt_stops_the_answer_only(demo: Path, tmp_path: Path) -> None:
         user.process.sendintr()
         user.wait(lambda: user.lines[-2:] == ["Ctrl-D or /quit leaves", ">"])
         assert user.leave() == 0
+
+
+@pytest.mark.parametrize("answering", [False, True], ids=["at the prompt", "in an answer"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_ended_at_a_terminal(number: signal.Signals, answering: bool, demo: Path, tmp_path: Path) -> None:
+    """The terminal is as it was: a shell that follows shows what is typed."""
+    with terminal(tmp_path, *LONG, "-c", 512) as user:
+        keys = termios.tcgetattr(user.process.fileno())[3]
+        assert not keys & termios.ECHO  # the line editor's
+        if answering:
+            user.type("Tell me a long story.")
+        user.process.kill(number)
+        with suppress(pexpect.EOF):
+            user.wait(lambda: False)
+        keys = termios.tcgetattr(user.process.fileno())[3]
+        assert keys & termios.ECHO
+        assert keys & termios.ICANON
+        user.process.wait()
+        assert user.process.exitstatus == 128 + number
+        assert not any("Traceback" in line for line in user.lines)
 
 
 def test_keys(demo: Path, tmp_path: Path) -> None:

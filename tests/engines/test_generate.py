@@ -478,7 +478,8 @@ def test_context_taken_back_in_the_middle(lib: Library, tiny: Tiny, llama: Refer
     with opened(tiny("llama"), lib, "30%") as model:
         pieces = model.generate([65] * 20, max_tokens=150, sampling=endless)
         next(pieces)
-    list(pieces)  # what was made until the model was closed
+    with pytest.raises(UsageError, match="the model was closed"):  # not as if the text ended there
+        list(pieces)
 
 
 def test_trace_after_a_failed_evaluation(

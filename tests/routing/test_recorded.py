@@ -175,6 +175,32 @@ def test_an_observer_that_fails_ends_nothing_but_itself(lib: Library, demo: Path
     assert observer.calls == 5
 
 
+@pytest.mark.parametrize("place", ["begin_sequence", "use_routers"])
+def test_a_predictor_that_fails_between_steps(place: str, lib: Library, demo: Path) -> None:
+    def fail(self: Predictor, *_: Any) -> None:
+        raise ZeroDivisionError(place)
+
+    def nothing(self: Predictor, *_: Any) -> None:
+        pass
+
+    quiet = dict.fromkeys(
+        ("make_state", "begin_sequence", "begin_step", "observe", "observe_many", "predict"), nothing
+    )
+    predictor = type("Broken", (Predictor,), {**quiet, place: fail})()
+
+    def texts(model: Model) -> list[str]:
+        sampling = SamplingParams(temperature=0)
+        return ["".join(model.generate("A colour is", max_tokens=8, sampling=sampling)) for _ in range(2)]
+
+    with flashmoe.load(demo, cache="50%", threads=1, library=lib, prefetch="none") as model:
+        expected = texts(model)
+    with flashmoe.load(demo, cache="50%", threads=1, library=lib, prefetch="table") as model:
+        assert model.prefetcher
+        model.prefetcher._predictors = model.prefetcher._learning = [predictor]
+        with pytest.warns(FlashMoEWarning, match=f"prefetching has ended: {place}"):
+            assert texts(model) == expected
+
+
 def test_a_predictor_that_fails_ends_nothing_but_itself(lib: Library, demo: Path) -> None:
     class Broken(Predictor):
         name = "broken"

@@ -33,6 +33,7 @@ from flashmoe.cli import (
 )
 from flashmoe.cli.progress import print_error, stderr_console
 from flashmoe.common.memory import address_room, spare_addresses
+from flashmoe.common.signals import ended_by_signals
 from flashmoe.common.units import format_bytes
 from flashmoe.errors import FlashMoEError, FlashMoEWarning
 
@@ -81,7 +82,8 @@ def main() -> None:
     spare_addresses()
     try:
         _check_folder()
-        app()
+        with ended_by_signals():
+            app()
     except FlashMoEError as error:
         print_error(stderr_console(quiet=False), error)
         sys.exit(error.exit_status)

@@ -65,6 +65,7 @@ def run(
                 else loaded.generate(text, max_tokens=n_predict, sampling=chosen, special=True)
             )
             made: list[str] = []
+            stopped = False
             try:
                 for piece in stream:
                     progress.stop()
@@ -72,6 +73,7 @@ def run(
                     sys.stdout.write(piece)
                     sys.stdout.flush()
             except KeyboardInterrupt:
+                stopped = True
                 console.print("\n(stopped)", style="dim")
             if not made or not made[-1].endswith("\n"):
                 sys.stdout.write("\n")
@@ -81,6 +83,8 @@ def run(
         loaded.recorder.save(trace)
     if json_file:
         json_file.write(report.as_dict())
+    if stopped:
+        raise KeyboardInterrupt
 
 
 def _answer(model: Model, text: str, n_predict: int, sampling: SamplingParams) -> Iterator[str]:

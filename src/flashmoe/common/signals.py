@@ -212,13 +212,16 @@ def _end(worker: _Worker, job: _Job[Any], interrupt: Callable[[], None]) -> None
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the program as Ctrl-C does: through the cleaning up."""
+    """Let SIGTERM and SIGHUP end the program as Ctrl-C does: through the cleaning up. Ignored ones (nohup) stay so."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
+    wanted = [
+        number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN
+    ]
     try:
-        before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+        before = {number: signal.signal(number, end) for number in wanted}
     except ValueError:  # not the main thread: signals are handled elsewhere
         yield
         return

@@ -74,7 +74,7 @@ class LayerStep:
         assert self.cache is not None
         self.cache.served(layer)
         if (asked := self._asked) is not None:
-            self._ask(lambda: asked.read_ahead(layer))
+            self.ask(lambda: asked.read_ahead(layer))
 
     def begin(self, tokens: Sequence[int]) -> None:
         """A graph of `tokens` begins, ids or -1 where only their number is known."""
@@ -88,7 +88,7 @@ class LayerStep:
         together = not self._single and self.cache.phase == "decode"
         self._asked = None if together or min(tokens, default=-1) < 0 else self.prefetcher
         if (asked := self._asked) is not None:
-            self._ask(lambda: asked.begin_step(tokens))
+            self.ask(lambda: asked.begin_step(tokens))
 
     def end(self) -> None:
         """The graph has been computed, or has failed."""
@@ -119,7 +119,7 @@ class LayerStep:
                 return error
         return None
 
-    def _ask(self, call: Callable[[], None]) -> None:
+    def ask(self, call: Callable[[], None]) -> None:
         """Call the prefetcher, whose predictors may be a user's own."""
         if failed := self._failure(call):
             self._asked = self.prefetcher = None
@@ -150,7 +150,7 @@ class LayerStep:
                 asked.predictor.see(layer, seen)
             asked.routed(layer, ids[0])
 
-        meanwhile = None if asked is None else lambda: self._ask(look_ahead)
+        meanwhile = None if asked is None else lambda: self.ask(look_ahead)
         began = time.perf_counter()
         waited = stats.stall_seconds + (residents.waited if residents else 0.0)
         slots = ensure(meanwhile)

@@ -92,6 +92,7 @@ class Prefetcher:
         self._state = guesses(residency.slot_of, residency.used, len(self._predictors))
         self._pinned = Pinned(KIND, self._state)
         self._turn = CompiledTurn(address_of(turn, TURN), self._pinned.address)
+        self._new = False  # a sequence, of which predictors are to be told
         self._compiled = False  # all that is asked and learns in this step
         self._tokens: Int32 = np.zeros(0, np.int32)
         self._active = 0
@@ -119,12 +120,15 @@ class Prefetcher:
             predictor.use_routers(routers)
 
     def begin_sequence(self) -> None:
-        """A new prompt or conversation begins."""
-        for predictor in self._predictors:
-            predictor.begin_sequence()
+        """A new prompt or conversation begins; predictors are told with its first step, where they may fail."""
+        self._new = True
 
     def begin_step(self, tokens: Sequence[int]) -> None:
         """Tokens are about to be evaluated: one while decoding, a micro-batch of a prompt."""
+        if self._new:
+            self._new = False
+            for predictor in self._predictors:
+                predictor.begin_sequence()
         if len(tokens) > 1:
             self._tokens = np.array(tokens, np.int32)
             return

@@ -27,6 +27,7 @@ from flashmoe.errors import FlashMoEError, UsageError
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/embeddings")
 _FORMAT, _VERSION = "flashmoe-batch", 1
+_MARK = json.dumps({"format": _FORMAT})[:-1].encode()  # what a journal begins with
 Result = dict[str, Any]
 
 
@@ -49,28 +50,36 @@ class Line:
 
 
 class Requests:
-    """The lines of an input file, blank ones left out. Raises UsageError where it cannot be read or has none."""
+    """The lines of an input file, blank ones left out. It is read again and again.
+
+    Raises UsageError where it cannot be read, has no request, or is not what it was before.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if path.exists() and not path.is_file():
+            raise UsageError(
+                f"{path}: the requests are no file, and are read more than once: save them in one"
+            )
         self._first: dict[str, int] = {}  # line in which a custom_id is first
-        digest, self.ids = xxhash.xxh3_128(), list[str | None]()
-        for line in self._read(digest):
-            self.ids.append(line.custom_id)
+        digest = xxhash.xxh3_128()
+        self.ids: list[str | None] = [line.custom_id for line in self._read(digest)]
         #: Tells this content from another.
         self.digest = digest.hexdigest()
         if not self.ids:
             raise UsageError(f"{path}: there is no request in it")
 
     def __iter__(self) -> Iterator[Line]:
-        return self._read()
+        digest = xxhash.xxh3_128()
+        yield from self._read(digest)
+        if digest.hexdigest() != self.digest:
+            raise UsageError(f"{self.path}: the requests have been changed meanwhile: name another output")
 
-    def _read(self, digest: Any = None) -> Iterator[Line]:
+    def _read(self, digest: xxhash.xxh3_128) -> Iterator[Line]:
         try:
             with open(self.path, "rb") as file:
                 for number, raw in enumerate(file, 1):
-                    if digest is not None:
-                        digest.update(raw)
+                    digest.update(raw)
                     if raw.strip():
                         yield self._line(number, raw)
         except OSError as error:
@@ -183,7 +192,11 @@ class Journal:
         """Take what is there up to the first line that is not whole, and cut off the rest."""
         self._file.seek(0)
         found = _parsed(first := self._file.readline())
-        if found is None:
+        if first[: len(_MARK)] != _MARK[: len(first)] or (found is None and first.endswith(b"\n")):
+            raise UsageError(
+                f"{printable(str(self.path))} is there already, and is no journal of a batch: move it"
+            )
+        if found is None:  # not even the first line came to its end
             self._file.seek(0)
             self._file.truncate()
             self._file.write(json.dumps(header).encode() + b"\n")

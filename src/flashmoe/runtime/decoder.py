@@ -18,11 +18,12 @@ from flashmoe.engines.base import Engine
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import Recorder
 from flashmoe.routing.trace import DECODE, PREFILL
+from flashmoe.runtime.access import Access
 from flashmoe.runtime.telemetry import Phase, Telemetry
 
 
 class Decoder:
-    """An engine with its expert cache, counters and recorder. Not thread-safe."""
+    """An engine with its expert cache, counters and recorder. One thread at a time has it, see `Access`."""
 
     def __init__(
         self,
@@ -33,7 +34,10 @@ class Decoder:
     ) -> None:
         """reclaim: called before the engine's context is used, to take it back from whatever else uses it."""
         self.engine, self.cache, self.prefetcher = engine, cache, prefetcher
+        self.access = Access()
         self._reclaim = reclaim
+        #: Grows whenever what the context holds is forgotten: tokens are evaluated after those of the same turn.
+        self.turn = 0
         self.telemetry = Telemetry()
         self.recorder: Recorder | None = None
         self._prompts = -1
@@ -44,10 +48,13 @@ class Decoder:
         self.engine.record(recorder)
 
     def rewind(self) -> None:
-        """Another prompt comes: forget the sequence's tokens."""
-        self._reclaim()
-        self.engine.rewind(0)
-        self.begin_prompt()
+        """Another prompt comes: forget the sequence's tokens. Raises UsageError, see `Access`."""
+        with self.access.alone:
+            self.access.check()
+            self._reclaim()
+            self.turn += 1
+            self.engine.rewind(0)
+            self.begin_prompt()
 
     def begin_prompt(self) -> None:
         """Tell policies and predictors of a new prompt."""
@@ -61,20 +68,22 @@ class Decoder:
     def evaluate(self, tokens: Sequence[int], *, decode: bool, embed: bool = False) -> float:
         """Evaluate tokens of a prompt or a text (at most a micro-batch), or with `decode` one that was made.
 
-        Returns the seconds that it took. Raises what the engine's `decode` raises.
+        Returns the seconds that it took. Raises what the engine's `decode` raises, and UsageError, see `Access`.
         """
-        self._reclaim()
-        self.cache.phase = "decode" if decode else "prefill"
-        faults = major_faults()
-        began = time.perf_counter()
-        try:
-            self.engine.decode(tokens, embed=embed)
-        except BaseException:
-            self.failed()
-            raise
-        seconds = time.perf_counter() - began
-        self.evaluated(tokens, seconds, major_faults() - faults, decode=decode)
-        return seconds
+        with self.access.alone:
+            self.access.check()
+            self._reclaim()
+            self.cache.phase = "decode" if decode else "prefill"
+            faults = major_faults()
+            began = time.perf_counter()
+            try:
+                self.engine.decode(tokens, embed=embed)
+            except BaseException:
+                self.failed()
+                raise
+            seconds = time.perf_counter() - began
+            self.evaluated(tokens, seconds, major_faults() - faults, decode=decode)
+            return seconds
 
     def evaluated(self, tokens: Sequence[int], seconds: float, faults: int, *, decode: bool) -> None:
         """Count tokens that were evaluated, and end the recorder's step. faults: major page faults meanwhile."""

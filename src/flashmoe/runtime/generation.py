@@ -20,7 +20,7 @@ def split(tokens: Sequence[int], step: int) -> list[tuple[int, ...]]:
 
 
 class Generation:
-    """A prompt and what is made after it. Call `step` until `finished`."""
+    """A prompt and what is made after it. Call `step` until `finished`; another prompt ends it."""
 
     def __init__(
         self,
@@ -42,6 +42,7 @@ class Generation:
         self._decoder, self._progress = decoder, progress
         self._sampler = decoder.engine.sampler(sampling or SamplingParams())
         self._todo: deque[tuple[int, ...]] | None = None
+        self._turn = 0  # the decoder's, while the context is this generation's
         self.made: list[int] = []
         #: Why it ended: "stop" (the model's end token) or "length" (`max_tokens`, or the context is full).
         self.finished: str | None = None
@@ -50,11 +51,19 @@ class Generation:
         """Evaluate the next micro-batch of the prompt, or the last token, and choose the next one.
 
         Returns it, or None while the prompt is being read and at the end token. Raises what the engine's `decode`
-        raises; the generation is over then.
+        raises, and UsageError where another prompt has begun since or the model is closed; the generation is over then.
         """
+        with self._decoder.access.alone:
+            return self._step()
+
+    def _step(self) -> int | None:
         if self._todo is None:
             self._decoder.rewind()
+            self._turn = self._decoder.turn
             self._todo = deque(split(self.prompt, self._decoder.engine.n_ubatch))
+        self._decoder.access.check()
+        if self._turn != self._decoder.turn:
+            raise UsageError("another prompt has begun meanwhile: a model continues one at a time")
         chunk = self._todo.popleft()
         if self.made:
             self._decoder.evaluate(chunk, decode=True)

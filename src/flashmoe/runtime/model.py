@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import TracebackType
@@ -41,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 
 class Model:
-    """A loaded model. A context manager; not thread-safe: one generation at a time."""
+    """A loaded model. A context manager. One generation at a time: the next one ends that of `start`."""
 
     def __init__(
         self,
@@ -71,7 +70,7 @@ class Model:
         self.progress, self._resources = progress, resources
         self._server_options = server_options
         self._server: InnerServer | None = None
-        self._starting = threading.RLock()
+        self._access = self.decoder.access
         self._public, self._saved = public, saved
         self._rewriter = rewriter
         self.learning = learning  # what it leaves to the next session; None where it leaves nothing
@@ -142,9 +141,11 @@ class Model:
         """llama.cpp's own server over this model, in this process; started when it is first asked for.
 
         It has the model's context until `close`, or until `start`, `evaluate` or `embed` want it back. Raises
-        UsageError for the transformers engine, and LibraryError where the library has no server.
+        UsageError for the transformers engine and where the model is closed, and LibraryError where the library has no
+        server.
         """
-        with self._starting:
+        with self._access.alone:
+            self._access.check()
             if self._server is None:
                 if self._server_options is None:
                     raise UsageError(
@@ -154,6 +155,7 @@ class Model:
                 from flashmoe.engines.llamacpp.serving.server import InnerServer
 
                 assert isinstance(self.engine, LlamaEngine)
+                self.decoder.turn += 1
                 on_prompt = self.decoder.begin_prompt if self._public else lambda: None
                 self._server = InnerServer(
                     self.engine, self._server_options, self._served, on_prompt, self.decoder.failed
@@ -167,11 +169,10 @@ class Model:
         self.decoder.evaluated(graph.tokens, graph.seconds, graph.faults, decode=graph.decode)
 
     def _own_context(self) -> None:
-        """Take the context back from the server."""
-        with self._starting:
-            if self._server is not None:
-                self._server.close()
-                self._server = None
+        """Take the context back from the server; by whom is alone."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
 
     def generate(
         self,
@@ -267,7 +268,8 @@ class Model:
         yield {"finish_reason": generation.finished, "timings": {}}
 
     def _check_makes_text(self) -> None:
-        """Raises UsageError where the model makes none."""
+        """Raises UsageError where the model makes none, or none any more."""
+        self._access.check()
         if reason := self.engine.no_text:
             raise UsageError(
                 f"{self.catalog.label}: {reason}; for embeddings use `flashmoe serve --pooling mean`, or Model.embed"
@@ -314,7 +316,9 @@ class Model:
 
         Raises UsageError where the model was loaded without pooling, and for an empty or too long text.
         """
-        return embed(self.decoder, text)
+        with self._access.alone:
+            self._access.check()
+            return embed(self.decoder, text)
 
     @property
     def stats(self) -> dict[str, Any]:
@@ -355,10 +359,18 @@ class Model:
         )
 
     def close(self) -> None:
-        """Free everything, and keep what `save_cache` asked for. The model cannot be used afterwards."""
-        run_apart(self._close, lambda: None)  # whole, whatever signals arrive meanwhile
+        """Free everything, and keep what `save_cache` asked for. The model cannot be used afterwards.
+
+        A forked process has nothing to free: the model is that of its parent.
+        """
+        if self._access.forked:
+            return
+        with self._access.alone:
+            if not self._access.closed:
+                run_apart(self._close, lambda: None)  # whole, whatever signals arrive meanwhile
 
     def _close(self) -> None:
+        self._access.closed = True
         if self._server is not None and self._saved:
             self._server.cancel()
             self._saved.save(self._server)

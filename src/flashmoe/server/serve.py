@@ -53,7 +53,10 @@ class FrontServer(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {s: signal.signal(s, self.handle_exit) for s in (signal.SIGINT, signal.SIGTERM)}
+        ends = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+            ends.append(signal.SIGHUP)
+        before = {s: signal.signal(s, self.handle_exit) for s in ends}
         try:
             yield
         finally:

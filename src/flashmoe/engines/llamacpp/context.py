@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from flashmoe.engines.llamacpp.abi import CONSTANTS, Batch
 from flashmoe.engines.llamacpp.allocations import counting
 from flashmoe.engines.llamacpp.library import Library
-from flashmoe.errors import ModelError
+from flashmoe.errors import ModelError, UsageError
 
 #: How the vectors of a text's tokens become one: llama.cpp's names and numbers.
 POOLING = {name: CONSTANTS[f"LLAMA_POOLING_TYPE_{name.upper()}"] for name in ("none", "mean", "cls", "last")}
@@ -123,11 +123,11 @@ class Context:
 
     def reclaim(self) -> None:
         """The library's server has used it: end what it has set. It has freed the threads that it had attached."""
-        self._lib.llama_set_embeddings(self._pointer, False)
+        self._lib.llama_set_embeddings(self.pointer, False)
         self._embedding = False
-        self._lib.llama_detach_threadpool(self._pointer)
+        self._lib.llama_detach_threadpool(self.pointer)
         if self._pool:
-            self._lib.llama_attach_threadpool(self._pointer, self._pool, self._pool)
+            self._lib.llama_attach_threadpool(self.pointer, self._pool, self._pool)
 
     @property
     def remembers(self) -> bool:
@@ -135,8 +135,10 @@ class Context:
         return bool(self._memory) and self._causal
 
     @property
-    def pointer(self) -> int | None:
-        """The llama_context, for samplers."""
+    def pointer(self) -> int:
+        """The llama_context. Raises UsageError where it has been freed."""
+        if not self._pointer:
+            raise UsageError("this model is closed: load it again")
         return self._pointer
 
     def decode(self, tokens: Sequence[int], *, embed: bool = False) -> int:
@@ -145,19 +147,20 @@ class Context:
         `past` moves on in any case: after a failure call `rewind`. embed: for `embedding`.
         """
         if embed != self._embedding:
-            self._lib.llama_set_embeddings(self._pointer, embed)
+            self._lib.llama_set_embeddings(self.pointer, embed)
             self._embedding = embed
-        n, batch, past = len(tokens), self._batch, self.past
+        n, batch, past, pointer = len(tokens), self._batch, self.past, self.pointer
         batch.n_tokens = n
         for i, token in enumerate(tokens):
             batch.token[i], batch.pos[i] = token, past + i
             batch.logits[i] = int(self._all_logits or embed or i == n - 1)
         self.past += n
-        return int(self._lib.llama_decode(self._pointer, batch))
+        return int(self._lib.llama_decode(pointer, batch))
 
     def rewind(self, n_past: int) -> None:
         """Forget tokens from position `n_past` on; all where the memory cannot be cut (Mamba)."""
         n_past = min(n_past, self.past) if self.remembers else 0
+        assert self.pointer
         if n_past and self._lib.llama_memory_seq_rm(self._memory, 0, n_past, -1):
             # a cache of the window's size forgets what attention needs after a cut
             oldest = self._lib.llama_memory_seq_pos_min(self._memory, 0)
@@ -177,21 +180,21 @@ class Context:
             return 0
         # Not causal: the library would use this graph again for the first token that is decoded, and the shapes of
         # expert tensors in it are not yet those of the pool
-        self._lib.llama_set_causal_attn(self._pointer, False)
+        self._lib.llama_set_causal_attn(self.pointer, False)
         self.decode([0])
-        self._lib.llama_set_causal_attn(self._pointer, True)
-        size = int(self._lib.llama_state_seq_get_size_ext(self._pointer, 0, _PARTIAL_ONLY))
+        self._lib.llama_set_causal_attn(self.pointer, True)
+        size = int(self._lib.llama_state_seq_get_size_ext(self.pointer, 0, _PARTIAL_ONLY))
         self.rewind(0)
         return size * max(1, min(self._window, self.n_ctx))
 
     def logits(self, index: int = -1) -> NDArray[np.float32]:
         """Logits of the last evaluation, float32 [vocabulary]: of its last token, or with all_logits of any."""
-        address = self._lib.llama_get_logits_ith(self._pointer, index)
+        address = self._lib.llama_get_logits_ith(self.pointer, index)
         return np.ctypeslib.as_array(address, (self.n_vocab,)).copy()
 
     def embedding(self) -> NDArray[np.float32]:
         """What the pooling made of the tokens last evaluated with `embed`, float32 [n_embd]."""
-        address = self._lib.llama_get_embeddings_seq(self._pointer, 0)
+        address = self._lib.llama_get_embeddings_seq(self.pointer, 0)
         return np.ctypeslib.as_array(address, (self.n_embd,)).copy()
 
     def close(self) -> None:

@@ -61,7 +61,6 @@ class LlamaEngine:
         self._lib, self._model = lib, model
         self.kernels, self.kernels_hint = lib.kernels, kernels.hint(lib)
         self._hook = RouterHook(model, n_ubatch, threads)
-        self._vocab = lib.llama_model_get_vocab(model.pointer)
         self.n_vocab = int(lib.llama_vocab_n_tokens(self._vocab))
         self._context = Context(
             lib,
@@ -182,14 +181,14 @@ class LlamaEngine:
 
     @property
     def model_pointer(self) -> int:
-        """The llama_model."""
-        assert self._model.pointer
+        """The llama_model. Raises UsageError where it has been freed."""
+        if not self._model.pointer:
+            raise UsageError("this model is closed: load it again")
         return self._model.pointer
 
     @property
     def context_pointer(self) -> int:
         """The llama_context."""
-        assert self._context.pointer
         return self._context.pointer
 
     @property
@@ -200,8 +199,8 @@ class LlamaEngine:
     @cached_property
     def longest_token(self) -> int:
         """Bytes of the longest token's text, at most."""
-        text = self._lib.llama_vocab_get_text
-        return max(len(text(self._vocab, token) or b"") for token in range(self.n_vocab))
+        text, vocab = self._lib.llama_vocab_get_text, self._vocab
+        return max(len(text(vocab, token) or b"") for token in range(self.n_vocab))
 
     @cached_property
     def longest_text(self) -> int:
@@ -308,6 +307,12 @@ class LlamaEngine:
         if len(data) > _LONG_TEXT:
             return on_large_stack(partial(self._tokenize, data, special, begin))
         return self._tokenize(data, special, begin)
+
+    @property
+    def _vocab(self) -> int:
+        """The llama_vocab. Raises UsageError where it has been freed with the model."""
+        pointer: int = self._lib.llama_model_get_vocab(self.model_pointer)
+        return pointer
 
     def _tokenize(self, data: bytes, special: bool, begin: bool) -> list[int]:
         room = len(data) + 8

@@ -227,7 +227,7 @@ class RouterHook:
             self._overlap.learn(forms)
         prefetcher = self._step.prefetcher
         if prefetcher is not None and (routers := self._routers.take()):
-            prefetcher.use_routers(routers)
+            self._step.ask(lambda: prefetcher.use_routers(routers))
         late = b"\0".join(self._inspection.take_late_inputs())
         if late and len(late) + 2 <= len(self._late):
             self._late.raw = late.ljust(len(self._late), b"\0")

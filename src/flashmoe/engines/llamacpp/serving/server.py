@@ -6,6 +6,8 @@ HTTP (`chat`, `complete`).
 
 from __future__ import annotations
 
+import atexit
+import ctypes as C
 import http.client
 import json
 import os
@@ -14,6 +16,7 @@ import secrets
 import shutil
 import socket
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -32,10 +35,15 @@ Request = dict[str, Any]
 Event = dict[str, Any]
 
 _COMPUTE_ERROR = "Compute error."  # all that the server says of an evaluation that has failed
+_ENDED = "there is no answer any more: the model was closed, or another prompt has taken its place"
 _SHORT_TEXT = 1 << 16  # characters that are no danger anywhere
 _LOOPS = 4  # threads of its own loops
 _SOCKET = "http.sock"
 _THREADS = 4  # of its HTTP side, beside one for each slot; more are made as they are needed
+
+
+_running: weakref.WeakSet[InnerServer] = weakref.WeakSet()
+_started = threading.Event()  # once one has been
 
 
 class InnerServer:
@@ -87,6 +95,8 @@ class InnerServer:
             engine.unserve()
             self._remove_folder()
             raise
+        _running.add(self)
+        _started.set()
         if _connects(descriptor := f"/proc/self/fd/{self._socket}"):
             # clients come through it: a process that is killed leaves nothing behind
             self.socket = descriptor
@@ -101,7 +111,10 @@ class InnerServer:
         return self._engine.longest_text
 
     def chat(self, request: Request) -> Iterator[Event]:
-        """Events of a streamed /v1/chat/completions. Raises UsageError, ModelError, or why an evaluation failed."""
+        """Events of a streamed /v1/chat/completions.
+
+        Raises UsageError, also where `cancel` has ended it, ModelError, or why an evaluation failed.
+        """
         self._check(request)
         return self._stream("handle_chat_completions", request)
 
@@ -121,7 +134,9 @@ class InnerServer:
         return int(answer["input_tokens"])
 
     def _check(self, request: Request) -> None:
-        """Refuse, as the front does, texts that end a tokenizer's thread. Raises UsageError."""
+        """Refuse, as the front does, texts that end a tokenizer's thread; all when it is closed. Raises UsageError."""
+        if self._server is None:
+            raise UsageError(_ENDED)
         texts = [request.get("prompt"), *(message.get("content") for message in request.get("messages", ()))]
         longest = max((len(text) for text in texts if isinstance(text, str)), default=0)
         dangerous = longest > _SHORT_TEXT or longest * BYTES_PER_CHARACTER > raise_thread_stacks()
@@ -171,18 +186,22 @@ class InnerServer:
                 getattr(type(self._server), handler)(self._server, {**request, "stream": True}, hear)
                 events.put(None)
             except Exception as error:  # the server's refusals, as C++ exceptions
-                events.put(error)
+                events.put(UsageError(_ENDED) if self._server is None else error)
 
         worker = threading.Thread(target=run, name="flashmoe-request", daemon=True)
         self._requests[worker] = cancelled
         worker.start()
         try:
-            while (event := events.get()) is not None:
+            while (event := events.get()) is not None and not cancelled.is_set():
+                if isinstance(event, UsageError):
+                    raise event
                 if isinstance(event, BaseException):
                     raise UsageError(f"the request cannot be answered ({event})") from None
                 if error := event.get("error") or (event if "code" in event and "message" in event else None):
                     raise self._as_error(error)
                 yield event
+            if cancelled.is_set():
+                raise UsageError(_ENDED)
         finally:
             cancelled.set()
             worker.join()
@@ -217,6 +236,7 @@ class InnerServer:
         """End it, and all requests that are under way. The engine has its context back, empty."""
         if self._server is None:
             return
+        _running.discard(self)
         self.cancel()
         with self._engine.ignoring():
             # its destructor waits for its thread with Python's lock held: that one must not need Python any more,
@@ -231,6 +251,28 @@ class InnerServer:
 
     def _remove_folder(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@atexit.register
+def _cancel_all() -> None:
+    """The interpreter ends, perhaps in the middle of an answer: its thread must not come back to Python afterwards."""
+    for server in list(_running):
+        server.cancel()
+
+
+def _leave_all() -> None:
+    """A forked process has the library's objects without their threads, which destructors would wait for.
+
+    So none is called: not those of servers, and at the end of the process not the library's own either.
+    """
+    for server in list(_running):
+        C.pythonapi.Py_IncRef(C.py_object(server._server))
+    if _started.is_set():
+        libc = C.CDLL(None)
+        libc.on_exit(C.cast(libc._exit, C.c_void_p), None)  # the last one registered is called first
+
+
+os.register_at_fork(after_in_child=_leave_all)
 
 
 def _connects(path: str) -> bool:
