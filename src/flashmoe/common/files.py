@@ -134,7 +134,7 @@ def _kind(head: bytes) -> str:
 
 def absent(error: OSError) -> bool:
     """Whether an error of opening says that there is no such file, nor can be."""
-    return error.errno in (errno.ENOENT, errno.ENAMETOOLONG)
+    return isinstance(error, FileNotFoundError) or error.errno == errno.ENAMETOOLONG
 
 
 def write_atomically(path: Path, data: bytes, *, private: bool = False) -> None:
