@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from flashmoe.cli import app
+from flashmoe.cli import make_app
 
 
 def lines(command: Any, name: str, parent: Any = None) -> Iterator[str]:
@@ -47,7 +47,7 @@ def row(parameter: Any, context: Any) -> str:
 
 def main(target: Path) -> None:
     """Write the page."""
-    command = typer.main.get_command(app)
+    command = typer.main.get_command(make_app())
     target.write_text("# Command line\n\n" + "\n".join(lines(command, "flashmoe")))
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 
 from flashmoe.common.machine import cores
 from flashmoe.engines.llamacpp.library import Library, find_library, open_library
+from flashmoe.engines.llamacpp.tested import tested_library
 from flashmoe.storage import hub
 from flashmoe.storage.aio import KernelQueue, Read
 from tests.models import make
@@ -20,9 +23,10 @@ os.environ["GGML_NO_BACKTRACE"] = "1"  # an abort in the library must not start 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in the background: tests interrupt all the same
     signal.signal(signal.SIGINT, signal.default_int_handler)
-# the last: tests start hundreds of processes, and each would compile a hundred modules anew
+# the last: tests start hundreds of processes, and each would compile a hundred modules anew; so would each of these
 for name in ("FLASHMOE_LIBLLAMA", "LLAMA_ARG_THREADS", "PYTHONDONTWRITEBYTECODE"):
     os.environ.pop(name, None)
+sys.dont_write_bytecode = False
 
 # The same cases at every run: what fails has been changed. `--hypothesis-profile=explore` looks for new ones.
 hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
@@ -70,6 +74,17 @@ def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         patch.setenv("HF_HOME", str(folder / "huggingface"))
         yield folder
+
+
+@pytest.fixture
+def own_home(cache_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of the test's own for notes, in which nothing is noted but that the library has passed its self-test."""
+    tested_library()
+    folder = tmp_path / "cache"
+    (folder / "flashmoe").mkdir(parents=True)
+    shutil.copy(cache_home / "flashmoe" / "libraries.json", folder / "flashmoe")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -164,7 +164,9 @@ def test_closed_by_threads_in_another_s_answer(own: bool, lib: Library, tiny: Ti
 def run(code: str, model: Path) -> tuple[int, str, str]:
     """Exit status, output and errors of a program."""
     begin = (
-        "import os, sys, flashmoe\n"
+        "import gc, os, sys, flashmoe\n"
+        "from flashmoe.engines.base import SamplingParams\n"
+        "endless = SamplingParams(temperature=0, ignore_eos=True)\n"
         f"model = flashmoe.load({str(model)!r}, cache='30%', threads=1, n_ctx=256)\n"
     )
     done = subprocess.run([sys.executable, "-c", begin + code], capture_output=True, text=True, timeout=240)
@@ -174,13 +176,13 @@ def run(code: str, model: Path) -> tuple[int, str, str]:
 @pytest.mark.parametrize(
     ("code", "status"),
     [
-        ("next(model.generate('a', max_tokens=1))", 0),
-        ("pieces = model.generate('a', max_tokens=200); next(pieces); sys.exit(5)", 5),
-        ("pieces = model.start([1, 2]).stream(); next(pieces); sys.exit(5)", 5),
+        ("list(model.generate([65] * 20, max_tokens=1))", 0),
         (
-            "next(model.generate('a', max_tokens=1)); model.itself = model; del model; import gc; gc.collect()",
-            0,
+            "pieces = model.generate([65] * 20, max_tokens=150, sampling=endless); next(pieces); sys.exit(5)",
+            5,
         ),
+        ("model.start([65] * 20, max_tokens=9).step(); sys.exit(5)", 5),
+        ("list(model.generate([65] * 20, max_tokens=1)); model.itself = model; del model; gc.collect()", 0),
     ],
     ids=["after an answer", "in the middle of one", "in the middle of a generation", "not at all"],
 )
@@ -190,7 +192,6 @@ def test_a_program_that_does_not_close_it(code: str, status: int, tiny: Tiny) ->
 
 _FORK = """
 from flashmoe.errors import UsageError
-from flashmoe.engines.base import SamplingParams
 
 def text():
     return "".join(model.generate("a b c", max_tokens=9, sampling=SamplingParams(temperature=0)))

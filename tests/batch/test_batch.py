@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,6 +53,7 @@ def test_every_route_and_its_errors(demo: Path, tmp_path: Path) -> None:
     assert codes == {"chat": 200, "text": 200, "later": 200, "vector": 501, "wrong": 400, "long": 400}
     assert found["text"]["response"]["body"]["usage"]["completion_tokens"] == 5
     assert found["chat"]["response"]["body"]["choices"][0]["message"]["content"]
+    assert "--pooling mean" in found["vector"]["response"]["body"]["error"]["message"]
     assert "no JSON" in found[None]["error"]["message"]  # type: ignore[index]
     report = json.loads(figures.read_text())
     assert (report["batch"]["lines"], report["batch"]["failed"]) == (7, 4)
@@ -63,6 +65,33 @@ def test_every_route_and_its_errors(demo: Path, tmp_path: Path) -> None:
     again = json.loads(figures.read_text())["batch"]
     assert (again["lines"], again["answered_before"], again["failed"]) == (7, 7, 4)
     assert out.read_bytes() == before
+
+
+def test_exact_answers_of_an_approximate_batch(demo: Path, tmp_path: Path) -> None:
+    """The field `approx` means what it means to a server."""
+    text = {
+        "prompt": "The old man went down to the harbour",
+        "max_tokens": 24,
+        "temperature": 0,
+        "cache_prompt": False,
+    }
+    lines = [
+        {"custom_id": str(approx), "method": "POST", "url": "/v1/completions", "body": text | fields}
+        for approx, fields in ((None, {}), (0, {"approx": 0}), ("drop:0.1", {"approx": "drop:0.1"}))
+    ]
+    texts: dict[str, Any] = {}
+    for kind, more in (("exact", ()), ("lossy", ("--approx", "cache:2+drop:1"))):
+        for line in lines:  # one at a time: what is decoded together with an exact answer is exact too
+            name = f"{kind} {line['custom_id']}"
+            out = tmp_path / f"{name}.jsonl"
+            source = write(tmp_path / f"in {name}", [line])
+            arguments = ("--cache", "25%", "-t", 1, "-c", 256, "-np", 1, "--prefetch", "none", *more)
+            assert flashmoe("batch", demo, source, out, *arguments).status == 0
+            body = read(out)[0]["response"]["body"]
+            texts[name] = body["choices"][0]["text"] if "choices" in body else body["error"]["message"]
+    assert texts["exact None"] == texts["exact 0"] == texts["lossy 0"] != texts["lossy None"]
+    assert "without --approx" in texts["exact drop:0.1"]
+    assert "with --approx cache:2+drop:1" in texts["lossy drop:0.1"]
 
 
 def test_slots_are_filled_and_reads_shared(demo: Path, source: Path, tmp_path: Path) -> None:

@@ -45,6 +45,9 @@ def run(source: Path, out: Path, server: Echo) -> Any:
         return run_batch(server, Requests(source), journal)  # type: ignore[arg-type]
 
 
+STRANGE = b'{"custom_id": "e", "response": null, "error": null}\n'
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return write(tmp_path / "in.jsonl", [request(name) for name in "abcd"])
@@ -190,13 +193,23 @@ def test_an_input_that_changes_meanwhile(source: Path, tmp_path: Path) -> None:
 def test_an_output_that_is_there(source: Path, tmp_path: Path) -> None:
     out, requests = tmp_path / "out.jsonl", Requests(source)
     assert failed_in(out, requests) is None
-    run(source, out, Echo())
+    with pytest.raises(UsageError, match="is a folder"):
+        failed_in(tmp_path, requests)
+    (tmp_path / "link").symlink_to(out)
+    assert failed_in(tmp_path / "link", requests) is None
+    run(source, tmp_path / "link", Echo())
+    assert (tmp_path / "link").is_symlink()
     assert failed_in(out, requests) == 0
     whole = read(out)
     write(out, [*whole[:-1], {**whole[-1], "response": None, "error": {"code": "x", "message": "y"}}])
     assert failed_in(out, requests) == 1
-    write(out, read(out)[:-1])
-    for path in (out, source):
+    answers = out.read_bytes()
+    for more in (b"and more", b"[" * 100_000 + b"\n", b"{}\n", STRANGE):
+        out.write_bytes(answers + more)
+        with pytest.raises(UsageError, match="there already"):
+            failed_in(out, requests)
+    write(out, whole[:-1])
+    for path in (out, source, Path("/dev/zero")):
         with pytest.raises(UsageError, match="there already"):
             failed_in(path, requests)
 

@@ -91,9 +91,8 @@ def test_perplexity_is_stocks(report: dict[str, object], demo: Path, lib: Librar
         model.close()
 
 
-def test_calibrated_levels(demo: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibrated_levels(demo: Path, text: Path, tmp_path: Path, own_home: Path) -> None:
     """They are what is measured, and from then on what the model's levels stand for."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     given = ("--text", text, "-c", 64, "-t", 1, "--cache", "25%", "--prefetch", "none", "--tokens", 20)
     done = flashmoe("quality", demo, *given, "--calibrate", "--json", tmp_path / "out.json")
     assert done.status == 0, done.err
@@ -108,7 +107,7 @@ def test_calibrated_levels(demo: Path, text: Path, tmp_path: Path, monkeypatch: 
         assert f"--approx {level}: {'exact' if rule == '0' else rule}" in done.out
         with load(demo, cache="25%", threads=1, prefetch="none", approx=level) as model:
             assert (model.rewritten.rule if model.rewritten else "0") == rule
-    (note,) = (tmp_path / "cache/flashmoe/levels").iterdir()
+    (note,) = (own_home / "flashmoe/levels").iterdir()
     note.write_text('{"1": "cash:1"}')  # damaged: the default ones
     with load(demo, cache="25%", threads=1, prefetch="none", approx="1") as model:
         assert model.rewritten is not None

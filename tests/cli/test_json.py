@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import typer
 
-from flashmoe.cli import app
+from flashmoe.cli import make_app
 from flashmoe.storage import disk
 from tests.bench.test_runs import model as bench_model  # noqa: F401
 from tests.cli.runner import COMMAND, flashmoe
@@ -133,7 +133,7 @@ def test_a_key_that_breaks_the_rules_is_seen() -> None:
 
 def test_no_command_is_left_out() -> None:
     """`serve`, `batch` and `engine` have tests of their own."""
-    root = typer.main.get_command(app)
+    root = typer.main.get_command(make_app())
 
     def walk(command: Any, name: str) -> Iterator[str]:
         for child, sub in getattr(command, "commands", {}).items():

@@ -20,7 +20,7 @@ def buffered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.O_DIRECT", 0)
 
 
-@pytest.mark.usefixtures("buffered")
+@pytest.mark.usefixtures("own_home", "buffered")
 def test_verbose_says_what_fell_back() -> None:
     loud = flashmoe(*RUN, "-v")
     assert "WARNING flashmoe.storage.direct: " in loud.err

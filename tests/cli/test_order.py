@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import typer
 
-from flashmoe.cli import app
+from flashmoe.cli import make_app
 
 CALLS = [
     ("run", [["MODEL"], ["--ram", "6GiB"], ["-q"]]),
@@ -46,7 +46,7 @@ CALLS = [
 
 def parsed(arguments: list[str]) -> tuple[str, dict[str, str]]:
     """The command that is found, and its parameters in words; nothing runs."""
-    command: Any = typer.main.get_command(app)
+    command: Any = typer.main.get_command(make_app())
     context = None
     while True:
         context = command.make_context(command.name, list(arguments), parent=context)
@@ -75,10 +75,22 @@ def test_every_command_is_there() -> None:
             else {name}
         )
 
-    assert walk(typer.main.get_command(app), "") <= {command for command, _ in CALLS}
+    assert walk(typer.main.get_command(make_app()), "") <= {command for command, _ in CALLS}
 
 
 def test_names_of_commands_as_values(capsys: pytest.CaptureFixture[str]) -> None:
     """`run` after options is a value or a model: only `make-model` is looked for there."""
     name, values = parsed(["bench", "--ram", "50%", "run"])
     assert (name, values["model"]) == ("run", "run")
+
+
+def test_a_command_alone_is_the_one_among_all() -> None:
+    """Only the command that is asked for is made."""
+    everything: Any = typer.main.get_command(make_app())
+    for name, command in everything.commands.items():
+        alone: Any = typer.main.get_command(make_app(name))
+        assert list(alone.commands) == [name]
+        assert alone.commands[name].help == command.help
+        assert [p.opts for p in alone.commands[name].params] == [p.opts for p in command.params]
+    unknown: Any = typer.main.get_command(make_app("plann"))
+    assert list(unknown.commands) == list(everything.commands)

@@ -16,7 +16,7 @@ import pytest
 import typer
 import yaml
 
-from flashmoe.cli import app
+from flashmoe.cli import make_app
 from tests.server.gateway import free_ports, gateway
 from tests.server.process import ServerProcess
 
@@ -46,7 +46,7 @@ def serve_commands() -> dict[str, list[str]]:
 def test_commands_of_workers(where: str) -> None:
     """Our own command line takes them, and supervisors wait for longer than the server drains."""
     verb, *arguments = serve_commands()[where]
-    command = typer.main.get_command(app).commands[verb]  # type: ignore[attr-defined]
+    command = typer.main.get_command(make_app()).commands[verb]  # type: ignore[attr-defined]
     given = command.make_context(verb, list(arguments)).params
     waits = {
         "compose": COMPOSE["services"]["worker-1"]["stop_grace_period"],

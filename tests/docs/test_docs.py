@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -10,11 +11,13 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from tests.cli.runner import flashmoe
 
 ROOT = Path(__file__).parents[2]
 GENERATED = ROOT / "docs/reference/cli.md"
@@ -29,6 +32,10 @@ _FENCE = re.compile(
 )
 _COMMAND = re.compile(r"^(?:[A-Z_]+=\S+ )?(?:flashmoe|python|pip|make|curl|printf|venv|git) ?", re.M)
 
+_QUOTED = re.compile(r"""'[^']*'|"[^"$`\\!]*\"""")
+_OURS = re.compile(r"flashmoe (?:plan\b|(?!serve\b|.* --ram\b))")
+LIMIT = ("-n", "16")  # of a run that would generate as long as the model likes
+
 # `flashmoe` of this tree; a server is started beside the other commands, where it is free to
 SHIM = """#!/bin/bash
 if [ "$1" = serve ]; then
@@ -42,7 +49,7 @@ if [ "$1" = serve ]; then
     cat serve.log
     exit 1
 fi
-[ "$1" = run ] && [[ " $* " != *" -n "* ]] && set -- "$@" -n 16  # instead of as long as the model likes
+[ "$1" = run ] && [[ " $* " != *" -n "* ]] && set -- "$@" {limit}
 {python} -m flashmoe.cli "$@"
 status=$?
 [ "$1" = doctor ] && [ $status = 1 ] && exit 0  # of this machine, not of the documentation
@@ -83,8 +90,8 @@ TO_RUN = [page for page in PAGES if any(not fence.reason for fence in fences(pag
 def trace(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short routing trace of the bundled model, for pages that begin with one."""
     path = tmp_path_factory.mktemp("trace") / "my.safetensors"
-    arguments = ["run", str(demo), "-p", "The lighthouse", "-n", "64", "-t", "1", "--trace", str(path), "-q"]
-    subprocess.run([sys.executable, "-m", "flashmoe.cli", *arguments], check=True, capture_output=True)
+    arguments = ("run", demo, "-p", "The lighthouse", "-n", 64, "-t", 1, "--trace", path, "-q")
+    assert flashmoe(*arguments).status == 0
     return path
 
 
@@ -97,7 +104,7 @@ def folder(demo: Path, trace: Path, tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "The lighthouse"}\n{"prompt": "A recipe"}\n')
     (tmp_path / "bin").mkdir()
     shim = tmp_path / "bin" / "flashmoe"
-    shim.write_text(SHIM.format(python=shlex.quote(sys.executable)))
+    shim.write_text(SHIM.format(python=shlex.quote(sys.executable), limit=" ".join(LIMIT)))
     shim.chmod(0o755)
     yield tmp_path
     servers = tmp_path / "servers"
@@ -111,12 +118,44 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+def is_simple(fence: Fence) -> bool:
+    """Whether all that a shell does with a block's lines is to split them into words, each a command of ours.
+
+    Servers are processes of their own; and a budget (`--ram`) is of a whole process, and this one holds much else.
+    """
+    bare = [_QUOTED.sub("", line).partition("#")[0] for line in fence.text.splitlines()]
+    return fence.kind != "python" and not any(
+        line and (not _OURS.match(line) or set(line) & set("|&;<>$`\\*?~(){}[]'\""))
+        for line in map(str.strip, bare)
+    )
+
+
 def run(page: Path, folder: Path) -> str:
     """Run everything on a page in its order; what it printed."""
-    port, script = free_port(), ["set -eo pipefail"]
-    for i, fence in enumerate(fences(page)):
-        if fence.reason:
-            continue
+    port, printed = free_port(), ""
+    todo = [(i, fence) for i, fence in enumerate(fences(page)) if not fence.reason]
+    for simple, group in itertools.groupby(todo, lambda item: is_simple(item[1])):
+        blocks = list(group)
+        printed += run_here(blocks) if simple else run_by_shell(blocks, folder, port)
+    return printed
+
+
+def run_here(blocks: Iterable[tuple[int, Fence]]) -> str:
+    """Run simple blocks in this process, which has imported what each would."""
+    printed = ""
+    for line in (line for _, fence in blocks for line in fence.text.splitlines()):
+        if arguments := shlex.split(line, comments=True)[1:]:
+            long = arguments[0] == "run" and "-n" not in arguments
+            result = flashmoe(*arguments, *(LIMIT if long else ()))
+            printed += result.out + result.err
+            assert result.status == 0 or (arguments[0], result.status) == ("doctor", 1), printed
+    return printed
+
+
+def run_by_shell(blocks: Iterable[tuple[int, Fence]], folder: Path, port: int) -> str:
+    """Run blocks as users do."""
+    script = ["set -eo pipefail"]
+    for i, fence in blocks:
         if fence.kind == "python":
             (folder / f"example{i}.py").write_text(fence.text + "\n")
             script.append(f"{shlex.quote(sys.executable)} example{i}.py")
@@ -140,11 +179,12 @@ def run(page: Path, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("page", TO_RUN, ids=name)
-def test_commands(page: Path, folder: Path) -> None:
+def test_commands(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if any("curl" in fence.text or "serve" in fence.text for fence in fences(page)) and not shutil.which(
         "curl"
     ):
         pytest.skip("curl is not installed")
+    monkeypatch.chdir(folder)
     printed = run(page, folder)
     assert "Traceback" not in printed
     if page.name == "serve.md":  # it asks for the metrics: the reference names all of them, and no others

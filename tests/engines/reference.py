@@ -20,7 +20,7 @@ from flashmoe.runtime.model import Model
 
 Floats = NDArray[np.float32]
 
-PROMPT_TOKENS, DECODED = 20, 32
+PROMPT_TOKENS, DECODED = 20, 20  # more together than the widest sliding window of the tiny models
 CONTEXT = 64
 
 
@@ -33,7 +33,7 @@ class Evaluates(Protocol):
 
 
 class Run(NamedTuple):
-    """Logits of every prompt token and of every decoded one, [52, vocabulary], and the decoded tokens."""
+    """Logits of every prompt token and of every decoded one, [tokens, vocabulary], and the decoded tokens."""
 
     logits: Floats
     decoded: list[int]
@@ -69,7 +69,7 @@ class Reference:
         self._runs: dict[tuple[int, int], Run] = {}
 
     def run(self, n_ubatch: int, threads: int, n_prompt: int = PROMPT_TOKENS) -> Run:
-        """Prompt and 32 decoded tokens in micro-batches of `n_ubatch`."""
+        """Prompt and decoded tokens in micro-batches of `n_ubatch`."""
         key = (min(n_ubatch, n_prompt), threads)
         if key not in self._runs or n_prompt != PROMPT_TOKENS:
             context = self._model.context(n_ctx=CONTEXT, n_ubatch=n_ubatch, threads=threads, all_logits=True)

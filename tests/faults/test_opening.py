@@ -43,11 +43,11 @@ def profile(function: Any) -> Iterator[None]:
         if event == "call" and frame.f_code.co_filename.startswith(PACKAGE) and by != __file__:
             function(frame.f_code)
 
-    sys.setprofile(called)
+    sys.settrace(called)
     try:
         yield
     finally:
-        sys.setprofile(None)
+        sys.settrace(None)
 
 
 def steps_of(opening: Any) -> list[CodeType]:

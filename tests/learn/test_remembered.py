@@ -31,8 +31,8 @@ IDENTITY = {"architecture": "made-up", "name": "made up", "tensors_sha256": "0" 
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def own_cache(own_home: Path) -> None:
+    """Nothing is remembered when a test begins."""
 
 
 def remember(tokens: int, seed: int = 0) -> Remembered:

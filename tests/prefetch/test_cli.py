@@ -7,14 +7,14 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from flashmoe.cli import app
+from flashmoe.cli import make_app
 from tests.prefetch.test_predictors import EXPERTS, LAYERS, K, chained
 from tests.simulate.traces import made_up
 
 
 def run(*args: str | Path) -> str:
     """Output of a command that works."""
-    result = CliRunner().invoke(app, [str(a) for a in args], catch_exceptions=False)
+    result = CliRunner().invoke(make_app(), [str(a) for a in args], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return result.output
 
@@ -44,6 +44,6 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
         (["--prefetch", "table", "--policy", "lru,lfu"], "name one"),
         (["--prefetch", "promoe"], "needs a trained file"),
     ):
-        result = CliRunner().invoke(app, ["simulate", str(trace), *args])
+        result = CliRunner().invoke(make_app(), ["simulate", str(trace), *args])
         assert result.exit_code != 0
         assert message in str(result.exception)

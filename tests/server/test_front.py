@@ -72,7 +72,6 @@ def lasting(text: str) -> str:
         ("POST", "/v1/messages", {**CHAT, "stream": True}),
         ("POST", "/v1/messages/count_tokens", CHAT),
         ("POST", "/tokenize", {"content": "Grüße, 世界", "with_pieces": True}),
-        ("POST", "/v1/embeddings", {"input": "The sea"}),  # refused: it was not started for these
         ("POST", "/v1/chat/completions", {"messages": "no list"}),
         ("GET", "/v1/models", None),
         ("GET", "/props", None),
@@ -90,6 +89,24 @@ def test_what_goes_through(
         assert ours.headers[name] == theirs.headers[name]
     assert "keep-alive" not in ours.headers
     assert not [name for name in ours.headers if name.startswith("access-control")]
+
+
+def test_options_have_our_names(front: Running, direct: httpx.Client) -> None:
+    """Where the backend says with which of its options it would have answered."""
+    advice = {
+        "/v1/embeddings": (
+            "Start it with `--embeddings`",
+            "Start it with `--pooling mean` (or last, or cls)",
+        ),
+        "/v1/rerank": (" Start it with `--reranking`", ""),
+    }
+    for path, (theirs, ours) in advice.items():
+        body = {"input": "The sea", "query": "The sea", "documents": ["A colour"]}
+        expected = direct.post(path, json=body).json()["error"]["message"]
+        assert theirs in expected
+        answer = httpx.post(front.url + path, json=body)
+        assert answer.status_code == 501
+        assert answer.json()["error"]["message"] == expected.replace(theirs, ours)
 
 
 def test_bytes_are_not_touched(front: Running, direct: httpx.Client) -> None:

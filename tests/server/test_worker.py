@@ -105,6 +105,23 @@ def test_end_of_what_takes_too_long(demo: Path) -> None:
         assert server.wait() == 0
 
 
+def test_interrupted_twice(demo: Path) -> None:
+    """It does not wait, and has nothing to complain of. A hang-up of its terminal drains it, as SIGTERM does."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        with serving(demo, "--cache", "20%", "--drain-seconds", 600, "-c", 2048) as server:
+            connection = connect(server)
+            response = stream_under_way(connection, 1900)
+            server.send_signal(number)
+            while httpx.get(f"{server.url}/health").status_code == 200:
+                pass
+            server.send_signal(signal.SIGINT)
+            last = response.read().decode().split("data: ")[-1]
+            assert json.loads(last)["error"]["message"] == "the server is shutting down"
+            connection.close()
+            assert server.wait() == 0
+        assert not [line for line in server.messages if "rror" in line or "Unclosed" in line]
+
+
 def test_drain_under_load(demo: Path) -> None:
     """Eight clients that ask again and again: every request is answered whole, or told to go elsewhere."""
     body = {

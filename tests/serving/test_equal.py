@@ -203,7 +203,7 @@ def converse(servers: Pair, turns: int = 3, **request: Any) -> list[int]:
     for turn in range(turns):
         messages.append({"role": "user", "content": f"{turn}: tell me more of the sky"})
         answer = servers.post(
-            "/v1/chat/completions", {"messages": messages, "max_tokens": 12, **GREEDY, **request}
+            "/v1/chat/completions", {"messages": messages, "max_tokens": 8, **GREEDY, **request}
         )
         found.append(answer["timings"]["cache_n"])
         assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == found[-1]
@@ -239,7 +239,7 @@ def test_pools(demo: Path, lib: Library, cache: str, layout: str) -> None:
 def batch(servers: Pair) -> None:
     """Several answers at once, of which both servers evaluate the same batches."""
     prompts = ["The sky is", "The sea was", "My cat can", "A dog will"]
-    request = {"n_predict": 12, "n_probs": 2, "return_tokens": True, **GREEDY}
+    request = {"n_predict": 8, "n_probs": 2, "return_tokens": True, **GREEDY}
     answers = servers.post("/completion", {"prompt": prompts, **request})
     assert len(answers) == len(prompts)
     servers.post("/completion", {"prompt": ["a", "b b b b", "c " * 20, "d"], **request})

@@ -8,29 +8,12 @@ import sys
 import traceback
 import warnings
 from contextlib import suppress
+from importlib import import_module
 
 import typer
 
 import flashmoe
-from flashmoe.cli import (
-    batch,
-    bench,
-    chat,
-    doctor,
-    engine,
-    learn,
-    listing,
-    pack,
-    plan,
-    quality,
-    run,
-    serve,
-    simulate,
-    streams,
-    trace,
-    train,
-    verify,
-)
+from flashmoe.cli import streams
 from flashmoe.cli.progress import print_error, stderr_console
 from flashmoe.common.memory import address_room, spare_addresses
 from flashmoe.common.signals import ended_by_signals
@@ -40,33 +23,37 @@ from flashmoe.errors import FlashMoEError, FlashMoEWarning
 _LEAST_ROOM = 256 << 20  # of addresses: LLVM's library takes more than half of it
 _PREFIXES = {"huggingface_hub": "HF_"}  # of the variables that a package reads, where it is not its name
 _python_warning = warnings.formatwarning
-app = typer.Typer(
-    name="flashmoe",
-    help="Run Mixture-of-Experts models larger than RAM, their experts streamed from the SSD.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
-app.command("run")(run.run)
-app.command("chat")(chat.chat)
-app.command("serve")(serve.serve)
-app.command("batch")(batch.batch)
-app.command("pack")(pack.pack)
-app.command("verify")(verify.verify)
-app.command("doctor")(doctor.doctor)
-app.command("plan")(plan.plan)
-app.command("quality")(quality.quality)
-app.command("learn")(learn.learn)
-app.command("simulate")(simulate.simulate)
-app.command("policies")(listing.policies)
-app.command("predictors")(listing.predictors)
-app.add_typer(bench.app, name="bench")
-app.add_typer(engine.app, name="engine")
-app.add_typer(trace.app, name="trace")
-app.add_typer(train.app, name="train")
+#: The commands, and the modules that define them; the `app` of a module is a group of commands.
+_COMMANDS = {
+    **{
+        name: name
+        for name in ("run", "chat", "serve", "batch", "pack", "verify", "doctor", "plan", "quality")
+    },
+    **{"learn": "learn", "simulate": "simulate", "policies": "listing", "predictors": "listing"},
+}
+_GROUPS = ("bench", "engine", "trace", "train")
 
 
-@app.callback(invoke_without_command=True)
+def make_app(only: str | None = None) -> typer.Typer:
+    """The command line; of one command where `only` is its name, as all together take longer to make than to run."""
+    app = typer.Typer(
+        name="flashmoe",
+        help="Run Mixture-of-Experts models larger than RAM, their experts streamed from the SSD.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+    )
+    app.callback(invoke_without_command=True)(_root)
+    names = (*_COMMANDS, *_GROUPS)
+    for name in (only,) if only in names else names:
+        module = import_module(f"{__name__}.{_COMMANDS.get(name, name)}")
+        if name in _GROUPS:
+            app.add_typer(module.app, name=name)
+        else:
+            app.command(name)(getattr(module, name))
+    return app
+
+
 def _root(
     show_version: bool = typer.Option(False, "--version", help="Show the version and exit.", is_eager=True),
 ) -> None:
@@ -83,7 +70,7 @@ def main() -> None:
     try:
         _check_folder()
         with ended_by_signals():
-            app()
+            make_app(next(iter(sys.argv[1:]), None))()
     except FlashMoEError as error:
         print_error(stderr_console(quiet=False), error)
         sys.exit(error.exit_status)

@@ -46,6 +46,7 @@ def batch(
     """
     from flashmoe.runtime.batch import BatchFigures, run_batch
     from flashmoe.runtime.batch_file import Journal, Requests, failed_in
+    from flashmoe.runtime.exactness import Exactness
     from flashmoe.runtime.load import load
 
     console = stderr_console(quiet)
@@ -72,7 +73,13 @@ def batch(
                 raise FlashMoEError(f"{answers}: the answers cannot be written ({error.strerror})") from None
             with journal:
                 try:
-                    figures = run_batch(server, asked, journal, partial(progress.update, "batch"))
+                    figures = run_batch(
+                        server,
+                        asked,
+                        journal,
+                        partial(progress.update, "batch"),
+                        Exactness(loaded).for_request,
+                    )
                 except BaseException:
                     progress.stop()
                     console.print(

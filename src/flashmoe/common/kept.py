@@ -30,6 +30,7 @@ from flashmoe.common.numba_internals import (
     FunctionCache,
     NullCache,
     Signature,
+    memory_runtime,
     normalize_signature,
 )
 from flashmoe.common.optimised import optimising_once
@@ -114,7 +115,9 @@ class _Cache(FunctionCache):
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         self._stamp()
         try:
-            return super().load_overload(sig, target_context)
+            # numba's own loads all that it can compile first, a fifth of a second: compiling does that by itself
+            memory_runtime.initialize(target_context)
+            return self._load_overload(sig, target_context)
         except Exception as error:  # unpickling half a file raises nearly anything
             _log.warning("%s: cannot be read (%r): compiling again", self._cache_file._index_path, error)
             with suppress(OSError):

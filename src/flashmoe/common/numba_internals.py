@@ -32,10 +32,12 @@ try:
     from numba.core.caching import FunctionCache, IndexDataCacheFile, NullCache
     from numba.core.ccallback import CFunc
     from numba.core.codegen import CPUCodeLibrary, JITCodeLibrary
+    from numba.core.compiler import CompilerBase
     from numba.core.compiler_lock import global_compiler_lock
     from numba.core.cpu import CPUTargetOptions
     from numba.core.datamodel import default_manager
     from numba.core.funcdesc import FunctionDescriptor
+    from numba.core.runtime import rtsys as memory_runtime
     from numba.core.sigutils import normalize_signature
     from numba.core.typing.templates import Signature
 
@@ -58,6 +60,7 @@ __all__ = [
     "Signature",
     "event",
     "global_compiler_lock",
+    "memory_runtime",
     "normalize_signature",
 ]
 
@@ -92,6 +95,9 @@ def _cache() -> bool:
     return (
         _takes(FunctionCache.__init__, "py_func")
         and _takes(FunctionCache.load_overload, "sig", "target_context")
+        and _takes(FunctionCache._load_overload, "sig", "target_context")
+        and _takes(type(memory_runtime).initialize, "ctx")
+        and "refresh" in CompilerBase.__init__.__code__.co_names
         and _takes(FunctionCache._index_key, "sig", "codegen")
         and "_cache_file" in FunctionCache.__init__.__code__.co_names
         and "_source_stamp" in IndexDataCacheFile.__init__.__code__.co_names

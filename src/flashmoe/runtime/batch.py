@@ -8,10 +8,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from flashmoe.engines.llamacpp.serving.bodies import does_not_fit, longest_text
+from flashmoe.engines.llamacpp.serving.options import in_our_words
+from flashmoe.errors import UsageError
 from flashmoe.runtime.batch_file import Journal, Line, Requests, Result
 
 if TYPE_CHECKING:
@@ -53,11 +56,12 @@ def run_batch(
     requests: Requests,
     journal: Journal,
     progress: Callable[[int, int], Any] = lambda done, lines: None,
+    exactly: Callable[[bytes], AbstractContextManager[None]] = lambda body: nullcontext(),
 ) -> BatchFigures:
     """Ask all requests whose answers are not in the journal, add these, and finish it.
 
-    progress: called with the lines that are answered, and of all. Raises ModelError where the server does not answer;
-    what was answered before is in the journal.
+    progress: called with the lines that are answered, and of all. exactly: for the time of a request, by its body, see
+    `Exactness`. Raises ModelError where the server does not answer; what was answered before is in the journal.
     """
     began, before, tokens = time.perf_counter(), len(journal), 0
     at_once = server.parallel + _AHEAD
@@ -78,7 +82,7 @@ def run_batch(
             for line in requests:
                 if line in journal:
                     continue
-                running[pool.submit(answer, server, line)] = line
+                running[pool.submit(answer, server, line, exactly)] = line
                 if len(running) == at_once:
                     tokens += collect()
             while running:
@@ -94,19 +98,31 @@ def run_batch(
     return BatchFigures(len(journal), before, journal.failed, tokens, seconds)
 
 
-def answer(server: InnerServer, line: Line) -> Result:
+def answer(
+    server: InnerServer,
+    line: Line,
+    exactly: Callable[[bytes], AbstractContextManager[None]] = lambda body: nullcontext(),
+) -> Result:
     """Ask the server, from any thread; refusals and errors are answers. Raises ModelError where there is none."""
     if line.refused:
         return line.result(error=line.refused)
+    try:
+        meanwhile = exactly(line.body)
+    except UsageError as refused:
+        return line.result(
+            response=(400, {"error": {"message": str(refused), "type": "invalid_request_error"}})
+        )
     most = server.longest_text
     if len(line.body) > most and (longest := longest_text(line.body)) > most:
         message = does_not_fit(longest, server.n_ctx, most)
         refusal = {"message": message, "type": "exceed_context_size_error", "code": "context_length_exceeded"}
         return line.result(response=(400, {"error": refusal}))
-    status, body = server.exchange("POST", line.url, line.body)
+    with meanwhile:
+        status, body = server.exchange("POST", line.url, line.body)
     error = body.get("error") if isinstance(body, dict) else None
-    if isinstance(error, dict) and error.get("message") == _COMPUTE_ERROR and server.last_error:
-        error["message"] = server.last_error
+    if isinstance(error, dict) and isinstance(said := error.get("message"), str):
+        why = said == _COMPUTE_ERROR and server.last_error
+        error["message"] = why or in_our_words(said)
     return line.result(response=(status, body))
 
 

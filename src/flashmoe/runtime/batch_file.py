@@ -208,7 +208,7 @@ class Journal:
         offset = len(first)
         for raw in self._file:
             entry = _parsed(raw)
-            if entry is None or not entry.keys() >= {"line", "result"}:
+            if entry is None or not isinstance(entry.get("line"), int) or not _is_answer(entry.get("result")):
                 break
             self._note(entry["line"], entry["result"], offset, len(raw))
             offset += len(raw)
@@ -229,21 +229,41 @@ def has_failed(result: Result) -> bool:
 def failed_in(out: Path, requests: Requests) -> int | None:
     """Lines with an error in an output that is there already, None where none is. Raises UsageError where the file is
     something else."""
-    if not os.path.lexists(out):
+    if not os.path.exists(out):
         return None
     try:
-        if not os.path.samefile(out, requests.path):
+        if os.path.isfile(out) and not os.path.samefile(out, requests.path):
             with open(out, "rb") as file:
-                results = [_parsed(raw) for raw in file]
-            if all(result and result.keys() >= {"custom_id", "response", "error"} for result in results):
-                found = [result for result in results if result]
-                if [result["custom_id"] for result in found] == requests.ids:
-                    return sum(map(has_failed, found))
+                names, failed = list[str | None](), 0
+                for raw in file:
+                    if (result := _answered(raw)) is None:
+                        break  # what is no output may be large
+                    names.append(result["custom_id"])
+                    failed += has_failed(result)
+                else:
+                    if names == requests.ids:
+                        return failed
+        elif os.path.isdir(out):
+            raise UsageError(f"{printable(str(out))} is a folder: name a file")
     except OSError as error:
         raise FlashMoEError(f"{printable(str(out))}: it cannot be read ({error.strerror})") from None
     raise UsageError(
         f"{printable(str(out))} is there already, and is not the output of these requests: name another"
     )
+
+
+def _answered(raw: bytes) -> Result | None:
+    """The answer that is a line of an output, None where it is none."""
+    result = _parsed(raw)
+    return result if result is not None and _is_answer(result) else None
+
+
+def _is_answer(result: Any) -> bool:
+    if not (isinstance(result, dict) and result.keys() >= {"custom_id", "response", "error"}):
+        return False
+    response = result["response"]
+    status = response.get("status_code") if isinstance(response, dict) else None
+    return isinstance(status, int) or (response is None and result["error"] is not None)
 
 
 def _entry(number: int, result: Result) -> bytes:
@@ -254,6 +274,6 @@ def _parsed(raw: bytes) -> dict[str, Any] | None:
     """The object that is a whole line, None where it is none."""
     try:
         value = json.loads(raw) if raw.endswith(b"\n") else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None

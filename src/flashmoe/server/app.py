@@ -16,8 +16,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from flashmoe.runtime.exactness import Exactness
 from flashmoe.runtime.model import Model
-from flashmoe.server.approximate import Approximate
 from flashmoe.server.body import Limits
 from flashmoe.server.broadcast import Broadcast
 from flashmoe.server.comparing import Comparing
@@ -59,7 +59,7 @@ class Front:
         self.traffic = Traffic(inner.parallel)
         self._upstream = Upstream(inner)
         limits = Limits(inner.n_ctx, inner.longest_text, inner.multimodal)
-        self._proxy = Proxy(inner, self._upstream, self.traffic, limits, Approximate(model))
+        self._proxy = Proxy(inner, self._upstream, self.traffic, limits, Exactness(model))
         self._own = self._make_own(model, inner, name)
         guard = Guard(
             self._dispatch,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import aiohttp
 from starlette.types import Scope, Send
 
+from flashmoe.engines.llamacpp.serving.options import in_our_words
 from flashmoe.server import repair
 from flashmoe.server.errors import Refusal, anthropic
 from flashmoe.server.upstream import InnerServer, Upstream, request_headers, response_headers
@@ -91,6 +92,7 @@ class Exchange:
             body = repair.no_such_route(self._method, self._path, body)
         else:
             body = repair.explained(body, self._inner.last_error)
+            body = in_our_words(body.decode("latin-1")).encode("latin-1")
         if self._path.startswith("/v1/") and not anthropic(self._path):
             body = repair.as_openai(body)
         await self._answer(response.status, headers, body)

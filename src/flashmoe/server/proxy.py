@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 import aiohttp
 from starlette.types import Receive, Scope, Send
 
-from flashmoe.server.approximate import Approximate
+from flashmoe.errors import UsageError
+from flashmoe.runtime.exactness import Exactness
 from flashmoe.server.body import Gone, Limits
 from flashmoe.server.errors import Refusal, shutting_down
 from flashmoe.server.exchange import Exchange
@@ -36,10 +37,10 @@ class Proxy:
         upstream: Upstream,
         traffic: Traffic,
         limits: Limits,
-        approximate: Approximate,
+        exactness: Exactness,
     ) -> None:
         self._inner, self._upstream, self._traffic, self._limits = inner, upstream, traffic, limits
-        self._approximate = approximate
+        self._exactness = exactness
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         counted = scope["method"] == "POST" and scope["path"] in GENERATING
@@ -57,7 +58,7 @@ class Proxy:
                 self._traffic.counted() if counted else nullcontext(),
             ):
                 body = await self._limits.read(scope, receive)
-                with self._approximate.for_request(body):
+                with self._exactly(body):
                     await self._run(exchange, body, receive)
             outcome = exchange.outcome
         except Gone:
@@ -75,6 +76,13 @@ class Proxy:
             if counted:
                 self._traffic.on_end(outcome)
                 _log.info("%s: %s after %.2f s", _named(scope), outcome, time.perf_counter() - began)
+
+    def _exactly(self, body: bytes) -> AbstractContextManager[None]:
+        """For the time of a request. Raises Refusal."""
+        try:
+            return self._exactness.for_request(body)
+        except UsageError as error:
+            raise Refusal(400, str(error)) from None
 
     async def _run(self, exchange: Exchange, body: bytes, receive: Receive) -> None:
         """Raises Gone when the client hangs up; the backend is hung up on then, and when the time to drain ends."""

@@ -71,6 +71,8 @@ class FrontServer(uvicorn.Server):
             await asyncio.sleep(0.05)
         traffic.stop()
         await super().shutdown(sockets)
+        if self.force_exit:
+            await self.lifespan.shutdown()  # uvicorn leaves it out then
 
 
 def listen(host: str, port: int) -> list[socket.socket]:

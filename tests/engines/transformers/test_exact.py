@@ -16,7 +16,7 @@ from tests.engines.transformers.conftest import Checkpoints
 from tests.engines.transformers.models import ARCHITECTURES, VOCABULARY, make_checkpoint, plain
 
 PROMPT = [(7 * i + 3) % VOCABULARY for i in range(11)]
-TOKENS = 24
+TOKENS = 12
 OTHER_SUMS = ("inkling2_text", "nemotron_h")  # add their experts up in another type than they return
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 

@@ -17,7 +17,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from typer.testing import CliRunner
 
 import flashmoe
-from flashmoe.cli import app
+from flashmoe.cli import make_app
 from flashmoe.engines.base import SamplingParams
 from flashmoe.engines.transformers.tokens import open_tokenizer, token_bytes
 from flashmoe.routing.trace import RoutingTrace
@@ -82,7 +82,7 @@ def test_run(spoken: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     texts = []
     for _ in range(2):
-        result = CliRunner().invoke(app, command)
+        result = CliRunner().invoke(make_app(), command)
         assert result.exit_code == 0, result.output
         report = json.loads((tmp_path / "r.json").read_text())
         assert report["model"] == spoken.name
@@ -148,7 +148,7 @@ def test_saved_cache(spoken: Path, tmp_path: Path) -> None:
 def test_without_a_tokenizer(checkpoint: Checkpoints, tmp_path: Path) -> None:
     folder = checkpoint("olmoe")
     result = CliRunner().invoke(
-        app, ["run", str(folder), "--engine", "transformers", "-p", "x", "--cache", "50%", "-t", "1"]
+        make_app(), ["run", str(folder), "--engine", "transformers", "-p", "x", "--cache", "50%", "-t", "1"]
     )
     assert "has no tokenizer" in str(result.exception)
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))

@@ -11,6 +11,11 @@ from flashmoe.errors import ModelError
 from flashmoe.storage.gguf import read_gguf
 
 _PROJECTOR_BUFFERS = 128 << 20  # beside its weights, for an image
+# Options that the server's messages name and that are others here, or are not there
+_ADVICE = {
+    "Start it with `--embeddings`": "Start it with `--pooling mean` (or last, or cls)",
+    " Start it with `--reranking`": "",
+}
 
 
 @dataclass(frozen=True)
@@ -40,3 +45,10 @@ def projector_bytes(path: Path) -> int:
             f"{path}: is no projector, but a GGUF of {projector.architecture or 'something else'}"
         )
     return projector.size + _PROJECTOR_BUFFERS
+
+
+def in_our_words(message: str) -> str:
+    """What the server says of a request, with the names that options have here."""
+    for theirs, ours in _ADVICE.items():
+        message = message.replace(theirs, ours)
+    return message

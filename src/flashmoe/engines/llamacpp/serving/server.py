@@ -254,10 +254,10 @@ class InnerServer:
 
 
 @atexit.register
-def _cancel_all() -> None:
-    """The interpreter ends, perhaps in the middle of an answer: its thread must not come back to Python afterwards."""
+def _close_all() -> None:
+    """The interpreter ends, perhaps in the middle of an answer: no thread may come back to Python afterwards."""
     for server in list(_running):
-        server.cancel()
+        server.close()
 
 
 def _leave_all() -> None:
@@ -267,6 +267,7 @@ def _leave_all() -> None:
     """
     for server in list(_running):
         C.pythonapi.Py_IncRef(C.py_object(server._server))
+    _running.clear()
     if _started.is_set():
         libc = C.CDLL(None)
         libc.on_exit(C.cast(libc._exit, C.c_void_p), None)  # the last one registered is called first

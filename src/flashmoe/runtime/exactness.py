@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 from contextlib import AbstractContextManager, nullcontext
 
+from flashmoe.errors import UsageError
 from flashmoe.routing.approximation import EXACT
 from flashmoe.runtime.model import Model
-from flashmoe.server.errors import Refusal
 
 _FIELD = b'"approx"'
 
 
-class Approximate:
+class Exactness:
     """What a model's approximation means to requests. Sequences are decoded together: all are exact while one is."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
 
     def for_request(self, body: bytes) -> AbstractContextManager[None]:
-        """For the time of a request. Raises Refusal where it asks for what the server was not started with."""
+        """For the time of a request. Raises UsageError where it asks for what the model was not loaded with."""
         if _FIELD not in body:
             return nullcontext()
         try:
@@ -35,5 +35,5 @@ class Approximate:
         own = self._model.rewritten.approx if self._model.rewritten else ""
         if name != own:
             started = f"was started with --approx {own}" if own else "was started without --approx"
-            raise Refusal(400, f"approx: this server {started}; a request may give 0 for an exact answer")
+            raise UsageError(f"approx: this server {started}; a request may give 0 for an exact answer")
         return nullcontext()
