@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from flashmoe.bench import baseline, quiet
 from flashmoe.bench.cgroup import memory_group
+from flashmoe.bench.child import Replay
 from flashmoe.bench.forced import ForcedRouting, expert_table, trace_tokens
 from flashmoe.bench.results import Round, bounds, make_row, spread
 from flashmoe.bench.spec import Job, Plan, Setting, Size, cache_sizes, ram_sizes
@@ -48,6 +50,22 @@ def test_wrong_plans(wrong: dict, message: str) -> None:
 def test_jobs_survive_json() -> None:
     job = Job("pool", "m", "m", "lib", [1, 2, 3], 1, 1, 256, 64, 64, 2, cache="25%", trace="t")
     assert Job.from_json(job.to_json()) == job
+
+
+def test_a_replay_is_stopped() -> None:
+    """As by Ctrl-C, while it runs in another thread."""
+    evaluated: list[list[int]] = []
+
+    def evaluate(tokens: Sequence[int], decode: bool) -> float:
+        evaluated.append(list(tokens))
+        if decode:
+            replay.stop()
+        return 1.0
+
+    replay = Replay(Job("pool", "m", "m", "lib", [1, 2, 3, 4], 2, 1, 256, 64, 64, 2), evaluate)
+    with pytest.raises(FlashMoEError, match="interrupted"):
+        replay.run(64, lambda: np.zeros(1, np.float32), lambda: None)
+    assert evaluated == [[1, 2], [3]]
 
 
 # A busy machine ---------------------------------------------------------------------------------------------

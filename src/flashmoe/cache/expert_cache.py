@@ -100,13 +100,14 @@ class ExpertCache:
             self.stepping = True
             self._filling.finish(self.stats[self.phase])
             self.before_step()
-            self._adjust()
+            if self._wanted is not None:
+                self._adjust()
             if self.history:
                 self.history.look()
             decode = self.phase == "decode"
             if decode:
                 self.recent.begin_step(tokens)
-            together = decode and tokens <= self.served_together(top_k)
+            together = decode and 1 < tokens <= self.served_together(top_k)
             if self.warm:
                 self.warm.pause(tokens > 1)  # slots are lent: none may be away
             self._step = 1 if together else tokens, top_k

@@ -49,3 +49,8 @@ def aligned(nbytes: int, value: int = 0) -> NDArray[np.uint8]:
     memory = np.full(nbytes + _ALIGN, value, np.uint8)
     start = -memory.ctypes.data % _ALIGN
     return memory[start : start + nbytes]
+
+
+def floats(address: int, rows: int, columns: int) -> NDArray[np.float32]:
+    """What a tensor's memory holds, float32 [rows, columns], not copied."""
+    return np.ctypeslib.as_array((C.c_float * (rows * columns)).from_address(address)).reshape(rows, columns)

@@ -275,8 +275,7 @@ class LlamaEngine:
 
     def _decode(self, tokens: Sequence[int], embed: bool) -> None:
         self._hook.begin(tokens, embed=embed)
-        with self._hook.evaluating():
-            status = self._context.decode(tokens, embed=embed)
+        status = self._hook.evaluate(lambda: self._context.decode(tokens, embed=embed))
         if self._hook.error or status:
             raise self._hook.error or ModelError(
                 f"llama.cpp failed to evaluate {len(tokens)} tokens (status {status})"

@@ -11,8 +11,8 @@ from __future__ import annotations
 import ctypes as C
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from flashmoe.common.memory import major_faults
 from flashmoe.engines.layer_step import LayerStep
 from flashmoe.engines.llamacpp.abi import Tensor
 from flashmoe.engines.llamacpp.callback import on_node
+from flashmoe.engines.llamacpp.compute import floats
 from flashmoe.engines.llamacpp.control import (
     APART,
     BEGIN,
@@ -51,11 +52,6 @@ from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import RoutingObserver
 
 _QUIET = 3  # milliseconds
-
-
-def _floats(address: int, rows: int, columns: int) -> NDArray[np.float32]:
-    """float32 [rows, columns] of the engine's at an address."""
-    return np.ctypeslib.as_array((C.c_float * (rows * columns)).from_address(address)).reshape(rows, columns)
 
 
 class RouterHook:
@@ -91,7 +87,7 @@ class RouterHook:
         self.error: BaseException | None = None
         self._n_vocab = 0
         # of the library's server
-        self._parallel = 0
+        self._parallel = 1
         self._on_prompt: Callable[[], Any] = lambda: None
         self._on_graph: Callable[[Evaluated], None] = lambda _: None
         self._on_error: Callable[[BaseException], None] = lambda _: None
@@ -187,6 +183,13 @@ class RouterHook:
         tokens: their ids, none where only their number is known (images): -1.
         """
         cache, step, control = self.cache, self._step, self._control
+        top_k = self._model.catalog.top_k
+        again = control.quiet & 2 and len(tokens) == 1 and not embed and self.rewriter is None
+        if cache and again and cache.phase == "decode" and cache.compiled_request(top_k):
+            # as the last one, and nothing has changed since
+            cache.begin_step(1, top_k)
+            control.begun = 1
+            return
         inspect = self._inspection.begin(len(tokens), embed)
         self._use_what_is_known()
         control.inspect, control.whole = int(inspect), int(self._inspection.whole)
@@ -199,7 +202,6 @@ class RouterHook:
             self.rewriter.begin()
             control.rewrite, control.rewriting = self.rewriter.function, self.rewriter.state
         step.begin(tokens)
-        top_k = self._model.catalog.top_k
         compiled = cache.compiled_request(len(tokens) * top_k)
         # weights of experts for values come later
         at_once = step.override is None and not control.values and len(tokens) <= TOKENS
@@ -215,8 +217,7 @@ class RouterHook:
                 control.recent = cache.recent.ids.ctypes.data
                 if step.prefetcher is None and not control.log and not cache.policy.needs_ranking:
                     most = min(self._parallel, cache.served_together(top_k), MOST_QUIET)
-                    known = [n for n in range(1, most + 1) if self._inspection.knows(n)]
-                    control.quiet = sum(1 << n for n in known)
+                    control.quiet = sum(1 << n for n in range(1, most + 1) if self._inspection.knows(n))
                     if step.observed:  # since then, by another thread
                         control.quiet = 0
 
@@ -241,11 +242,10 @@ class RouterHook:
         """Let the evaluation under way end soon; from any thread."""
         self._control.stop = 1
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Around an evaluation: afterwards `error` has what went wrong inside."""
+    def evaluate(self, evaluation: Callable[[], int]) -> int:
+        """Returns what it does; afterwards `error` has what went wrong inside."""
         self.error, self._control.outcome = None, RETURNED
-        yield
+        status = evaluation()
         # ctypes swallows what is raised before the callback's first line; the library takes such an end for a success
         if (self._control.stop or self._control.outcome == NOT_RETURNED) and not self.error:
             self.error = FlashMoEError("the evaluation was interrupted")
@@ -253,6 +253,7 @@ class RouterHook:
         self._settle()
         if not self.error:
             self._inspection.end()
+        return status
 
     def _settle(self) -> None:
         """An evaluation has ended. No read may be under way then; only one that failed leaves any."""
@@ -383,7 +384,7 @@ class RouterHook:
         if step.override is not None:
             step.override(layer, picked)
         if not control.log:
-            weights = partial(_floats, control.weights, tokens, top_k)
+            weights = partial(floats, control.weights, tokens, top_k)
             step.record(layer, picked, (lambda: np.zeros(picked.shape, np.float32)) if values else weights)
         if cache.pending:
             raise ModelError(

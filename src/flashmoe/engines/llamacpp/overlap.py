@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from flashmoe.common.compiled import int32_at, int64_at
 from flashmoe.common.kept import kept
 from flashmoe.engines.llamacpp.abi import CONSTANTS, InitParams, Tensor
-from flashmoe.engines.llamacpp.compute import CpuBackend, aligned
+from flashmoe.engines.llamacpp.compute import CpuBackend, aligned, floats
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.errors import ModelError
 from flashmoe.storage.catalog import ExpertCatalog
@@ -189,8 +189,7 @@ class Overlap:
         assert self._backend is not None
         if not self._backend.compute(graph.address):
             raise ModelError("the engine failed to multiply a layer's experts; please report it")
-        n = (C.c_float * (len(slots) * last.ne[0])).from_address(graph.last.data)
-        return np.ctypeslib.as_array(n).reshape(len(slots), -1)
+        return floats(graph.last.data, len(slots), last.ne[0])
 
     def _make(self, shape: tuple[int, ...], nodes: tuple[Any, Any, Any, Any], most: int) -> _Graph:
         """A graph for so many experts, of (inputs, hidden numbers, outputs); its memory is enough for `most`."""
