@@ -260,3 +260,52 @@ def test_values_of_other_commands(arguments: tuple[object, ...], tmp_path: Path)
     result = flashmoe(*(tmp_path / "t.jsonl" if word == "TRACE" else word for word in arguments))
     assert (result.status, result.out) == (2, "")
     assert "Traceback" not in result.err
+
+
+def test_outputs_do_not_replace_what_took_hours(tiny: Tiny, tmp_path: Path) -> None:
+    """The name of the model, or of a trace, where that of a report or of another trace was meant."""
+    model, trace = tmp_path / "m.gguf", tmp_path / "t.safetensors"
+    model.write_bytes(tiny("llama").read_bytes())
+    common = (model, *SHORT, "-q", "--cache", "50%")
+    for _ in range(2):  # a trace may take a trace's place
+        assert flashmoe("run", *common, "--trace", trace).status == 0
+    for option, path in (("--json", model), ("--trace", model), ("--json", trace)):
+        before = path.read_bytes()
+        result = flashmoe("run", *common, option, path)
+        assert (result.status, result.out) == (2, "")
+        assert "name another for the" in result.message
+        assert path.read_bytes() == before
+    before = trace.read_bytes()
+    result = flashmoe("train", "prefetch", trace, "-o", trace, "-q")
+    assert (result.status, trace.read_bytes()) == (2, before)
+    assert "a trace or a trained file is there: name another" in result.message
+
+
+def test_names_too_long_for_what_lies_beside(tiny: Tiny, tmp_path: Path) -> None:
+    """The longest name that a file can have: its pack's cannot be."""
+    path = tmp_path / ("x" * 250 + ".gguf")
+    path.write_bytes(tiny("llama").read_bytes())
+    assert flashmoe("run", path, *SHORT, "--cache", "50%").status == 0
+    for verb in ("verify", "pack"):
+        assert "cannot be written (File name too long)" in flashmoe(verb, path, "-q").message
+
+
+def test_projectors_that_are_none(tiny: Tiny, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    fails(1, "is a pipe or a device", tiny("llama"), *SHORT, "--mmproj", tmp_path / "pipe", stdin="")
+    fails(
+        1, "is no projector, but a GGUF of llama", tiny("llama"), *SHORT, "--mmproj", tiny("llama"), stdin=""
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--temp", "nan", "temperature is nan: give a finite number"),
+        ("--top-p", "inf", "top_p is inf"),
+        ("--repeat-penalty", "-1e309", "repeat_penalty is -inf"),
+        ("-j", "[]", "the JSON schema is none"),
+    ],
+)
+def test_values_that_json_does_not_have(option: str, value: str, message: str, tiny: Tiny) -> None:
+    fails(2, message, tiny("llama"), *SHORT, option, value, stdin="")

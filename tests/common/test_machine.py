@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -173,6 +174,30 @@ def test_limits_of_addresses(field: str, limit: str, name: str, more: str) -> No
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert name in done.stdout
+
+
+FEW = """
+import resource
+from flashmoe.common import memory
+from flashmoe.engines.llamacpp import tested
+from flashmoe.errors import BudgetError
+path = tested.find_library()
+for left, call in ((300 << 20, lambda: tested.prove(path)), (100 << 20, tested.tested_library)):
+    resource.setrlimit(resource.RLIMIT_AS, (memory.status_bytes("VmSize") + left, resource.RLIM_INFINITY))
+    try:
+        call()
+    except BudgetError as error:
+        print(error)
+"""
+
+
+def test_libraries_are_not_loaded_where_they_would_get_no_memory() -> None:
+    """They would end the process, or wait for ever."""
+    done = subprocess.run([sys.executable, "-c", FEW], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    self_test, model = done.stdout.splitlines()
+    assert re.search("self-test, .* takes 384 MiB of addresses, ulimit -v leaves .*: raise it", self_test)
+    assert re.search("smallest model takes 144 MiB of addresses, ulimit -v leaves .*: raise it", model)
 
 
 def test_promises_that_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

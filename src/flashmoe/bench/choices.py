@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flashmoe.common.text import decode
+from flashmoe.common.text import read_text_file
 from flashmoe.errors import UsageError
 from flashmoe.runtime.generation import split
 from flashmoe.runtime.model import Model
@@ -39,7 +39,7 @@ def read_choices(path: Path) -> list[Question]:
     Raises UsageError with the line that is wrong.
     """
     try:
-        lines = decode(path.read_bytes(), f"{path}: the questions").replace("\r\n", "\n").split("\n")
+        lines = read_text_file(path, f"{path}: the questions").replace("\r\n", "\n").split("\n")
     except OSError as error:
         raise UsageError(f"{path}: the questions cannot be read ({error.strerror})") from None
     found = []

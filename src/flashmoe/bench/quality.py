@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from flashmoe.bench.choices import Question, answer
 from flashmoe.bench.spec import Size
-from flashmoe.common.text import decode
+from flashmoe.common.text import read_text_file
 from flashmoe.errors import UsageError
 from flashmoe.routing.approximation import parse
 from flashmoe.runtime.generation import split
@@ -236,6 +236,6 @@ def _text(path: Path | None) -> str:
     if path is None:
         return (files("flashmoe") / "data" / "quality.txt").read_text(encoding="utf-8")
     try:
-        return decode(path.read_bytes(), f"{path}: the text")
+        return read_text_file(path, f"{path}: the text")
     except OSError as error:
         raise UsageError(f"{path}: the text cannot be read ({error})") from None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import traceback
 import warnings
+from contextlib import suppress
 from importlib import import_module
 
 import typer
@@ -19,6 +21,7 @@ from flashmoe.common.units import format_bytes
 from flashmoe.errors import FlashMoEError, FlashMoEWarning
 
 _LEAST_ROOM = 256 << 20  # of addresses: LLVM's library takes more than half of it
+_PREFIXES = {"huggingface_hub": "HF_"}  # of the variables that a package reads, where it is not its name
 _python_warning = warnings.formatwarning
 #: The commands, and the modules that define them; the `app` of a module is a group of commands.
 _COMMANDS = {
@@ -77,7 +80,7 @@ def main() -> None:
         sys.stderr.close()
         sys.exit(0)
     except Exception as error:
-        reason = _limit(error)
+        reason = _limit(error) or _import_failure(error)
         if reason is None:
             raise
         print_error(stderr_console(quiet=False), FlashMoEError(reason))
@@ -111,15 +114,33 @@ def _limit(error: BaseException) -> str | None:
     return None
 
 
+def _import_failure(error: BaseException) -> str | None:
+    """Which package of others cannot be loaded, and what in the environment may be why: several read variables then,
+    and fail at a value that is none. None where it is another error."""
+    frames = [
+        frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>"
+    ]
+    package = str(frames[-1].f_globals.get("__name__", "")).partition(".")[0] if frames else ""
+    if package in ("", "__main__", "flashmoe"):
+        return None
+    prefix = _PREFIXES.get(package, package.upper() + "_")
+    named = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(prefix)]
+    todo = (
+        f"unset or mend {', '.join(named)}" if named else "look at the environment (env), or install it again"
+    )
+    return f"{package} cannot be loaded ({str(error) or type(error).__name__}): {todo}"
+
+
 def _drop_output() -> None:
     """What standard output still holds cannot be written either, and Python would try again at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    with suppress(OSError):  # no more files can be opened
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """One line; our own warnings without the place in the source that raised them."""
+    """One line; our own warnings without the place in the source that raised them, others without its text."""
     if issubclass(category, FlashMoEWarning):
         return f"warning: {message}\n"
-    return _python_warning(message, category, filename, lineno, line)
+    return _python_warning(str(message).partition("\n")[0], category, filename, lineno, "")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flashmoe.cli.logs import show_logs
-from flashmoe.cli.report import JsonFile, nothing_else_on_stdout
+from flashmoe.cli.report import JsonFile, no_model_there, nothing_else_on_stdout
 
 if TYPE_CHECKING:
     from flashmoe.runtime.options import LoadOptions
@@ -163,7 +163,10 @@ Verify = Annotated[
     ),
 ]
 Trace = Annotated[
-    Path | None, typer.Option("--trace", help="Record the expert routing to a .safetensors file.")
+    Path | None,
+    typer.Option(
+        "--trace", callback=no_model_there, help="Record the expert routing to a .safetensors file."
+    ),
 ]
 Json = Annotated[
     JsonFile | None,

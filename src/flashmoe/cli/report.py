@@ -12,8 +12,8 @@ from typing import IO, TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 
-from flashmoe.common.files import write_atomically
-from flashmoe.errors import FlashMoEError
+from flashmoe.common.files import replaceable, write_atomically
+from flashmoe.errors import FlashMoEError, UsageError
 
 if TYPE_CHECKING:
     from flashmoe.runtime.telemetry import Report
@@ -25,13 +25,22 @@ def show(console: Console, report: Report) -> None:
         console.print(line, style="dim", highlight=False)
 
 
+#: Its names: a file that it leads to must not be replaced, nor hold anything but the report.
+_STDOUT = ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
+
+
 class JsonFile:
     """Where a command writes its report as JSON: a file, which is replaced as a whole, or standard output."""
 
     def __init__(self, name: str) -> None:
-        """name: of the file, or "-" for what is standard output now."""
-        self._path = None if name == "-" else Path(name)
+        """name: of the file, or "-" for what is standard output now. Raises UsageError for that of a model or a
+        trace, before any work is done."""
+        self._path = None if name in _STDOUT else Path(name)
         self._stdout: IO[str] = sys.stdout
+        if self._path and not replaceable(self._path):
+            raise UsageError(
+                f"{self._path} is a model, a trace or a trained file: name another for the report"
+            )
 
     @property
     def to_stdout(self) -> bool:
@@ -55,6 +64,14 @@ def nothing_else_on_stdout(context: typer.Context, file: JsonFile | None) -> Jso
     if file is not None and file.to_stdout:
         context.with_resource(redirect_stdout(sys.stderr))
     return file
+
+
+def no_model_there(path: Path | None) -> Path | None:
+    """Callback of an option that names a trace to write. Raises UsageError for the name of something else that took
+    hours."""
+    if path is not None and not replaceable(path, "flashmoe-routing-trace"):
+        raise UsageError(f"{path} is a model or a trained file: name another for the trace")
+    return path
 
 
 def _strict(value: Any) -> Any:

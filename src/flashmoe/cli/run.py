@@ -16,7 +16,7 @@ from flashmoe.cli.progress import LoadProgress, stderr_console
 from flashmoe.cli.report import show
 from flashmoe.cli.sampling import ChatOptions, SamplingOptions
 from flashmoe.cli.streams import read_stdin
-from flashmoe.common.text import argument, decode
+from flashmoe.common.text import argument, read_text_file
 from flashmoe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def _prompt(prompt: str | None, file: Path | None) -> str:
         prompt = argument(prompt, "the prompt (-p)")
     if file is not None:
         try:
-            prompt = decode(file.read_bytes(), f"{file}: the prompt")
+            prompt = read_text_file(file, f"{file}: the prompt")
         except OSError as error:
             raise UsageError(f"{file}: the prompt cannot be read ({error})") from None
     if prompt is None:

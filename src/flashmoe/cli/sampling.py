@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from flashmoe.cli.options import MOST_TOKENS
-from flashmoe.common.text import argument, decode
+from flashmoe.common.text import argument, read_text_file
 from flashmoe.errors import UsageError
 
 
@@ -228,7 +228,7 @@ class ChatOptions:
         template = argument(self.chat_template or "", "--chat-template")
         if self.chat_template_file is not None:
             try:
-                template = decode(self.chat_template_file.read_bytes(), str(self.chat_template_file))
+                template = read_text_file(self.chat_template_file, str(self.chat_template_file))
             except OSError as error:
                 raise UsageError(
                     f"{self.chat_template_file}: the template cannot be read ({error})"

@@ -17,7 +17,7 @@ from flashmoe.cli import options
 from flashmoe.cli.groups import with_options
 from flashmoe.cli.progress import stderr_console, stdout_console
 from flashmoe.cli.sampling import SamplingOptions
-from flashmoe.common.text import decode, printable
+from flashmoe.common.text import printable, read_text_file
 from flashmoe.errors import TraceError, UsageError
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def read_prompts(path: Path) -> Iterator[str | list[dict[str, str]]]:
     """Prompts of a file: per line a JSON object (.jsonl) or a text. Raises UsageError with the line that is
     wrong."""
     try:
-        text = decode(path.read_bytes(), str(path))
+        text = read_text_file(path, str(path))
     except OSError as error:
         raise UsageError(f"cannot read the prompts {path}: {error}") from None
     lines = text.replace("\r\n", "\n").split("\n")  # a text may hold what else Python ends lines at

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import secrets
 import stat
 import tempfile
@@ -15,6 +17,8 @@ from typing import IO
 
 from flashmoe.errors import FlashMoEError, FlashMoEWarning
 
+_HEAD = 64 << 10  # bytes that say what a file is
+_PRECIOUS = "a model, a trace or a trained file is there: name another"
 _LONGEST_SOCKET = 107  # bytes of a socket's path: struct sockaddr_un
 
 
@@ -107,16 +111,45 @@ def expanded(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))
 
 
+def replaceable(path: Path, kind: str = "") -> bool:
+    """Whether a file of a kind may take the place of what is there: not of a model, nor of a trace or what was trained
+    where it is none itself; an option that names the wrong file would cost hours. kind: the format that a file of ours
+    says that it has."""
+    try:
+        there = open(path, "rb", buffering=0).read(_HEAD) if path.is_file() else b""  # noqa: SIM115
+    except OSError:
+        return True  # whatever is wrong, writing says so
+    return _kind(there) in ("", kind)
+
+
+def _kind(head: bytes) -> str:
+    """What a file that begins so is: a GGUF, a safetensors file, or the format of one of ours; "" for all others."""
+    if head.startswith(b"GGUF"):
+        return "GGUF"
+    if head[8:10] != b'{"':  # a safetensors file: the length of a header in JSON, and that
+        return ""
+    ours = re.search(rb'"format": ?"(flashmoe-[a-z-]+)"', head)
+    return ours[1].decode() if ours else "safetensors"
+
+
+def absent(error: OSError) -> bool:
+    """Whether an error of opening says that there is no such file, nor can be."""
+    return isinstance(error, FileNotFoundError) or error.errno == errno.ENAMETOOLONG
+
+
 def write_atomically(path: Path, data: bytes, *, private: bool = False) -> None:
-    """Replace `path` with `data` as a whole, or leave it as it was; folders are made. Raises OSError.
+    """Replace `path` with `data` as a whole, or leave it as it was; folders are made. Raises OSError, also where what
+    is there took longer to make, see `replaceable`.
 
     A link stays one: the file that it leads to is replaced. Pipes and devices are written to. private: only the
     user may read it.
     """
-    path = Path(os.path.realpath(path))
+    if not replaceable(path, _kind(data[:_HEAD])):
+        raise FileExistsError(errno.EEXIST, _PRECIOUS, str(path))
     if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
-        path.write_bytes(data)
+        path.write_bytes(data)  # by this name: what /dev/fd/63 leads to has none of its own
         return
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file:
         if private:

@@ -34,6 +34,7 @@ from flashmoe.common.numba_internals import (
     normalize_signature,
 )
 from flashmoe.common.optimised import optimising_once
+from flashmoe.errors import LibraryError
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +59,10 @@ def kept(*, also: Also = tuple, **options: Any) -> Callable[[Callable[..., Any]]
 
 
 def kept_callback(signature: Any, **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """`numba.cfunc(signature, **options)`, kept on disk."""
+    """`numba.cfunc(signature, **options)`, kept on disk. Raises LibraryError where compilation is switched off: the
+    library cannot call Python in the place of it."""
+    if getattr(numba.config, "DISABLE_JIT", False):
+        raise LibraryError("NUMBA_DISABLE_JIT is set, and what llama.cpp calls must be compiled: unset it")
     if not KEEPS:
         return numba.cfunc(signature, **options)
 

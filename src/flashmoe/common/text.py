@@ -5,7 +5,10 @@ from __future__ import annotations
 import codecs
 import os
 import unicodedata
+from pathlib import Path
+from typing import IO
 
+from flashmoe.common.units import format_bytes
 from flashmoe.errors import UsageError
 
 # The longer mark first: UTF-32's begins with UTF-16's
@@ -16,6 +19,23 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+
+
+MOST_BYTES = 256 << 20  # of a text that a user names: more than any context holds; a device may never end
+
+
+def read_text(file: IO[bytes], source: str) -> str:
+    """The rest of a file, as `decode` reads it. Raises OSError, and UsageError where it is no text or never ends."""
+    data = file.read(MOST_BYTES + 1)
+    if len(data) > MOST_BYTES:
+        raise UsageError(f"{source}: texts of more than {format_bytes(MOST_BYTES)} are not read")
+    return decode(data, source)
+
+
+def read_text_file(path: Path, source: str) -> str:
+    """The same of a file by name."""
+    with open(path, "rb") as file:
+        return read_text(file, source)
 
 
 def decode(data: bytes, source: str) -> str:

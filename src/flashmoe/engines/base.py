@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -59,8 +60,12 @@ class SamplingParams:
     json_schema: str | None = None
 
     def request(self) -> dict[str, Any]:
-        """What is not left to the server, as fields of a request. Raises UsageError for a schema that is no JSON."""
+        """What is not left to the server, as fields of a request. Raises UsageError for a schema that is no JSON, and
+        for numbers that JSON does not have."""
         given = {name: value for name, value in asdict(self).items() if value is not None}
+        for name, value in given.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"{name} is {value}: give a finite number")
         if self.seed is not None:
             given["seed"] = self.seed & 0xFFFFFFFF
         if self.samplers is not None:
@@ -70,6 +75,8 @@ class SamplingParams:
                 given["json_schema"] = json.loads(self.json_schema)
             except (ValueError, RecursionError) as error:
                 raise UsageError(f"the JSON schema is no JSON ({error})") from None
+            if not isinstance(given["json_schema"], dict | bool):  # the server would leave it out
+                raise UsageError("the JSON schema is none: give an object")
         return given
 
     def chain(self) -> tuple[float, int, float, float]:

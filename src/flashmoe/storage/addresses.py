@@ -68,6 +68,17 @@ def reserve_uncounted(nbytes: int) -> tuple[mmap.mmap, int]:
         return memory, ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
+def check_room(nbytes: int, purpose: str) -> None:
+    """Raise BudgetError where addresses are limited and fewer are left: libraries that get no memory end the process,
+    or wait for ever."""
+    room = address_room()
+    if room and room[0] < nbytes:
+        left, name = format_bytes(room[0]), room[1]
+        raise BudgetError(
+            f"{purpose} takes {format_bytes(nbytes)} of addresses, {name} leaves {left}: {_change(name)}"
+        )
+
+
 def refused(nbytes: int, error: OSError) -> BudgetError:
     """Why so many addresses are not to be had, and what to do."""
     size, room = format_bytes(nbytes), address_room()
@@ -76,11 +87,16 @@ def refused(nbytes: int, error: OSError) -> BudgetError:
             f"the system refuses {size} of addresses ({error.strerror}); a smaller --ram may work"
         )
     left, name = room
-    change = "set it to 0 (sysctl)" if "overcommit" in name else f"raise it ({name} unlimited)"
+    change = _change(name)
     return BudgetError(
         f"{size} of virtual memory are refused, {format_bytes(left)} of addresses are left under {name}: {change}, or "
         "give a smaller --ram"
     )
+
+
+def _change(name: str) -> str:
+    """What to do about a limit."""
+    return "set it to 0 (sysctl)" if "overcommit" in name else f"raise it ({name} unlimited)"
 
 
 def reserve_huge(nbytes: int) -> tuple[mmap.mmap, int]:

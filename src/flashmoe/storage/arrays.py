@@ -23,9 +23,10 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, str], dict[str, NDArra
     """Metadata and arrays of a .safetensors file. Raises ValueError where it is damaged, OSError where unreadable."""
     try:
         with ExitStack() as stack:
+            opened = stack.enter_context(open(path, "rb"))  # the library does not say why it cannot
             name = str(path)
-            if name.encode(errors="replace") != os.fsencode(name):  # the library takes names in UTF-8 only
-                name = f"/proc/self/fd/{stack.enter_context(open(path, 'rb')).fileno()}"
+            if name.encode(errors="replace") != os.fsencode(name):  # it takes names in UTF-8 only
+                name = f"/proc/self/fd/{opened.fileno()}"
             file = stack.enter_context(safe_open(name, "np"))
             return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, TypeError) as error:  # TypeError: of a type that numpy does not have

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 from xxhash import xxh3_64_intdigest
 
-from flashmoe.common.files import write_atomically
+from flashmoe.common.files import absent, write_atomically
 from flashmoe.errors import FlashMoEError, ModelError, ReadError, UsageError
 from flashmoe.storage.aio import Read
 from flashmoe.storage.arrays import read_safetensors
@@ -97,9 +97,11 @@ def find_checksums(catalog: ExpertCatalog) -> Checksums | None:
     path = checksums_path(catalog.gguf)
     try:
         metadata, checksums = read_safetensors(path)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError):
+    except OSError as error:
+        if absent(error):
+            return None
+        raise ModelError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError:
         raise ModelError(f"{path}: damaged; delete it, and run `flashmoe verify MODEL`") from None
     shape = {name: (array.shape, array.dtype) for name, array in checksums.items()}
     mine = {name: (array.shape, array.dtype) for name, array in no_checksums(catalog).items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
@@ -186,7 +187,16 @@ def _unreachable(error: Exception) -> bool:
 
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code >= 500
-    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in _OF_THE_NETWORK
+    return isinstance(error, OSError) or _of_the_network(error)
+
+
+def _of_the_network(error: Exception) -> bool:
+    """Whether it is an error of the libraries that download, or one of Python's that they have raised: of a proxy's
+    address that is none, say, or of a package that one needs."""
+    places = [type(error).__module__]
+    if error.__traceback__:
+        places.append(list(traceback.walk_tb(error.__traceback__))[-1][0].f_globals.get("__name__", ""))
+    return any(place.split(".")[0] in _OF_THE_NETWORK for place in places)
 
 
 @contextmanager
@@ -234,6 +244,6 @@ def _hub(name: HubName) -> Iterator[None]:
             f"{name}: download failed ({error}); check the network and the free disk space"
         ) from None
     except Exception as error:
-        if type(error).__module__.split(".")[0] not in _OF_THE_NETWORK:
+        if not _of_the_network(error):
             raise
         raise ModelError(f"{name}: the hub cannot be reached ({error}); check the network") from None

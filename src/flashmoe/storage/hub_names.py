@@ -11,7 +11,8 @@ from flashmoe.errors import ModelError, UsageError
 
 PREFIX = "hf:"
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
-_PAGES = ("tree", "blob", "resolve", "raw")  # of a repository
+_MARKS = "<>\"'`"  # around what was copied from a text
+_PAGES = ("tree", "blob", "resolve", "raw", "blame", "commit", "commits")  # of a repository at a revision
 _NO_MODELS = (
     "datasets",
     "spaces",
@@ -44,15 +45,17 @@ def parse(name: str) -> HubName | None:
 
     Raises UsageError for a name that begins as one and goes on otherwise.
     """
-    address = name.removeprefix(PREFIX).lstrip("/") if name.startswith(PREFIX) else name
+    name = name.strip().strip(_MARKS)
+    ours = name.lower().startswith(PREFIX)
+    address = name[len(PREFIX) :].lstrip("/") if ours else name
     if "://" in address:
-        return _parse_address(address.strip())
+        return _parse_address(address)
     host, _, rest = address.partition("/")
     if host.lower() in _HOSTS:
         if any(page in _PAGES for page in rest.split("/")[2:3]):
             return _parse_address(f"https://{address}")
         return _parse_words(name, rest)
-    return _parse_words(name, address) if name.startswith(PREFIX) else None
+    return _parse_words(name, address) if ours else None
 
 
 def _parse_words(name: str, words: str) -> HubName:
@@ -81,9 +84,13 @@ def _parse_address(address: str) -> HubName:
     if parts[:1] and parts[0] in _NO_MODELS:
         raise UsageError(f"{address}: is no model: give the address of its repository")
     repository, _, wish = "/".join(parts[:2]).partition(":")
-    _checked(repository, address)
+    repository = _checked(repository.removesuffix(".git"), address)
+    if parts[2:3] and parts[2] not in _PAGES:  # of discussions, settings: the repository is meant
+        parts = parts[:2]
     if len(parts) < 4:  # the site shows a file's header so
         return HubName(repository, wish or "".join(parse_qs(parsed.query).get("show_file_info", [])[:1]))
+    if parts[3] == "refs":  # of a pull request, or of a conversion
+        parts[3:6] = ["/".join(parts[3:6])]
     return HubName(repository, "/".join(parts[4:]), None if parts[3] == "main" else parts[3])
 
 

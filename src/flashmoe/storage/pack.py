@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from flashmoe.common.files import absent
 from flashmoe.common.units import format_bytes
 from flashmoe.errors import FlashMoEError, ModelError
 from flashmoe.storage.catalog import ExpertCatalog, ExpertTensor
@@ -123,9 +124,11 @@ def find_pack(catalog: ExpertCatalog) -> Pack | None:
         mine = source == header_digest(catalog.gguf)
         if mine and path.stat().st_size != pack.size:
             raise ValueError
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, struct.error):
+    except OSError as error:
+        if absent(error):
+            return None
+        raise ModelError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, RecursionError, struct.error):
         raise ModelError(f"{path}: damaged; make it again with `flashmoe pack MODEL`, or delete it") from None
     if not mine:
         raise ModelError(

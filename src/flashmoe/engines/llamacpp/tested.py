@@ -22,11 +22,15 @@ from flashmoe.common.machine import instructions, processor
 from flashmoe.engines.llamacpp import abi, kernels
 from flashmoe.engines.llamacpp.library import ENVIRONMENT, Library, find_library, is_of_wheel, open_library
 from flashmoe.errors import FlashMoEWarning, LibraryError
+from flashmoe.storage.addresses import check_room
 
 _log = logging.getLogger(__name__)
 
 _TIMEOUT = 600  # seconds: on a small processor what is compiled before it takes minutes
 NOT_TESTED = 75  # its exit status where it could not be run; EX_TEMPFAIL of sysexits.h
+# of addresses, where they are limited
+_ROOM = 144 << 20  # the library, threads, and a model of 20 MiB
+_ROOM_TO_TEST = 384 << 20  # twice two models, in a process that has as many
 _VERSION = 6  # of the self-test: a library that has passed an earlier one is tested again
 _NO_PROCESS = "its process cannot be started"
 #: What the self-test prints when a layout has passed, in this order.
@@ -42,7 +46,9 @@ class Proof(NamedTuple):
 
 
 def prove(library: Path, module: Path | None = None) -> Proof:
-    """Run the self-test of a library, or of the kernels of a module in it, now. Raises LibraryError where it cannot."""
+    """Run the self-test of a library, or of the kernels of a module in it, now. Raises LibraryError where it cannot,
+    and BudgetError where addresses are limited to too few."""
+    check_room(_ROOM_TO_TEST, f"{library}: the self-test, which it must pass once,")
     command = module_command("flashmoe.tools.self_test", *map(str, filter(None, (library, module))))
     quick = {**os.environ, "GGML_NO_BACKTRACE": "1"}  # a debugger would be started where the library aborts
     try:
@@ -130,6 +136,7 @@ def tested_library() -> Library:
     Kernels that fail, or are refused, give way to the library's own, with a warning. Raises LibraryError.
     """
     path = find_library()
+    check_room(_ROOM, "the smallest model")
     if is_of_wheel(path):
         if kernels.new_wheel():
             _tell_of_new_wheel()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flashmoe.errors import ModelError
+from flashmoe.storage.gguf import read_gguf
 
 _PROJECTOR_BUFFERS = 128 << 20  # beside its weights, for an image
 # Options that the server's messages name and that are others here, or are not there
@@ -36,11 +37,14 @@ class ServerOptions:
 
 
 def projector_bytes(path: Path) -> int:
-    """What a projector takes of the memory budget. Raises ModelError where it cannot be read."""
-    try:
-        return path.stat().st_size + _PROJECTOR_BUFFERS
-    except OSError as error:
-        raise ModelError(f"{path}: the projector cannot be read ({error.strerror})") from None
+    """What a projector takes of the memory budget. Raises ModelError where it cannot be read, or is none: the library
+    would wait for a pipe, and does not say what is wrong."""
+    projector = read_gguf(path)
+    if not any(key.startswith("clip.") for key in projector.metadata):
+        raise ModelError(
+            f"{path}: is no projector, but a GGUF of {projector.architecture or 'something else'}"
+        )
+    return projector.size + _PROJECTOR_BUFFERS
 
 
 def in_our_words(message: str) -> str:
