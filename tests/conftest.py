@@ -21,8 +21,11 @@ from tests.models import make
 
 os.environ["GGML_NO_BACKTRACE"] = "1"  # an abort in the library must not start a debugger
 os.environ["HF_HUB_OFFLINE"] = "1"
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in the background: tests interrupt all the same
+# a job in the background, or under nohup: tests interrupt all the same
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # the last: tests start hundreds of processes, and each would compile a hundred modules anew; so would each of these
 for name in ("FLASHMOE_LIBLLAMA", "LLAMA_ARG_THREADS", "PYTHONDONTWRITEBYTECODE"):
     os.environ.pop(name, None)

@@ -62,5 +62,5 @@ lib.handle.ggml_abort(b"graph.cpp", 7, b"GGML_ASSERT(%s) failed", b"false")
     assert done.returncode < 0
     assert done.stderr == (
         "error: llama.cpp has ended this process (graph.cpp:7: GGML_ASSERT(false) failed); "
-        "please report it, with the model and the command\n"
+        "the model may be damaged: if llama.cpp itself runs it, please report it, with the command\n"
     )

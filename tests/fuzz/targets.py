@@ -170,6 +170,7 @@ def _beside(model: Path) -> dict[str, bytes]:
 
 def _saved(save: Callable[[Path], Any], folder: Path) -> bytes:
     path = folder / "saved.safetensors"
+    path.unlink(missing_ok=True)  # one of another kind would not be replaced
     save(path)
     return path.read_bytes()
 

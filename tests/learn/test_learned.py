@@ -231,6 +231,7 @@ def test_bad_policy_files(tmp_path: Path) -> None:
     )
     with pytest.raises(PolicyError, match="trained for A, not for B"):
         Flashmoe(trained=named).check_model({"name": "B", "tensors_sha256": "2"})
+    path.unlink()
     named.save(path)
     assert set(load_file(path)) == set(file.arrays)
 

@@ -18,6 +18,7 @@ import httpx2 as httpx
 
 from flashmoe.server.loading import refusing
 from flashmoe.server.serve import listen
+from tests.server.front import until
 from tests.server.hangups import connect
 from tests.server.process import serving
 
@@ -112,8 +113,7 @@ def test_interrupted_twice(demo: Path) -> None:
             connection = connect(server)
             response = stream_under_way(connection, 1900)
             server.send_signal(number)
-            while httpx.get(f"{server.url}/health").status_code == 200:
-                pass
+            until(lambda: httpx.get(f"{server.url}/health").status_code != 200)
             server.send_signal(signal.SIGINT)
             last = response.read().decode().split("data: ")[-1]
             assert json.loads(last)["error"]["message"] == "the server is shutting down"

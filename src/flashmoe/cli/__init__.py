@@ -124,7 +124,8 @@ def _import_failure(error: BaseException) -> str | None:
     if package in ("", "__main__", "flashmoe"):
         return None
     prefix = _PREFIXES.get(package, package.upper() + "_")
-    named = [f"{name}={value}" for name, value in os.environ.items() if name.startswith(prefix)]
+    # not their values: tokens are among them
+    named = [name for name in os.environ if name.startswith(prefix)]
     todo = (
         f"unset or mend {', '.join(named)}" if named else "look at the environment (env), or install it again"
     )

@@ -18,7 +18,7 @@ from typing import IO
 from flashmoe.errors import FlashMoEError, FlashMoEWarning
 
 _HEAD = 64 << 10  # bytes that say what a file is
-_PRECIOUS = "a model, a trace or a trained file is there: name another"
+_PRECIOUS = "a model, a trace or a trained file is there"
 _LONGEST_SOCKET = 107  # bytes of a socket's path: struct sockaddr_un
 
 

@@ -13,7 +13,10 @@ from flashmoe.common.kept import kept_callback
 from flashmoe.engines.llamacpp.library import Library
 
 _BEFORE = np.frombuffer(b"error: llama.cpp has ended this process (", np.uint8)
-_AFTER = np.frombuffer(b"); please report it, with the model and the command\n", np.uint8)
+_AFTER = np.frombuffer(
+    b"); the model may be damaged: if llama.cpp itself runs it, please report it, with the command\n",
+    np.uint8,
+)
 _STDERR = 2
 _write: Any = types.ExternalFunction("write", types.int64(types.int32, types.uintp, types.uintp))
 _strlen: Any = types.ExternalFunction("strlen", types.uintp(types.uintp))
