@@ -278,7 +278,7 @@ def test_outputs_do_not_replace_what_took_hours(tiny: Tiny, tmp_path: Path) -> N
     before = trace.read_bytes()
     result = flashmoe("train", "prefetch", trace, "-o", trace, "-q")
     assert (result.status, trace.read_bytes()) == (2, before)
-    assert "a trace or a trained file is there: name another" in result.message
+    assert "a trace or a trained file is there; choose another place" in result.message
 
 
 def test_names_too_long_for_what_lies_beside(tiny: Tiny, tmp_path: Path) -> None:
