@@ -2,7 +2,7 @@
 
 Compute threads spin while they wait for each other: a thread of the least priority would hardly run beside them, and
 one that takes a core stops them all. So the thread has a usual priority, works as long as reads are close behind it or
-nothing is evaluated, and else rests most of the time.
+no token is decoded, and else rests most of the time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Prefault:
         self._done = [0] * len(regions)
         self._reached = [0] * len(regions)  # what reads go to
         self._lock = threading.Lock()  # held while memory is committed or given back
-        #: Whether nothing is evaluated: no thread waits for a core.
+        #: Whether it may take a core: no token is decoded.
         self.idle: Callable[[], bool] = lambda: False
         self._lead = max(_STEP, _LEAD // max(1, len(regions)))
         self._stop = threading.Event()

@@ -199,7 +199,8 @@ def _load(
             ranked = session.restore()
             if options.engine == LLAMACPP:
                 saved = _saved_conversations(session, opened, parse_bytes(options.save_cache_size))
-        pool.prefault(lambda: not experts.stepping)
+        # while a prompt is read, too: its reads go to this memory, and would commit it themselves, slower
+        pool.prefault(lambda: not experts.stepping or experts.phase == "prefill")
         if ranked is not None:
             stack.callback(experts.close)
             experts.warm_start(ranked)
