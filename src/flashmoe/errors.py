@@ -27,6 +27,13 @@ class UsageError(FlashMoEError):
     exit_status = 2
 
 
+class ClosedError(UsageError):
+    """A model is used after it was closed."""
+
+    def __init__(self, message: str = "this model is closed: load it again") -> None:
+        super().__init__(message)
+
+
 class ModelError(FlashMoEError):
     """A model file that is missing, damaged, dense, or of an architecture that cannot be served."""
 

@@ -23,14 +23,12 @@ from flashmoe.errors import FlashMoEError, FlashMoEWarning
 _LEAST_ROOM = 256 << 20  # of addresses: LLVM's library takes more than half of it
 _PREFIXES = {"huggingface_hub": "HF_"}  # of the variables that a package reads, where it is not its name
 _python_warning = warnings.formatwarning
-#: The commands, and the modules that define them; the `app` of a module is a group of commands.
-_COMMANDS = {
-    **{
-        name: name
-        for name in ("run", "chat", "serve", "batch", "pack", "verify", "doctor", "plan", "quality")
-    },
-    **{"learn": "learn", "simulate": "simulate", "policies": "listing", "predictors": "listing"},
-}
+#: Each is a function of the module of its name, or of the one in _MODULES; of a group it is the module's `app`.
+_COMMANDS = (
+    "run", "chat", "serve", "batch", "pack", "verify", "doctor", "plan", "quality", "learn", "simulate", "policies",
+    "predictors",
+)  # fmt: skip
+_MODULES = {"policies": "listing", "predictors": "listing"}
 _GROUPS = ("bench", "engine", "trace", "train")
 
 
@@ -46,7 +44,7 @@ def make_app(only: str | None = None) -> typer.Typer:
     app.callback(invoke_without_command=True)(_root)
     names = (*_COMMANDS, *_GROUPS)
     for name in (only,) if only in names else names:
-        module = import_module(f"{__name__}.{_COMMANDS.get(name, name)}")
+        module = import_module(f"{__name__}.{_MODULES.get(name, name)}")
         if name in _GROUPS:
             app.add_typer(module.app, name=name)
         else:

@@ -169,9 +169,6 @@ class _Bar:
     """What is done now, and how much of it. A context manager; silent where stderr is no terminal."""
 
     def __init__(self, console: Console) -> None:
-        from flashmoe.common.signals import ended_by_signals
-
-        self._signals = ended_by_signals()
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._tasks: dict[str, TaskID] = {}
@@ -184,10 +181,8 @@ class _Bar:
         self._progress.update(self._tasks[what], completed=done, total=total if done else None)
 
     def __enter__(self) -> _Bar:
-        self._signals.__enter__()
         self._progress.start()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._progress.stop()
-        self._signals.__exit__(*error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 
-from flashmoe.errors import UsageError
+from flashmoe.errors import ClosedError, UsageError
 
 
 class Access:
@@ -28,4 +28,4 @@ class Access:
         if self.forked:
             raise UsageError("this model was loaded before the process was forked: load it in this one")
         if self.closed:
-            raise UsageError("this model is closed: load it again")
+            raise ClosedError

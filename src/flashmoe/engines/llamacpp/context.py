@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from flashmoe.engines.llamacpp.abi import CONSTANTS, Batch
 from flashmoe.engines.llamacpp.allocations import counting
 from flashmoe.engines.llamacpp.library import Library
-from flashmoe.errors import ModelError, UsageError
+from flashmoe.errors import ClosedError, ModelError
 
 #: How the vectors of a text's tokens become one: llama.cpp's names and numbers.
 POOLING = {name: CONSTANTS[f"LLAMA_POOLING_TYPE_{name.upper()}"] for name in ("none", "mean", "cls", "last")}
@@ -136,9 +136,9 @@ class Context:
 
     @property
     def pointer(self) -> int:
-        """The llama_context. Raises UsageError where it has been freed."""
+        """The llama_context. Raises ClosedError where it has been freed."""
         if not self._pointer:
-            raise UsageError("this model is closed: load it again")
+            raise ClosedError
         return self._pointer
 
     def decode(self, tokens: Sequence[int], *, embed: bool = False) -> int:

@@ -28,7 +28,7 @@ from flashmoe.engines.llamacpp.rewriting import GraphRewriter, Ranked
 from flashmoe.engines.llamacpp.sampler import Sampler
 from flashmoe.engines.llamacpp.spinning import Spinning, release_threads
 from flashmoe.engines.llamacpp.stack import BYTES_PER_CHARACTER, on_large_stack, raise_thread_stacks
-from flashmoe.errors import FlashMoEError, ModelError, UsageError
+from flashmoe.errors import ClosedError, FlashMoEError, ModelError, UsageError
 from flashmoe.prefetch.base import Predictor
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.approximation import Approximation
@@ -181,9 +181,9 @@ class LlamaEngine:
 
     @property
     def model_pointer(self) -> int:
-        """The llama_model. Raises UsageError where it has been freed."""
+        """The llama_model. Raises ClosedError where it has been freed."""
         if not self._model.pointer:
-            raise UsageError("this model is closed: load it again")
+            raise ClosedError
         return self._model.pointer
 
     @property
@@ -309,7 +309,7 @@ class LlamaEngine:
 
     @property
     def _vocab(self) -> int:
-        """The llama_vocab. Raises UsageError where it has been freed with the model."""
+        """The llama_vocab. Raises ClosedError where it has been freed with the model."""
         pointer: int = self._lib.llama_model_get_vocab(self.model_pointer)
         return pointer
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe.engines.llamacpp.abi import CONSTANTS, Tensor
+from flashmoe.engines.llamacpp.compute import floats
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.prefetch.gate import Router
 
@@ -50,8 +51,7 @@ class GraphRouters:
         if not address or not self.known:
             return None
         if address not in self._inputs:
-            n = len(self.known[0].norm)
-            self._inputs[address] = np.ctypeslib.as_array((C.c_float * n).from_address(address))
+            self._inputs[address] = floats(address, 1, len(self.known[0].norm))[0]
         return self._inputs[address]
 
 
@@ -110,4 +110,4 @@ def _floats(tensor: Any, n: int) -> NDArray[np.float32] | None:
     count = tensor.ne[0] * tensor.ne[1] * tensor.ne[2] * tensor.ne[3]
     if tensor.type != _F32 or count != n or not tensor.data:
         return None
-    return np.ctypeslib.as_array((C.c_float * n).from_address(tensor.data))
+    return floats(tensor.data, 1, n)[0]
