@@ -56,7 +56,12 @@ REQUESTS: dict[str, dict[str, Any]] = {
 
 #: One layer and one head: with a token a byte, prompts have thousands, and attention is nearly all that they cost.
 SMALL = Spec(
-    "llama", "for long prompts", (ATTN + MOE,), sizes="H=1 J=1 K=32", keys="context_length=16384", chat=True
+    "llama",
+    "for long prompts",
+    (ATTN + MOE,),
+    sizes="H=1 J=1 K=32",
+    keys="context_length=16384 feed_forward_length=96",
+    chat=True,
 )
 
 
