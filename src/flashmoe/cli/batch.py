@@ -46,7 +46,7 @@ def batch(
     """
     from flashmoe.runtime.batch import BatchFigures, run_batch
     from flashmoe.runtime.batch_file import Journal, Requests, failed_in
-    from flashmoe.runtime.exactness import Exactness
+    from flashmoe.runtime.exactness import for_request
     from flashmoe.runtime.load import load
 
     console = stderr_console(quiet)
@@ -78,7 +78,7 @@ def batch(
                         asked,
                         journal,
                         partial(progress.update, "batch"),
-                        Exactness(loaded).for_request,
+                        partial(for_request, loaded),
                     )
                 except BaseException:
                     progress.stop()

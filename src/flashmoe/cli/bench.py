@@ -19,7 +19,7 @@ from flashmoe.cli.groups import with_options
 from flashmoe.cli.progress import measuring, stderr_console, stdout_console
 from flashmoe.common.units import format_bytes
 from flashmoe.errors import UsageError
-from flashmoe.runtime.telemetry import approximately
+from flashmoe.runtime.report import approximately
 
 _RUN = "run"
 _COMPUTING = options.ComputeOptions()
