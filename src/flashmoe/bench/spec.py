@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,9 +110,7 @@ class Plan:
     seed: int = 0
     verify: bool = False
     timeout: float = 1800.0
-    library: Path | None = field(
-        default=None
-    )  # without the self-test; default: the one that is found and tested
+    library: Path | None = None  # without the self-test; default: the one that is found and tested
 
     def __post_init__(self) -> None:
         for name in self.baselines:

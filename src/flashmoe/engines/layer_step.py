@@ -30,11 +30,9 @@ class Residents(Protocol):
     @property
     def waited(self) -> float:
         """Seconds waited so far, the cache's `stall_seconds` aside."""
-        ...
 
     def begin_step(self, tokens: int, top_k: int) -> None:
         """See `ExpertCache.begin_step`."""
-        ...
 
 
 class LayerStep:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 from flashmoe.engines.llamacpp.repack import placed
@@ -45,11 +46,8 @@ def _usable(catalog: ExpertCatalog, files: list[DirectFile], progress: Progress)
         pack = find_pack(catalog)
         if pack is None:
             return None
-        file = DirectFile(pack.path)
-        try:
+        with closing(DirectFile(pack.path)) as file:
             pack.apply(catalog, [*files, file])
-        finally:
-            file.close()
     except ModelError:
         return None
     return None if pack.damaged(catalog, lambda done: progress("check", done, pack.size)) else pack

@@ -232,12 +232,12 @@ def _node(address: int) -> Any:
 
 
 @kept()
-def _read(address: Any) -> Any:  # pragma: no cover - compiled
+def _read(address: Any) -> Any:
     return carray(int64_at(address), 1)[0]
 
 
 @kept()
-def take(diverted: Any, node: Any) -> Any:  # pragma: no cover - compiled
+def take(diverted: Any, node: Any) -> Any:
     """Before a node is computed: let it do nothing if it is one of the layer's products, or between them.
 
     diverted: what `Overlap.divert` has returned. Whether it is the last one, in whose place the others are computed.
@@ -254,11 +254,11 @@ def take(diverted: Any, node: Any) -> Any:  # pragma: no cover - compiled
 
 
 @kept()
-def _is_of(state: Any, source: Any) -> Any:  # pragma: no cover - compiled
+def _is_of(state: Any, source: Any) -> Any:
     return source == state[_FIRST] or source == state[_SECOND]  # noqa: PLR1714
 
 
 @kept()
-def is_last(diverted: Any, node: Any) -> Any:  # pragma: no cover - compiled
+def is_last(diverted: Any, node: Any) -> Any:
     """Whether the products are to be computed at a node."""
     return carray(int64_at(diverted), _SIZE)[_LAST] == node

@@ -92,17 +92,17 @@ def _status(_typing: Any, _function: Any, _first: Any, _second: Any) -> Any:
 
 
 @kept_callback(types.int64())
-def _give_model() -> Any:  # pragma: no cover - compiled
+def _give_model() -> Any:
     return carray(int64_at(_lent()), _LENT)[_OFFERED_MODEL]  # type: ignore[call-arg]
 
 
 @kept_callback(types.int64())
-def _give_context() -> Any:  # pragma: no cover - compiled
+def _give_context() -> Any:
     return carray(int64_at(_lent()), _LENT)[_OFFERED_CONTEXT]  # type: ignore[call-arg]
 
 
 @kept_callback(types.void(types.int64))
-def _free_model(model: Any) -> None:  # pragma: no cover - compiled
+def _free_model(model: Any) -> None:
     cells = carray(int64_at(_lent()), _LENT + _ROW * _MOST)  # type: ignore[call-arg]
     for i in range(_MOST):
         if cells[_LENT + _ROW * i] == model:
@@ -111,7 +111,7 @@ def _free_model(model: Any) -> None:  # pragma: no cover - compiled
 
 
 @kept_callback(types.void(types.int64))
-def _free_context(context: Any) -> None:  # pragma: no cover - compiled
+def _free_context(context: Any) -> None:
     cells = carray(int64_at(_lent()), _LENT + _ROW * _MOST)  # type: ignore[call-arg]
     for i in range(_MOST):
         if cells[_LENT + _ROW * i + 1] == context:
@@ -154,7 +154,7 @@ def _is_end_at(_typing: Any, _function: Any, _vocabulary: Any, _token: Any) -> A
 
 
 @kept_callback(types.void(types.int64, types.int32))
-def _accept(sampler: Any, token: Any) -> None:  # pragma: no cover - compiled
+def _accept(sampler: Any, token: Any) -> None:
     cells = carray(int64_at(_lent()), _LENT)  # type: ignore[call-arg]
     name: Any = _name_at(cells[_OWN_NAME], sampler)  # type: ignore[call-arg]
     if carray(int64_at(name), 1)[0] == _GRAMMAR:
@@ -168,7 +168,7 @@ def _accept(sampler: Any, token: Any) -> None:  # pragma: no cover - compiled
 
 
 @kept_callback(types.int32(types.int64, types.int64))
-def _compute(scheduler: Any, graph: Any) -> Any:  # pragma: no cover - compiled
+def _compute(scheduler: Any, graph: Any) -> Any:
     cells = carray(int64_at(_lent()), _LENT + _ROW * _MOST)  # type: ignore[call-arg]
     status = _status(cells[_OWN_COMPUTE], scheduler, graph)  # type: ignore[call-arg]
     thread = _pthread_self()
