@@ -117,8 +117,8 @@ def spread(values: Sequence[float]) -> list[float] | None:
 
 def _sides(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], value: Any) -> dict[str, Any]:
     """The median of a figure for both sides; None where the baseline has failed."""
-    good = [run for run in theirs if "error" not in run]
+    good = [value(run) for run in theirs if "error" not in run]
     return {
         "ours": statistics.median(map(value, ours)),
-        "baseline": statistics.median(map(value, good)) if good else None,
+        "baseline": statistics.median(good) if good else None,
     }

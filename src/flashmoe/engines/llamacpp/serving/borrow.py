@@ -49,9 +49,8 @@ _cells = np.zeros(_LENT + _ROW * _MOST, np.int64)
 # by address: numba would keep what is compiled into this file's functions when only the other file has changed
 _cells[_END_GRAPH] = end_graph.address or 0
 _SYMBOL = "flashmoe_lent"
-binding.add_symbol(
-    _SYMBOL, _cells.ctypes.data
-)  # by name, so that compiled code can be kept for other processes
+# by name, so that compiled code can be kept for other processes
+binding.add_symbol(_SYMBOL, _cells.ctypes.data)
 _GRAMMAR = int.from_bytes(b"grammar\0", "little")  # the name of the library's sampler, as eight bytes
 _pthread_self = types.ExternalFunction("pthread_self", types.int64())
 
