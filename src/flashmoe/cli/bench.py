@@ -13,10 +13,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from typer.core import TyperGroup
 
-from flashmoe.bench.spec import NO_BASELINE, Plan, cache_sizes, ram_sizes, split_list
+from flashmoe.bench.spec import NO_BASELINE, Plan, cache_sizes, ram_sizes
 from flashmoe.cli import options
 from flashmoe.cli.groups import with_options
 from flashmoe.cli.progress import measuring, stderr_console, stdout_console
+from flashmoe.common.text import split_list
 from flashmoe.common.units import format_bytes
 from flashmoe.errors import UsageError
 from flashmoe.runtime.report import approximately

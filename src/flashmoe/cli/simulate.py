@@ -13,6 +13,7 @@ from rich.text import Text
 
 from flashmoe.cli import options
 from flashmoe.cli.progress import stderr_console, stdout_console
+from flashmoe.common.text import split_list
 from flashmoe.common.units import parse_bytes
 from flashmoe.errors import UsageError
 
@@ -136,8 +137,7 @@ def simulate(
         elif approx is not None:
             status.update("simulating")
             specs = parse_policies("lfu-aged" if policy == "all" else policy)
-            given = [part.strip() for part in approx.split(",") if part.strip()]
-            rows = simulate_approximately(recorded, specs, given, slots, partition)
+            rows = simulate_approximately(recorded, specs, split_list(approx), slots, partition)
             found = report.Simulation.of(recorded, rows, machine)
         else:
             rows = simulate(

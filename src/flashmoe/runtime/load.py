@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -29,7 +28,7 @@ from flashmoe.engines.base import Engine
 from flashmoe.engines.llamacpp import rewriting
 from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.serving.options import ServerOptions, projector_bytes
-from flashmoe.errors import FlashMoEError, FlashMoEWarning, UsageError
+from flashmoe.errors import FlashMoEError, UsageError, warn
 from flashmoe.prefetch import Predictor, scheduler
 from flashmoe.prefetch import create_all as create_predictors
 from flashmoe.prefetch.scheduler import Prefetcher
@@ -287,11 +286,7 @@ def _saved_conversations(session: Session, opened: Opened, most: int) -> SavedCo
     try:
         saved.prepare()
     except OSError as error:
-        warnings.warn(
-            f"{saved.folder}: conversations will not be kept ({error.strerror})",
-            FlashMoEWarning,
-            stacklevel=3,
-        )
+        warn(f"{saved.folder}: conversations will not be kept ({error.strerror})", 3)
         return None
     return saved
 
