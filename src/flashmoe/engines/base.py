@@ -16,7 +16,7 @@ from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.pool import SlotPool
 from flashmoe.errors import UsageError
 from flashmoe.prefetch.base import Predictor
-from flashmoe.prefetch.scheduler import Prefetcher
+from flashmoe.prefetch.scheduler import Ahead, Prefetcher
 from flashmoe.routing.recorder import RoutingObserver
 from flashmoe.routing.rewrite import Rewriter
 
@@ -101,19 +101,8 @@ class Sampler(Protocol):
     def close(self) -> None: ...
 
 
-class Tiers(Protocol):
-    """A tier of experts on a device, in front of the cache in RAM."""
-
-    @property
-    def policy(self) -> EvictionPolicy:
-        """Of the cache in RAM."""
-
-    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
-        """`ExpertCache.prefetch` for experts that the device does not have."""
-
-    @property
-    def seconds_per_miss(self) -> float:
-        """`ExpertCache.seconds_per_miss` of the cache in RAM."""
+class Tiers(Ahead, Protocol):
+    """A tier of experts on a device, in front of the cache in RAM, which reads ahead what the device does not have."""
 
     def begin_sequence(self) -> None:
         """A new prompt or conversation begins."""
