@@ -23,7 +23,6 @@ from flashmoe.errors import UsageError
 from flashmoe.runtime.report import approximately
 
 _RUN = "run"
-_COMPUTING = options.ComputeOptions()
 
 
 class _ModelOrCommand(TyperGroup):
@@ -50,8 +49,9 @@ app = typer.Typer(
     no_args_is_help=True,
     epilog="`flashmoe bench make-model SHAPE OUT` creates a model with random weights to benchmark.",
 )
-@with_options(computing=options.ComputeOptions)
+@with_options
 def run(
+    *,
     model: Annotated[str, typer.Argument(help="Path of a GGUF file, hf:ORG/REPO[:FILE], or demo.")],
     ram: Annotated[
         str | None,
@@ -105,7 +105,7 @@ def run(
             help="Tokens to evaluate: uniform, zipf, text or text:FILE; or a routing trace that selects the experts.",
         ),
     ] = "uniform",
-    computing: options.ComputeOptions = _COMPUTING,
+    computing: options.ComputeOptions,
     page_cache: Annotated[
         str,
         typer.Option(

@@ -18,13 +18,13 @@ from flashmoe.common.text import argument, printable
 from flashmoe.errors import UsageError
 
 KEY_VARIABLE = "FLASHMOE_API_KEY"
-_LOADING, _SAMPLING, _CHAT = options.ModelOptions(), SamplingOptions(), ChatOptions()
 
 
-@with_options(loading=options.ModelOptions, sampling=SamplingOptions, chat_options=ChatOptions)
+@with_options
 def serve(
+    *,
     model: options.Model,
-    loading: options.ModelOptions = _LOADING,
+    loading: options.ModelOptions,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
         int, typer.Option("--port", help="Port to listen on; 0 for any free port.", min=0, max=65535)
@@ -73,8 +73,8 @@ def serve(
         str | None,
         typer.Option("-a", "--alias", help="Model name to report to clients (default: the file's name)."),
     ] = None,
-    sampling: SamplingOptions = _SAMPLING,
-    chat_options: ChatOptions = _CHAT,
+    sampling: SamplingOptions,
+    chat_options: ChatOptions,
     json_file: options.Json = None,
     verbose: options.Verbose = False,
 ) -> None:

@@ -224,11 +224,9 @@ def _embeddings(catalog: ExpertCatalog) -> Embed | None:
 
 def _catalog(model: str, trace: RoutingTrace) -> ExpertCatalog:
     """The experts of a GGUF model. Raises UsageError where the trace is of a model of other shape."""
-    from flashmoe.storage.catalog import ExpertCatalog
-    from flashmoe.storage.gguf import read_gguf
-    from flashmoe.storage.hub import resolve
+    from flashmoe.storage.hub import read_catalog
 
-    catalog = ExpertCatalog.from_gguf(read_gguf(resolve(model)))
+    catalog = read_catalog(model)
     mine = len(catalog.layers), catalog.n_experts
     if mine != (trace.n_layers, trace.num_experts):
         raise UsageError(

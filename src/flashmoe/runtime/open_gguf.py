@@ -22,8 +22,7 @@ from flashmoe.runtime.options import LoadOptions
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.checksums import FirstReads, needed_checksums
 from flashmoe.storage.disk import tune
-from flashmoe.storage.gguf import read_gguf
-from flashmoe.storage.hub import resolve
+from flashmoe.storage.hub import read_catalog
 from flashmoe.storage.pack import find_pack
 from flashmoe.storage.reader import ExpertReader
 
@@ -33,7 +32,7 @@ _BESIDE_TENSORS = 64 << 20  # of a context
 def open_gguf(loading: Loading, stack: ExitStack, library: Library | None) -> Opened:
     """What is opened is closed by `stack`. Raises ModelError, BudgetError, PolicyError, LibraryError, UsageError."""
     options, limit = loading.options, loading.limit
-    catalog = ExpertCatalog.from_gguf(read_gguf(resolve(loading.model)))
+    catalog = read_catalog(loading.model)
     loading.check(catalog)
     pooling = choose_pooling(options.pooling, catalog.gguf)
     trained = catalog.gguf.arch_int("context_length", budget.DEFAULT_CONTEXT)

@@ -12,8 +12,7 @@ from flashmoe.runtime.layout import REPACKED, choose_layout
 from flashmoe.runtime.model import Progress
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.direct import DirectFile
-from flashmoe.storage.gguf import read_gguf
-from flashmoe.storage.hub import resolve
+from flashmoe.storage.hub import read_catalog
 from flashmoe.storage.pack import Pack, find_pack, write_pack
 
 
@@ -23,7 +22,7 @@ def make_pack(model: str | Path, progress: Progress = lambda *_: None) -> tuple[
     progress: called with "pack" or "check", the bytes done and their number. Raises ModelError (nothing to pack, or
     wrong results with repacked weights), LibraryError, FlashMoEError (no room, no right to write) and ReadError.
     """
-    catalog = ExpertCatalog.from_gguf(read_gguf(resolve(model)))
+    catalog = read_catalog(model)
     library = tested_library()
     choose_layout(REPACKED, catalog, 1.0, packed=True, kernels_repack=library.repacks)
     files = [DirectFile(path) for path in catalog.gguf.files]
