@@ -4,51 +4,41 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from flashmoe.cache import sizing
 from flashmoe.cache.expert_cache import ExpertCache
-from flashmoe.cache.policies import create
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.pool import SlotPool
 from flashmoe.cache.remembered import Remembered
-from flashmoe.cache.residency import make_residency
 from flashmoe.common import memory, numa
 from flashmoe.common.machine import cores
 from flashmoe.common.signals import run_apart
 from flashmoe.common.units import parse_bytes
 from flashmoe.engines.base import Engine
-from flashmoe.engines.llamacpp import rewriting
 from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.serving.options import ServerOptions, projector_bytes
 from flashmoe.errors import FlashMoEError, UsageError, warn
-from flashmoe.prefetch import Predictor, scheduler
-from flashmoe.prefetch import create_all as create_predictors
+from flashmoe.prefetch import Predictor
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.approximation import parse as parse_approx
 from flashmoe.routing.rewrite import Rewriter
+from flashmoe.runtime.chosen import Chosen
 from flashmoe.runtime.governor import Governor
 from flashmoe.runtime.learning import Learning
 from flashmoe.runtime.levels import levels_of
 from flashmoe.runtime.model import Model, Progress
 from flashmoe.runtime.opening import Loading, Opened
-from flashmoe.runtime.options import AUTO_RAM, LLAMACPP, TRANSFORMERS, LoadOptions
+from flashmoe.runtime.options import AUTO_RAM, TRANSFORMERS, LoadOptions
 from flashmoe.runtime.session import Session
-from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.hub import default_policy
 
 if TYPE_CHECKING:
     from flashmoe.engines.llamacpp.library import Library
     from flashmoe.engines.llamacpp.serving.saved import SavedConversations
-
-MOST_FOR_PREDICTING = 0.02  # of the budget: slots are worth more
 
 
 def load(
@@ -100,7 +90,7 @@ def _load(
 ) -> Model:
     started = time.perf_counter()
     memory.spare_addresses()
-    chosen = _Chosen(model, options)
+    chosen = Chosen(model, options)
     auto = options.cache is None and options.ram in (None, AUTO_RAM)
     limit = 0
     if options.cache is None:
@@ -112,9 +102,7 @@ def _load(
         limit=limit,
         threads=options.threads or cores(),
         projector_bytes=projector_bytes(server.mmproj) if server.mmproj else 0,
-        policy=lambda: chosen.make_policy(),
-        check=chosen.check,
-        prepare=lambda catalog: chosen.prepare(catalog, limit),
+        chosen=chosen,
         progress=lambda done, total: report_progress("load", min(done, total), total),
     )
     with ExitStack() as stack:
@@ -169,43 +157,6 @@ def _load(
         return loaded
 
 
-class _Chosen:
-    """The policy and the predictors that a model is loaded with."""
-
-    def __init__(self, model: str | Path, options: LoadOptions) -> None:
-        self._options = options
-        #: Whether the policy goes on from what earlier sessions have learnt, and leaves that to the next ones.
-        self.learns = options.learn and options.engine == LLAMACPP
-        self.make_policy = partial(create, options.policy or default_policy(model))
-        self.policy = self.make_policy()  # names are known to be good before anything is downloaded
-        self.predictors = create_predictors(options.prefetch)
-
-    def check(self, catalog: ExpertCatalog) -> None:
-        """Take what was learnt of the model, and see that the policy is for it."""
-        if self.learns:
-            remembered = Remembered(catalog.identity)
-            if self._options.policy is None and (learnt := remembered.trained()):
-                self.make_policy = partial(create, learnt)
-                self.policy = self.make_policy()
-            remembered.recall(self.policy, len(catalog.layers), catalog.n_experts)
-        self.policy.check_model(catalog.identity)
-
-    def prepare(self, catalog: ExpertCatalog, limit: int) -> int:
-        """Compile what is compiled; the bytes that policy and predictors take of a budget of `limit`, 0 for none."""
-        ranking = bool(limit or self._options.save_cache)
-        compile_policy(self.policy, len(catalog.layers), catalog.n_experts, ranking=ranking)
-        if self.predictors:
-            scheduler.compile_kernels()
-        if self._options.engine == LLAMACPP:
-            import flashmoe.engines.llamacpp.serving.borrow  # noqa: F401 - compiles what the server borrows
-
-            if parse_approx(self._options.approx) is not None:
-                rewriting.compile_kernels()
-        self.predictors = _bind(self.predictors, catalog, limit if self._options.prefetch == "auto" else 0)
-        memory.release_code()
-        return self.policy.nbytes + sum(p.nbytes for p in self.predictors)
-
-
 def _open(loading: Loading, stack: ExitStack, library: Library | None) -> Opened:
     if loading.options.engine == TRANSFORMERS:
         from flashmoe.runtime.open_checkpoint import open_checkpoint
@@ -239,7 +190,7 @@ def _approximate(opened: Opened, approx: str) -> Rewriter | None:
     return rewriter
 
 
-def _connect(engine: Engine, experts: ExpertCache, chosen: _Chosen, *, prefetches: bool) -> Prefetcher | None:
+def _connect(engine: Engine, experts: ExpertCache, chosen: Chosen, *, prefetches: bool) -> Prefetcher | None:
     """Let the predictors and the policy see what the engine knows."""
     prefetcher = None
     if prefetches:
@@ -289,32 +240,3 @@ def _saved_conversations(session: Session, opened: Opened, most: int) -> SavedCo
         warn(f"{saved.folder}: conversations will not be kept ({error.strerror})", 3)
         return None
     return saved
-
-
-def _bind(predictors: Sequence[Predictor], catalog: ExpertCatalog, limit: int) -> list[Predictor]:
-    """The predictors, compiled and fitted to the model; under a limit only those that take little of it.
-
-    Raises PredictorError.
-    """
-    most = MOST_FOR_PREDICTING * limit if limit else float("inf")
-    for predictor in predictors:
-        predictor.check_model(catalog.identity)
-        if limit:
-            predictor.restrict(int(most))
-        predictor.bind(len(catalog.layers), catalog.n_experts, catalog.top_k)
-    return [p for p in predictors if p.nbytes <= most]
-
-
-def compile_policy(policy: EvictionPolicy, n_layers: int, n_experts: int, *, ranking: bool) -> None:
-    """Let numba compile the policy's kernels before memory is counted and before the first token waits for it."""
-    policy.bind(make_residency(n_layers, n_experts, np.ones(n_layers, np.int32)))
-    ids, out = np.zeros(1, np.int32), np.zeros((3, 1), np.int32)
-    policy.begin_sequence()
-    policy.access(0, ids, out[0], out[1], out[2])
-    policy.request(ids, out[0], out[1], out[2])(0, 1)
-    policy.compiled_request(ids, out[0], out[1], out[2])
-    policy.access_each(0, ids[np.newaxis], out[0], out[1], out[2])
-    policy.window(1, 1)
-    if ranking:
-        policy.ranking()
-    policy.release(0, 0)

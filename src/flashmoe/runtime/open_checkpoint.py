@@ -42,7 +42,7 @@ def open_checkpoint(loading: Loading, stack: ExitStack) -> Opened:
     skeleton = read_skeleton(checkpoint)
     layout = read_layout(checkpoint, skeleton)
     catalog = layout.catalog
-    loading.check(catalog)
+    loading.chosen.check(catalog)
     text = skeleton.config.get_text_config()
     trained = getattr(text, "max_position_embeddings", None) or budget.DEFAULT_CONTEXT
     budget.check_context(options.n_ctx, trained)
@@ -59,7 +59,7 @@ def open_checkpoint(loading: Loading, stack: ExitStack) -> Opened:
     if device is not None:
         fixed = catalog.dense_bytes + context * each + scratch(min(wished, context))
         there = device_slots(str(options.vram), catalog, device.free_bytes(), fixed)
-        front = Front(device, there, loading.policy())
+        front = Front(device, there, loading.chosen.make_policy())
     reader = ExpertReader(checkpoint.files)
     stack.callback(reader.close)
     tune(reader, catalog.read_bytes)
@@ -72,7 +72,7 @@ def open_checkpoint(loading: Loading, stack: ExitStack) -> Opened:
     if device is not None:
         model.to(device.place)
     aside = reader.reserve_bounce_buffers(catalog.largest_placed) if catalog.largest_placed else 0
-    promised = aside + loading.prepare(catalog)
+    promised = aside + loading.chosen.prepare(catalog, limit)
     if limit and device is None:
         if options.n_ctx is None:
             left = limit - memory.status_bytes("VmRSS") - promised - budget.RESERVE

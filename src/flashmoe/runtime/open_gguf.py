@@ -33,7 +33,7 @@ def open_gguf(loading: Loading, stack: ExitStack, library: Library | None) -> Op
     """What is opened is closed by `stack`. Raises ModelError, BudgetError, PolicyError, LibraryError, UsageError."""
     options, limit = loading.options, loading.limit
     catalog = read_catalog(loading.model)
-    loading.check(catalog)
+    loading.chosen.check(catalog)
     pooling = choose_pooling(options.pooling, catalog.gguf)
     trained = catalog.gguf.arch_int("context_length", budget.DEFAULT_CONTEXT)
     budget.check_context(options.n_ctx, trained)
@@ -67,7 +67,7 @@ def open_gguf(loading: Loading, stack: ExitStack, library: Library | None) -> Op
     if checksums:
         reader.check(FirstReads(catalog, [file.path for file in reader.files], checksums))
     aside = reader.reserve_bounce_buffers(catalog.largest_placed) if catalog.largest_placed else 0
-    promised = aside + loading.prepare(catalog) + catalog.table_bytes + loading.projector_bytes
+    promised = aside + loading.chosen.prepare(catalog, limit) + catalog.table_bytes + loading.projector_bytes
     make = partial(
         LlamaEngine,
         lib,

@@ -16,11 +16,9 @@ import ctypes as C
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import carray, types
-from numba.extending import intrinsic
 
-from flashmoe.common.compiled import bytes_at, call4, call5, int16_at, int32_at, int64_at
+from flashmoe.common.compiled import bytes_at, call4, call5, function_at, int16_at, int32_at, int64_at
 from flashmoe.common.kept import kept, kept_callback
 from flashmoe.engines.llamacpp.abi import Tensor
 from flashmoe.engines.llamacpp.control import (
@@ -82,16 +80,7 @@ _clock_gettime: Any = types.ExternalFunction("clock_gettime", types.int32(types.
 _MONOTONIC = 1  # CLOCK_MONOTONIC
 
 
-@intrinsic
-def _call(_typing: Any, _function: Any, _node: Any, _ask: Any) -> Any:
-    """_call(function, node, ask): call the C function at an address."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        byte, address = ir.IntType(8), ir.IntType(64)
-        kind = ir.FunctionType(byte, [address, byte])
-        return builder.call(builder.inttoptr(args[0], kind.as_pointer()), [args[1], args[2]])
-
-    return types.uint8(types.int64, types.int64, types.uint8), generate
+_call = function_at(types.uint8, types.int64, types.uint8)  # a callback of Python's: (node, why)
 
 
 @kept()
@@ -135,7 +124,7 @@ def _copy_ids(ids: Any, buffer: Any, back: Any) -> Any:
 def ask_python(control: Any, node: Any, why: Any) -> Any:
     """Call Python's half; whether it has succeeded."""
     control[_OUTCOME] = NOT_RETURNED
-    _call(control[_PYTHON], node, why)  # type: ignore[call-arg]
+    _call(control[_PYTHON], node, why)
     return control[_OUTCOME] == RETURNED
 
 
