@@ -230,13 +230,13 @@ class ExpertCache:
         (the failed experts are then absent and the cache is consistent) and BudgetError (they cannot fit at once).
         """
         with self._lock:
-            if self.observer is None:
-                return self._ensure(layer, ids, leave_last, leave_all, meanwhile, each, requested)
-            self.observer.enter(layer)
+            if self.observer:
+                self.observer.enter(layer)
             try:
                 return self._ensure(layer, ids, leave_last, leave_all, meanwhile, each, requested)
             finally:
-                self.observer.leave()
+                if self.observer:
+                    self.observer.leave()
 
     def _ensure(
         self,
@@ -359,15 +359,14 @@ class ExpertCache:
         Raises ReadError; the experts are then absent.
         """
         with self._lock:
-            layer, stats = self._filling.pending, self.stats[self.phase]
-            if self.observer is None or layer is None:
-                self._filling.finish(stats, leave_last=leave_last)
-                return
-            self.observer.enter(layer)
+            layer, observer = self._filling.pending, self.observer
+            if observer and layer is not None:
+                observer.enter(layer)
             try:
-                self._filling.finish(stats, leave_last=leave_last)
+                self._filling.finish(self.stats[self.phase], leave_last=leave_last)
             finally:
-                self.observer.leave()
+                if observer and layer is not None:
+                    observer.leave()
 
     def _fill(
         self,

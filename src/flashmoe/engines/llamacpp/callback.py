@@ -39,7 +39,7 @@ from flashmoe.engines.llamacpp.control import (
     TO_RANK,
     Control,
 )
-from flashmoe.engines.llamacpp.overlap import is_last, take
+from flashmoe.engines.llamacpp.overlap import is_last, read, take
 from flashmoe.engines.llamacpp.routing_log import note
 from flashmoe.engines.llamacpp.spans import show
 
@@ -98,12 +98,6 @@ def block_of(tensor: Any, prefix: Any) -> Any:
             return -1
         block = 10 * block + name[i] - 48
     return -1
-
-
-@kept()
-def read(address: Any) -> Any:
-    """The int64 at an address."""
-    return carray(int64_at(address), 1)[0]
 
 
 @kept()

@@ -232,7 +232,8 @@ def _node(address: int) -> Any:
 
 
 @kept()
-def _read(address: Any) -> Any:
+def read(address: Any) -> Any:
+    """The int64 at an address."""
     return carray(int64_at(address), 1)[0]
 
 
@@ -243,9 +244,9 @@ def take(diverted: Any, node: Any) -> Any:
     diverted: what `Overlap.divert` has returned. Whether it is the last one, in whose place the others are computed.
     """
     state, op = carray(int64_at(diverted), _SIZE), carray(int32_at(node + _OP), 1)
-    if op[0] == state[_PRODUCT] and _read(node + _SOURCE2) == state[_IDS]:
+    if op[0] == state[_PRODUCT] and read(node + _SOURCE2) == state[_IDS]:
         place = _FIRST if state[_FIRST] == 0 else _SECOND if state[_SECOND] == 0 else _LAST
-    elif op[0] == state[_ACTIVATION] and state[_SECOND] != 0 and _is_of(state, _read(node + _SOURCE0)):
+    elif op[0] == state[_ACTIVATION] and state[_SECOND] != 0 and _is_of(state, read(node + _SOURCE0)):
         place = _BETWEEN
     else:
         return False

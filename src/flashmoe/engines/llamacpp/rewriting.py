@@ -25,8 +25,9 @@ from flashmoe.common.compiled import (
 )
 from flashmoe.common.kept import kept
 from flashmoe.engines.llamacpp.abi import CONSTANTS, Tensor
-from flashmoe.engines.llamacpp.callback import block_of, read
+from flashmoe.engines.llamacpp.callback import block_of
 from flashmoe.engines.llamacpp.control import CHOSEN, TO_RANK
+from flashmoe.engines.llamacpp.overlap import read
 from flashmoe.routing.approximation import Approximation
 from flashmoe.routing.rewrite import LEAST, Rewriter, leave_out, substitute
 
