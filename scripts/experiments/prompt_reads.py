@@ -3,8 +3,8 @@
     python scripts/experiments/prompt_reads.py MODEL [--ram 930MiB | --cache 50%] [-ub TOKENS] [--tokens 512]
         [--prefetch none] [--idle 0]
 
-One session, one prompt of random tokens, plain layouts, nothing resident before; --idle seconds pass between loading and
-the prompt.
+One session, one prompt of random tokens, plain layouts, nothing resident before; --idle seconds pass between loading
+and the prompt.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import logging
 import statistics
 import subprocess
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -134,11 +134,8 @@ class _Runner:
         It is noted: the child's report has it, without spending time and memory on it.
         """
         self._progress("measuring the drive", self._done, self._total)
-        reader = ExpertReader(self._catalog.gguf.files)
-        try:
+        with closing(ExpertReader(self._catalog.gguf.files)) as reader:
             self._ceilings.append(read_ceiling(reader, self._catalog.read_bytes, fresh=True))
-        finally:
-            reader.close()
 
     def _tokens(self, n: int) -> list[int]:
         """The tokens to evaluate; those of the trace, as far as it knows them, where the routing is one's."""

@@ -39,8 +39,6 @@ class CacheObserver(Protocol):
 
     def enter(self, layer: int) -> None:
         """The engine asks for a layer's experts, or waits for those that `ensure` has left under way."""
-        ...
 
     def leave(self) -> None:
         """It goes on computing, or has failed."""
-        ...

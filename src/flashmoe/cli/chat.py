@@ -19,17 +19,16 @@ from flashmoe.common.text import argument
 from flashmoe.errors import FlashMoEError
 from flashmoe.runtime.conversation import Conversation
 
-_LOADING, _SAMPLING, _CHAT = options.ModelOptions(), SamplingOptions(), ChatOptions()
 
-
-@with_options(loading=options.ModelOptions, sampling=SamplingOptions, chat_options=ChatOptions)
+@with_options
 def chat(
+    *,
     model: options.Model,
     system: Annotated[str, typer.Option("--system", help="System prompt.")] = "",
-    loading: options.ModelOptions = _LOADING,
+    loading: options.ModelOptions,
     n_predict: options.NPredict = -1,
-    sampling: SamplingOptions = _SAMPLING,
-    chat_options: ChatOptions = _CHAT,
+    sampling: SamplingOptions,
+    chat_options: ChatOptions,
     trace: options.Trace = None,
     json_file: options.Json = None,
     quiet: options.Quiet = False,

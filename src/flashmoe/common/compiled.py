@@ -106,6 +106,31 @@ call4: Any = _call4
 call5: Any = _call5
 
 
+def function_at(result: Any, *arguments: Any) -> Any:
+    """What calls, in compiled code, the C function of one or two arguments at an address: f(address, ...).
+
+    result, arguments: numba's types.
+    """
+    signature = result(types.int64, *arguments)
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        nothing = result == types.void
+        returned = ir.VoidType() if nothing else context.get_value_type(result)
+        kind = ir.FunctionType(returned, [context.get_value_type(argument) for argument in arguments])
+        made = builder.call(builder.inttoptr(args[0], kind.as_pointer()), list(args[1:]))
+        return context.get_dummy_value() if nothing else made
+
+    @intrinsic
+    def call1(_typing: Any, _function: Any, _a: Any) -> Any:
+        return signature, generate
+
+    @intrinsic
+    def call2(_typing: Any, _function: Any, _a: Any, _b: Any) -> Any:
+        return signature, generate
+
+    return call1 if len(arguments) == 1 else call2
+
+
 @cache
 def address_of(function: Any, signature: Any) -> int:
     """Where C finds a compiled function, for a signature of numba's; as long as the function lives."""

@@ -56,6 +56,11 @@ def argument(text: str, source: str) -> str:
     return decode(os.fsencode(text), source) if _has_surrogates(text) else text
 
 
+def split_list(text: str) -> list[str]:
+    """The items of a comma-separated list, empty ones left out."""
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
 def printable(name: str) -> str:
     """A name that any terminal shows and any encoder takes: no control characters, no halves of characters."""
     return "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") else c for c in name)

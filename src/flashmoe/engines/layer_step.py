@@ -7,7 +7,6 @@ the routing and reads ahead.
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.common.signals import SafeLock
-from flashmoe.errors import FlashMoEWarning
+from flashmoe.errors import warn
 from flashmoe.prefetch.scheduler import CompiledTurn, Prefetcher
 from flashmoe.routing.recorder import RoutingObserver
 
@@ -30,11 +29,9 @@ class Residents(Protocol):
     @property
     def waited(self) -> float:
         """Seconds waited so far, the cache's `stall_seconds` aside."""
-        ...
 
     def begin_step(self, tokens: int, top_k: int) -> None:
         """See `ExpertCache.begin_step`."""
-        ...
 
 
 class LayerStep:
@@ -105,7 +102,7 @@ class LayerStep:
             return
         if failed := self._failure(lambda: what(recorder)):
             self.recorder = None
-            warnings.warn(f"recording of the routing has ended: {failed}", FlashMoEWarning, stacklevel=3)
+            warn(f"recording of the routing has ended: {failed}", 3)
 
     def _failure(self, call: Callable[[], None]) -> Exception | None:
         """What `call` has raised: an evaluation does not fail because it is looked at.
@@ -123,7 +120,7 @@ class LayerStep:
         """Call the prefetcher, whose predictors may be a user's own."""
         if failed := self._failure(call):
             self._asked = self.prefetcher = None
-            warnings.warn(f"prefetching has ended: {failed}", FlashMoEWarning, stacklevel=2)
+            warn(f"prefetching has ended: {failed}")
 
     def serve(
         self,

@@ -65,16 +65,13 @@ class Ahead(Protocol):
     @property
     def policy(self) -> EvictionPolicy:
         """Who is resident."""
-        ...
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """See `ExpertCache.prefetch`."""
-        ...
 
     @property
     def seconds_per_miss(self) -> float:
         """See `ExpertCache.seconds_per_miss`."""
-        ...
 
 
 class Prefetcher:

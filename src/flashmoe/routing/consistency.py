@@ -19,7 +19,7 @@ SEGMENT = 16  # tokens: m
 @kept()
 def segment_histogram(
     ids: NDArray[np.int16], begins: NDArray[np.bool_], n_experts: int, length: int
-) -> NDArray[np.int64]:  # pragma: no cover - compiled
+) -> NDArray[np.int64]:
     """Over all segments and experts, how often an expert is asked for 0 .. `length` times in a segment, int64
     [length + 1].
 

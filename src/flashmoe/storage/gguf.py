@@ -235,7 +235,6 @@ class Source(Protocol):
 
     def read(self, n: int, /) -> bytes:
         """The next bytes, any number from 1 to more than `n`; none at the end."""
-        ...
 
     def close(self) -> None: ...
 

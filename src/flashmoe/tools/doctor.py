@@ -10,7 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -205,8 +205,7 @@ def drive(place: Path) -> Check:
             path = stack.enter_context(sample(place, SIZES[-1]))
         except ReadError as error:
             return Check("drive", ADVICE, f"{kind}, not measured", str(error), facts)
-        reader = ExpertReader([path])
-        stack.callback(reader.close)
+        reader = stack.enter_context(closing(ExpertReader([path])))
         rates = _rates(reader)
         facts |= {
             "direct": reader.direct,

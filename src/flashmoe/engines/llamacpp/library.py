@@ -203,9 +203,8 @@ class Library:
             self.ggml_backend_unload(loaded)
             raise LibraryError(f"{module.name}: has no kernels for a CPU")
         self.ggml_backend_unload(own)
-        silenced = C.CDLL(
-            str(module)
-        )  # it brings the base library of its own build, which would log to stderr
+        # it brings the base library of its own build, which would log to stderr
+        silenced = C.CDLL(str(module))
         with suppress(AttributeError):
             silenced.ggml_log_set(self._log, None)
         for name in _OF_THE_KERNELS:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ctypes as C
 import re
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from flashmoe.engines.llamacpp.library import Library
-from flashmoe.errors import FlashMoEWarning
+from flashmoe.errors import warn
 from flashmoe.storage.gguf import GGUF
 
 _INT, _BOOL = 0, 2  # LLAMA_KV_OVERRIDE_TYPE_*
@@ -69,9 +68,7 @@ def warn_of_text(lib: Library, gguf: GGUF) -> None:
     )
     if found:
         more = f" (and {len(found) - _MOST} more, with -v)" if len(found) > _MOST else ""
-        warnings.warn(
+        warn(
             f"{gguf.files[0]}: llama.cpp warns of its tokenizer or end of text: {'; '.join(found[:_MOST])}{more}; a "
-            "newer conversion of the model may be better",
-            FlashMoEWarning,
-            stacklevel=2,
+            "newer conversion of the model may be better"
         )

@@ -11,9 +11,7 @@ DEEPEST = 256  # JSON in JSON; the server walks it by recursion, and some 100,00
 TOO_DEEP = f"the JSON is nested more than {DEEPEST} levels deep"
 
 _TEXTS = frozenset(("prompt", "content", "messages", "input", "system"))
-_NO_TEXTS = frozenset(
-    ("data", "file_data", "multimodal_data", "url")
-)  # pictures and sounds, in the midst of texts
+_NO_TEXTS = frozenset(("data", "file_data", "multimodal_data", "url"))  # pictures and sounds, amid texts
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 
