@@ -1,4 +1,4 @@
-"""Which expert sits in which slot: the arrays that runtime and simulator share.
+"""Residency: which expert is in which slot, as arrays that the runtime and the simulator share.
 
 A pool has S slots. Slots come in size groups, because quantisation can differ from layer to layer: group g
 owns the slot numbers [group_start[g], group_start[g+1]) and the layers with group[l] == g share them. All

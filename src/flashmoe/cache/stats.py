@@ -1,4 +1,4 @@
-"""What an expert cache counts, and who may watch it."""
+"""Counters of an expert cache, and the interface of its observers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run has counted, and what held it up."""
+"""The counters of a run, and the report that is made of them."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ def processor_features() -> Check:
 
 
 def memory() -> Check:
-    """What there is, what this process may use, and the default budget."""
+    """The machine's memory, what this process may use of it, and the default budget."""
     (total, available), limit, left, room = machine_memory(), memory_limit(), memory_left(), address_room()
     facts = {
         "ram_bytes": total,

@@ -1,4 +1,4 @@
-"""Loads a model with its dense weights in anonymous memory and its experts nowhere, then points them at the pool."""
+"""Loads a model with its dense weights in anonymous memory and none for its experts, then points them at the pool."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a context takes, asked of the library: of a model without weights, and without the memory itself.
+"""The memory of a context, asked of the library for a model without weights, and without allocating it.
 
 The model is read from its header, all tensors are addresses without contents, and while a context is made, the
 library's own memory for the CPU is too. So every kind of attention and of recurrent state counts as the library has it.
