@@ -35,7 +35,7 @@ class CacheStats:
 
 
 class CacheObserver(Protocol):
-    """Sees when the engine comes for experts, and when it goes on."""
+    """Observes requests for experts: when the engine makes one, and when it goes on."""
 
     def enter(self, layer: int) -> None:
         """The engine asks for a layer's experts, or waits for those that `ensure` has left under way."""

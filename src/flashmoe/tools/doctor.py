@@ -44,7 +44,7 @@ _SLOW = 0.5  # 1e9 bytes per second: a SATA SSD
 
 @dataclass
 class Check:
-    """What was looked at. status: "ok", "advice" (works, could be better), or "problem" (does not work)."""
+    """The result of a check. status: "ok", "advice" (works, could be better), or "problem" (does not work)."""
 
     name: str
     status: str

@@ -18,7 +18,7 @@ _TURNS = 3
 
 
 class Where(enum.Enum):
-    """What to do about an expert that is in RAM only."""
+    """How an expert that is in RAM only gets computed."""
 
     COPY = "copy"
     COMPUTE = "compute"
