@@ -25,7 +25,7 @@ from flashmoe.storage.gguf import GGUF
 
 
 class ContextSizes:
-    """Sizes of the contexts of a model whose header is known. A context manager; not while other contexts are made in this process."""
+    """Sizes of a known model's contexts. A context manager; not while other contexts are made in this process."""
 
     def __init__(self, lib: Library, gguf: GGUF) -> None:
         """Raises ModelError where the library does not load such a model."""
