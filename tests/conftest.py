@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from tests.models import make
 
 os.environ["GGML_NO_BACKTRACE"] = "1"  # an abort in the library must not start a debugger
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OPENBLAS_THREAD_TIMEOUT"] = "4"  # its threads would spin while other tests compute
 # a job in the background, or under nohup: tests interrupt all the same
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -61,6 +63,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((i for i, part in enumerate(LONGEST) if part in item.nodeid), len(LONGEST))
 
     items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: a million objects that need not be looked through for garbage again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

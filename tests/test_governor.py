@@ -13,7 +13,7 @@ import pytest
 from flashmoe.bench.make_model import make_model
 from flashmoe.bench.shapes import SHAPES
 from tests import pressure
-from tests.test_budget import ControlGroup, control_group
+from tests.test_memory import ControlGroup, control_group
 
 __all__ = ["control_group"]  # a fixture
 

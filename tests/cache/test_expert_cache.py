@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import gguf
@@ -38,13 +39,20 @@ def plain_reads() -> Iterator[None]:
         yield
 
 
+@cache
+def experts_of(path: Path) -> tuple[ExpertCatalog, dict[str, list[bytes]]]:
+    """Where a model's experts are, and the bytes of each by the tensor's name, as another reader of the format says."""
+    catalog = ExpertCatalog.from_gguf(read_gguf(path))
+    names = {weight.tensor.name for layer in catalog.layers for weight in (*layer.weights, *layer.tables)}
+    found = {t.name: t.data for t in gguf.GGUFReader(path).tensors if t.name in names}
+    return catalog, {name: [np.ascontiguousarray(e).tobytes() for e in data] for name, data in found.items()}
+
+
 class Checked:
     """A cache over a tiny model, and the model's bytes to compare with."""
 
     def __init__(self, path: Path, slots: int | list[int], policy: str = "lru") -> None:
-        self.catalog = ExpertCatalog.from_gguf(read_gguf(path))
-        self.data = path.read_bytes()
-        self.tensors = {t.name: t.data for t in gguf.GGUFReader(path).tensors}
+        self.catalog, self.experts = experts_of(path)
         self.reader = ExpertReader(self.catalog.gguf.files)
         groups = max(self.catalog.groups) + 1
         counts = [slots] * groups if isinstance(slots, int) else slots
@@ -67,8 +75,7 @@ class Checked:
         for expert, slot in owner.items():
             for window in (*self.pool.windows[layer], *self.pool.tables(layer)):
                 there = ctypes.string_at(window.address + slot * window.stride, window.weight.nbytes)
-                wanted = np.ascontiguousarray(self.tensors[window.weight.tensor.name][expert]).tobytes()
-                assert there == wanted, (window.weight.tensor.name, expert, slot)
+                assert there == self.experts[window.weight.tensor.name][expert], (window.weight, expert, slot)
         self.check_residency()
 
     def check_residency(self) -> None:

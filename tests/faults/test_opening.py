@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import CodeType, FrameType
@@ -35,13 +35,12 @@ class Planned(Exception):
 
 
 @contextmanager
-def profile(function: Any) -> Iterator[None]:
-    """Let `function` see the code of every call of the package's; not what the library calls back itself."""
+def profile(function: Callable[[FrameType], object]) -> Iterator[None]:
+    """Let `function` see the frame of every call."""
 
     def called(frame: FrameType, event: str, _argument: Any) -> None:
-        by = frame.f_back.f_code.co_filename if frame.f_back else ""
-        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE) and by != __file__:
-            function(frame.f_code)
+        if event == "call":
+            function(frame)
 
     sys.settrace(called)
     try:
@@ -50,10 +49,16 @@ def profile(function: Any) -> Iterator[None]:
         sys.settrace(None)
 
 
+def is_own(frame: FrameType) -> bool:
+    """Whether it is a call of the package's code; not what the library calls back itself."""
+    by = frame.f_back.f_code.co_filename if frame.f_back else ""
+    return frame.f_code.co_filename.startswith(PACKAGE) and by != __file__
+
+
 def steps_of(opening: Any) -> list[CodeType]:
     """The package's functions that are called, each once, in order; of those that hold something or open it."""
     steps: dict[CodeType, None] = {}
-    with profile(lambda code: steps.setdefault(code)):
+    with profile(lambda frame: is_own(frame) and steps.setdefault(frame.f_code)):
         model = opening()
     model.close()
     opens = tuple(f"{PACKAGE}/{folder}/" for folder in ("runtime", "engines", "storage", "cache"))
@@ -63,8 +68,8 @@ def steps_of(opening: Any) -> list[CodeType]:
 def fail(opening: Any, step: CodeType) -> bool:
     """Open, and let a step raise when it is first called; whether that was the end of it."""
 
-    def called(code: CodeType) -> None:
-        if code is step:
+    def called(frame: FrameType) -> None:
+        if frame.f_code is step and is_own(frame):
             raise Planned  # which ends the profile, too
 
     try:

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.test_budget import ControlGroup, control_group
+from tests.test_memory import ControlGroup, control_group
 
 __all__ = ["control_group"]  # a fixture
 

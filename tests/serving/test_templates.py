@@ -15,7 +15,9 @@ import flashmoe
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.engines.llamacpp.serving.options import ServerOptions
 from flashmoe.errors import ModelError
-from tests.conftest import Tiny
+from tests.models.architectures import ATTN, MOE
+from tests.models.spec import Spec
+from tests.models.writer import write
 from tests.serving.copies import copy
 from tests.serving.reference import StockServer, pair, shared
 
@@ -52,11 +54,23 @@ REQUESTS: dict[str, dict[str, Any]] = {
 }
 
 
+#: One layer and one head: with a token a byte, prompts have thousands, and attention is nearly all that they cost.
+SMALL = Spec(
+    "llama",
+    "for long prompts",
+    (ATTN + MOE,),
+    sizes="H=1 J=1 K=32",
+    keys="context_length=16384 feed_forward_length=96",
+    chat=True,
+)
+
+
 @pytest.fixture(scope="module")
-def model(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory, lib: Library) -> Iterator[flashmoe.Model]:
+def model(tmp_path_factory: pytest.TempPathFactory, lib: Library) -> Iterator[flashmoe.Model]:
     """With room for long prompts, and an end that is no beginning."""
-    path = tmp_path_factory.mktemp("templates") / "copy.gguf"
-    copy(tiny("llama"), path, ARCH__context_length=16384, tokenizer__ggml__bos_token_id=257)
+    folder = tmp_path_factory.mktemp("templates")
+    write(SMALL, "small", folder / "small.gguf")
+    path = copy(folder / "small.gguf", folder / "copy.gguf", tokenizer__ggml__bos_token_id=257)
     with flashmoe.load(
         path, cache="100%", parallel=1, threads=1, layout="plain", n_ctx=16384, n_ubatch=512, library=lib
     ) as loaded:
