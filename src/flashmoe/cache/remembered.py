@@ -2,7 +2,7 @@
 `flashmoe learn` has made of it.
 
 All are numbers about experts, in a folder of the model's own in the user's cache folder; only the user can read the
-files. No text, no token ids; but routing follows the text, and who has the model could guess at it.
+files. No text, no token ids; but routing follows the text: with the model, one could guess at it.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ def chat(
 
 
 def converse(user: Pipe, talk: Conversation, commands: Commands) -> None:
-    """Let the model answer what the user says, until the user has had enough."""
+    """Answer the user's messages until the user leaves."""
     for line in user.lines(commands.names):
         if not line.strip():
             continue
@@ -88,7 +88,7 @@ def converse(user: Pipe, talk: Conversation, commands: Commands) -> None:
 
 
 def notes(talk: Conversation) -> Iterator[str]:
-    """What there is to say about the last turn."""
+    """Notes on the last turn: its speed, and what was cut off."""
     turn = talk.turn
     if turn.made > 1:
         yield f"{turn.made} tokens, {turn.tokens_per_second:.1f} tokens/s, hit rate {turn.hit_rate:.1%}"

@@ -1,4 +1,4 @@
-"""A short way into compiled code: numbers go in, and the arrays are already there.
+"""Cheap calls into compiled code: arguments are numbers, and arrays are pinned beforehand.
 
 Called with a hundred arrays in tuples, numba looks at each of them before its code runs. In a loop that takes some
 microseconds; between two layers of a model, whose weights fill the processor's caches, it took 50 to 70. `Pinned`

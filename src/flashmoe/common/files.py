@@ -1,4 +1,4 @@
-"""Small files of our own: where they are kept, and how they are written so that half a file is never read."""
+"""Small files of our own: where they are kept, and how they are written atomically."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text of any origin: files and arguments in other encodings, names that are not for every terminal."""
+"""Text of any origin: encodings of files and arguments, and names that every terminal can print."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every engine does between a layer's router and its experts, and the clock of it.
+"""What every engine does between a layer's router and its experts, and how long that takes.
 
 A layer's routing is recorded, its experts are made resident, and while their reads are under way the prefetcher sees
 the routing and reads ahead.

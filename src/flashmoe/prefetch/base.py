@@ -1,4 +1,4 @@
-"""What a predictor of routing is, to the prefetch scheduler and to the simulator alike."""
+"""The interface of predictors of routing, for the prefetch scheduler and the simulator."""
 
 from __future__ import annotations
 

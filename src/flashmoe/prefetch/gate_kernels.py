@@ -23,7 +23,7 @@ TYPES = (np.float32, np.int16, np.uint16)  # of a router's matrix
 
 
 class GateCalls(NamedTuple):
-    """What `gate` goes by: L layers of E experts, a hidden state of n numbers."""
+    """The arrays of `gate`'s kernels: L layers of E experts, a hidden state of n numbers."""
 
     fit: NDArray[np.float64]  # [L, 5] what a margin means, `learn`
     picked: NDArray[np.float32]  # [L, E] how often, `count`

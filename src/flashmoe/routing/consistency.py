@@ -59,11 +59,11 @@ def best_performance(histogram: NDArray[np.int64]) -> float:
     return float((2 * right / (chosen + asked.sum())).max())
 
 
-def by_chance(top_k: int, n_experts: int, length: int = SEGMENT) -> float:
+def by_chance(top_k: int, n_experts: int) -> float:
     """`best_performance` of a router that picks each time at random, all experts alike."""
     p = top_k / n_experts
     chances = np.ones(1)
-    for _ in range(length):  # binomial
+    for _ in range(SEGMENT):  # binomial
         chances = np.convolve(chances, (1 - p, p))
     return best_performance(np.rint(chances * 1e15).astype(np.int64))
 

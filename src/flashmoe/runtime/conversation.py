@@ -20,7 +20,7 @@ KEPT = 1 / 2  # of the context, where that is not free: the rest is read anew, s
 
 @dataclass(frozen=True)
 class Turn:
-    """What a turn took."""
+    """The figures of a turn."""
 
     read: int = 0  # tokens of the prompt that were evaluated
     reused: int = 0  # tokens of the prompt that were in the context already

@@ -56,8 +56,8 @@ class Decoder:
         self,
         engine: Engine,
         cache: ExpertCache,
-        prefetcher: Prefetcher | None = None,
-        reclaim: Callable[[], None] = lambda: None,
+        prefetcher: Prefetcher | None,
+        reclaim: Callable[[], None],
     ) -> None:
         """reclaim: called before the engine's context is used, to take it back from whatever else uses it."""
         self.engine, self.cache, self.prefetcher = engine, cache, prefetcher

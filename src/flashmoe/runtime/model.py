@@ -166,7 +166,7 @@ class Model:
         self.decoder.evaluated(graph.tokens, graph.seconds, graph.faults, decode=graph.decode)
 
     def _own_context(self) -> None:
-        """Take the context back from the server; by whom is alone."""
+        """Take the context back from the server. The caller holds `Access.alone`."""
         if self._server is not None:
             self._server.close()
             self._server = None

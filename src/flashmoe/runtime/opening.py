@@ -1,4 +1,4 @@
-"""Between asking for a model and having one: what loading derives from the options, and what opening gives back."""
+"""The stages of loading: what is derived from the options, and what opening a file returns."""
 
 from __future__ import annotations
 

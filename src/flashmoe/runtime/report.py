@@ -1,4 +1,4 @@
-"""The figures of a run: for programs, and as a user reads them."""
+"""The report of a run: figures for programs, and lines for the user."""
 
 from __future__ import annotations
 

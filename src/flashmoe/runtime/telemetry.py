@@ -1,4 +1,4 @@
-"""What a run has counted, and what held it up."""
+"""The counters of a run, and the report that is made of them."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def bound(stall_share: float, faults: int, tokens: int) -> str:
     return "ssd" if stall_share > STALL_BOUND else "compute"
 
 
-def make_report(model: Model, text: str = "", pause: Callable[[], None] = lambda: None) -> Report:
+def make_report(model: Model, text: str, pause: Callable[[], None]) -> Report:
     """The figures of a model so far; see `Model.report`. `cache` and `io` cover decoding; their prefill counterparts
     stand beside them."""
     telemetry, cache, catalog = model.telemetry, model.cache, model.catalog

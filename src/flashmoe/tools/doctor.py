@@ -44,7 +44,7 @@ _SLOW = 0.5  # 1e9 bytes per second: a SATA SSD
 
 @dataclass
 class Check:
-    """What was looked at. status: "ok", "advice" (works, could be better), or "problem" (does not work)."""
+    """The result of a check. status: "ok", "advice" (works, could be better), or "problem" (does not work)."""
 
     name: str
     status: str
@@ -147,7 +147,7 @@ def processor_features() -> Check:
 
 
 def memory() -> Check:
-    """What there is, what this process may use, and the default budget."""
+    """The machine's memory, what this process may use of it, and the default budget."""
     (total, available), limit, left, room = machine_memory(), memory_limit(), memory_left(), address_room()
     facts = {
         "ram_bytes": total,

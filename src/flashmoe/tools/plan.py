@@ -38,7 +38,7 @@ _GOOD = 0.9  # of the best speed within reach is good enough for the smallest bu
 
 @dataclass(frozen=True)
 class Row:
-    """One budget, and what is expected of it."""
+    """The prediction for one budget."""
 
     budget_bytes: int
     context: int
@@ -56,7 +56,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """A model and what is expected of it. `rows` by ascending budget."""
+    """The predictions for a model. `rows` by ascending budget."""
 
     model: str
     architecture: str

@@ -1,4 +1,4 @@
-"""The eval callback: the router has spoken, the experts are made resident, their ids become slot numbers.
+"""The eval callback: after a layer's router, its experts are made resident and their ids become slot numbers.
 
 llama.cpp asks for every node of a graph whether its data is wanted. One node per layer is: `ffn_moe_weights-<block>`,
 the gathering of the router's weights by the true ids. It runs before any expert product, and nothing reads true ids

@@ -1,4 +1,4 @@
-"""What is said where an assertion of the library's ends the process: compiled, since any of its threads may fail."""
+"""The message where an assertion of the library ends the process: compiled, since any thread may fail."""
 
 from __future__ import annotations
 

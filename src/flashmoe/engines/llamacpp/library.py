@@ -30,7 +30,7 @@ _MOST_WARNINGS = 200  # of a model with as many tensors that are not used
 ENVIRONMENT = "FLASHMOE_LIBLLAMA"
 _SUFFIXES = (".so", ".dylib", ".dll")
 # Turns that a compute thread waits for the others before it sleeps, some 30 ms: longer than a layer's reads take. With
-# OpenMP's own 3 ms they fall asleep in the midst of a token (docs/benchmarks.md); OMP_WAIT_POLICY=passive still holds.
+# OpenMP's own 3 ms they fall asleep within a token (docs/benchmarks.md); OMP_WAIT_POLICY=passive still holds.
 _SPINS, _OWN_SPINS = "3000000", "300000"
 _text, _size, _ne = C.c_char_p, C.c_size_t, C.c_int64
 

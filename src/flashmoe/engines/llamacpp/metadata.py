@@ -1,4 +1,4 @@
-"""What a model's file says of itself, where the library is told otherwise, and what it has to say of the file."""
+"""Metadata that the library is told in place of the file's, and its warnings about the file."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Override(C.Structure):
 def told_otherwise(gguf: GGUF, *, n_ctx: int | None, embeds: bool) -> dict[str, Any]:
     """Metadata that the library is to take in place of the file's.
 
-    A file may want an end token behind every text, which is of use for embeddings (`embeds`): an answer to such a
+    A file may ask for an end token behind every text, which embeddings want (`embeds`): an answer to such a
     prompt is none. And the library's server cuts a context to what the model was trained for, where more was asked for
     (`n_ctx`); YaRN goes on from what the file says.
     """

@@ -1,4 +1,4 @@
-"""What compiled code notes of a graph's routing, for observers that are told when the graph has ended."""
+"""The routing of one graph, noted by compiled code for observers that are told when the graph has ended."""
 
 from __future__ import annotations
 

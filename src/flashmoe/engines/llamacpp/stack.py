@@ -1,4 +1,4 @@
-"""Room on the stack for the library's threads: its tokenizers match long texts recursively (std::regex)."""
+"""Stack size of the library's threads: its tokenizers match long texts recursively (std::regex)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a model computes and its first tier of experts is: all that is special to a kind of device.
+"""The device that a model computes on and that has the first tier of experts: all that is special to its kind.
 
 `CudaDevice` copies on a stream of its own: compute waits for copies, and copies for compute, by events, so that the CPU
 waits for neither. `HostDevice` is this machine's memory in the part of a device: its copies are copies, done when the

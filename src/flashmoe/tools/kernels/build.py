@@ -36,7 +36,7 @@ _MODULES = "libggml-cpu-*.so*"
 
 @dataclass(frozen=True)
 class Result:
-    """What was tried, and what came of it. in_use: the fastest, None where the built-in kernels are; new: made now."""
+    """The modules tried, and the outcome. in_use: the fastest, None where the built-in kernels are; new: made now."""
 
     compiler: str
     tried: list[Trial]

@@ -1,4 +1,4 @@
-"""Bodies of requests that llama.cpp's server would not survive: what to measure before it gets them."""
+"""Checks of request bodies that llama.cpp's server would not survive, before it gets them."""
 
 from __future__ import annotations
 
