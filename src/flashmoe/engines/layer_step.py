@@ -132,8 +132,8 @@ class LayerStep:
     ) -> Slots:
         """Make a layer's experts resident; returns what `ensure` does.
 
-        ensure: takes what to call while reads are under way. hidden: the router's input of a single token, float32 [n],
-        where it is known. computed: seconds that `ensure` has spent computing with the experts.
+        ensure: takes what to call while reads are under way. hidden: the router's input, float32 [tokens, n], where it
+        is known. computed: seconds that `ensure` has spent computing with the experts.
         """
         assert self.cache is not None
         stats, residents, asked = self.cache.stats[self.cache.phase], self.residents, self._asked
@@ -141,10 +141,10 @@ class LayerStep:
         def look_ahead() -> None:
             assert asked is not None
             if len(ids) > 1:
-                asked.routed_many(layer, ids)
+                asked.routed_many(layer, ids, hidden())
                 return
             if (seen := hidden()) is not None:
-                asked.predictor.see(layer, seen)
+                asked.predictor.see(layer, seen[0])
             asked.routed(layer, ids[0])
 
         meanwhile = None if asked is None else lambda: self.ask(look_ahead)

@@ -101,6 +101,18 @@ class Predictor:
         """
         raise NotImplementedError
 
+    def predict_many(self, layer: int, target: int, hidden: Float32, out: Float32) -> None:
+        """Fill out, float32 [E], with the largest chance that a token of a micro-batch picks each expert.
+
+        hidden: the inputs of a layer's router, float32 [tokens, n]. Of predictors with `needs_hidden`.
+        """
+        chances = np.empty_like(out)
+        out[:] = 0
+        for seen in hidden:
+            self.see(layer, seen)
+            self.predict(layer, target, chances)
+            np.maximum(out, chances, out=out)
+
     def use_routers(self, routers: Sequence[Any]) -> None:
         """The routers of all layers (gate.Router), from an engine that can show them; kept by `gate` only."""
 

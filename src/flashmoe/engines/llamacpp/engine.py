@@ -104,6 +104,15 @@ class LlamaEngine:
 
     def prefetch(self, prefetcher: Prefetcher) -> None:
         self._hook.prefetch(prefetcher)
+        if prefetcher.needs_hidden and not self.no_text:
+            run_apart(self._meet_routers, self._hook.interrupt)
+
+    def _meet_routers(self) -> None:
+        """Have the routers known to the first prompt. What fails will fail there, and says why."""
+        self._hook.ready()
+        self._hook.meet_routers(lambda: self._context.decode([0]))
+        self._hook.error = None
+        self._context.rewind(0)
 
     def approximate(self, rewriter: Rewriter) -> None:
         catalog = self._model.catalog

@@ -85,6 +85,7 @@ class RouterHook:
         self._blocks = np.zeros((2, max(self._layer_at) + 1), np.int64)
         self._routers = GraphRouters(model.lib, len(self._layer_at))
         self.error: BaseException | None = None
+        self._blank = False  # see `meet_routers`
         self._served = ServedGraphs()
         self._log: RoutingLog | None = None
         self._counts = Counts(self._control)
@@ -122,6 +123,21 @@ class RouterHook:
     def prefetch(self, prefetcher: Prefetcher) -> None:
         """Let `prefetcher` see every layer's routing from here on, and read ahead."""
         self._step.prefetcher, self._control.quiet = prefetcher, 0
+
+    def meet_routers(self, evaluation: Callable[[], int]) -> None:
+        """Learn what a graph of one token shows, before the first prompt: experts are neither chosen nor read.
+
+        evaluation: of a token, to be forgotten; its products see what slots happen to hold.
+        """
+        control = self._control
+        self._inspection.begin(1, False)
+        control.inspect = control.whole = control.begun = 1
+        control.request = control.quiet = 0
+        self._blank = True
+        try:
+            self.evaluate(evaluation)
+        finally:
+            self._blank = False
 
     def override(self, override: Callable[[int, NDArray[np.int32]], None]) -> None:
         """Let `override`, called with (layer, ids [tokens, top_k]), put other experts in place of the router's."""
@@ -347,6 +363,10 @@ class RouterHook:
             control.look_in = 0
         ids = self._ids[: tokens * top_k]
         picked = ids.reshape(tokens, top_k)
+        if self._blank:
+            self._routers.meet(layer, node, control.logits, control.ids)
+            picked[:] = range(top_k)
+            return
         if step.override is not None:
             step.override(layer, picked)
         if not control.log:
@@ -373,7 +393,7 @@ class RouterHook:
             layer,
             picked,
             lambda meanwhile: ensure(meanwhile=meanwhile),
-            lambda: self._routers.input(control.hidden),
+            lambda: self._routers.input(control.hidden, tokens),
         )
         control.done = -1
         late = cache.late
