@@ -16,7 +16,7 @@ from flashmoe.cache import policies
 from flashmoe.cache.policies import EvictionPolicy
 from flashmoe.cache.residency import make_residency
 from flashmoe.routing.trace import RoutingTrace
-from flashmoe.runtime.load import compile_policy
+from flashmoe.runtime.chosen import compile_policy
 from flashmoe.storage.hub import DEMO, default_policy
 
 LAYERS, EXPERTS, K = 8, 32, 4  # the bundled model's, for its trained policy

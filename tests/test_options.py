@@ -63,13 +63,12 @@ def test_the_command_line_has_the_same_defaults() -> None:
 
 def test_every_option_of_the_command_line_arrives() -> None:
     values: dict[str, Any] = {
-        "cache": "50%", "policy": "lru", "prefetch": "none", "layout": "plain", "ctx_size": 64, "ubatch": 8,
+        "cache": "50%", "policy": "lru", "prefetch": "none", "layout": "plain", "n_ctx": 64, "n_ubatch": 8,
         "threads": 1, "cache_type_k": "q8_0", "cache_type_v": "q4_0", "save_cache": True, "save_cache_size": "1GiB",
         "approx": "cache:0.2", "verify": True,
     }  # fmt: skip
     assert set(values) | {"ram"} == {field.name for field in fields(ModelOptions)} - {"no_learn"}
     made = ModelOptions(**values).load_options(trace=True)
-    renamed = {"ctx_size": "n_ctx", "ubatch": "n_ubatch"}
-    assert {getattr(made, renamed.get(name, name)) == value for name, value in values.items()} == {True}
+    assert {getattr(made, name) == value for name, value in values.items()} == {True}
     assert (made.trace, made.cache_types) == (True, ("q8_0", "q4_0"))
     assert ModelOptions(ram="1GiB").load_options().ram == "1GiB"

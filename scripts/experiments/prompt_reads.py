@@ -1,8 +1,10 @@
 """What a prompt reads, how fast it is, and how many of a layer's experts are in when its router asks for them.
 
     python scripts/experiments/prompt_reads.py MODEL [--ram 930MiB | --cache 50%] [-ub TOKENS] [--tokens 512]
+        [--prefetch none] [--idle 0]
 
-One session, one prompt of random tokens, plain layouts, nothing resident before.
+One session, one prompt of random tokens, plain layouts, nothing resident before; --idle seconds pass between loading
+and the prompt.
 """
 
 from __future__ import annotations
@@ -26,11 +28,14 @@ def main(
     ubatch: Annotated[int | None, typer.Option("-ub")] = None,
     tokens: Annotated[int, typer.Option()] = 512,
     ctx: Annotated[int, typer.Option("-c")] = 1024,
+    prefetch: Annotated[str, typer.Option()] = "none",
+    idle: Annotated[float, typer.Option()] = 0,
 ) -> None:
     prompt = np.random.default_rng(0).integers(0, 2000, tokens).tolist()
     with flashmoe.load(
-        model, ram=ram, cache=cache, n_ubatch=ubatch, n_ctx=ctx, layout="plain", prefetch="none"
+        model, ram=ram, cache=cache, n_ubatch=ubatch, n_ctx=ctx, layout="plain", prefetch=prefetch
     ) as loaded:
+        time.sleep(idle)
         step = loaded.engine.n_ubatch
         began = time.perf_counter()
         for start in range(0, tokens, step):

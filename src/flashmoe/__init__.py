@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from flashmoe.errors import FlashMoEError
@@ -30,6 +31,15 @@ __all__ = [
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 __version__: str
+_MODULES = {
+    "Conversation": "runtime.conversation",
+    "LoadOptions": "runtime.options",
+    "Model": "runtime.model",
+    "SamplingParams": "engines.base",
+    "Verdict": "tools.integrity",
+    "load": "runtime.load",
+    "verify": "tools.integrity",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -44,28 +54,6 @@ def __getattr__(name: str) -> Any:
             return version("flashmoe-ssd")
         except PackageNotFoundError:  # run from a source tree that is not installed
             return "0"
-    if name == "load":
-        from flashmoe.runtime.load import load
-
-        return load
-    if name == "LoadOptions":
-        from flashmoe.runtime.options import LoadOptions
-
-        return LoadOptions
-    if name == "Model":
-        from flashmoe.runtime.model import Model
-
-        return Model
-    if name == "Conversation":
-        from flashmoe.runtime.conversation import Conversation
-
-        return Conversation
-    if name == "SamplingParams":
-        from flashmoe.engines.base import SamplingParams
-
-        return SamplingParams
-    if name in ("Verdict", "verify"):
-        from flashmoe.tools import integrity
-
-        return getattr(integrity, name)
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'flashmoe' has no attribute {name!r}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 _MOST = 600  # characters of a message: it may quote a damaged file
 
 
@@ -19,6 +21,11 @@ class FlashMoEError(Exception):
 
 class FlashMoEWarning(UserWarning):
     """Something that a user may want to mend, and that stops nothing."""
+
+
+def warn(message: str, stacklevel: int = 2) -> None:
+    """Warn a user. stacklevel: as `warnings.warn` takes it from the caller."""
+    warnings.warn(message, FlashMoEWarning, stacklevel=stacklevel + 1)
 
 
 class UsageError(FlashMoEError):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import flashmoe
+from flashmoe.cache.stats import CacheStats
 from flashmoe.engines.llamacpp.library import Library
 from flashmoe.prefetch.base import Float32, Int32
 from flashmoe.prefetch.gate import Gate
@@ -71,7 +72,8 @@ def check_routers(path: Path, lib: Library) -> None:
         model.engine.prefetch(Prefetcher([spy], model.cache))
         for token in range(3, 15):
             model.engine.decode([token])
-    assert spy.asked >= 10 * len(model.catalog.layers) * model.catalog.top_k
+    # from the first token on
+    assert spy.asked == 12 * len(model.catalog.layers) * model.catalog.top_k
     assert spy.right >= 0.99 * spy.asked
 
 
@@ -106,3 +108,21 @@ def test_demo_prefetches_what_is_then_asked_for(prefetch: str, demo: Any, lib: L
     through = counted.prefetch_hits + counted.late_hits
     assert through > 0.04 * alone.misses  # few are certain enough: it is a small model
     assert counted.wasted_bytes < counted.prefetch_bytes
+
+
+@pytest.mark.parametrize("n", [2, 9])
+def test_a_short_first_prompt_finds_experts_read_ahead(n: int, demo: Any, lib: Library) -> None:
+    def run(prefetch: str) -> tuple[CacheStats, bytes]:
+        with flashmoe.load(
+            "demo", cache="40%", threads=1, n_ctx=64, prefetch=prefetch, library=lib, learn=False
+        ) as model:
+            tokens = model.engine.tokenize("What is a mixture of experts, and how is it run?")[:n]
+            model.decoder.evaluate(tokens, decode=False)
+            return model.cache.stats["prefill"], model.engine.logits().tobytes()
+
+    plain, expected = run("none")
+    ahead, logits = run("gate")
+    assert logits == expected
+    assert ahead.requests == plain.requests
+    through = ahead.prefetch_hits + ahead.late_hits
+    assert through > plain.late_hits + 0.3 * plain.misses

@@ -14,7 +14,7 @@ from typing import Any
 from aiohttp import web
 
 from flashmoe.runtime.model import Model
-from flashmoe.server.app import Front, make_app
+from flashmoe.server.app import Front
 from flashmoe.server.serve import FrontServer, listen
 
 KEY = "the backend's key"
@@ -93,7 +93,7 @@ def fronted(
     model: Model, backend: Backend, *, drain_seconds: float = 5.0, **options: Any
 ) -> Iterator[Running]:
     """The front as long as the block lasts."""
-    front = make_app(model, backend, name="a model", **options)
+    front = Front(model, backend, name="a model", **options)
     started = threading.Event()
     front.started = started.set
     server = FrontServer(front, drain_seconds)

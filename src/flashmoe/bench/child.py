@@ -148,7 +148,7 @@ def _measure_pool(job: Job) -> dict[str, Any]:
             last = job.tokens[-1:]
             timeline = Timeline(model.cache, model.catalog)
             result["timeline"] = timeline.record(lambda: replay.evaluate(last, decode=True))
-    return {**result, "load_seconds": loaded, "peak_bytes": _peak()}
+    return {**result, "load_seconds": loaded, "peak_bytes": status_bytes("VmHWM")}
 
 
 def fill(model: Model) -> None:
@@ -201,7 +201,7 @@ def _measure_stock(job: Job) -> dict[str, Any]:
     result["first_token_seconds"] = loaded + result["prefill"]["seconds"]
     context.close()
     model.close()
-    return {**result, "load_seconds": loaded, "peak_bytes": _peak()}
+    return {**result, "load_seconds": loaded, "peak_bytes": status_bytes("VmHWM")}
 
 
 def _library(job: Job) -> Library:
@@ -209,10 +209,6 @@ def _library(job: Job) -> Library:
     from flashmoe.engines.llamacpp.library import open_library
 
     return open_library(Path(job.library), Path(job.module) if job.module else None, repacks=job.repacks)
-
-
-def _peak() -> int:
-    return status_bytes("VmHWM")
 
 
 def _bytes_read() -> int:

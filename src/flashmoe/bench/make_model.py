@@ -79,9 +79,8 @@ def _format_of(tensor: Tensor, quant: str) -> str:
         return "F32"
     if quant == "MXFP4" and "_exps" not in tensor.name:
         quant = "Q8_0"
-    if (
-        tensor.dims[0] % FORMATS[quant].weights
-    ):  # rows too short for the 256-weight format: same bits per weight
+    if tensor.dims[0] % FORMATS[quant].weights:
+        # rows too short for the 256-weight format: same bits per weight
         quant = "Q4_0"
     return quant
 

@@ -70,8 +70,8 @@ def make_row(
         },
         "runs": {"decode": speeds, "opponent_decode": opposing, "ratio": ratios},
         "token_seconds": {
-            "median": _median(our["decode"]["median_seconds"] for our in ours),
-            "mean": _median(our["decode"]["mean_seconds"] for our in ours),
+            "median": statistics.median(our["decode"]["median_seconds"] for our in ours),
+            "mean": statistics.median(our["decode"]["mean_seconds"] for our in ours),
             "each": chosen["decode"]["token_seconds"],  # of the run whose report this is
         },
         "load_seconds": _sides(ours, theirs, lambda run: run["load_seconds"]),
@@ -117,9 +117,8 @@ def spread(values: Sequence[float]) -> list[float] | None:
 
 def _sides(ours: Sequence[dict[str, Any]], theirs: Sequence[dict[str, Any]], value: Any) -> dict[str, Any]:
     """The median of a figure for both sides; None where the baseline has failed."""
-    good = [run for run in theirs if "error" not in run]
-    return {"ours": _median(map(value, ours)), "baseline": _median(map(value, good)) if good else None}
-
-
-def _median(values: Any) -> float:
-    return statistics.median(values)
+    good = [value(run) for run in theirs if "error" not in run]
+    return {
+        "ours": statistics.median(map(value, ours)),
+        "baseline": statistics.median(good) if good else None,
+    }

@@ -7,7 +7,7 @@ import logging
 import statistics
 import subprocess
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -58,7 +58,8 @@ class _Runner:
         self._plan, self._progress = plan, progress
         self._lib = open_library(plan.library) if plan.library else tested_library()
         self._catalog = ExpertCatalog.from_gguf(read_gguf(plan.model))
-        self._trace = None if _is_tokens(plan.routing) else plan.routing
+        is_tokens = plan.routing in ROUTINGS or plan.routing.startswith("text:")
+        self._trace = None if is_tokens else plan.routing
         if self._trace:
             read_trace(self._trace)  # fails here, before anything runs
             if any(map(parse, plan.approximations)):
@@ -134,11 +135,8 @@ class _Runner:
         It is noted: the child's report has it, without spending time and memory on it.
         """
         self._progress("measuring the drive", self._done, self._total)
-        reader = ExpertReader(self._catalog.gguf.files)
-        try:
+        with closing(ExpertReader(self._catalog.gguf.files)) as reader:
             self._ceilings.append(read_ceiling(reader, self._catalog.read_bytes, fresh=True))
-        finally:
-            reader.close()
 
     def _tokens(self, n: int) -> list[int]:
         """The tokens to evaluate; those of the trace, as far as it knows them, where the routing is one's."""
@@ -278,7 +276,3 @@ def _run_child(command: list[str], job: str, timeout: float) -> dict[str, Any]:
         return {"error": "killed"}
     last = (child.stderr.strip().splitlines() or ["no message"])[-1]
     return {"error": f"failed with status {child.returncode} ({last})"}
-
-
-def _is_tokens(routing: str) -> bool:
-    return routing in ROUTINGS or routing.startswith("text:")

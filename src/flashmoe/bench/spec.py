@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from flashmoe.common.plugins import DEFAULT
+from flashmoe.common.text import split_list
 from flashmoe.common.units import parse_bytes
 from flashmoe.errors import FlashMoEError, UsageError
 from flashmoe.runtime.layout import AUTO, check_layout
@@ -110,9 +111,7 @@ class Plan:
     seed: int = 0
     verify: bool = False
     timeout: float = 1800.0
-    library: Path | None = field(
-        default=None
-    )  # without the self-test; default: the one that is found and tested
+    library: Path | None = None  # without the self-test; default: the one that is found and tested
 
     def __post_init__(self) -> None:
         for name in self.baselines:
@@ -146,8 +145,3 @@ def ram_sizes(text: str, file_bytes: int) -> list[Size]:
 def cache_sizes(text: str) -> list[Size]:
     """Pool sizes from "50%,2GiB,300", each as `flashmoe run --cache` takes it."""
     return [Size(item, cache=item) for item in split_list(text)]
-
-
-def split_list(text: str) -> list[str]:
-    """The items of a comma-separated list, empty ones left out."""
-    return [item.strip() for item in text.split(",") if item.strip()]

@@ -1,1 +1,1 @@
-"""The cache: slots in RAM, who sits in them, and how they are filled."""
+"""The expert cache: slots in RAM, residency, eviction, and how slots are filled."""

@@ -60,7 +60,8 @@ class ExpertCache:
         #: Whether a graph is being evaluated.
         self.stepping = False
         self._filling = Filling(pool, reader, policy)
-        self._first_slot = self._filling.first_slots
+        #: The first slot of each layer's size group.
+        self.first_slots = self._filling.first_slots
         self.warm: WarmStart | None = None
         self.recent = RecentRouting(pool.top_k, residency.n_experts)
         #: Takes over what `recent` notes, where it is to be kept.
@@ -80,8 +81,9 @@ class ExpertCache:
 
     def _make_room(self, n: int) -> None:
         """Have room for requests of `n` ids."""
-        self._ids, self._slots, self._miss_expert, self._miss_slot = (np.empty(n, np.int32) for _ in range(4))
-        arrays = self._ids, self._slots, self._miss_expert, self._miss_slot
+        #: Where a compiled request finds its ids and leaves their slots, numbered over all size groups; int32 [n].
+        self.ids, self.slots, self._miss_expert, self._miss_slot = (np.empty(n, np.int32) for _ in range(4))
+        arrays = self.ids, self.slots, self._miss_expert, self._miss_slot
         self._request, self._compiled = self.policy.request(*arrays), self.policy.compiled_request(*arrays)
 
     def begin_sequence(self) -> None:
@@ -165,13 +167,13 @@ class ExpertCache:
         `served` is to follow if anything of the layer is `held`.
         """
         warm = self.warm is not None and self.warm.running
-        if warm or self.observer or self._window.serves_any or n > len(self._ids):
+        if warm or self.observer or self._window.serves_any or n > len(self.ids):
             return None
         return self._compiled
 
     def served_together(self, top_k: int) -> int:
         """How many sequences' tokens are one request of each layer while decoding, see `begin_step`."""
-        return (len(self._ids) if self._holds_a_layer else self._least_group) // top_k
+        return (len(self.ids) if self._holds_a_layer else self._least_group) // top_k
 
     def withdraw(self, layer: int, requested: int) -> None:
         """Forget what a compiled request has let in, where `ensure` did not come to read it."""
@@ -189,24 +191,9 @@ class ExpertCache:
         with self._lock:
             self.staging.served(layer)
 
-    @property
-    def ids(self) -> Int32:
-        """Where a compiled request finds its ids, int32 [capacity]."""
-        return self._ids
-
-    @property
-    def slots(self) -> Int32:
-        """Where a compiled request leaves their slots, int32 [capacity], numbered over all size groups."""
-        return self._slots
-
-    @property
-    def first_slots(self) -> list[int]:
-        """The first slot of each layer's size group."""
-        return self._first_slot
-
     def reserve(self, n: int) -> None:
         """Have room for requests of `n` ids, so that `ids` and `slots` stay where they are."""
-        if n > len(self._ids):
+        if n > len(self.ids):
             self._make_room(n)
 
     def warm_start(self, ranked: Int32) -> None:
@@ -243,13 +230,13 @@ class ExpertCache:
         (the failed experts are then absent and the cache is consistent) and BudgetError (they cannot fit at once).
         """
         with self._lock:
-            if self.observer is None:
-                return self._ensure(layer, ids, leave_last, leave_all, meanwhile, each, requested)
-            self.observer.enter(layer)
+            if self.observer:
+                self.observer.enter(layer)
             try:
                 return self._ensure(layer, ids, leave_last, leave_all, meanwhile, each, requested)
             finally:
-                self.observer.leave()
+                if self.observer:
+                    self.observer.leave()
 
     def _ensure(
         self,
@@ -269,10 +256,10 @@ class ExpertCache:
         if self._window.serves[layer]:
             return self._ensure_batch(layer, np.atleast_2d(ids), leave_last, meanwhile, each)
         ids = ids.ravel()
-        if len(ids) > len(self._slots):
+        if len(ids) > len(self.slots):
             self._make_room(2 * len(ids))
-        slots = self._slots[: len(ids)]
-        self._ids[: len(ids)] = ids
+        slots = self.slots[: len(ids)]
+        self.ids[: len(ids)] = ids
         done = self._request(layer, len(ids)) if requested < 0 else requested
         if done < 0 and self.warm and self.warm.give_way():
             done = self._request(layer, len(ids))
@@ -281,7 +268,7 @@ class ExpertCache:
                 f"{len(np.unique(ids))} experts of one layer do not fit into the pool at once: "
                 "give more memory, or a smaller micro-batch (-ub)"
             )
-        first = self._first_slot[layer]
+        first = self.first_slots[layer]
         misses = done & MISSES
         self.stats[self.phase].hits += done >> 32
         settle = partial(self._settle, layer, ids, meanwhile)
@@ -335,7 +322,7 @@ class ExpertCache:
                 self._filling.read(demand, stats, leave_last, look_ahead)
             else:
                 self._filling.read_each(demand, stats, _pairs(ids.ravel(), placed.slots), each, look_ahead)
-        return placed.slots - self._first_slot[layer]
+        return placed.slots - self.first_slots[layer]
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """Read experts that a layer will probably ask for, the likeliest first, while no demand read is under way.
@@ -372,15 +359,14 @@ class ExpertCache:
         Raises ReadError; the experts are then absent.
         """
         with self._lock:
-            layer, stats = self._filling.pending, self.stats[self.phase]
-            if self.observer is None or layer is None:
-                self._filling.finish(stats, leave_last=leave_last)
-                return
-            self.observer.enter(layer)
+            layer, observer = self._filling.pending, self.observer
+            if observer and layer is not None:
+                observer.enter(layer)
             try:
-                self._filling.finish(stats, leave_last=leave_last)
+                self._filling.finish(self.stats[self.phase], leave_last=leave_last)
             finally:
-                self.observer.leave()
+                if observer and layer is not None:
+                    observer.leave()
 
     def _fill(
         self,

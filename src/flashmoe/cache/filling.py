@@ -1,4 +1,4 @@
-"""Filling slots: the bytes of experts that have been let in are read, or come from prefetches, and are waited for."""
+"""Fills slots: reads the bytes of admitted experts, or takes them from prefetches, and waits for them."""
 
 from __future__ import annotations
 

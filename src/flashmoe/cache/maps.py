@@ -91,7 +91,7 @@ def limits(st: MapState) -> dict[str, Limits]:
 
 
 @kept()
-def begin(st: Any, vector: Any) -> None:  # pragma: no cover - compiled
+def begin(st: Any, vector: Any) -> None:
     """A step begins: the one before becomes a map. vector: float32 [WIDTH], the mean of its tokens' embeddings."""
     keep(st)
     length = np.float32(0)

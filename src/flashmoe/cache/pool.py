@@ -131,9 +131,8 @@ class SlotPool:
         nbytes = slots * region.stride
         memory, address = reserve_huge(nbytes)
         numa.spread(address, nbytes)
-        if hasattr(
-            mmap, "MADV_DONTFORK"
-        ):  # a forked process would get page tables of gigabytes, and never use them
+        if hasattr(mmap, "MADV_DONTFORK"):
+            # a forked process would get page tables of gigabytes, and never use them
             memory.madvise(mmap.MADV_DONTFORK)
         self._maps.append(memory)
         self._reader.keep(memory)

@@ -22,21 +22,17 @@ class RecentRouting:
         self.ids = np.full((n_layers, IDS), -1, np.int16)
         self.at = np.zeros(n_layers, np.int64)
         self.top_k = top_k
-        self._tokens = 0
+        #: How many were noted in all.
+        self.tokens = 0
         self._begun: deque[int] = deque(maxlen=IDS)  # tokens noted when a sequence began
-
-    @property
-    def tokens(self) -> int:
-        """How many were noted in all."""
-        return self._tokens
 
     def begin_sequence(self) -> None:
         """A new prompt or conversation begins."""
-        self._begun.append(self._tokens)
+        self._begun.append(self.tokens)
 
     def begin_step(self, tokens: int) -> None:
         """The layers are about to be asked for the experts of so many tokens."""
-        self._tokens += tokens
+        self.tokens += tokens
 
     def add(self, layer: int, ids: NDArray[np.int32]) -> None:
         """A layer was asked for the experts `ids` [tokens * k] of a step."""
@@ -59,6 +55,6 @@ class RecentRouting:
             ordered[layer, :, :k] = np.roll(rows, -(at // k), axis=0)[-whole:]
         noted = int((ordered[:, :, 0] >= 0).sum(axis=1).min())
         begins = np.zeros(noted, np.bool_)
-        first = self._tokens - noted
-        begins[[n - first for n in self._begun if first <= n < self._tokens]] = True
+        first = self.tokens - noted
+        begins[[n - first for n in self._begun if first <= n < self.tokens]] = True
         return np.ascontiguousarray(ordered[:, whole - noted :].swapaxes(0, 1)), begins

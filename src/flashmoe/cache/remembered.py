@@ -2,7 +2,7 @@
 `flashmoe learn` has made of it.
 
 All are numbers about experts, in a folder of the model's own in the user's cache folder; only the user can read the
-files. No text, no token ids; but routing follows the text, and who has the model could guess at it.
+files. No text, no token ids; but routing follows the text: with the model, one could guess at it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from safetensors.numpy import save
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.policies.learned import PolicyFile
 from flashmoe.common.files import cache_folder, write_atomically
-from flashmoe.errors import FlashMoEWarning, PolicyError, TraceError
+from flashmoe.errors import PolicyError, TraceError, warn
 from flashmoe.routing.files import merge
 from flashmoe.routing.trace import RoutingTrace
 from flashmoe.storage.arrays import read_safetensors
@@ -71,7 +70,7 @@ class Remembered:
         try:
             PolicyFile.load(self.policy, KIND).check_model(self.model)
         except PolicyError as error:
-            _warn(f"{error}; it is left out")
+            warn(f"{error}; it is left out", 3)
             return ""
         return f"{WITH}:{self.policy}"
 
@@ -95,7 +94,7 @@ class Remembered:
             policy.make_state(n_layers, n_experts)
         except (OSError, ValueError, PolicyError) as error:
             policy.recall({})
-            _warn(f"{self._weights}: cannot be used ({error}): learning begins anew")
+            warn(f"{self._weights}: cannot be used ({error}): learning begins anew", 3)
 
     def keep(self, policy: EvictionPolicy) -> None:
         """Write what a policy has learnt for the next session. A failure is a warning."""
@@ -112,7 +111,7 @@ class Remembered:
         try:
             return RoutingTrace.load(self._routing)
         except TraceError as error:
-            _warn(f"{error}: the history begins anew")
+            warn(f"{error}: the history begins anew", 3)
             return None
 
     def add_history(self, ids: NDArray[np.int16], sequences: NDArray[np.int32], n_experts: int) -> None:
@@ -139,8 +138,4 @@ class Remembered:
         try:
             write_atomically(path, data, private=True)
         except OSError as error:
-            _warn(f"{path}: cannot be written ({error.strerror}): the next session will not know it")
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, FlashMoEWarning, stacklevel=4)
+            warn(f"{path}: cannot be written ({error.strerror}): the next session will not know it", 3)

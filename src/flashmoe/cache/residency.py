@@ -1,4 +1,4 @@
-"""Which expert sits in which slot: the arrays that runtime and simulator share.
+"""Residency: which expert is in which slot, as arrays that the runtime and the simulator share.
 
 A pool has S slots. Slots come in size groups, because quantisation can differ from layer to layer: group g
 owns the slot numbers [group_start[g], group_start[g+1]) and the layers with group[l] == g share them. All
@@ -66,15 +66,11 @@ class Residency(NamedTuple):
         return np.flatnonzero(self.slot_of[layer] >= 0)
 
 
-def equal_quota(
-    total_slots: int, n_layers: int, n_experts: int, group: Sequence[int] | None = None
-) -> NDArray[np.int32]:
+def equal_quota(total_slots: int, n_layers: int, n_experts: int) -> NDArray[np.int32]:
     """Share `total_slots` equally: int32 [L], summing to min(total_slots, L * E).
 
-    Remainders go to the first layers. With `group`, shares are equal all the same; the slots of a group are
-    the sum of its layers' shares. Raises ValueError when a layer would get no slot.
+    Remainders go to the first layers. Raises ValueError when a layer would get no slot.
     """
-    del group  # equal shares do not depend on the groups; the argument keeps call sites uniform
     total = min(int(total_slots), n_layers * n_experts)
     if total < n_layers:
         raise ValueError(f"{total} slots cannot be shared by {n_layers} layers: give at least {n_layers}")

@@ -1,4 +1,4 @@
-"""State that comes back from a file: taken only if its owner could have written it."""
+"""State restored from a file, accepted only if its owner could have written it."""
 
 from __future__ import annotations
 

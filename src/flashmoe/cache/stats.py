@@ -1,4 +1,4 @@
-"""What an expert cache counts, and who may watch it."""
+"""Counters of an expert cache, and the interface of its observers."""
 
 from __future__ import annotations
 
@@ -35,12 +35,10 @@ class CacheStats:
 
 
 class CacheObserver(Protocol):
-    """Sees when the engine comes for experts, and when it goes on."""
+    """Observes requests for experts: when the engine makes one, and when it goes on."""
 
     def enter(self, layer: int) -> None:
         """The engine asks for a layer's experts, or waits for those that `ensure` has left under way."""
-        ...
 
     def leave(self) -> None:
         """It goes on computing, or has failed."""
-        ...

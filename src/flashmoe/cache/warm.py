@@ -24,9 +24,7 @@ Int32 = NDArray[np.int32]
 _log = logging.getLogger(__name__)
 
 _PAUSE = 0.002  # seconds between two looks at the drive
-_UNDER_WAY = (
-    8 << 20
-)  # most bytes queued: about what a drive reads in two pauses, and all that a demand waits for
+_UNDER_WAY = 8 << 20  # most bytes queued: what a drive reads in two pauses, and all that a demand waits for
 
 
 class _Arrival(NamedTuple):

@@ -16,11 +16,10 @@ from flashmoe.cli.sampling import ChatOptions, SamplingOptions
 from flashmoe.common.files import expanded
 from flashmoe.errors import FlashMoEError
 
-_LOADING, _SAMPLING, _CHAT = options.ModelOptions(), SamplingOptions(), ChatOptions()
 
-
-@with_options(loading=options.ModelOptions, sampling=SamplingOptions, chat_options=ChatOptions)
+@with_options
 def batch(
+    *,
     model: options.Model,
     requests: Annotated[
         Path, typer.Argument(metavar="IN.jsonl", help="Requests, one a line, in OpenAI's batch format.")
@@ -31,11 +30,11 @@ def batch(
             metavar="OUT.jsonl", help="Where the answers go, in the same order, when all are there."
         ),
     ],
-    loading: options.ModelOptions = _LOADING,
+    loading: options.ModelOptions,
     parallel: options.Parallel = 8,
     pooling: options.Pooling = "auto",
-    sampling: SamplingOptions = _SAMPLING,
-    chat_options: ChatOptions = _CHAT,
+    sampling: SamplingOptions,
+    chat_options: ChatOptions,
     json_file: options.Json = None,
     quiet: options.NoProgress = False,
     verbose: options.Verbose = False,
@@ -46,7 +45,7 @@ def batch(
     """
     from flashmoe.runtime.batch import BatchFigures, run_batch
     from flashmoe.runtime.batch_file import Journal, Requests, failed_in
-    from flashmoe.runtime.exactness import Exactness
+    from flashmoe.runtime.exactness import for_request
     from flashmoe.runtime.load import load
 
     console = stderr_console(quiet)
@@ -78,7 +77,7 @@ def batch(
                         asked,
                         journal,
                         partial(progress.update, "batch"),
-                        Exactness(loaded).for_request,
+                        partial(for_request, loaded),
                     )
                 except BaseException:
                     progress.stop()

@@ -9,29 +9,20 @@ from typing import Annotated, Any
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from typer.core import TyperGroup
 
-from flashmoe.bench.spec import NO_BASELINE, Plan, cache_sizes, ram_sizes, split_list
+from flashmoe.bench.spec import NO_BASELINE, Plan, cache_sizes, ram_sizes
 from flashmoe.cli import options
 from flashmoe.cli.groups import with_options
-from flashmoe.cli.progress import stderr_console, stdout_console
+from flashmoe.cli.progress import measuring, stderr_console, stdout_console
+from flashmoe.common.text import split_list
 from flashmoe.common.units import format_bytes
 from flashmoe.errors import UsageError
-from flashmoe.runtime.telemetry import approximately
+from flashmoe.runtime.report import approximately
 
 _RUN = "run"
-_COMPUTING = options.ComputeOptions()
 
 
 class _ModelOrCommand(TyperGroup):
@@ -58,8 +49,9 @@ app = typer.Typer(
     no_args_is_help=True,
     epilog="`flashmoe bench make-model SHAPE OUT` creates a model with random weights to benchmark.",
 )
-@with_options(computing=options.ComputeOptions)
+@with_options
 def run(
+    *,
     model: Annotated[str, typer.Argument(help="Path of a GGUF file, hf:ORG/REPO[:FILE], or demo.")],
     ram: Annotated[
         str | None,
@@ -113,7 +105,7 @@ def run(
             help="Tokens to evaluate: uniform, zipf, text or text:FILE; or a routing trace that selects the experts.",
         ),
     ] = "uniform",
-    computing: options.ComputeOptions = _COMPUTING,
+    computing: options.ComputeOptions,
     page_cache: Annotated[
         str,
         typer.Option(
@@ -171,8 +163,8 @@ def run(
         from flashmoe.common.plotting import require_matplotlib
 
         require_matplotlib()
-    with _Bar(stderr_console(quiet)) as bar:
-        report = runner.run(plan, bar.update)
+    with measuring(stderr_console(quiet)) as progress:
+        report = runner.run(plan, progress)
     _print(report, stdout_console())
     if json_file:
         json_file.write(report)
@@ -217,33 +209,6 @@ def make(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     console.print(f"{path}: {format_bytes(nbytes)} of random weights, no language model", highlight=False)
-
-
-class _Bar:
-    """Which measurement runs, and how many are done. A context manager; silent where stderr is no terminal."""
-
-    def __init__(self, console: Console) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._progress = Progress(
-            *columns,
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-            refresh_per_second=1,  # drawing takes processor time from what is measured
-        )
-        self._task: TaskID | None = None
-
-    def update(self, what: str, done: int, total: int) -> None:
-        if self._task is None:
-            self._task = self._progress.add_task(what, total=total)
-        self._progress.update(self._task, description=what, completed=done, total=total)
-
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
 
 
 def _print(report: dict[str, Any], console: Console) -> None:

@@ -19,17 +19,16 @@ from flashmoe.common.text import argument
 from flashmoe.errors import FlashMoEError
 from flashmoe.runtime.conversation import Conversation
 
-_LOADING, _SAMPLING, _CHAT = options.ModelOptions(), SamplingOptions(), ChatOptions()
 
-
-@with_options(loading=options.ModelOptions, sampling=SamplingOptions, chat_options=ChatOptions)
+@with_options
 def chat(
+    *,
     model: options.Model,
     system: Annotated[str, typer.Option("--system", help="System prompt.")] = "",
-    loading: options.ModelOptions = _LOADING,
+    loading: options.ModelOptions,
     n_predict: options.NPredict = -1,
-    sampling: SamplingOptions = _SAMPLING,
-    chat_options: ChatOptions = _CHAT,
+    sampling: SamplingOptions,
+    chat_options: ChatOptions,
     trace: options.Trace = None,
     json_file: options.Json = None,
     quiet: options.Quiet = False,
@@ -68,7 +67,7 @@ def chat(
 
 
 def converse(user: Pipe, talk: Conversation, commands: Commands) -> None:
-    """Let the model answer what the user says, until the user has had enough."""
+    """Answer the user's messages until the user leaves."""
     for line in user.lines(commands.names):
         if not line.strip():
             continue
@@ -89,7 +88,7 @@ def converse(user: Pipe, talk: Conversation, commands: Commands) -> None:
 
 
 def notes(talk: Conversation) -> Iterator[str]:
-    """What there is to say about the last turn."""
+    """Notes on the last turn: its speed, and what was cut off."""
     turn = talk.turn
     if turn.made > 1:
         yield f"{turn.made} tokens, {turn.tokens_per_second:.1f} tokens/s, hit rate {turn.hit_rate:.1%}"

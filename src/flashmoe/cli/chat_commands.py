@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Commands:
-    """What a conversation can be told to do. `quit` is set by /quit."""
+    """The slash commands of a conversation. `quit` is set by /quit."""
 
     def __init__(self, model: Model, conversation: Conversation) -> None:
         self._model, self._conversation = model, conversation

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +17,7 @@ from flashmoe.cli.progress import stderr_console, stdout_console
 from flashmoe.errors import FlashMoEError
 
 if TYPE_CHECKING:
+    from flashmoe.cli.report import JsonFile
     from flashmoe.tools.kernels.build import Result
     from flashmoe.tools.kernels.trial import Trial
 
@@ -63,8 +66,8 @@ def build(
     """Compile llama.cpp's kernels for this processor from the wheel's own source, and use them if they are faster."""
     from flashmoe.tools.kernels.build import build as make
 
-    with _Bar(stderr_console(quiet)) as bar:
-        result = make(archive, bar.update)
+    with _steps(stderr_console(quiet)) as progress:
+        result = make(archive, progress)
     _report(result, json_file)
 
 
@@ -82,8 +85,8 @@ def add(
     """Add kernels that were compiled elsewhere, and use them if they are faster."""
     from flashmoe.tools.kernels.build import add as take
 
-    with _Bar(stderr_console(quiet)) as bar:
-        result = take(file, bar.update)
+    with _steps(stderr_console(quiet)) as progress:
+        result = take(file, progress)
     _report(result, json_file)
 
 
@@ -103,8 +106,8 @@ def check(json_file: options.Json = None, quiet: options.NoProgress = False) -> 
     """Test and time all kernels again. Exit status 1: some do not work."""
     from flashmoe.tools.kernels.build import check as examine
 
-    with _Bar(stderr_console(quiet)) as bar:
-        trials = examine(bar.update)
+    with _steps(stderr_console(quiet)) as progress:
+        trials = examine(progress)
     if json_file:
         json_file.write([_as_dict(trial) for trial in trials])
     console = stdout_console()
@@ -125,7 +128,7 @@ def remove(name: Name) -> None:
     _written(lambda: kernels.remove(one))
 
 
-def _written(act: Any) -> None:
+def _written(act: Callable[[], Any]) -> None:
     from flashmoe.engines.llamacpp.kernels import folder
 
     try:
@@ -134,7 +137,7 @@ def _written(act: Any) -> None:
         raise FlashMoEError(f"{folder()}: cannot be written ({error.strerror})") from None
 
 
-def _report(result: Result, json_file: Any) -> None:
+def _report(result: Result, json_file: JsonFile | None) -> None:
     """The result in a line, and as JSON."""
     stdout_console().print(result.sentence(), soft_wrap=True)
     if json_file:
@@ -165,24 +168,19 @@ def _as_dict(trial: Trial) -> dict[str, Any]:
     }
 
 
-class _Bar:
-    """What is done now, and how much of it. A context manager; silent where stderr is no terminal."""
+@contextmanager
+def _steps(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar of what is done now, and how much of it; silent where the console is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
 
-    def __init__(self, console: Console) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._tasks: dict[str, TaskID] = {}
+        def update(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                for task in tasks.values():
+                    bar.remove_task(task)
+                tasks.clear()
+                tasks[what] = bar.add_task(_TITLES.get(what, what.replace("try", "testing")))
+            bar.update(tasks[what], completed=done, total=total if done else None)
 
-    def update(self, what: str, done: int, total: int) -> None:
-        if what not in self._tasks:
-            for task in self._tasks.values():
-                self._progress.remove_task(task)
-            self._tasks = {what: self._progress.add_task(_TITLES.get(what, what.replace("try", "testing")))}
-        self._progress.update(self._tasks[what], completed=done, total=total if done else None)
-
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._progress.stop()
+        yield update

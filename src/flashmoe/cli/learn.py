@@ -29,11 +29,9 @@ def learn(
     from flashmoe.cache.remembered import Remembered
     from flashmoe.cli.train import held_out_table
     from flashmoe.learn.remembered import learn as train
-    from flashmoe.storage.catalog import ExpertCatalog
-    from flashmoe.storage.gguf import read_gguf
-    from flashmoe.storage.hub import resolve
+    from flashmoe.storage.hub import read_catalog
 
-    remembered = Remembered(ExpertCatalog.from_gguf(read_gguf(resolve(model))).identity)
+    remembered = Remembered(read_catalog(model).identity)
     console, out = stderr_console(quiet), stdout_console(quiet)
     if forget:
         try:

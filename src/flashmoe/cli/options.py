@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -201,8 +201,8 @@ class ModelOptions:
     policy: Policy = None
     prefetch: Prefetch = "auto"
     layout: Layout = "auto"
-    ctx_size: CtxSize = None
-    ubatch: Ubatch = None
+    n_ctx: CtxSize = None
+    n_ubatch: Ubatch = None
     threads: Threads = None
     cache_type_k: CacheTypeK = "f16"
     cache_type_v: CacheTypeV = "f16"
@@ -216,24 +216,9 @@ class ModelOptions:
         """As the Python API has it; `more`: what only one command has. Raises UsageError."""
         from flashmoe.runtime.options import LoadOptions  # it takes a moment to import
 
-        return LoadOptions(
-            ram=self.ram,
-            cache=self.cache,
-            policy=self.policy,
-            prefetch=self.prefetch,
-            layout=self.layout,
-            n_ctx=self.ctx_size,
-            n_ubatch=self.ubatch,
-            threads=self.threads,
-            cache_type_k=self.cache_type_k,
-            cache_type_v=self.cache_type_v,
-            save_cache=self.save_cache,
-            save_cache_size=self.save_cache_size,
-            approx=self.approx,
-            learn=not self.no_learn,
-            verify=self.verify,
-            **more,
-        )
+        given = asdict(self)
+        learn = not given.pop("no_learn")
+        return LoadOptions(learn=learn, **given, **more)
 
 
 Verbose = Annotated[

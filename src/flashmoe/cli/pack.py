@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 from flashmoe.cli import options
 from flashmoe.cli.progress import LoadProgress, stderr_console
 from flashmoe.common.units import format_bytes
@@ -21,8 +19,7 @@ def pack(
     from flashmoe.tools.packing import make_pack
 
     console = stderr_console(quiet)
-    with LoadProgress(console) if console.is_terminal else nullcontext() as progress:
-        update = progress.update if progress else lambda stage, done, total: None
-        made, fresh = make_pack(model, update)
+    with LoadProgress(console) as progress:
+        made, fresh = make_pack(model, progress.update)
     what = "written; other commands use it by themselves" if fresh else "is whole and fits"
     console.print(f"{made.path}: {format_bytes(made.size)}, {what}", highlight=False)

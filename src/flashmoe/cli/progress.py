@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from flashmoe.common.text import printable
@@ -33,6 +34,24 @@ def stdout_console(quiet: bool = False) -> Console:
 def print_error(console: Console, error: Exception) -> None:
     """Print an error as one line."""
     console.print(Text.assemble(("error:", "bold red"), " ", printable(" ".join(str(error).split()))))
+
+
+@contextmanager
+def measuring(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar of which measurement runs, and how many are done; silent where the console is no terminal.
+
+    Gives what is called with its name, the number that are done, and of how many.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(
+        *columns,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        refresh_per_second=1,  # drawing takes processor time from what is measured
+    ) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
 
 
 class LoadProgress:
@@ -70,8 +89,6 @@ class LoadProgress:
         self._open = True
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._open = False
         self.stop()

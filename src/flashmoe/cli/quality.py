@@ -7,11 +7,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from flashmoe.cli import options
-from flashmoe.cli.progress import stderr_console, stdout_console
+from flashmoe.cli.progress import measuring, stderr_console, stdout_console
 from flashmoe.errors import UsageError
 
 EXACT = "exact"  # bench.quality's, which takes a moment to import
@@ -103,17 +102,8 @@ def quality(
         from flashmoe.common.plotting import require_matplotlib
 
         require_matplotlib()
-    console = stderr_console(quiet)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal, refresh_per_second=1
-    ) as bar:
-        task = bar.add_task("", total=None)
-
-        def show(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
-        levels, report = set_levels(plan, show) if calibrate else ({}, run(plan, show))
+    with measuring(stderr_console(quiet)) as progress:
+        levels, report = set_levels(plan, progress) if calibrate else ({}, run(plan, progress))
     stdout_console().print(table(report))
     if choices:
         for row in report["rows"]:

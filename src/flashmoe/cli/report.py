@@ -16,7 +16,7 @@ from flashmoe.common.files import replaceable, write_atomically
 from flashmoe.errors import FlashMoEError, UsageError
 
 if TYPE_CHECKING:
-    from flashmoe.runtime.telemetry import Report
+    from flashmoe.runtime.report import Report
 
 
 def show(console: Console, report: Report) -> None:

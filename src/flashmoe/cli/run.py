@@ -23,11 +23,10 @@ if TYPE_CHECKING:
     from flashmoe.engines.base import SamplingParams
     from flashmoe.runtime.model import Model
 
-_LOADING, _SAMPLING, _CHAT = options.ModelOptions(), SamplingOptions(), ChatOptions()
 
-
-@with_options(loading=options.ModelOptions, sampling=SamplingOptions, chat_options=ChatOptions)
+@with_options
 def run(
+    *,
     model: options.Model,
     prompt: Annotated[
         str | None, typer.Option("-p", "--prompt", help="Prompt to continue or answer.")
@@ -35,11 +34,11 @@ def run(
     file: Annotated[Path | None, typer.Option("-f", "--file", help="Read the prompt from a file.")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Apply the chat template to the prompt.")] = False,
     engine: options.Engine = "llama.cpp",
-    loading: options.ModelOptions = _LOADING,
+    loading: options.ModelOptions,
     vram: options.Vram = None,
     n_predict: options.NPredict = -1,
-    sampling: SamplingOptions = _SAMPLING,
-    chat_options: ChatOptions = _CHAT,
+    sampling: SamplingOptions,
+    chat_options: ChatOptions,
     trace: options.Trace = None,
     json_file: options.Json = None,
     quiet: options.Quiet = False,

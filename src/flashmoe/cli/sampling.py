@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,131 +14,75 @@ from flashmoe.cli.options import MOST_TOKENS
 from flashmoe.common.text import argument, read_text_file
 from flashmoe.errors import UsageError
 
+#: Options of sampling: flags, type and help. Left out, llama.cpp's defaults hold, or what the model's file recommends.
+_SAMPLING = (
+    ("--temp", float, "Sampling temperature; 0 for greedy sampling (default: 0.8)."),
+    ("--top-k", int, "Sample only from the k most likely tokens; 0 to disable (default: 40)."),
+    (
+        "--top-p",
+        float,
+        "Sample only from the most likely tokens whose probabilities add up to p (default: 0.95).",
+    ),
+    ("--min-p", float, "Minimum probability relative to the most likely token (default: 0.05)."),
+    ("-s --seed", int, "Random seed (default: random)."),
+    ("--top-n-sigma", float, "Sample only from tokens within n standard deviations of the highest logit."),
+    ("--typical", float, "Locally typical sampling, parameter p."),
+    ("--xtc-probability", float, "Probability of XTC sampling (excluding the most likely tokens)."),
+    ("--xtc-threshold", float, "Minimum probability of tokens that XTC sampling may exclude."),
+    ("--dynatemp-range", float, "Range of the dynamic temperature."),
+    ("--dynatemp-exp", float, "Exponent of the dynamic temperature."),
+    ("--repeat-last-n", int, "Number of last tokens to consider for penalties."),
+    ("--repeat-penalty", float, "Penalty for repeated token sequences; 1 to disable."),
+    ("--presence-penalty", float, "Penalty for tokens that have appeared; 0 to disable."),
+    ("--frequency-penalty", float, "Penalty for tokens by how often they have appeared; 0 to disable."),
+    ("--dry-multiplier", float, "Multiplier of DRY sampling (penalty for repeated sequences); 0 to disable."),
+    ("--dry-base", float, "Base of the DRY penalty."),
+    ("--dry-allowed-length", int, "Length of repeated sequences that DRY sampling does not penalize."),
+    ("--dry-penalty-last-n", int, "Number of last tokens that DRY sampling scans for repetitions."),
+    ("--dry-sequence-breaker", list[str], "Sequence breaker of DRY sampling; can be given multiple times."),
+    ("--mirostat", int, "Mirostat sampling: 0 to disable, 1 or 2 for its version."),
+    ("--mirostat-ent", float, "Target entropy of Mirostat sampling."),
+    ("--mirostat-lr", float, "Learning rate of Mirostat sampling."),
+    ("--adaptive-target", float, "Target probability of adaptive-p sampling."),
+    ("--adaptive-decay", float, "Decay rate of adaptive-p sampling."),
+    (
+        "-l --logit-bias",
+        list[str],
+        "Modify the likelihood of a token: TOKEN_ID+BIAS or TOKEN_ID-BIAS; can be given multiple times.",
+    ),
+    ("--samplers", str, "Samplers to use, in order, separated by semicolons."),
+    ("--ignore-eos", bool, "Ignore the end-of-text token and continue generating."),
+    ("--grammar", str, "BNF-like grammar (GBNF) to constrain generation."),
+    ("-j --json-schema", str, "JSON schema to constrain generation."),
+)
 
-def _option(flags: str, text: str, **more: Any) -> Any:
-    return typer.Option(*flags.split(), help=text, rich_help_panel="Sampling", **more)
+
+def _field(flags: str, kind: Any, text: str) -> tuple[str, Any, Any]:
+    """An option as the field of a dataclass, named as its last flag."""
+    option = typer.Option(*flags.split(), help=text, rich_help_panel="Sampling")
+    name = flags.rpartition("--")[2].replace("-", "_")
+    return (
+        (name, Annotated[bool, option], False)
+        if kind is bool
+        else (name, Annotated[kind | None, option], None)
+    )
 
 
 def _chat(flags: str, text: str, **more: Any) -> Any:
-    return typer.Option(*flags.split(), help=text, rich_help_panel="Chat template and reasoning", **more)
+    return typer.Option(flags, help=text, rich_help_panel="Chat template and reasoning", **more)
 
 
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How tokens are chosen. Left out, llama.cpp's defaults hold, or what the model's file recommends."""
+_Sampling: Any = make_dataclass("_Sampling", [_field(*row) for row in _SAMPLING], frozen=True)
 
-    temp: Annotated[
-        float | None, _option("--temp", "Sampling temperature; 0 for greedy sampling (default: 0.8).")
-    ] = None
-    top_k: Annotated[
-        int | None,
-        _option("--top-k", "Sample only from the k most likely tokens; 0 to disable (default: 40)."),
-    ] = None
-    top_p: Annotated[
-        float | None,
-        _option(
-            "--top-p",
-            "Sample only from the most likely tokens whose probabilities add up to p (default: 0.95).",
-        ),
-    ] = None
-    min_p: Annotated[
-        float | None,
-        _option("--min-p", "Minimum probability relative to the most likely token (default: 0.05)."),
-    ] = None
-    seed: Annotated[int | None, _option("-s --seed", "Random seed (default: random).")] = None
-    top_n_sigma: Annotated[
-        float | None,
-        _option(
-            "--top-n-sigma", "Sample only from tokens within n standard deviations of the highest logit."
-        ),
-    ] = None
-    typical: Annotated[float | None, _option("--typical", "Locally typical sampling, parameter p.")] = None
-    xtc_probability: Annotated[
-        float | None,
-        _option("--xtc-probability", "Probability of XTC sampling (excluding the most likely tokens)."),
-    ] = None
-    xtc_threshold: Annotated[
-        float | None,
-        _option("--xtc-threshold", "Minimum probability of tokens that XTC sampling may exclude."),
-    ] = None
-    dynatemp_range: Annotated[
-        float | None, _option("--dynatemp-range", "Range of the dynamic temperature.")
-    ] = None
-    dynatemp_exp: Annotated[
-        float | None, _option("--dynatemp-exp", "Exponent of the dynamic temperature.")
-    ] = None
-    repeat_last_n: Annotated[
-        int | None, _option("--repeat-last-n", "Number of last tokens to consider for penalties.")
-    ] = None
-    repeat_penalty: Annotated[
-        float | None, _option("--repeat-penalty", "Penalty for repeated token sequences; 1 to disable.")
-    ] = None
-    presence_penalty: Annotated[
-        float | None, _option("--presence-penalty", "Penalty for tokens that have appeared; 0 to disable.")
-    ] = None
-    frequency_penalty: Annotated[
-        float | None,
-        _option("--frequency-penalty", "Penalty for tokens by how often they have appeared; 0 to disable."),
-    ] = None
-    dry_multiplier: Annotated[
-        float | None,
-        _option(
-            "--dry-multiplier", "Multiplier of DRY sampling (penalty for repeated sequences); 0 to disable."
-        ),
-    ] = None
-    dry_base: Annotated[float | None, _option("--dry-base", "Base of the DRY penalty.")] = None
-    dry_allowed_length: Annotated[
-        int | None,
-        _option("--dry-allowed-length", "Length of repeated sequences that DRY sampling does not penalize."),
-    ] = None
-    dry_penalty_last_n: Annotated[
-        int | None,
-        _option("--dry-penalty-last-n", "Number of last tokens that DRY sampling scans for repetitions."),
-    ] = None
-    dry_sequence_breaker: Annotated[
-        list[str] | None,
-        _option("--dry-sequence-breaker", "Sequence breaker of DRY sampling; can be given multiple times."),
-    ] = None
-    mirostat: Annotated[
-        int | None, _option("--mirostat", "Mirostat sampling: 0 to disable, 1 or 2 for its version.")
-    ] = None
-    mirostat_ent: Annotated[
-        float | None, _option("--mirostat-ent", "Target entropy of Mirostat sampling.")
-    ] = None
-    mirostat_lr: Annotated[float | None, _option("--mirostat-lr", "Learning rate of Mirostat sampling.")] = (
-        None
-    )
-    adaptive_target: Annotated[
-        float | None, _option("--adaptive-target", "Target probability of adaptive-p sampling.")
-    ] = None
-    adaptive_decay: Annotated[
-        float | None, _option("--adaptive-decay", "Decay rate of adaptive-p sampling.")
-    ] = None
-    logit_bias: Annotated[
-        list[str] | None,
-        _option(
-            "-l --logit-bias",
-            "Modify the likelihood of a token: TOKEN_ID+BIAS or TOKEN_ID-BIAS; can be given multiple times.",
-        ),
-    ] = None
-    samplers: Annotated[
-        str | None, _option("--samplers", "Samplers to use, in order, separated by semicolons.")
-    ] = None
-    ignore_eos: Annotated[
-        bool, _option("--ignore-eos", "Ignore the end-of-text token and continue generating.")
-    ] = False
-    grammar: Annotated[
-        str | None, _option("--grammar", "BNF-like grammar (GBNF) to constrain generation.")
-    ] = None
-    json_schema: Annotated[
-        str | None, _option("-j --json-schema", "JSON schema to constrain generation.")
-    ] = None
+
+class SamplingOptions(_Sampling):
+    """How tokens are chosen."""
 
     def sampling(self) -> Any:
         """As the Python API has it."""
         from flashmoe.engines.base import SamplingParams
 
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        given = asdict(self)
         given |= {
             name: argument(value, f"--{name}") for name, value in given.items() if isinstance(value, str)
         }

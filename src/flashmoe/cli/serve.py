@@ -18,13 +18,13 @@ from flashmoe.common.text import argument, printable
 from flashmoe.errors import UsageError
 
 KEY_VARIABLE = "FLASHMOE_API_KEY"
-_LOADING, _SAMPLING, _CHAT = options.ModelOptions(), SamplingOptions(), ChatOptions()
 
 
-@with_options(loading=options.ModelOptions, sampling=SamplingOptions, chat_options=ChatOptions)
+@with_options
 def serve(
+    *,
     model: options.Model,
-    loading: options.ModelOptions = _LOADING,
+    loading: options.ModelOptions,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
         int, typer.Option("--port", help="Port to listen on; 0 for any free port.", min=0, max=65535)
@@ -73,8 +73,8 @@ def serve(
         str | None,
         typer.Option("-a", "--alias", help="Model name to report to clients (default: the file's name)."),
     ] = None,
-    sampling: SamplingOptions = _SAMPLING,
-    chat_options: ChatOptions = _CHAT,
+    sampling: SamplingOptions,
+    chat_options: ChatOptions,
     json_file: options.Json = None,
     verbose: options.Verbose = False,
 ) -> None:
@@ -88,10 +88,10 @@ def serve(
     except ImportError as error:
         raise UsageError(f"the server needs {error.name}: pip install 'flashmoe-ssd[serve]'") from None
     from flashmoe.runtime.load import load
+    from flashmoe.server.app import Front
     from flashmoe.server.loading import refusing
     from flashmoe.server.security import is_loopback
-    from flashmoe.server.serve import listen
-    from flashmoe.server.serve import serve as run_server
+    from flashmoe.server.serve import FrontServer, listen
     from flashmoe.simulate.recent import compile_replays
 
     if learn_when_idle is not None and (loading.no_learn or loading.approx):
@@ -115,12 +115,6 @@ def serve(
             )
             loaded = opened.enter_context(load(model, options=asked, progress=progress.update))
             inner = loaded.server()
-        learning = None
-        if learn_when_idle is not None:
-            from flashmoe.server.idle import IdleLearning
-
-            assert loaded.learning
-            learning = IdleLearning(loaded.learning, learn_when_idle, partial(console.print, highlight=False))
         name = alias or printable(loaded.catalog.gguf.files[0].stem)
         address, real_port = sockets[0].getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
@@ -134,19 +128,17 @@ def serve(
             url = f"http://{shown}:{real_port}"
             console.print(f"serving {name} on {url}/v1, dashboard at {url}/flashmoe/", highlight=False)
 
-        run_server(
-            loaded,
-            inner,
-            sockets,
-            name=name,
-            host=host,
-            api_key=key,
-            cors=cors or [],
-            names=allow_host or [],
-            drain_seconds=drain_seconds,
-            started=started,
-            learning=learning,
+        front = Front(
+            loaded, inner, name=name, host=host, api_key=key, cors=cors or [], names=allow_host or []
         )
+        front.started = started
+        if learn_when_idle is not None:
+            from flashmoe.server.idle import IdleLearning
+
+            assert loaded.learning
+            learning = IdleLearning(loaded.learning, learn_when_idle, partial(console.print, highlight=False))
+            front.traffic.on_requests, front.beside = learning.on_requests, learning.run
+        FrontServer(front, drain_seconds).run(sockets=sockets)
         report = loaded.report()
         show(console, report)
         if json_file:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
 from flashmoe.cli import options
 from flashmoe.cli.progress import stderr_console, stdout_console
-from flashmoe.cli.report import JsonFile
+from flashmoe.common.text import split_list
 from flashmoe.common.units import parse_bytes
 from flashmoe.errors import UsageError
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.status import Status
+
     from flashmoe.cache.maps import Embed
     from flashmoe.routing.trace import RoutingTrace
-    from flashmoe.simulate.replay import Row
+    from flashmoe.simulate.prefetch import PrefetchRow
     from flashmoe.simulate.report import Machine, Simulation
     from flashmoe.storage.catalog import ExpertCatalog
 
@@ -107,8 +111,11 @@ def simulate(
     """Simulate eviction policies on a routing trace: hit rates, gap to the oracle, bytes and tokens per second."""
     import numpy as np
 
+    from flashmoe.cli import tables
     from flashmoe.routing.files import read
+    from flashmoe.simulate import prefetch as prefetching
     from flashmoe.simulate import report
+    from flashmoe.simulate.approximate import simulate_approximately
     from flashmoe.simulate.replay import parse_capacities, parse_policies, simulate
 
     recorded = read(trace)
@@ -120,83 +127,65 @@ def simulate(
     slots = parse_capacities(capacity, recorded.n_layers * recorded.num_experts)
     machine = _machine(catalog, expert_bytes, disk, compute_ms)
     embed = _embeddings(catalog) if catalog else None
-    console = stderr_console(quiet)
-    if prefetch is not None:
-        _prefetch(recorded, prefetch, policy, slots, partition, embed, plot, json_file, quiet)
-        return
-    if approx is not None:
-        from flashmoe.simulate.approximate import simulate_approximately
-
-        specs = parse_policies("lfu-aged" if policy == "all" else policy)
-        given = [part.strip() for part in approx.split(",") if part.strip()]
-        with console.status("simulating"):
-            rows = simulate_approximately(recorded, specs, given, slots, partition)
-        _show(report.Simulation.of(recorded, rows, machine), plot, json_file, quiet)
-        return
-    with console.status("compiling") as status:
-        rows = simulate(
-            recorded,
-            parse_policies(policy),
-            slots,
-            partition,
-            per_sequence,
-            read(guide) if guide else None,
-            lambda name, size: status.update(Text(f"{name}, {size} slots")),
-            embed,
-        )
-    _show(report.Simulation.of(recorded, rows, machine), plot, json_file, quiet)
-
-
-def _show(found: Simulation[Row], plot: Path | None, json_file: JsonFile | None, quiet: bool) -> None:
-    """A table, JSON, a figure."""
-    from flashmoe.cli import tables
-    from flashmoe.simulate import report
-
+    found: report.Simulation[Any]
+    table: Callable[[Any], RenderableType] = tables.of_policies
+    draw: Callable[..., None] = report.plot
+    with stderr_console(quiet).status("compiling") as status:
+        if prefetch is not None:
+            found = _predictions(recorded, prefetch, policy, slots, partition, embed, status)
+            table, draw = tables.of_predictors, prefetching.plot
+        elif approx is not None:
+            status.update("simulating")
+            specs = parse_policies("lfu-aged" if policy == "all" else policy)
+            rows = simulate_approximately(recorded, specs, split_list(approx), slots, partition)
+            found = report.Simulation.of(recorded, rows, machine)
+        else:
+            rows = simulate(
+                recorded,
+                parse_policies(policy),
+                slots,
+                partition,
+                per_sequence,
+                read(guide) if guide else None,
+                lambda name, size: status.update(Text(f"{name}, {size} slots")),
+                embed,
+            )
+            found = report.Simulation.of(recorded, rows, machine)
     if not quiet:
-        stdout_console().print(tables.of_policies(found))
+        stdout_console().print(table(found))
     if json_file:
         json_file.write(found.as_dict())
     if plot:
-        report.plot(found.rows, plot, found.model)
+        draw(found.rows, plot, found.model)
 
 
-def _prefetch(
+def _predictions(
     trace: RoutingTrace,
     predictors: str,
     policy: str,
     slots: list[int],
     partition: str,
     embed: Embed | None,
-    figure: Path | None,
-    json_file: JsonFile | None,
-    quiet: bool,
-) -> None:
-    """Judge predictors: a table, JSON, a figure."""
-    from flashmoe.cli import tables
-    from flashmoe.simulate import prefetch
+    status: Status,
+) -> Simulation[PrefetchRow]:
+    """Predictors, judged against one policy."""
+    from flashmoe.simulate.prefetch import parse_predictors, simulate_prefetch
     from flashmoe.simulate.report import Simulation
 
-    specs = prefetch.parse_predictors(predictors)
+    specs = parse_predictors(predictors)
     policy = "lfu-aged" if policy == "all" else policy
     if "," in policy:
         raise UsageError(f"--prefetch judges against one policy, got {policy}: name one")
-    with stderr_console(quiet).status("compiling") as status:
-        rows = prefetch.simulate_prefetch(
-            trace,
-            specs,
-            slots,
-            policy,
-            partition,
-            lambda name, done: status.update(Text(f"{name}, {done} of {trace.n_tokens} tokens")),
-            embed,
-        )
-    found = Simulation.of(trace, rows)
-    if not quiet:
-        stdout_console().print(tables.of_predictors(found))
-    if json_file:
-        json_file.write(found.as_dict())
-    if figure:
-        prefetch.plot(rows, figure, found.model)
+    rows = simulate_prefetch(
+        trace,
+        specs,
+        slots,
+        policy,
+        partition,
+        lambda name, done: status.update(Text(f"{name}, {done} of {trace.n_tokens} tokens")),
+        embed,
+    )
+    return Simulation.of(trace, rows)
 
 
 def _machine(
@@ -235,11 +224,9 @@ def _embeddings(catalog: ExpertCatalog) -> Embed | None:
 
 def _catalog(model: str, trace: RoutingTrace) -> ExpertCatalog:
     """The experts of a GGUF model. Raises UsageError where the trace is of a model of other shape."""
-    from flashmoe.storage.catalog import ExpertCatalog
-    from flashmoe.storage.gguf import read_gguf
-    from flashmoe.storage.hub import resolve
+    from flashmoe.storage.hub import read_catalog
 
-    catalog = ExpertCatalog.from_gguf(read_gguf(resolve(model)))
+    catalog = read_catalog(model)
     mine = len(catalog.layers), catalog.n_experts
     if mine != (trace.n_layers, trace.num_experts):
         raise UsageError(

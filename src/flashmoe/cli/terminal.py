@@ -1,4 +1,4 @@
-"""Whom `flashmoe chat` talks to in a terminal: a line editor with history, answers as Markdown."""
+"""`flashmoe chat` in a terminal: a line editor with history, answers as Markdown."""
 
 from __future__ import annotations
 

@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from flashmoe.routing.trace import RoutingTrace
 
 SAVE_EVERY = 30.0  # seconds
-_SAMPLING = SamplingOptions()
 
 app = typer.Typer(help="Record, inspect, import, merge and split routing traces.", no_args_is_help=True)
 
 
 @app.command()
-@with_options(sampling=SamplingOptions)
+@with_options
 def record(
+    *,
     model: options.Model,
     prompts: Annotated[
         Path,
@@ -55,7 +55,7 @@ def record(
     cache: options.Cache = None,
     ctx_size: options.CtxSize = None,
     threads: options.Threads = None,
-    sampling: SamplingOptions = _SAMPLING,
+    sampling: SamplingOptions,
     restart: Annotated[
         bool, typer.Option("--restart", help="Overwrite an existing trace instead of continuing it.")
     ] = False,

@@ -13,11 +13,16 @@ from rich.table import Table
 from flashmoe.cli import options
 from flashmoe.cli.progress import stderr_console, stdout_console
 
+Traces = Annotated[list[Path], typer.Argument(help="Routing traces of one model.")]
+HeldOut = Annotated[
+    float, typer.Option("--held-out", help="Share of sequences held out for evaluation, 0 to 1.")
+]
+Threads = Annotated[
+    int | None, typer.Option("-t", "--threads", help="Number of training threads.", min=1, max=512)
+]
+_MOST = (1 << 63) - 1  # torch's
 Seed = Annotated[
-    int,
-    typer.Option(
-        "--seed", help="Random seed of weights and order of samples.", min=0, max=(1 << 63) - 1
-    ),  # torch's
+    int, typer.Option("--seed", help="Random seed of weights and order of samples.", min=0, max=_MOST)
 ]
 app = typer.Typer(help="Learn from routing traces (needs torch).", no_args_is_help=True)
 
@@ -29,7 +34,7 @@ def _group() -> None:
 
 @app.command("policy")
 def policy(
-    traces: Annotated[list[Path], typer.Argument(help="Routing traces of one model.")],
+    traces: Traces,
     output: Annotated[Path, typer.Option("-o", "--output", help="Policy file to write (.safetensors).")],
     kind: Annotated[
         str, typer.Option("--kind", help="Policy to train: flashmoe (the paper's network) or flashmoe+.")
@@ -40,12 +45,8 @@ def policy(
     minutes: Annotated[
         float, typer.Option("--minutes", help="Maximum training time in minutes.", min=0)
     ] = 10.0,
-    held_out: Annotated[
-        float, typer.Option("--held-out", help="Share of sequences held out for evaluation, 0 to 1.")
-    ] = 0.05,
-    threads: Annotated[
-        int | None, typer.Option("-t", "--threads", help="Number of training threads.", min=1, max=512)
-    ] = None,
+    held_out: HeldOut = 0.05,
+    threads: Threads = None,
     seed: Seed = 0,
     json_file: options.Json = None,
     plot: Annotated[
@@ -91,7 +92,7 @@ def policy(
 
 @app.command("prefetch")
 def prefetch(
-    traces: Annotated[list[Path], typer.Argument(help="Routing traces of one model.")],
+    traces: Traces,
     output: Annotated[Path, typer.Option("-o", "--output", help="Predictor file to write (.safetensors).")],
     kind: Annotated[
         str,
@@ -106,12 +107,8 @@ def prefetch(
     minutes: Annotated[
         float, typer.Option("--minutes", help="Maximum training time in minutes (promoe).", min=0)
     ] = 5.0,
-    held_out: Annotated[
-        float, typer.Option("--held-out", help="Share of sequences held out for evaluation, 0 to 1.")
-    ] = 0.05,
-    threads: Annotated[
-        int | None, typer.Option("-t", "--threads", help="Number of training threads.", min=1, max=512)
-    ] = None,
+    held_out: HeldOut = 0.05,
+    threads: Threads = None,
     seed: Seed = 0,
     json_file: options.Json = None,
     quiet: options.Silent = False,

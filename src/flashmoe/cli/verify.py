@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from pathlib import Path
 
 from flashmoe.cli import options
@@ -24,8 +23,8 @@ def verify(
     from flashmoe.tools.integrity import verify as verify_model
 
     console = stderr_console(quiet)
-    with LoadProgress(console) if console.is_terminal else nullcontext() as progress:
-        verdict = verify_model(model, progress.update if progress else lambda stage, done, total: None)
+    with LoadProgress(console) as progress:
+        verdict = verify_model(model, progress.update)
     if json_file:
         json_file.write(verdict.as_dict())
     rate = f"{format_bytes(verdict.read_bytes)} in {verdict.seconds:.1f} s"

@@ -1,1 +1,1 @@
-"""What every floor stands on: units, plug-ins, files, plots, facts about the machine."""
+"""What all other packages use: units, plug-ins, files, plots, facts about the machine."""

@@ -1,4 +1,4 @@
-"""Processes that run a module of ours."""
+"""The command that runs a module of this package in a child process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A short way into compiled code: numbers go in, and the arrays are already there.
+"""Cheap calls into compiled code: arguments are numbers, and arrays are pinned beforehand.
 
 Called with a hundred arrays in tuples, numba looks at each of them before its code runs. In a loop that takes some
 microseconds; between two layers of a model, whose weights fill the processor's caches, it took 50 to 70. `Pinned`
@@ -104,6 +104,31 @@ def _call5(_typing: Any, _function: Any, _a: Any, _b: Any, _c: Any, _d: Any, _e:
 #: In compiled code: call the C function at an address with four or five int64; what it returns is one, too.
 call4: Any = _call4
 call5: Any = _call5
+
+
+def function_at(result: Any, *arguments: Any) -> Any:
+    """What calls, in compiled code, the C function of one or two arguments at an address: f(address, ...).
+
+    result, arguments: numba's types.
+    """
+    signature = result(types.int64, *arguments)
+
+    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
+        nothing = result == types.void
+        returned = ir.VoidType() if nothing else context.get_value_type(result)
+        kind = ir.FunctionType(returned, [context.get_value_type(argument) for argument in arguments])
+        made = builder.call(builder.inttoptr(args[0], kind.as_pointer()), list(args[1:]))
+        return context.get_dummy_value() if nothing else made
+
+    @intrinsic
+    def call1(_typing: Any, _function: Any, _a: Any) -> Any:
+        return signature, generate
+
+    @intrinsic
+    def call2(_typing: Any, _function: Any, _a: Any, _b: Any) -> Any:
+        return signature, generate
+
+    return call1 if len(arguments) == 1 else call2
 
 
 @cache

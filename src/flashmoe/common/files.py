@@ -1,4 +1,4 @@
-"""Small files of our own: where they are kept, and how they are written so that half a file is never read."""
+"""Small files of our own: where they are kept, and how they are written atomically."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import re
 import secrets
 import stat
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import IO
 
-from flashmoe.errors import FlashMoEError, FlashMoEWarning
+from flashmoe.errors import FlashMoEError, warn
 
 _HEAD = 64 << 10  # bytes that say what a file is
 _PRECIOUS = "a model, a trace or a trained file is there"
@@ -64,10 +63,9 @@ def _instead_of(folder: Path) -> Path | None:
         where = (
             f"compiled code and notes are kept in {own}" if own else "each start compiles and measures anew"
         )
-        warnings.warn(
+        warn(
             f"{folder}: cannot be written ({error.strerror}): {where}; name a folder that can be in XDG_CACHE_HOME",
-            FlashMoEWarning,
-            stacklevel=3,
+            3,
         )
         return own or folder
 

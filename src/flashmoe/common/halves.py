@@ -1,4 +1,4 @@
-"""Numbers of 16 bits in compiled code, which numba has no type for: what is large is read in half the time so."""
+"""Floats of 16 bits (float16, bfloat16) in compiled code, which numba has no type for."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def address_room() -> tuple[int, str] | None:
         if most != resource.RLIM_INFINITY:
             rooms.append((max(0, most - status_bytes(field)), name))
     if counts_promises():
-        most, promised = (_meminfo_bytes(name) for name in ("CommitLimit", "Committed_AS"))
+        most, promised = (status_bytes(name, "/proc/meminfo") for name in ("CommitLimit", "Committed_AS"))
         rooms.append((max(0, most - promised), "vm.overcommit_memory=2"))
     return min(rooms, default=None)
 
@@ -146,19 +146,10 @@ def spare_addresses() -> None:
             ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
-def _meminfo_bytes(field: str) -> int:
-    """A field of /proc/meminfo; 0 where it does not exist."""
+def status_bytes(field: str, file: str = "/proc/self/status") -> int:
+    """A field of a process's status in bytes (VmRSS, VmHWM, VmData, RssAnon); 0 where it does not exist."""
     try:
-        match = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    except OSError:
-        match = None
-    return int(match[1]) << 10 if match else 0
-
-
-def status_bytes(field: str) -> int:
-    """A field of /proc/self/status in bytes (VmRSS, VmHWM, VmData, RssAnon); 0 where it does not exist."""
-    try:
-        match = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        match = re.search(rf"^{field}:\s+(\d+) kB", Path(file).read_text(), re.MULTILINE)
     except OSError:
         match = None
     return int(match[1]) << 10 if match else 0

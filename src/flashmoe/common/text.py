@@ -1,4 +1,4 @@
-"""Text of any origin: files and arguments in other encodings, names that are not for every terminal."""
+"""Text of any origin: encodings of files and arguments, and names that every terminal can print."""
 
 from __future__ import annotations
 
@@ -54,6 +54,11 @@ def argument(text: str, source: str) -> str:
     """What a user has typed as an argument. Where Python could not decode it (another encoding than the locale's, or
     UTF-8 in the locale C), it is UTF-8. Raises UsageError."""
     return decode(os.fsencode(text), source) if _has_surrogates(text) else text
+
+
+def split_list(text: str) -> list[str]:
+    """The items of a comma-separated list, empty ones left out."""
+    return [item.strip() for item in text.split(",") if item.strip()]
 
 
 def printable(name: str) -> str:

@@ -16,7 +16,7 @@ from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.pool import SlotPool
 from flashmoe.errors import UsageError
 from flashmoe.prefetch.base import Predictor
-from flashmoe.prefetch.scheduler import Prefetcher
+from flashmoe.prefetch.scheduler import Ahead, Prefetcher
 from flashmoe.routing.recorder import RoutingObserver
 from flashmoe.routing.rewrite import Rewriter
 
@@ -97,39 +97,21 @@ class Sampler(Protocol):
 
     def sample(self) -> int:
         """Choose a token from the logits of the last evaluation."""
-        ...
 
     def close(self) -> None: ...
 
 
-class Tiers(Protocol):
-    """A tier of experts on a device, in front of the cache in RAM."""
-
-    @property
-    def policy(self) -> EvictionPolicy:
-        """Of the cache in RAM."""
-        ...
-
-    def prefetch(self, layer: int, experts: Sequence[int]) -> None:
-        """`ExpertCache.prefetch` for experts that the device does not have."""
-        ...
-
-    @property
-    def seconds_per_miss(self) -> float:
-        """`ExpertCache.seconds_per_miss` of the cache in RAM."""
-        ...
+class Tiers(Ahead, Protocol):
+    """A tier of experts on a device, in front of the cache in RAM, which reads ahead what the device does not have."""
 
     def begin_sequence(self) -> None:
         """A new prompt or conversation begins."""
-        ...
 
     def figures(self) -> dict[str, float]:
         """Requests of decoding by where the expert was, and copies of all phases; rates in 1e9 bytes per second."""
-        ...
 
     def close(self) -> None:
         """End the use of the pool in RAM, before its memory is given back."""
-        ...
 
 
 class Engine(Protocol):
@@ -146,92 +128,72 @@ class Engine(Protocol):
     @property
     def no_text(self) -> str:
         """Why it makes no text, token by token; "" where it does."""
-        ...
 
     @property
     def has_server(self) -> bool:
         """Whether llama.cpp's own server can run over it."""
-        ...
 
     @property
     def tiers(self) -> Tiers | None:
         """After `attach`, where experts are on a device too."""
-        ...
 
     def tokenize(self, text: str, special: bool = False, begin: bool = True) -> list[int]:
         """Token ids of `text`; with `begin` a beginning-of-sequence token first, where the model has one.
 
         `special`: control tokens that are written out in the text are read as such.
         """
-        ...
 
     def piece(self, token: int, special: bool = False) -> bytes:
         """The bytes that `token` stands for; for a control token none, or with `special` its name."""
-        ...
 
     def is_end(self, token: int) -> bool:
         """Whether `token` ends the generation."""
-        ...
 
     def attach(self, pool: SlotPool, slots: Sequence[int], cache: ExpertCache) -> None:
         """Let the experts live in `pool`, of `slots[g]` slots in size group g, filled by `cache`: before `decode`."""
-        ...
 
     def record(self, recorder: RoutingObserver | None) -> None:
         """Let `recorder` see every layer's routing from here on; the caller of `decode` ends its steps."""
-        ...
 
     def prefetch(self, prefetcher: Prefetcher) -> None:
         """Let `prefetcher` see every layer's routing from here on, and read ahead."""
-        ...
 
     def approximate(self, rewriter: Rewriter) -> None:
         """Let the routes of decoded tokens be rewritten; after `attach`. Raises UsageError where that cannot be."""
-        ...
 
     def inform(self, followers: Sequence[EvictionPolicy | Predictor]) -> None:
         """Tell policies and predictors with `needs_ranking` what the engine knows: the embeddings of tokens, and what
         routers say of decoded ones; after `attach`."""
-        ...
 
     def override_routing(self, override: Callable[[int, NDArray[np.int32]], None]) -> None:
         """Let `override` overwrite the ids, (layer, int32 [tokens, top_k]), before they are made resident."""
-        ...
 
     def past(self) -> int:
         """Tokens evaluated so far."""
-        ...
 
     def decode(self, tokens: Sequence[int], *, embed: bool = False) -> None:
         """Evaluate at most `n_ubatch` tokens after those before; with `embed`, for `embedding`.
 
         Raises ReadError, and leaves everything as it was.
         """
-        ...
 
     def logits(self, index: int = -1) -> NDArray[np.float32]:
         """Logits of the last evaluation, float32 [vocabulary]: of its last token, or of any where all are kept."""
-        ...
 
     def embedding(self) -> NDArray[np.float32]:
         """Of the tokens last evaluated with `embed`, pooled, float32 [n_embd]."""
-        ...
 
     def sampler(self, sampling: SamplingParams) -> Sampler:
         """A sampler; close it."""
-        ...
 
     def rewind(self, n_past: int) -> int:
         """Forget tokens from position `n_past` on, or more; returns how many are left."""
-        ...
 
     def enter_thread(self) -> None:
         """Let the calling thread compute with the engine's number of threads, where each thread has its own."""
-        ...
 
     def close(self) -> None:
         """Free everything."""
-        ...
 
 
 @runtime_checkable
@@ -243,4 +205,3 @@ class TemplateEngine(Engine, Protocol):
 
         Raises ModelError where there is no template, or it does not take these messages.
         """
-        ...

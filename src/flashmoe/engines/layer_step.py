@@ -1,4 +1,4 @@
-"""What every engine does between a layer's router and its experts, and the clock of it.
+"""What every engine does between a layer's router and its experts, and how long that takes.
 
 A layer's routing is recorded, its experts are made resident, and while their reads are under way the prefetcher sees
 the routing and reads ahead.
@@ -7,7 +7,6 @@ the routing and reads ahead.
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.common.signals import SafeLock
-from flashmoe.errors import FlashMoEWarning
+from flashmoe.errors import warn
 from flashmoe.prefetch.scheduler import CompiledTurn, Prefetcher
 from flashmoe.routing.recorder import RoutingObserver
 
@@ -30,11 +29,9 @@ class Residents(Protocol):
     @property
     def waited(self) -> float:
         """Seconds waited so far, the cache's `stall_seconds` aside."""
-        ...
 
     def begin_step(self, tokens: int, top_k: int) -> None:
         """See `ExpertCache.begin_step`."""
-        ...
 
 
 class LayerStep:
@@ -105,7 +102,7 @@ class LayerStep:
             return
         if failed := self._failure(lambda: what(recorder)):
             self.recorder = None
-            warnings.warn(f"recording of the routing has ended: {failed}", FlashMoEWarning, stacklevel=3)
+            warn(f"recording of the routing has ended: {failed}", 3)
 
     def _failure(self, call: Callable[[], None]) -> Exception | None:
         """What `call` has raised: an evaluation does not fail because it is looked at.
@@ -123,7 +120,7 @@ class LayerStep:
         """Call the prefetcher, whose predictors may be a user's own."""
         if failed := self._failure(call):
             self._asked = self.prefetcher = None
-            warnings.warn(f"prefetching has ended: {failed}", FlashMoEWarning, stacklevel=2)
+            warn(f"prefetching has ended: {failed}")
 
     def serve(
         self,
@@ -135,8 +132,8 @@ class LayerStep:
     ) -> Slots:
         """Make a layer's experts resident; returns what `ensure` does.
 
-        ensure: takes what to call while reads are under way. hidden: the router's input of a single token, float32 [n],
-        where it is known. computed: seconds that `ensure` has spent computing with the experts.
+        ensure: takes what to call while reads are under way. hidden: the router's input, float32 [tokens, n], where it
+        is known. computed: seconds that `ensure` has spent computing with the experts.
         """
         assert self.cache is not None
         stats, residents, asked = self.cache.stats[self.cache.phase], self.residents, self._asked
@@ -144,10 +141,10 @@ class LayerStep:
         def look_ahead() -> None:
             assert asked is not None
             if len(ids) > 1:
-                asked.routed_many(layer, ids)
+                asked.routed_many(layer, ids, hidden())
                 return
             if (seen := hidden()) is not None:
-                asked.predictor.see(layer, seen)
+                asked.predictor.see(layer, seen[0])
             asked.routed(layer, ids[0])
 
         meanwhile = None if asked is None else lambda: self.ask(look_ahead)

@@ -19,10 +19,8 @@ from flashmoe.routing.trace import RoutingTrace
 
 DECAYS = (0.5, 0.9)
 VECTORS = 8192  # of tokens; more tokens share them
-LENGTH, BEFORE = (
-    64,
-    24,
-)  # tokens of a segment that are learned from, and those before that only feed the averages
+# tokens of a segment that are learned from, and those before that only feed the averages
+LENGTH, BEFORE = (64, 24)
 SEGMENTS = 8  # a batch, at most
 
 

@@ -43,7 +43,7 @@ LEAD = 0.002  # in hit rate, that makes a policy better
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of it. Hit rates of the newest part: {capacity: {policy: rate}}."""
+    """The result of learning. Hit rates of the newest part: {capacity: {policy: rate}}."""
 
     tokens: int  # trained on
     held_out_tokens: int

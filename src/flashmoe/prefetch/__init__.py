@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from flashmoe.common.plugins import Listed, Registry
+from flashmoe.common.plugins import Registry
 from flashmoe.prefetch.base import Predictor, PredictorError
 
 __all__ = [
@@ -43,16 +43,8 @@ AUTO = ("gate", "table")
 
 
 _REGISTRY = Registry(Predictor, "predictor", PredictorError, __name__, BUILTIN, ENTRY_POINTS, also=("none",))
-
-
-def available() -> list[str]:
-    """Names of all predictors: "none", then those built in, then those of other packages."""
-    return _REGISTRY.available()
-
-
-def listed() -> list[Listed]:
-    """All predictors, with what a list of them says of each."""
-    return _REGISTRY.listed()
+#: Names of all predictors, "none" in front; and all with what a list says of each: see Registry.
+available, listed = _REGISTRY.available, _REGISTRY.listed
 
 
 def needs_hidden(spec: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a predictor of routing is, to the prefetch scheduler and to the simulator alike."""
+"""The interface of predictors of routing, for the prefetch scheduler and the simulator."""
 
 from __future__ import annotations
 
@@ -100,6 +100,18 @@ class Predictor:
         where nothing is known yet.
         """
         raise NotImplementedError
+
+    def predict_many(self, layer: int, target: int, hidden: Float32, out: Float32) -> None:
+        """Fill out, float32 [E], with the largest chance that a token of a micro-batch picks each expert.
+
+        hidden: the inputs of a layer's router, float32 [tokens, n]. Of predictors with `needs_hidden`.
+        """
+        chances = np.empty_like(out)
+        out[:] = 0
+        for seen in hidden:
+            self.see(layer, seen)
+            self.predict(layer, target, chances)
+            np.maximum(out, chances, out=out)
 
     def use_routers(self, routers: Sequence[Any]) -> None:
         """The routers of all layers (gate.Router), from an engine that can show them; kept by `gate` only."""

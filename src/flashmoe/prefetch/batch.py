@@ -57,12 +57,10 @@ class TextPredictor(Predictor):
         raise NotImplementedError
 
     def bind(self, n_layers: int, n_experts: int, top_k: int) -> None:
-        """See Predictor."""
         super().bind(n_layers, n_experts, top_k)
         self._batch = MicroBatch(n_layers, top_k)
 
     def observe_many(self, layer: int, ids: Int32, tokens: Int32) -> None:
-        """See Predictor."""
         if self._batch.begins_with(layer):
             self._settle()
         if self._batch.add(layer, ids, tokens):

@@ -73,7 +73,6 @@ class FineMoE(Predictor):
         self._embedder = maps.Embedder()
 
     def make_state(self, n_layers: int, n_experts: int, top_k: int) -> MapState:
-        """See Predictor."""
         compiled = maps.make_state(1, 1, 1)
         maps.begin(compiled, np.zeros(maps.WIDTH, np.float32))
         observe(compiled, 0, np.zeros((1, 1), np.int32))
@@ -81,38 +80,31 @@ class FineMoE(Predictor):
         return maps.make_state(n_layers, n_experts, self.size)
 
     def use_embeddings(self, embed: Embed) -> None:
-        """See Predictor."""
         self._embedder.use(embed)
 
     def begin_sequence(self) -> None:
         """See Predictor. Steps are compared, not sequences."""
 
     def begin_step(self, token: int) -> None:
-        """See Predictor."""
         self._begin([token])
 
     def _begin(self, tokens: Sequence[int]) -> None:
         maps.begin(self._state, self._embedder(tokens))
 
     def rank(self, layer: int, ids: NDArray[Any], scores: NDArray[Any]) -> None:
-        """See Predictor."""
         maps.rank(self._state, layer, ids, scores)
 
     def observe(self, layer: int, ids: Int32) -> None:
-        """See Predictor."""
         observe(self._state, layer, ids[np.newaxis])
 
     def observe_many(self, layer: int, ids: Int32, tokens: Int32) -> None:
-        """See Predictor."""
         last = self._state.number[maps.LAYER]
         if last < 0 or layer <= last:
             self._begin(tokens.tolist())
         observe(self._state, layer, np.ascontiguousarray(ids))
 
     def predict(self, layer: int, target: int, out: Float32) -> None:
-        """See Predictor."""
         predict(self._state, target, self.top_k, out)
 
     def limits(self) -> dict[str, Limits]:
-        """See Predictor."""
         return maps.limits(self._state)

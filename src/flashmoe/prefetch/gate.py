@@ -94,12 +94,10 @@ class Gate(Predictor):
         self._pin(self._calls._replace(slot_of=slot_of))
 
     def see(self, layer: int, hidden: Float32) -> None:
-        """See Predictor."""
         self._hidden = np.ascontiguousarray(hidden, np.float32)
         self._calls.number[SEEN], self._calls.number[HIDDEN] = layer, self._hidden.ctypes.data
 
     def make_state(self, n_layers: int, n_experts: int, top_k: int) -> GateState:
-        """See Predictor."""
         fit = np.tile([_SLOPE, 0.0, TRUST, 0.0, TRUST], (n_layers, 1))
         state = GateState(fit, np.zeros((n_layers, n_experts), np.float32))
         calls = GateCalls(
@@ -126,15 +124,12 @@ class Gate(Predictor):
         """See Predictor."""
 
     def begin_step(self, token: int) -> None:
-        """See Predictor."""
         self._calls.number[[SEEN, ASKED, FOLLOWED]] = -1
 
     def observe(self, layer: int, ids: Int32) -> None:
-        """See Predictor."""
         observe_at(self._pinned.address, layer, ids.ctypes.data, len(ids), 0)
 
     def observe_many(self, layer: int, ids: Int32, tokens: Int32) -> None:
-        """See Predictor."""
         count(ids, self._calls.picked[layer])
 
     def check_model(self, model: Mapping[str, Any]) -> None:
@@ -145,7 +140,6 @@ class Gate(Predictor):
         predict_at(self._pinned.address, layer, target, out.ctypes.data)
 
     def compiled(self) -> Compiled | None:
-        """See Predictor."""
         return Compiled(
             address_of(observe_at, OBSERVE), address_of(predict_at, PREDICT), self._pinned.address
         )

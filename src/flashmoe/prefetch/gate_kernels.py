@@ -23,7 +23,7 @@ TYPES = (np.float32, np.int16, np.uint16)  # of a router's matrix
 
 
 class GateCalls(NamedTuple):
-    """What `gate` goes by: L layers of E experts, a hidden state of n numbers."""
+    """The arrays of `gate`'s kernels: L layers of E experts, a hidden state of n numbers."""
 
     fit: NDArray[np.float64]  # [L, 5] what a margin means, `learn`
     picked: NDArray[np.float32]  # [L, E] how often, `count`
@@ -49,7 +49,7 @@ def products(
     scaled: Any,
     experts: Any,
     out: Any,
-) -> Any:  # pragma: no cover - compiled
+) -> Any:
     """The products of a router's rows with a hidden state, of absent experts and of up to `hot` residents.
 
     weights [E, n] (see Router); slot_of: int32 [E], -1 where absent; picked: float32 [E], residents with the largest
@@ -105,7 +105,7 @@ def chances(
     choice_bias: Any,
     fit: Any,
     out: Any,
-) -> None:  # pragma: no cover - compiled
+) -> None:
     """Turn products into margins, and those of absent experts into chances.
 
     A margin is the distance to the k-th best of all that were found, in standard deviations. scores: float32 [E], of
@@ -130,7 +130,7 @@ def chances(
 
 
 @kept(nogil=True)
-def learn(margins: Any, experts: Any, absent: Any, ids: Any, fit: Any) -> None:  # pragma: no cover - compiled
+def learn(margins: Any, experts: Any, absent: Any, ids: Any, fit: Any) -> None:
     """A step of a layer's logistic regression from the margins of absent experts to picks, by Newton's method.
 
     ids: int32 [k], what the router has picked; fit: float64 [5], slope and offset, and the second derivatives of the
@@ -159,9 +159,7 @@ def learn(margins: Any, experts: Any, absent: Any, ids: Any, fit: Any) -> None: 
 
 
 @kept(fastmath=True, nogil=True)
-def expect(
-    hidden: Any, old_norm: Any, new_norm: Any, shift: Any, scaled: Any
-) -> None:  # pragma: no cover - compiled
+def expect(hidden: Any, old_norm: Any, new_norm: Any, shift: Any, scaled: Any) -> None:
     """Fill scaled [n] with what a router ahead would see, were its state the present one but for the mean shift.
 
     hidden: float32 [n], normalised and multiplied with old_norm [n], which new_norm [n] replaces; shift: float32
@@ -178,9 +176,7 @@ def expect(
 
 
 @kept(fastmath=True, nogil=True)
-def follow(
-    hidden: Any, norm: Any, before: Any, shift: Any, steps: Any, known: Any
-) -> Any:  # pragma: no cover - compiled
+def follow(hidden: Any, norm: Any, before: Any, shift: Any, steps: Any, known: Any) -> Any:
     """Take a layer's state, hidden [n] as in `expect`, into before [n]; known: whether the one before is there, so that
     the mean shift [n] of `steps` tokens learns. Returns of how many tokens it is then."""
     rate = np.float32(1.0 / min(steps + 1 + DOUBT, LATELY))
@@ -193,7 +189,7 @@ def follow(
 
 
 @kept(nogil=True)
-def count(ids: Any, picked: Any) -> None:  # pragma: no cover - compiled
+def count(ids: Any, picked: Any) -> None:
     """Add picks of a layer, int32 [tokens, k], to how often each expert was picked lately, float32 [E]."""
     for t in range(ids.shape[0]):
         for e in range(picked.shape[0]):
@@ -207,7 +203,7 @@ def _reached() -> tuple[Any, ...]:
 
 
 @kept(also=_reached, nogil=True)
-def observe_at(address: Any, layer: Any, ids: Any, n: Any, hidden: Any) -> Any:  # pragma: no cover - compiled
+def observe_at(address: Any, layer: Any, ids: Any, n: Any, hidden: Any) -> Any:
     """Compiled.observe, of pinned GateCalls."""
     st = pinned(address, KIND)
     if hidden != 0:
@@ -227,7 +223,7 @@ def observe_at(address: Any, layer: Any, ids: Any, n: Any, hidden: Any) -> Any: 
 
 
 @kept(nogil=True)
-def _score(st: Any, layer: Any, target: Any, weights: Any) -> Any:  # pragma: no cover - compiled
+def _score(st: Any, layer: Any, target: Any, weights: Any) -> Any:
     """`products` of the router of layer `target` with the router's input of `layer`."""
     n = st.scaled.shape[0]
     hidden = carray(float32_at(st.number[HIDDEN]), n)
@@ -241,7 +237,7 @@ def _score(st: Any, layer: Any, target: Any, weights: Any) -> Any:  # pragma: no
 
 
 @kept(also=_reached, nogil=True)
-def predict_at(address: Any, layer: Any, target: Any, out: Any) -> Any:  # pragma: no cover - compiled
+def predict_at(address: Any, layer: Any, target: Any, out: Any) -> Any:
     """Compiled.predict, of pinned GateCalls."""
     st = pinned(address, KIND)
     n_experts, n = st.slot_of.shape[1], st.scaled.shape[0]

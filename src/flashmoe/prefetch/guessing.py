@@ -74,7 +74,7 @@ def guesses(slot_of: NDArray[np.int32], used: NDArray[np.int32], predictors: int
 
 
 @kept()
-def note(st: Any, layer: Any, ids: Any) -> None:  # pragma: no cover - compiled
+def note(st: Any, layer: Any, ids: Any) -> None:
     """Compare what was guessed about a layer with what its router has picked, int32 [k]."""
     if st.known[layer] != 0:
         st.known[layer] = 0
@@ -99,7 +99,7 @@ def note(st: Any, layer: Any, ids: Any) -> None:  # pragma: no cover - compiled
 
 
 @kept()
-def wants(st: Any, target: Any) -> Any:  # pragma: no cover - compiled
+def wants(st: Any, target: Any) -> Any:
     """Whether to ask a predictor about a layer."""
     n_layers, n_experts = st.slot_of.shape
     if target == n_layers or st.number[LOOKS] == 0 or st.used[target] == n_experts:
@@ -114,7 +114,7 @@ def wants(st: Any, target: Any) -> Any:  # pragma: no cover - compiled
 
 
 @kept()
-def choose(st: Any, target: Any, seconds: Any) -> Any:  # pragma: no cover - compiled
+def choose(st: Any, target: Any, seconds: Any) -> Any:
     """An answer about a layer is in `chances`: how many of its likeliest absent experts are worth a read.
 
     seconds: that the answer took.
@@ -146,7 +146,7 @@ def _reached() -> tuple[Any, ...]:
 
 
 @kept(also=_reached, nogil=True)
-def turn(address: Any, layer: Any, ids: Any, n: Any, hidden: Any) -> Any:  # pragma: no cover - compiled
+def turn(address: Any, layer: Any, ids: Any, n: Any, hidden: Any) -> Any:
     """A layer's router has spoken: predictors learn, and are asked about the next layer.
 
     address: of pinned Guesses, whose `entries` are set; ids: address of int32 [n]; hidden: address of the router's

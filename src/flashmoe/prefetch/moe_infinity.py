@@ -68,7 +68,6 @@ class MoEInfinity(Predictor):
         self.size = size
 
     def make_state(self, n_layers: int, n_experts: int, top_k: int) -> MoEInfinityState:
-        """See Predictor."""
         state: Any = policy.MoEInfinity(self.size).make_state(n_layers, n_experts)
         compiled = policy.MoEInfinity(1).make_state(1, 1)
         observe(compiled, 0, np.zeros(1, np.int32))
@@ -77,24 +76,19 @@ class MoEInfinity(Predictor):
         return state
 
     def begin_sequence(self) -> None:
-        """See Predictor."""
         reset(self._state)
 
     def begin_step(self, token: int) -> None:
         """See Predictor. Tokens say nothing here."""
 
     def observe(self, layer: int, ids: Int32) -> None:
-        """See Predictor."""
         observe(self._state, layer, ids)
 
     def observe_many(self, layer: int, ids: Int32, tokens: Int32) -> None:
-        """See Predictor."""
         observe(self._state, layer, np.ascontiguousarray(ids).ravel())
 
     def predict(self, layer: int, target: int, out: Float32) -> None:
-        """See Predictor."""
         predict(self._state, target, self.top_k, out)
 
     def limits(self) -> dict[str, Limits]:
-        """See Predictor."""
         return policy.limits(self.size)

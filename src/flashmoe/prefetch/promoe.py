@@ -154,11 +154,9 @@ class ProMoE(TextPredictor):
         self.weights = {name: trained.array(name, *shape) for name, shape in shapes.items()}
 
     def check_model(self, model: Mapping[str, Any]) -> None:
-        """See Predictor."""
         self.trained.check_model(model)
 
     def make_state(self, n_layers: int, n_experts: int, top_k: int) -> ProMoEState:
-        """See Predictor."""
         self.trained.check_shape(n_layers, n_experts, top_k)
         r = self.weights["embed"].shape[2]
         state = ProMoEState(
@@ -177,25 +175,20 @@ class ProMoE(TextPredictor):
         return state
 
     def begin_sequence(self) -> None:
-        """See Predictor."""
         self._settle()
         reset(self._state)
 
     def begin_step(self, token: int) -> None:
-        """See Predictor."""
         self._settle()
         begin(self._state, token)
 
     def observe(self, layer: int, ids: Int32) -> None:
-        """See Predictor."""
         observe(self._state, layer, ids)
 
     def follow(self, batch: MicroBatch) -> None:
-        """See TextPredictor."""
         observe_text(self._state, *batch.take(RECENT))
 
     def predict(self, layer: int, target: int, out: Float32) -> None:
-        """See Predictor."""
         predict(self._state, layer, target, out)
 
     def state(self) -> dict[str, NDArray[Any]]:
@@ -204,6 +197,5 @@ class ProMoE(TextPredictor):
         return {name: value for name, value in super().state().items() if name not in self.weights}
 
     def load_state(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """See Predictor."""
         super().load_state({**arrays, **self.weights})
         self._state.now[0] = -1

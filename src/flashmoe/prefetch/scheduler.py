@@ -19,7 +19,7 @@ import numpy as np
 
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.common.compiled import Pinned, address_of
-from flashmoe.prefetch.base import Int32, Predictor
+from flashmoe.prefetch.base import Float32, Int32, Predictor
 from flashmoe.prefetch.guessing import (
     KIND,
     LEARNING,
@@ -34,6 +34,7 @@ from flashmoe.prefetch.guessing import (
     turn,
     wants,
 )
+from flashmoe.prefetch.prompts import PromptGuesses
 
 _TRIAL = 12  # steps after which a predictor is judged, again and again
 _LEAST_RIGHT = 0.05  # right guesses per layer and step that make a predictor worth asking
@@ -64,20 +65,18 @@ class Ahead(Protocol):
     @property
     def policy(self) -> EvictionPolicy:
         """Who is resident."""
-        ...
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> None:
         """See `ExpertCache.prefetch`."""
-        ...
 
     @property
     def seconds_per_miss(self) -> float:
         """See `ExpertCache.seconds_per_miss`."""
-        ...
 
 
 class Prefetcher:
-    """Feeds a predictor with the routing and prefetches what it is sure enough of while single tokens are decoded.
+    """Feeds a predictor with the routing and prefetches what it is sure enough of while single tokens are decoded, and
+    what the routers say of short prompts.
 
     Given several predictors (`auto`), it keeps the first that is worth asking on this text, and tries them in turn
     until one is; when none is, it hardly asks any more. Until one has been useful those after it learn as well.
@@ -95,6 +94,7 @@ class Prefetcher:
         self._new = False  # a sequence, of which predictors are to be told
         self._compiled = False  # all that is asked and learns in this step
         self._tokens: Int32 = np.zeros(0, np.int32)
+        self._prompts = PromptGuesses(self._predictors, residency)
         self._active = 0
         self._learning = self._predictors
         self._start()
@@ -113,6 +113,11 @@ class Prefetcher:
     def predictor(self) -> Predictor:
         """The one that is asked at present."""
         return self._predictors[self._active]
+
+    @property
+    def needs_hidden(self) -> bool:
+        """Whether a predictor applies the model's routers: `use_routers` is to come before the first prompt."""
+        return any(predictor.needs_hidden for predictor in self._predictors)
 
     def use_routers(self, routers: Sequence[Any]) -> None:
         """The routers of all layers, from an engine that can show them."""
@@ -161,10 +166,15 @@ class Prefetcher:
         more than 0."""
         return self._turn if self._compiled else None
 
-    def routed_many(self, layer: int, ids: Int32) -> None:
-        """The router of a layer has picked `ids`, int32 [tokens, k], for a micro-batch of a prompt."""
+    def routed_many(self, layer: int, ids: Int32, hidden: Float32 | None = None) -> None:
+        """The router of a layer has picked `ids`, int32 [tokens, k], for a micro-batch of a prompt.
+
+        hidden: its inputs, float32 [tokens, n], where they are known.
+        """
         for predictor in self._learning:
             predictor.observe_many(layer, ids, self._tokens[-len(ids) :])
+        if hidden is not None and (experts := self._prompts.next_layer(layer, ids, hidden)):
+            self._cache.prefetch(layer + 1, experts)
 
     def routed(self, layer: int, ids: Int32) -> None:
         """The router of a layer has picked `ids`, int32 [k], for the present token."""

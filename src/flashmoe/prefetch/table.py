@@ -78,12 +78,10 @@ class Table(TextPredictor):
         self._most = nbytes
 
     def check_model(self, model: Mapping[str, Any]) -> None:
-        """See Predictor."""
         if self.trained is not None:
             self.trained.check_model(model)
 
     def make_state(self, n_layers: int, n_experts: int, top_k: int) -> TableState:
-        """See Predictor."""
         least = cold(n_layers, n_experts, top_k, 2 * PROBES)
         row = least.counts[0].nbytes + least.row[:, 0].nbytes
         memory = min(self.memory, self._most - sum(array.nbytes for array in least) + 2 * PROBES * row)
@@ -103,17 +101,14 @@ class Table(TextPredictor):
         return state
 
     def begin_sequence(self) -> None:
-        """See Predictor."""
         self._settle()
         reset(self._state)
 
     def begin_step(self, token: int) -> None:
-        """See Predictor."""
         self._settle()
         begin(self._state, token)
 
     def observe(self, layer: int, ids: Int32) -> None:
-        """See Predictor."""
         observe(self._state, layer, ids, True)
 
     def follow(self, batch: MicroBatch) -> None:
@@ -123,11 +118,9 @@ class Table(TextPredictor):
         observe_text(self._state, ids, tokens, np.zeros(len(ids), np.uint8), len(ids) - PROMPT)
 
     def predict(self, layer: int, target: int, out: Float32) -> None:
-        """See Predictor."""
         predict(self._state, layer, target, out)
 
     def compiled(self) -> Compiled | None:
-        """See Predictor."""
         if self._pinned is None or self._pinned.values is not self._state:
             self._pinned = Pinned(KIND, self._state)
         return Compiled(
@@ -157,7 +150,6 @@ class Table(TextPredictor):
         return arrays
 
     def load_state(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """See Predictor."""
         self._batch = MicroBatch(self.n_layers, self.top_k)
         fresh = cold(self.n_layers, self.n_experts, self.top_k, self._state.row.shape[1])
         self._take(fresh, arrays)

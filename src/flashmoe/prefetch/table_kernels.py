@@ -23,11 +23,8 @@ MATRICES = 64 << 20  # most bytes of matrices: models of many experts use fewer 
 N_FEATURES = 5  # 1, log frequency, recent and very recent against it, token against it
 RATES = (0.003, 0.03, 0.15)  # of the moving averages
 UNIT = 4096  # matrices hold int16 of this fraction
-STEP = (
-    0.12,
-    400.0,
-    0.015,
-)  # of the matrices: at the start, tokens until it falls by sqrt(2), least; half for class 0
+# of the matrices: at the start, tokens until it falls by sqrt(2), least; half for class 0
+STEP = (0.12, 400.0, 0.015)
 FEATURE_STEP = 0.1
 PRIOR = 0.5  # weight of the usual frequency against one occurrence of a token
 PROBES = 8  # rows of the token table that a token may take

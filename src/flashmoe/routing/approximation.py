@@ -1,4 +1,4 @@
-"""What is asked for with `--approx`: which approximation of the routing, and how much of it."""
+"""Parses `--approx`: which approximation of the routing, and how much of it."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ SEGMENT = 16  # tokens: m
 @kept()
 def segment_histogram(
     ids: NDArray[np.int16], begins: NDArray[np.bool_], n_experts: int, length: int
-) -> NDArray[np.int64]:  # pragma: no cover - compiled
+) -> NDArray[np.int64]:
     """Over all segments and experts, how often an expert is asked for 0 .. `length` times in a segment, int64
     [length + 1].
 
@@ -59,11 +59,11 @@ def best_performance(histogram: NDArray[np.int64]) -> float:
     return float((2 * right / (chosen + asked.sum())).max())
 
 
-def by_chance(top_k: int, n_experts: int, length: int = SEGMENT) -> float:
+def by_chance(top_k: int, n_experts: int) -> float:
     """`best_performance` of a router that picks each time at random, all experts alike."""
     p = top_k / n_experts
     chances = np.ones(1)
-    for _ in range(length):  # binomial
+    for _ in range(SEGMENT):  # binomial
         chances = np.convolve(chances, (1 - p, p))
     return best_performance(np.rint(chances * 1e15).astype(np.int64))
 

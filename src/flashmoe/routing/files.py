@@ -28,7 +28,7 @@ def read(path: str | Path) -> RoutingTrace:
     return RoutingTrace.load(path)
 
 
-def read_npz(path: str | Path, model: dict[str, Any] | None = None) -> RoutingTrace:
+def read_npz(path: str | Path) -> RoutingTrace:
     """Import `expert_ids` [T, L, k] with optional sequence_id, token_id, num_experts, first_moe_layer."""
     if not Path(path).is_file():
         raise TraceError(f"trace {path} does not exist")
@@ -57,7 +57,7 @@ def read_npz(path: str | Path, model: dict[str, Any] | None = None) -> RoutingTr
         expert_ids=ids,
         num_experts=num_experts,
         first_moe_layer=first_moe_layer,
-        model=model if model is not None else {"name": Path(path).stem},
+        model={"name": Path(path).stem},
         **optional,
     )
 

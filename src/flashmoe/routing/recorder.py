@@ -18,11 +18,9 @@ class RoutingObserver(Protocol):
 
     def begin_step(self) -> None:
         """Tokens are about to be evaluated at once; the pool is as the last ones have left it."""
-        ...
 
     def add(self, layer: int, ids: NDArray[Any], weights: NDArray[Any] | None = None) -> None:
         """What layer 0..L-1 routed in this step: ids [n, k], weights [n, k] or None."""
-        ...
 
 
 class Recorder:

@@ -118,12 +118,12 @@ class Rewriter:
 
 
 @kept()
-def _log(score: Any, logits: Any) -> Any:  # pragma: no cover - compiled
+def _log(score: Any, logits: Any) -> Any:
     return np.float64(score) if logits else math.log(max(np.float64(score), LEAST))
 
 
 @kept()
-def _log_total(gathered: Any, logits: Any) -> Any:  # pragma: no cover - compiled
+def _log_total(gathered: Any, logits: Any) -> Any:
     """The logarithm of the sum of weights."""
     highest, total = -np.inf, 0.0
     for i in range(len(gathered)):
@@ -136,7 +136,7 @@ def _log_total(gathered: Any, logits: Any) -> Any:  # pragma: no cover - compile
 @kept()
 def substitute(
     st: Any, slot_of: Any, layer: Any, scores: Any, logits: Any, weights: Any, weights_logits: Any, ids: Any
-) -> Any:  # pragma: no cover - compiled
+) -> Any:
     """Rewrite one token's ids, int32 [k], in place; returns how many were replaced.
 
     slot_of: int32 [L, E], -1 where an expert is absent. scores: float32 [E], by which the router has chosen, -inf for
@@ -203,9 +203,7 @@ def substitute(
 
 
 @kept()
-def leave_out(
-    st: Any, slot_of: Any, layer: Any, weights: Any, logits: Any, ids: Any, gathered: Any
-) -> Any:  # pragma: no cover - compiled
+def leave_out(st: Any, slot_of: Any, layer: Any, weights: Any, logits: Any, ids: Any, gathered: Any) -> Any:
     """Leave missing experts out of one token's ids, int32 [k], in place; returns how many.
 
     gathered: float32 [k], the experts' weights before they are normalised; 0 (-inf where they are logits) afterwards

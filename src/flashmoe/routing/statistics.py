@@ -16,9 +16,7 @@ QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 
 @kept()
-def reuse_histogram(
-    ids: NDArray[np.int16], n_experts: int
-) -> NDArray[np.int64]:  # pragma: no cover - compiled
+def reuse_histogram(ids: NDArray[np.int16], n_experts: int) -> NDArray[np.int64]:
     """Histogram int64 [E] of the LRU stack distances in ids [n] (-1: none); first uses are left out.
 
     An LRU cache of c slots hits what is below c.

@@ -50,9 +50,7 @@ class RoutingTrace:
 
     expert_ids: NDArray[Any]  # [T, L, k]
     num_experts: int
-    token_id: NDArray[Any] = field(
-        default_factory=lambda: np.zeros(0, np.int32)
-    )  # [T]; -1 filled in if omitted
+    token_id: NDArray[Any] = field(default_factory=lambda: np.zeros(0, np.int32))  # [T]; -1 if omitted
     sequence_id: NDArray[Any] = field(default_factory=lambda: np.zeros(0, np.int32))  # [T]; 0
     phase: NDArray[Any] = field(default_factory=lambda: np.zeros(0, np.uint8))  # [T]; DECODE
     step: NDArray[Any] = field(default_factory=lambda: np.zeros(0, np.int32))  # [T]; one token each

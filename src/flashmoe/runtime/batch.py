@@ -61,7 +61,8 @@ def run_batch(
     """Ask all requests whose answers are not in the journal, add these, and finish it.
 
     progress: called with the lines that are answered, and of all. exactly: for the time of a request, by its body, see
-    `Exactness`. Raises ModelError where the server does not answer; what was answered before is in the journal.
+    `exactness.for_request`. Raises ModelError where the server does not answer; what was answered before is in the
+    journal.
     """
     began, before, tokens = time.perf_counter(), len(journal), 0
     at_once = server.parallel + _AHEAD

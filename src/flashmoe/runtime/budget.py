@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from flashmoe.cache.sizing import group_top_k, least_pool, parse_cache, slots_for
 from flashmoe.common import memory
 from flashmoe.common.units import format_bytes
-from flashmoe.errors import BudgetError, FlashMoEWarning
+from flashmoe.errors import BudgetError, warn
 from flashmoe.storage.catalog import ExpertCatalog
 
 DEFAULT_CONTEXT = 4096  # of a file that does not say what it was trained for
@@ -31,11 +30,9 @@ _BEFORE_LOADING = 160 << 20
 def check_context(n_ctx: int | None, trained: int) -> None:
     """Warn where a context is larger than the one that the model was `trained` with."""
     if n_ctx is not None and n_ctx > trained:
-        warnings.warn(
+        warn(
             f"a context of {n_ctx} tokens is more than this model was trained for ({trained}): what lies beyond is "
-            "understood badly, or not at all; lower -c",
-            FlashMoEWarning,
-            stacklevel=2,
+            "understood badly, or not at all; lower -c"
         )
 
 

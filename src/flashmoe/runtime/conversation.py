@@ -20,7 +20,7 @@ KEPT = 1 / 2  # of the context, where that is not free: the rest is read anew, s
 
 @dataclass(frozen=True)
 class Turn:
-    """What a turn took."""
+    """The figures of a turn."""
 
     read: int = 0  # tokens of the prompt that were evaluated
     reused: int = 0  # tokens of the prompt that were in the context already
@@ -76,12 +76,8 @@ class Conversation:
         self.turn = Turn()
         self._first = 0  # of the messages that the model sees
         self._begun = False
-        self._used = 0
-
-    @property
-    def used(self) -> int:
-        """Tokens in the context after the last turn."""
-        return self._used
+        #: Tokens in the context after the last turn.
+        self.used = 0
 
     def say(self, message: str) -> Generator[str, None, None]:
         """Answer `message`: yields text as it is made; see `stream`."""
@@ -139,7 +135,7 @@ class Conversation:
                     forgotten=(self._first - first) // 2,
                     finished=finished,
                 )
-                self._used = self.turn.read + self.turn.reused + self.turn.made
+                self.used = self.turn.read + self.turn.reused + self.turn.made
         finally:
             if said or thought or finished:
                 thoughts = {"reasoning_content": thought} if thought else {}

@@ -5,6 +5,8 @@ Benchmarks, traces, tests, embeddings and the Transformers engine use it; conver
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -15,11 +17,36 @@ from flashmoe.cache.expert_cache import ExpertCache
 from flashmoe.cache.stats import CacheStats
 from flashmoe.common.memory import major_faults
 from flashmoe.engines.base import Engine
+from flashmoe.errors import ClosedError, UsageError
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import Recorder
 from flashmoe.routing.trace import DECODE, PREFILL
-from flashmoe.runtime.access import Access
 from flashmoe.runtime.telemetry import Phase, Telemetry
+
+
+class Access:
+    """Who may evaluate: the process that has loaded the model, one thread at a time, until it is closed.
+
+    `alone` is held while the engine's context is used or handed over; `check` says whether it may be used at all."""
+
+    def __init__(self) -> None:
+        # not a SafeLock: an evaluation in the main thread is to be interrupted. CPython runs no signal handler between
+        # the acquisition of a lock in C by `with` and the block.
+        self.alone = threading.RLock()
+        self.closed = False
+        self._process = os.getpid()
+
+    @property
+    def forked(self) -> bool:
+        """Whether this process has a copy of a model of another one: its threads and its drive's queue are not here."""
+        return os.getpid() != self._process
+
+    def check(self) -> None:
+        """Raises UsageError where nothing may be evaluated any more."""
+        if self.forked:
+            raise UsageError("this model was loaded before the process was forked: load it in this one")
+        if self.closed:
+            raise ClosedError
 
 
 class Decoder:
@@ -29,8 +56,8 @@ class Decoder:
         self,
         engine: Engine,
         cache: ExpertCache,
-        prefetcher: Prefetcher | None = None,
-        reclaim: Callable[[], None] = lambda: None,
+        prefetcher: Prefetcher | None,
+        reclaim: Callable[[], None],
     ) -> None:
         """reclaim: called before the engine's context is used, to take it back from whatever else uses it."""
         self.engine, self.cache, self.prefetcher = engine, cache, prefetcher

@@ -49,9 +49,8 @@ def embedding_tokens(engine: Engine, text: str | Sequence[int]) -> list[int]:
     check_prompt(tokens, engine.n_ctx)
     if any(token >= engine.n_vocab for token in tokens):
         raise UsageError(f"token ids must be below {engine.n_vocab}")
-    if len(tokens) > engine.n_ubatch and (
-        engine.pooling != "last" or engine.no_text
-    ):  # then it remembers nothing
+    remembers = engine.pooling == "last" and not engine.no_text
+    if len(tokens) > engine.n_ubatch and not remembers:
         raise UsageError(
             f"the text has {len(tokens)} tokens, and pooling {engine.pooling!r} sees {engine.n_ubatch} at once: "
             "shorten it, or raise -ub"

@@ -1,4 +1,4 @@
-"""What a session leaves to the next ones of its model: what its policy has learnt, and the routing that it saw."""
+"""Keeps for later sessions what a model's policy has learnt, and the routing that was seen."""
 
 from __future__ import annotations
 

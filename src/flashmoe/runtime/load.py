@@ -4,51 +4,41 @@ from __future__ import annotations
 
 import threading
 import time
-import warnings
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from flashmoe.cache import sizing
 from flashmoe.cache.expert_cache import ExpertCache
-from flashmoe.cache.policies import create
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.pool import SlotPool
 from flashmoe.cache.remembered import Remembered
-from flashmoe.cache.residency import make_residency
 from flashmoe.common import memory, numa
 from flashmoe.common.machine import cores
 from flashmoe.common.signals import run_apart
 from flashmoe.common.units import parse_bytes
-from flashmoe.engines.llamacpp import rewriting
+from flashmoe.engines.base import Engine
 from flashmoe.engines.llamacpp.engine import LlamaEngine
 from flashmoe.engines.llamacpp.serving.options import ServerOptions, projector_bytes
-from flashmoe.errors import FlashMoEError, FlashMoEWarning, UsageError
-from flashmoe.prefetch import Predictor, scheduler
-from flashmoe.prefetch import create_all as create_predictors
+from flashmoe.errors import FlashMoEError, UsageError, warn
+from flashmoe.prefetch import Predictor
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.approximation import parse as parse_approx
 from flashmoe.routing.rewrite import Rewriter
+from flashmoe.runtime.chosen import Chosen
 from flashmoe.runtime.governor import Governor
 from flashmoe.runtime.learning import Learning
 from flashmoe.runtime.levels import levels_of
 from flashmoe.runtime.model import Model, Progress
 from flashmoe.runtime.opening import Loading, Opened
-from flashmoe.runtime.options import AUTO_RAM, LLAMACPP, TRANSFORMERS, LoadOptions
+from flashmoe.runtime.options import AUTO_RAM, TRANSFORMERS, LoadOptions
 from flashmoe.runtime.session import Session
-from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.hub import default_policy
 
 if TYPE_CHECKING:
     from flashmoe.engines.llamacpp.library import Library
     from flashmoe.engines.llamacpp.serving.saved import SavedConversations
-
-MOST_FOR_PREDICTING = 0.02  # of the budget: slots are worth more
 
 
 def load(
@@ -100,138 +90,138 @@ def _load(
 ) -> Model:
     started = time.perf_counter()
     memory.spare_addresses()
-    server = options.server or ServerOptions()
-    learns = options.learn and options.engine == LLAMACPP
-    make_policy = partial(create, options.policy or default_policy(model))
-    evict = make_policy()  # names are known to be good before anything is downloaded
-    predictors = create_predictors(options.prefetch)
+    chosen = Chosen(model, options)
     auto = options.cache is None and options.ram in (None, AUTO_RAM)
     limit = 0
     if options.cache is None:
         limit = memory.default_ram() if auto else parse_bytes(options.ram or 0)
-
-    def check(catalog: ExpertCatalog) -> None:
-        """Take what was learnt of the model, and see that the policy is for it."""
-        nonlocal evict, make_policy
-        if learns:
-            remembered = Remembered(catalog.identity)
-            if options.policy is None and (learnt := remembered.trained()):
-                make_policy = partial(create, learnt)
-                evict = make_policy()
-            remembered.recall(evict, len(catalog.layers), catalog.n_experts)
-        evict.check_model(catalog.identity)
-
-    def prepare(catalog: ExpertCatalog) -> int:
-        """Compile what is compiled; the bytes that policy and predictors take."""
-        compile_policy(
-            evict, len(catalog.layers), catalog.n_experts, ranking=bool(limit or options.save_cache)
-        )
-        if predictors:
-            scheduler.compile_kernels()
-        if options.engine == LLAMACPP:
-            import flashmoe.engines.llamacpp.serving.borrow  # noqa: F401 - compiles what the server borrows
-
-            if parse_approx(options.approx) is not None:
-                rewriting.compile_kernels()
-        predictors[:] = _bind(predictors, catalog, limit if options.prefetch == "auto" else 0)
-        memory.release_code()
-        return evict.nbytes + sum(p.nbytes for p in predictors)
-
+    server = options.server or ServerOptions()
     loading = Loading(
         model=model,
         options=options,
         limit=limit,
         threads=options.threads or cores(),
         projector_bytes=projector_bytes(server.mmproj) if server.mmproj else 0,
-        policy=lambda: make_policy(),
-        check=check,
-        prepare=prepare,
+        chosen=chosen,
         progress=lambda done, total: report_progress("load", min(done, total), total),
     )
     with ExitStack() as stack:
         with numa.spreading():
-            if options.engine == TRANSFORMERS:
-                from flashmoe.runtime.open_checkpoint import open_checkpoint
-
-                opened = open_checkpoint(loading, stack)
-            else:
-                from flashmoe.runtime.open_gguf import open_gguf
-
-                opened = open_gguf(loading, stack, library)
-        catalog, slots, runner = opened.catalog, opened.slots, opened.engine
-        pool = SlotPool(catalog, slots, opened.reader)
-        stack.callback(pool.close)
-        spare = sizing.spare_slots(catalog, slots) if predictors else [0] * len(slots)
-        evict.bind(sizing.residency_for(catalog, slots, spare))
-        experts = ExpertCache(pool, opened.reader, evict, spare)
-        runner.attach(pool, slots, experts)
-        if runner.tiers:
-            stack.callback(runner.tiers.close)
-        rewriter = None
-        approximation = parse_approx(options.approx, levels_of(catalog.identity))
-        if approximation is not None:
-            rewriter = Rewriter(approximation, len(catalog.layers), catalog.n_experts, catalog.top_k)
-            runner.approximate(rewriter)
-        prefetcher = None
-        if predictors and any(spare):
-            prefetcher = Prefetcher(predictors, runner.tiers or experts)
-            runner.prefetch(prefetcher)
-        everyone: list[EvictionPolicy | Predictor] = [evict, *predictors]
-        if followers := [one for one in everyone if one.needs_ranking]:
-            runner.inform(followers)
+            opened = _open(loading, stack, library)
+        spare = (
+            sizing.spare_slots(opened.catalog, opened.slots) if chosen.predictors else [0] * len(opened.slots)
+        )
+        experts = _attach_pool(opened, chosen.policy, spare, stack)
+        rewriter = _approximate(opened, options.approx)
+        prefetcher = _connect(opened.engine, experts, chosen, prefetches=any(spare))
         governor = None
-        if limit and not runner.tiers:  # copies to a device need slots to stay where they are
-            sequences = runner.sequences if isinstance(runner, LlamaEngine) else 1
-            needed = sizing.least_slots(catalog, runner.n_ubatch, sequences)
-            least = [n + away for n, away in zip(needed, spare, strict=True)]
-            governor = Governor(experts, limit, least, gives_way=auto)
+        if limit and not opened.engine.tiers:  # copies to a device need slots to stay where they are
+            governor = Governor(experts, limit, _least_slots(opened, spare), gives_way=auto)
             stack.callback(governor.close)
         resources = ExitStack()
-        ranked = None
-        saved = None
         learning = None
-        if learns and rewriter is None:  # else it would learn what is not the model's routing
-            learning = Learning(Remembered(catalog.identity), experts, governor)
+        if chosen.learns and rewriter is None:  # else it would learn what is not the model's routing
+            learning = Learning(Remembered(opened.catalog.identity), experts, governor)
             resources.callback(learning.keep)
+        ranked = saved = None
         if options.save_cache:
-            session = Session(options.save_cache, catalog, evict, predictors)
+            session = Session(options.save_cache, opened.catalog, chosen.policy, chosen.predictors)
             resources.callback(session.save)  # when all else has been freed
             ranked = session.restore()
-            if options.engine == LLAMACPP:
-                saved = _saved_conversations(session, opened, parse_bytes(options.save_cache_size))
+            saved = _saved_conversations(session, opened, parse_bytes(options.save_cache_size))
         # while a prompt is read, too: its reads go to this memory, and would commit it themselves, slower
-        pool.prefault(lambda: not experts.stepping or experts.phase == "prefill")
+        experts.pool.prefault(lambda: not experts.stepping or experts.phase == "prefill")
         if ranked is not None:
             stack.callback(experts.close)
             experts.warm_start(ranked)
-        loaded_model = Model(
-            runner,
+        loaded = Model(
+            opened.engine,
             experts,
-            catalog,
+            opened.catalog,
             limit,
             report_progress,
             resources,
             prefetcher=prefetcher,
             layout=opened.layout,
             alternatives=[default_policy(model)],
-            server_options=replace(
-                server,
-                cache_ram_mib=opened.conversations.cache_ram >> 20,
-                ctx_checkpoints=opened.conversations.checkpoints,
-                slot_save_path=saved.folder if saved else None,
-            )
-            if options.engine == LLAMACPP
-            else None,
+            server_options=_server_options(server, opened, saved),
             public=options.parallel is not None,
             saved=saved,
             rewriter=rewriter,
             learning=learning,
         )
         if options.trace:
-            loaded_model.record()
-        loaded_model.telemetry.load_seconds = time.perf_counter() - started
+            loaded.record()
+        loaded.telemetry.load_seconds = time.perf_counter() - started
         resources.enter_context(stack.pop_all())
-        return loaded_model
+        return loaded
+
+
+def _open(loading: Loading, stack: ExitStack, library: Library | None) -> Opened:
+    if loading.options.engine == TRANSFORMERS:
+        from flashmoe.runtime.open_checkpoint import open_checkpoint
+
+        return open_checkpoint(loading, stack)
+    from flashmoe.runtime.open_gguf import open_gguf
+
+    return open_gguf(loading, stack, library)
+
+
+def _attach_pool(opened: Opened, policy: EvictionPolicy, spare: list[int], stack: ExitStack) -> ExpertCache:
+    """Make the pool, of which `spare[g]` slots of size group g are for prefetching, and give it to the engine."""
+    pool = SlotPool(opened.catalog, opened.slots, opened.reader)
+    stack.callback(pool.close)
+    policy.bind(sizing.residency_for(opened.catalog, opened.slots, spare))
+    experts = ExpertCache(pool, opened.reader, policy, spare)
+    opened.engine.attach(pool, opened.slots, experts)
+    if opened.engine.tiers:
+        stack.callback(opened.engine.tiers.close)
+    return experts
+
+
+def _approximate(opened: Opened, approx: str) -> Rewriter | None:
+    """Let routes be rewritten, if that is asked for."""
+    catalog = opened.catalog
+    approximation = parse_approx(approx, levels_of(catalog.identity))
+    if approximation is None:
+        return None
+    rewriter = Rewriter(approximation, len(catalog.layers), catalog.n_experts, catalog.top_k)
+    opened.engine.approximate(rewriter)
+    return rewriter
+
+
+def _connect(engine: Engine, experts: ExpertCache, chosen: Chosen, *, prefetches: bool) -> Prefetcher | None:
+    """Let the predictors and the policy see what the engine knows."""
+    prefetcher = None
+    if prefetches:
+        prefetcher = Prefetcher(chosen.predictors, engine.tiers or experts)
+        engine.prefetch(prefetcher)
+    everyone: list[EvictionPolicy | Predictor] = [chosen.policy, *chosen.predictors]
+    if followers := [one for one in everyone if one.needs_ranking]:
+        engine.inform(followers)
+    return prefetcher
+
+
+def _least_slots(opened: Opened, spare: list[int]) -> list[int]:
+    """Slots of each size group that the engine needs in any case."""
+    engine = opened.engine
+    sequences = engine.sequences if isinstance(engine, LlamaEngine) else 1
+    needed = sizing.least_slots(opened.catalog, engine.n_ubatch, sequences)
+    return [n + away for n, away in zip(needed, spare, strict=True)]
+
+
+def _server_options(
+    server: ServerOptions, opened: Opened, saved: SavedConversations | None
+) -> ServerOptions | None:
+    """What llama.cpp's server is told; None for an engine that is not llama.cpp."""
+    if not isinstance(opened.engine, LlamaEngine):
+        return None
+    return replace(
+        server,
+        cache_ram_mib=opened.conversations.cache_ram >> 20,
+        ctx_checkpoints=opened.conversations.checkpoints,
+        slot_save_path=saved.folder if saved else None,
+    )
 
 
 def _saved_conversations(session: Session, opened: Opened, most: int) -> SavedConversations | None:
@@ -239,8 +229,7 @@ def _saved_conversations(session: Session, opened: Opened, most: int) -> SavedCo
     from flashmoe.engines.llamacpp.serving.saved import SavedConversations
 
     engine = opened.engine
-    assert isinstance(engine, LlamaEngine)
-    if not most or not engine.has_server:
+    if not most or not isinstance(engine, LlamaEngine) or not engine.has_server:
         return None
     saved = SavedConversations(
         session.path.with_suffix(".conversations"), opened.catalog.identity | engine.state_identity, most
@@ -248,39 +237,6 @@ def _saved_conversations(session: Session, opened: Opened, most: int) -> SavedCo
     try:
         saved.prepare()
     except OSError as error:
-        warnings.warn(
-            f"{saved.folder}: conversations will not be kept ({error.strerror})",
-            FlashMoEWarning,
-            stacklevel=3,
-        )
+        warn(f"{saved.folder}: conversations will not be kept ({error.strerror})", 3)
         return None
     return saved
-
-
-def _bind(predictors: Sequence[Predictor], catalog: ExpertCatalog, limit: int) -> list[Predictor]:
-    """The predictors, compiled and fitted to the model; under a limit only those that take little of it.
-
-    Raises PredictorError.
-    """
-    most = MOST_FOR_PREDICTING * limit if limit else float("inf")
-    for predictor in predictors:
-        predictor.check_model(catalog.identity)
-        if limit:
-            predictor.restrict(int(most))
-        predictor.bind(len(catalog.layers), catalog.n_experts, catalog.top_k)
-    return [p for p in predictors if p.nbytes <= most]
-
-
-def compile_policy(policy: EvictionPolicy, n_layers: int, n_experts: int, *, ranking: bool) -> None:
-    """Let numba compile the policy's kernels before memory is counted and before the first token waits for it."""
-    policy.bind(make_residency(n_layers, n_experts, np.ones(n_layers, np.int32)))
-    ids, out = np.zeros(1, np.int32), np.zeros((3, 1), np.int32)
-    policy.begin_sequence()
-    policy.access(0, ids, out[0], out[1], out[2])
-    policy.request(ids, out[0], out[1], out[2])(0, 1)
-    policy.compiled_request(ids, out[0], out[1], out[2])
-    policy.access_each(0, ids[np.newaxis], out[0], out[1], out[2])
-    policy.window(1, 1)
-    if ranking:
-        policy.ranking()
-    policy.release(0, 0)

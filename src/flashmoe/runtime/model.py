@@ -5,14 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe.cache.expert_cache import ExpertCache
-from flashmoe.cache.policies import suggested
 from flashmoe.cache.stats import CacheStats
 from flashmoe.common.signals import run_apart
 from flashmoe.engines.base import Engine, SamplingParams, TemplateEngine
@@ -25,10 +23,9 @@ from flashmoe.runtime.embedding import embed
 from flashmoe.runtime.generation import Generation, Progress, check_prompt
 from flashmoe.runtime.layout import PLAIN
 from flashmoe.runtime.learning import Learning
-from flashmoe.runtime.telemetry import Report, Telemetry, make_report
-from flashmoe.simulate.what_if import WhatIf
+from flashmoe.runtime.report import Report
+from flashmoe.runtime.telemetry import Telemetry, make_report
 from flashmoe.storage.catalog import ExpertCatalog
-from flashmoe.storage.disk import read_ceiling
 
 if TYPE_CHECKING:
     from flashmoe.engines.llamacpp.counts import Evaluated
@@ -169,7 +166,7 @@ class Model:
         self.decoder.evaluated(graph.tokens, graph.seconds, graph.faults, decode=graph.decode)
 
     def _own_context(self) -> None:
-        """Take the context back from the server; by whom is alone."""
+        """Take the context back from the server. The caller holds `Access.alone`."""
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -330,33 +327,7 @@ class Model:
 
         pause: called after every millisecond of replaying; for callers that run while the model is at work.
         """
-        so_far = self.telemetry
-        what_if = WhatIf(self.cache.recent, self.cache.policy, pause)
-        return make_report(
-            so_far,
-            self.cache.stats,
-            model=self.catalog.label,
-            policy=self.cache.policy.name,
-            prefetch=self.prefetcher.predictor.name if self.prefetcher else "",
-            layout=self.layout,
-            kernels=(self.engine.kernels, self.engine.kernels_hint),
-            text=text,
-            slots=sum(self.cache.elastic.slots),
-            given_back=(self.cache.elastic.unused_bytes, self.cache.elastic.most_unused_bytes),
-            experts=self.catalog.total_experts,
-            expert_bytes=self.catalog.expert_bytes // self.catalog.total_experts,
-            misses=what_if.larger,
-            others=lambda: what_if.others([*self.alternatives, *suggested()]),
-            budget=self.budget_bytes,
-            rewritten=self.rewritten,
-            tiers=self.engine.tiers.figures() if self.engine.tiers else {},
-            warm=(self.cache.warm.experts, self.cache.warm.bytes) if self.cache.warm else (0, 0),
-            ceiling=read_ceiling(
-                self.cache.reader,
-                self.catalog.read_bytes,
-                reached=so_far.decode_rate(self.cache.stats["decode"]),
-            ),
-        )
+        return make_report(self, text, pause)
 
     def close(self) -> None:
         """Free everything, and keep what `save_cache` asked for. The model cannot be used afterwards.
@@ -382,7 +353,5 @@ class Model:
     def __enter__(self) -> Model:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

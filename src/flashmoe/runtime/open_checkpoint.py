@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,6 +12,7 @@ from flashmoe.engines.transformers.library import open_transformers
 from flashmoe.runtime import budget
 from flashmoe.runtime.layout import PLAIN
 from flashmoe.runtime.opening import Loading, Opened
+from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.checkpoint import read_checkpoint
 from flashmoe.storage.disk import tune
 from flashmoe.storage.hub import resolve_checkpoint
@@ -40,7 +42,7 @@ def open_checkpoint(loading: Loading, stack: ExitStack) -> Opened:
     skeleton = read_skeleton(checkpoint)
     layout = read_layout(checkpoint, skeleton)
     catalog = layout.catalog
-    loading.check(catalog)
+    loading.chosen.check(catalog)
     text = skeleton.config.get_text_config()
     trained = getattr(text, "max_position_embeddings", None) or budget.DEFAULT_CONTEXT
     budget.check_context(options.n_ctx, trained)
@@ -57,7 +59,7 @@ def open_checkpoint(loading: Loading, stack: ExitStack) -> Opened:
     if device is not None:
         fixed = catalog.dense_bytes + context * each + scratch(min(wished, context))
         there = device_slots(str(options.vram), catalog, device.free_bytes(), fixed)
-        front = Front(device, there, loading.policy())
+        front = Front(device, there, loading.chosen.make_policy())
     reader = ExpertReader(checkpoint.files)
     stack.callback(reader.close)
     tune(reader, catalog.read_bytes)
@@ -70,7 +72,7 @@ def open_checkpoint(loading: Loading, stack: ExitStack) -> Opened:
     if device is not None:
         model.to(device.place)
     aside = reader.reserve_bounce_buffers(catalog.largest_placed) if catalog.largest_placed else 0
-    promised = aside + loading.prepare(catalog)
+    promised = aside + loading.chosen.prepare(catalog, limit)
     if limit and device is None:
         if options.n_ctx is None:
             left = limit - memory.status_bytes("VmRSS") - promised - budget.RESERVE
@@ -78,15 +80,7 @@ def open_checkpoint(loading: Loading, stack: ExitStack) -> Opened:
         promised += context * each
     step = min(wished, context)
     if limit:
-        while True:
-            used = memory.status_bytes("VmRSS") + promised + scratch(step) + budget.RESERVE
-            pool = budget.plan_pool(catalog, limit, used, align, memory.status_bytes("VmHWM"))
-            if pool.slots:
-                break
-            if step == 1:
-                raise budget.too_small(limit, pool.least)
-            step //= 2
-        slots = pool.slots
+        step, slots = _fit(catalog, limit, align, step, lambda n: promised + scratch(n))
     else:
         slots = sizing.parse_cache(str(options.cache), catalog, align)
     engine = TransformersEngine(
@@ -102,6 +96,23 @@ def open_checkpoint(loading: Loading, stack: ExitStack) -> Opened:
     )
     stack.callback(engine.close)
     return Opened(engine, catalog, reader, slots, PLAIN, budget.Conversations())
+
+
+def _fit(
+    catalog: ExpertCatalog, limit: int, align: int, step: int, beside: Callable[[int], int]
+) -> tuple[int, list[int]]:
+    """The largest micro-batch up to `step` that leaves room for a pool, and that pool's slots.
+
+    beside: bytes that are not taken yet, by the tokens of a micro-batch. Raises BudgetError.
+    """
+    while True:
+        used = memory.status_bytes("VmRSS") + beside(step) + budget.RESERVE
+        pool = budget.plan_pool(catalog, limit, used, align, memory.status_bytes("VmHWM"))
+        if pool.slots:
+            return step, pool.slots
+        if step == 1:
+            raise budget.too_small(limit, pool.least)
+        step //= 2
 
 
 def token_bytes(config: Any, itemsize: int) -> int:

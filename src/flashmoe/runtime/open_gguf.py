@@ -22,8 +22,7 @@ from flashmoe.runtime.options import LoadOptions
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.checksums import FirstReads, needed_checksums
 from flashmoe.storage.disk import tune
-from flashmoe.storage.gguf import read_gguf
-from flashmoe.storage.hub import resolve
+from flashmoe.storage.hub import read_catalog
 from flashmoe.storage.pack import find_pack
 from flashmoe.storage.reader import ExpertReader
 
@@ -33,8 +32,8 @@ _BESIDE_TENSORS = 64 << 20  # of a context
 def open_gguf(loading: Loading, stack: ExitStack, library: Library | None) -> Opened:
     """What is opened is closed by `stack`. Raises ModelError, BudgetError, PolicyError, LibraryError, UsageError."""
     options, limit = loading.options, loading.limit
-    catalog = ExpertCatalog.from_gguf(read_gguf(resolve(loading.model)))
-    loading.check(catalog)
+    catalog = read_catalog(loading.model)
+    loading.chosen.check(catalog)
     pooling = choose_pooling(options.pooling, catalog.gguf)
     trained = catalog.gguf.arch_int("context_length", budget.DEFAULT_CONTEXT)
     budget.check_context(options.n_ctx, trained)
@@ -68,7 +67,7 @@ def open_gguf(loading: Loading, stack: ExitStack, library: Library | None) -> Op
     if checksums:
         reader.check(FirstReads(catalog, [file.path for file in reader.files], checksums))
     aside = reader.reserve_bounce_buffers(catalog.largest_placed) if catalog.largest_placed else 0
-    promised = aside + loading.prepare(catalog) + catalog.table_bytes + loading.projector_bytes
+    promised = aside + loading.chosen.prepare(catalog, limit) + catalog.table_bytes + loading.projector_bytes
     make = partial(
         LlamaEngine,
         lib,

@@ -1,4 +1,4 @@
-"""Between asking for a model and having one: what loading derives from the options, and what opening gives back."""
+"""The stages of loading: what is derived from the options, and what opening a file returns."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.engines.base import Engine
 from flashmoe.runtime.budget import Conversations
+from flashmoe.runtime.chosen import Chosen
 from flashmoe.runtime.options import LoadOptions
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.reader import ExpertReader
@@ -23,11 +23,7 @@ class Loading:
     limit: int  # of the whole process, in bytes; 0: the pool's size is given
     threads: int
     projector_bytes: int  # that the server will load
-    policy: Callable[[], EvictionPolicy]  # another one of the kind that was asked for
-    #: Raises PolicyError where the policy is not for this model.
-    check: Callable[[ExpertCatalog], None]
-    #: To be called before memory is counted; the bytes that are promised to others.
-    prepare: Callable[[ExpertCatalog], int]
+    chosen: Chosen
     progress: Callable[[int, int], None]  # bytes loaded, of how many
 
 

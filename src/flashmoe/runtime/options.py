@@ -1,4 +1,4 @@
-"""What a user asks of loading a model: the command line, `flashmoe.load` and the opening of files share it."""
+"""Options of loading a model, shared by the command line, `flashmoe.load` and the opening of files."""
 
 from __future__ import annotations
 

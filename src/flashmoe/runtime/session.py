@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from safetensors.numpy import save
 from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.saved import load_state
 from flashmoe.common.files import cache_folder, expanded, write_atomically
-from flashmoe.errors import FlashMoEError, FlashMoEWarning, PolicyError
+from flashmoe.errors import FlashMoEError, PolicyError, warn
 from flashmoe.prefetch import Predictor, PredictorError
 from flashmoe.storage.arrays import read_safetensors
 from flashmoe.storage.catalog import ExpertCatalog
@@ -76,7 +75,7 @@ class Session:
         else:
             self._began = int(self._policy.residency.step[0])
             return ranked
-        _warn(f"{self.path}: {why}: starting cold; the file is replaced at the end")
+        warn(f"{self.path}: {why}: starting cold; the file is replaced at the end", 3)
         return None
 
     def save(self) -> None:
@@ -92,8 +91,9 @@ class Session:
             data = save({name: np.ascontiguousarray(value) for name, value in arrays.items()}, self._metadata)
             write_atomically(self.path, data, private=True)
         except OSError as error:
-            _warn(
-                f"{self.path}: the cache could not be saved ({error.strerror}): the next start will not know it"
+            warn(
+                f"{self.path}: the cache could not be saved ({error.strerror}): the next start will not know it",
+                3,
             )
 
     def _check(self, metadata: Mapping[str, str]) -> None:
@@ -120,7 +120,7 @@ class Session:
                 if mine:
                     predictor.load_state(mine)
             except PredictorError as error:
-                _warn(f"{self.path}: {error}: it starts cold")
+                warn(f"{self.path}: {error}: it starts cold", 3)
         return ranked
 
     def _ranked(self, arrays: Arrays) -> NDArray[np.int32]:
@@ -141,7 +141,3 @@ def _of(predictor: Predictor) -> str:
 
 def _starting(arrays: Arrays, prefix: str) -> Arrays:
     return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, FlashMoEWarning, stacklevel=4)

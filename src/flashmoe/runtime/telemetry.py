@@ -1,19 +1,22 @@
-"""What a run did and what held it up."""
+"""The counters of a run, and the report that is made of them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from flashmoe.cache.policies import suggested
+from flashmoe.cache.stats import CacheStats
 from flashmoe.common.memory import status_bytes
-from flashmoe.common.units import format_bytes
 from flashmoe.runtime.advice import advise
+from flashmoe.runtime.report import Report
+from flashmoe.simulate.what_if import WhatIf
+from flashmoe.storage.disk import read_ceiling
 
 if TYPE_CHECKING:
-    from flashmoe.cache.stats import CacheStats
-    from flashmoe.routing.rewrite import Rewritten
+    from flashmoe.runtime.model import Model
 
 STALL_BOUND = 0.4  # a run that waits for reads more than this share of its time is bound by the drive
 FAULTS_PER_TOKEN = 4  # more major page faults per token: the system takes the weights' memory away
@@ -52,92 +55,6 @@ class Telemetry:
             self.first_token_seconds = self.load_seconds + time.perf_counter() - self.loaded
 
 
-@dataclass(frozen=True)
-class Report:
-    """The figures of a run. `as_dict` is the layout of `--json` (docs/reference/formats.md)."""
-
-    model: str
-    policy: str
-    prefetch: str  # the predictor that is asked at present; "" for none
-    layout: str  # of the weights: "plain", "repacked", or "packed": repacked in a pack file
-    kernels: str  # that compute; "" where there is nothing to choose
-    kernels_hint: str  # what better ones would be worth
-    text: str
-    prefill: dict[str, float]
-    decode: dict[str, float]
-    cache: dict[str, float]
-    io: dict[str, float]
-    memory: dict[str, int]
-    start: dict[str, float]
-    tiers: dict[str, float]  # of experts on a GPU; empty where there are none
-    approximate: dict[str, Any]  # how far the routing differs from the model's; empty for an exact run
-    bound: str
-    advice: dict[str, Any]
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def lines(self) -> list[str]:
-        """The report as a user reads it."""
-        p, d, c, io, m = self.prefill, self.decode, self.cache, self.io, self.memory
-        drive = io["ceiling_bytes_per_second"] / 1e9
-        ceiling = f" of the drive's {drive:.2f}" if drive else ""
-        kept = "" if m["peak_bytes"] <= m["budget_bytes"] or not m["budget_bytes"] else " - OVER"
-        budget = f" of {format_bytes(m['budget_bytes'])}{kept}" if m["budget_bytes"] else ""
-        requests = c["hits"] + c["late_hits"] + c["misses"]
-        ahead = (
-            f" ({c['prefetch_hits'] / requests:.1%} prefetched, {c['late_hits'] / requests:.1%} more late)"
-            if requests and self.prefetch
-            else ""
-        )
-        back = self.start["warm_experts"]
-        kept_from = f", {back} from the last session" if back else ""
-        return [
-            f"prefill {p['tokens']} tokens, {p['tokens_per_second']:.1f} tokens/s; "
-            f"decode {d['tokens']} tokens, {d['tokens_per_second']:.1f} tokens/s",
-            f"cache {c['slots']} of {c['total_experts']} experts ({self.policy}{kept_from}), "
-            f"hit rate {c['hit_rate']:.1%}{ahead}; "
-            f"{format_bytes(io['read_bytes_per_token'])} read per token",
-            f"reads {io['read_bytes_per_second'] / 1e9:.2f} GB/s on average{ceiling}; "
-            f"memory {format_bytes(m['peak_bytes'])} at most{budget}; weights {self.layout}"
-            + (f", kernels {self.kernels}" if self.kernels else ""),
-            *([approximately(self.approximate)] if self.approximate else []),
-            *self._given_back(),
-            *self._tiers(),
-            self.advice["sentence"],
-            *([self.kernels_hint] if self.kernels_hint else []),
-        ]
-
-    def _given_back(self) -> list[str]:
-        now, most = self.memory["given_back_bytes"], self.memory["most_given_back_bytes"]
-        if not most:
-            return []
-        return [
-            f"the pool has given back up to {format_bytes(most)} of its memory, {format_bytes(now)} at present"
-        ]
-
-    def _tiers(self) -> list[str]:
-        t = self.tiers
-        if not t:
-            return []
-        requests = max(1, t["vram_hits"] + t["ram_hits"] + t["ssd_misses"])
-        return [
-            f"experts asked for: {t['vram_hits'] / requests:.1%} on the GPU ({t['vram_slots']:.0f} slots), "
-            f"{t['ram_hits'] / requests:.1%} in RAM, {t['ssd_misses'] / requests:.1%} on the drive; "
-            f"{t['copies']:.0f} copied at {t['pcie_bytes_per_second'] / 1e9:.1f} GB/s, "
-            f"{t['computed_on_cpu']:.0f} computed by the CPU"
-        ]
-
-
-def approximately(figures: Mapping[str, Any]) -> str:
-    """What `Rewritten.as_dict` says, in a line."""
-    level = "" if figures["approx"] == figures["rule"] else f"level {figures['approx']}, "
-    return (
-        f"approximate ({level}{figures['rule']}): {figures['replaced_share']:.1%} of experts replaced, "
-        f"{figures['dropped_share']:.1%} left out, {figures['mass_lost_share']:.1%} of the router's weight lost"
-    )
-
-
 def bound(stall_share: float, faults: int, tokens: int) -> str:
     """What held the decoding up: "memory" (the system pages the weights), "ssd", or "compute"."""
     if tokens and faults > FAULTS_PER_TOKEN * tokens:
@@ -145,41 +62,20 @@ def bound(stall_share: float, faults: int, tokens: int) -> str:
     return "ssd" if stall_share > STALL_BOUND else "compute"
 
 
-def make_report(
-    telemetry: Telemetry,
-    stats: dict[str, CacheStats],
-    *,
-    model: str,
-    policy: str,
-    prefetch: str,
-    layout: str,
-    kernels: tuple[str, str],
-    text: str,
-    slots: int,
-    experts: int,
-    expert_bytes: int,
-    misses: Callable[[float], float],
-    others: Callable[[], Mapping[str, int]],
-    budget: int,
-    ceiling: float,
-    tiers: dict[str, float],
-    rewritten: Rewritten | None = None,
-    warm: tuple[int, int] = (0, 0),
-    given_back: tuple[int, int] = (0, 0),
-) -> Report:
-    """Put the counters together. `cache` and `io` cover decoding; their prefill counterparts stand beside them.
-
-    kernels: those in use, and what better ones would be worth. tiers: see engines.base.Tiers.
-    expert_bytes, misses, others: see runtime.advice.advise.
-    warm: experts that a warm start brought back, and bytes that it read in the background. given_back: bytes of the
-    pool that it does without, now and at most so far.
-    """
-    decode, prefill = stats["decode"], stats["prefill"]
+def make_report(model: Model, text: str, pause: Callable[[], None]) -> Report:
+    """The figures of a model so far; see `Model.report`. `cache` and `io` cover decoding; their prefill counterparts
+    stand beside them."""
+    telemetry, cache, catalog = model.telemetry, model.cache, model.catalog
+    slots, experts = sum(cache.elastic.slots), catalog.total_experts
+    warm = (cache.warm.experts, cache.warm.bytes) if cache.warm else (0, 0)
+    what_if = WhatIf(cache.recent, cache.policy, pause)
+    decode, prefill = cache.stats["decode"], cache.stats["prefill"]
     main, phase = (decode, telemetry.decode) if telemetry.decode.tokens else (prefill, telemetry.prefill)
     ahead = decode.prefetch_bytes + prefill.prefetch_bytes
     wasted = decode.wasted_bytes + prefill.wasted_bytes
     stall_share = main.stall_seconds / phase.seconds if phase.seconds else 0.0
     held_up = bound(stall_share, telemetry.decode_faults, telemetry.decode.tokens)
+    ceiling = read_ceiling(cache.reader, catalog.read_bytes, reached=telemetry.decode_rate(decode))
     advice = advise(
         bound=held_up,
         tokens=telemetry.decode.tokens,
@@ -189,17 +85,17 @@ def make_report(
         ceiling=ceiling,
         slots=slots,
         experts=experts,
-        expert_bytes=expert_bytes,
-        misses=misses,
-        others=others,
+        expert_bytes=catalog.expert_bytes // experts,
+        misses=what_if.larger,
+        others=lambda: what_if.others([*model.alternatives, *suggested()]),
     )
     return Report(
-        model=model,
-        policy=policy,
-        prefetch=prefetch,
-        layout=layout,
-        kernels=kernels[0],
-        kernels_hint=kernels[1],
+        model=catalog.label,
+        policy=cache.policy.name,
+        prefetch=model.prefetcher.predictor.name if model.prefetcher else "",
+        layout=model.layout,
+        kernels=model.engine.kernels,
+        kernels_hint=model.engine.kernels_hint,
         text=text,
         prefill={
             "tokens": telemetry.prefill.tokens,
@@ -229,10 +125,10 @@ def make_report(
             "overhead_seconds_per_token": main.overhead_seconds / max(1, phase.tokens),
         },
         memory={
-            "budget_bytes": budget,
+            "budget_bytes": model.budget_bytes,
             "peak_bytes": status_bytes("VmHWM"),
-            "given_back_bytes": given_back[0],
-            "most_given_back_bytes": given_back[1],
+            "given_back_bytes": cache.elastic.unused_bytes,
+            "most_given_back_bytes": cache.elastic.most_unused_bytes,
         },
         start={
             "load_seconds": telemetry.load_seconds,
@@ -240,8 +136,8 @@ def make_report(
             "warm_experts": warm[0],
             "warm_bytes": warm[1],
         },
-        tiers=tiers,
-        approximate=rewritten.as_dict() if rewritten else {},
+        tiers=model.engine.tiers.figures() if model.engine.tiers else {},
+        approximate=model.rewritten.as_dict() if model.rewritten else {},
         bound=held_up,
         advice=asdict(advice),
     )

@@ -1,1 +1,1 @@
-"""The OpenAI-compatible server: `scheduler` runs requests in turns, `app` is HTTP, `serve` a process of both."""
+"""The front before llama.cpp's server: reverse proxy, limits, metrics, live telemetry and the dashboard."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -16,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from flashmoe.runtime.exactness import Exactness
+from flashmoe.runtime.exactness import for_request
 from flashmoe.runtime.model import Model
 from flashmoe.server.body import Limits
 from flashmoe.server.broadcast import Broadcast
@@ -40,7 +41,7 @@ def is_own(path: str) -> bool:
 
 
 class Front:
-    """The ASGI application. `started` is called when requests are answered; `drain` and `stop` end it in order."""
+    """The ASGI application before a running backend."""
 
     def __init__(
         self,
@@ -48,18 +49,20 @@ class Front:
         inner: InnerServer,
         *,
         name: str,
-        host: str,
-        api_key: str | None,
-        cors: Sequence[str],
-        names: Sequence[str],
+        host: str = "127.0.0.1",
+        api_key: str | None = None,
+        cors: Sequence[str] = (),
+        names: Sequence[str] = (),
     ) -> None:
+        """name: the model's; host: where it listens; cors: allowed origins; names: see Guard."""
+        #: Called when requests are answered.
         self.started: Callable[[], Any] = lambda: None
         #: Runs from then on, and is cancelled at the end.
         self.beside: Callable[[], Coroutine[Any, Any, None]] | None = None
         self.traffic = Traffic(inner.parallel)
         self._upstream = Upstream(inner)
         limits = Limits(inner.n_ctx, inner.longest_text, inner.multimodal)
-        self._proxy = Proxy(inner, self._upstream, self.traffic, limits, Exactness(model))
+        self._proxy = Proxy(inner, self._upstream, self.traffic, limits, partial(for_request, model))
         self._own = self._make_own(model, inner, name)
         guard = Guard(
             self._dispatch,
@@ -118,22 +121,6 @@ class Front:
             exception_handlers={HTTPException: _refused, Refusal: _refused, Exception: _broken},
             lifespan=lifespan,
         )
-
-
-def make_app(
-    model: Model,
-    inner: InnerServer,
-    *,
-    name: str,
-    host: str = "127.0.0.1",
-    api_key: str | None = None,
-    cors: Sequence[str] = (),
-    names: Sequence[str] = (),
-) -> Front:
-    """The application before a running backend. name: the model's; host: where it listens; cors: allowed origins;
-    names: see Guard.
-    """
-    return Front(model, inner, name=name, host=host, api_key=api_key, cors=cors, names=names)
 
 
 async def _refused(request: Request, error: Exception) -> Response:

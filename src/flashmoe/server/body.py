@@ -30,7 +30,7 @@ class Gone(Exception):
 
 
 class Limits:
-    """What a body may be.
+    """Limits of a request's body.
 
     n_ctx: tokens of the context of one slot; longest_text: bytes of a text that may be worth tokenizing; multimodal: a
     body may hold pictures, in base64.

@@ -12,7 +12,7 @@ from flashmoe.routing.recorder import RoutingObserver
 
 
 class Broadcast:
-    """Passes on what the engine's hook says. Observers come and go from any thread."""
+    """A `RoutingObserver` that passes on what the engine's hook says. Observers come and go from any thread."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -34,11 +34,9 @@ class Broadcast:
         self._engine.record(self if observers else None)
 
     def begin_step(self) -> None:
-        """See RoutingObserver."""
         for observer in self._observers:
             observer.begin_step()
 
     def add(self, layer: int, ids: NDArray[Any], weights: NDArray[Any] | None = None) -> None:
-        """See RoutingObserver."""
         for observer in self._observers:
             observer.add(layer, ids, weights)

@@ -1,4 +1,4 @@
-"""The hit rate of the last minutes against LRU's and Belady's, and what would help: replayed while a client asks."""
+"""Compares the hit rate of the last minutes with LRU's and Belady's, by replay, while a client asks."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ SLOWEST, FASTEST = 0.1, 30.0  # frames a second
 
 
 class Activity:
-    """Notes which experts are asked for: when last used, and when last missed, [layers, experts], in ticks."""
+    """A `RoutingObserver`: when experts were last asked for, and when last missed, [layers, experts], in ticks."""
 
     def __init__(self, slot_of: NDArray[np.int32]) -> None:
         self._slot_of = slot_of
@@ -46,11 +46,9 @@ class Activity:
         self._absent = slot_of < 0  # before the present step
 
     def begin_step(self) -> None:
-        """See RoutingObserver."""
         np.less(self._slot_of, 0, out=self._absent)
 
     def add(self, layer: int, ids: NDArray[Any], _weights: NDArray[Any] | None = None) -> None:
-        """See RoutingObserver."""
         experts = ids.ravel()
         self.used[layer, experts] = self.tick
         self.missed[layer, experts[self._absent[layer, experts]]] = self.tick

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -23,21 +23,18 @@ class _ModelCollector(Collector):
         self._model, self._traffic, self._comparing = model, traffic, comparing
 
     def collect(self) -> Iterable[Metric]:
-        model, stats = self._model, self._model.cache_stats
-        phases = {"prefill": model.telemetry.prefill, "decode": model.telemetry.decode}
+        yield from self._by_phase()
+        yield from self._rewritten()
+        yield from self._gauges()
+        yield self._recent_hit_rate()
 
-        def by_phase(name: str, text: str, values: dict[str, float]) -> Metric:
-            family = CounterMetricFamily(f"flashmoe_{name}", text, labels=["phase"])
-            for phase, value in values.items():
-                family.add_metric([phase], value)
-            return family
-
-        yield by_phase("tokens", "Tokens evaluated.", {p: v.tokens for p, v in phases.items()})
-        yield by_phase(
-            "evaluation_seconds",
-            "Seconds spent evaluating, reads included.",
-            {p: v.seconds for p, v in phases.items()},
-        )
+    def _by_phase(self) -> Iterator[Metric]:
+        """What is counted for prompts and for decoding."""
+        stats, telemetry = self._model.cache_stats, self._model.telemetry
+        phases = {"prefill": telemetry.prefill, "decode": telemetry.decode}
+        seconds = {phase: value.seconds for phase, value in phases.items()}
+        yield _family("tokens", "Tokens evaluated.", {phase: value.tokens for phase, value in phases.items()})
+        yield _family("evaluation_seconds", "Seconds spent evaluating, reads included.", seconds)
         for name, text, attribute in (
             ("expert_hits", "Expert requests that found the expert resident.", "hits"),
             ("expert_late_hits", "Expert requests whose prefetch was under way.", "late_hits"),
@@ -46,47 +43,49 @@ class _ModelCollector(Collector):
             ("stall_seconds", "Seconds that the engine waited for reads.", "stall_seconds"),
             ("overhead_seconds", "Seconds of Python in the engine's way, reads aside.", "overhead_seconds"),
         ):
-            yield by_phase(name, text, {p: getattr(s, attribute) for p, s in stats.items()})
+            yield _family(name, text, {phase: getattr(s, attribute) for phase, s in stats.items()})
         read = CounterMetricFamily(
             "flashmoe_read_bytes", "Expert bytes read from the drive.", labels=["phase", "for"]
         )
         for phase, s in stats.items():
-            for what, value in (
-                ("miss", s.bytes),
-                ("prefetch", s.prefetch_bytes),
-                ("wasted_prefetch", s.wasted_bytes),
-            ):
-                read.add_metric([phase, what], value)
+            read.add_metric([phase, "miss"], s.bytes)
+            read.add_metric([phase, "prefetch"], s.prefetch_bytes)
+            read.add_metric([phase, "wasted_prefetch"], s.wasted_bytes)
         yield read
-        rewritten = model.rewritten
+
+    def _rewritten(self) -> Iterator[Metric]:
+        """What --approx has done."""
+        done = self._model.rewritten
+        replaced, dropped = (done.replaced, done.dropped) if done else (0, 0)
         for name, text, count in (
-            (
-                "experts_replaced",
-                "Experts that --approx has replaced.",
-                rewritten.replaced if rewritten else 0,
-            ),
-            ("experts_dropped", "Experts that --approx has left out.", rewritten.dropped if rewritten else 0),
+            ("experts_replaced", "Experts that --approx has replaced.", replaced),
+            ("experts_dropped", "Experts that --approx has left out.", dropped),
         ):
             yield CounterMetricFamily(f"flashmoe_{name}", text, count)
-        residency = model.cache.policy.residency
-        for name, text, gauge in (
+
+    def _gauges(self) -> Iterator[Metric]:
+        """The present state of pool, requests and memory."""
+        model, traffic = self._model, self._traffic
+        for name, text, value in (
             ("pool_slots", "Slots of the expert pool that are in use.", sum(model.cache.elastic.slots)),
-            ("pool_slots_used", "Slots that hold an expert.", int(residency.used.sum())),
+            ("pool_slots_used", "Slots that hold an expert.", int(model.cache.policy.residency.used.sum())),
             ("experts", "Experts of the model, all layers.", model.catalog.total_experts),
-            ("requests_running", "Requests that have a slot of the server.", self._traffic.running),
-            ("requests_waiting", "Requests in the queue.", self._traffic.waiting),
+            ("requests_running", "Requests that have a slot of the server.", traffic.running),
+            ("requests_waiting", "Requests in the queue.", traffic.waiting),
             (
                 "requests_waiting_seconds",
                 "How long the request that waits longest has waited.",
-                self._traffic.waiting_seconds,
+                traffic.waiting_seconds,
             ),
-            ("requests_parallel", "Requests that can run at once.", self._traffic.parallel),
-            ("accepting", "1 while new requests are taken, 0 when the server ends.", self._traffic.accepting),
+            ("requests_parallel", "Requests that can run at once.", traffic.parallel),
+            ("accepting", "1 while new requests are taken, 0 when the server ends.", traffic.accepting),
             ("memory_budget_bytes", "The memory budget; 0 without one.", model.budget_bytes),
             ("memory_resident_bytes", "Memory of the process.", status_bytes("VmRSS")),
             ("memory_peak_bytes", "The most that the process has taken.", status_bytes("VmHWM")),
         ):
-            yield GaugeMetricFamily(f"flashmoe_{name}", text, gauge)
+            yield GaugeMetricFamily(f"flashmoe_{name}", text, value)
+
+    def _recent_hit_rate(self) -> Metric:
         rate = GaugeMetricFamily(
             "flashmoe_recent_hit_rate",
             "Hit rate of decoding during the last minutes, prefetching aside: the cache's, and what replays of the "
@@ -97,7 +96,15 @@ class _ModelCollector(Collector):
             rate.add_metric(["cache"], compared.hit_rate)
             rate.add_metric(["lru"], compared.lru)
             rate.add_metric(["belady"], compared.belady)
-        yield rate
+        return rate
+
+
+def _family(name: str, text: str, values: Mapping[str, float]) -> Metric:
+    """A counter of each phase."""
+    family = CounterMetricFamily(f"flashmoe_{name}", text, labels=["phase"])
+    for phase, value in values.items():
+        family.add_metric([phase], value)
+    return family
 
 
 class Metrics:

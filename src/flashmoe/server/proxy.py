@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 
 import aiohttp
 from starlette.types import Receive, Scope, Send
 
 from flashmoe.errors import UsageError
-from flashmoe.runtime.exactness import Exactness
 from flashmoe.server.body import Gone, Limits
 from flashmoe.server.errors import Refusal, shutting_down
 from flashmoe.server.exchange import Exchange
@@ -37,10 +37,11 @@ class Proxy:
         upstream: Upstream,
         traffic: Traffic,
         limits: Limits,
-        exactness: Exactness,
+        exactly: Callable[[bytes], AbstractContextManager[None]],
     ) -> None:
+        """exactly: for the time of a request, by its body, see `runtime.exactness`."""
         self._inner, self._upstream, self._traffic, self._limits = inner, upstream, traffic, limits
-        self._exactness = exactness
+        self._for_request = exactly
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         counted = scope["method"] == "POST" and scope["path"] in GENERATING
@@ -80,7 +81,7 @@ class Proxy:
     def _exactly(self, body: bytes) -> AbstractContextManager[None]:
         """For the time of a request. Raises Refusal."""
         try:
-            return self._exactness.for_request(body)
+            return self._for_request(body)
         except UsageError as error:
             raise Refusal(400, str(error)) from None
 

@@ -6,21 +6,15 @@ import asyncio
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
 from flashmoe.errors import UsageError
-from flashmoe.runtime.model import Model
-from flashmoe.server.app import Front, make_app
+from flashmoe.server.app import Front
 from flashmoe.server.loading import BACKLOG
 from flashmoe.server.timeouts import TimeoutProtocol
-from flashmoe.server.upstream import InnerServer
-
-if TYPE_CHECKING:
-    from flashmoe.server.idle import IdleLearning
 
 _LAST_SECONDS = 5  # for connections to close when requests have ended
 KEEP_ALIVE_SECONDS = 120  # between two requests; clients keep connections for up to 75 s, and then trust them
@@ -33,6 +27,7 @@ class FrontServer(uvicorn.Server):
     """
 
     def __init__(self, front: Front, drain_seconds: float) -> None:
+        """drain_seconds: for running requests at the end, which SIGINT or SIGTERM begins."""
         super().__init__(
             uvicorn.Config(
                 front,
@@ -98,29 +93,3 @@ def listen(host: str, port: int) -> list[socket.socket]:
             f"cannot listen on {host} port {port} ({error}); choose others (--host, --port)"
         ) from None
     return found
-
-
-def serve(
-    model: Model,
-    inner: InnerServer,
-    sockets: list[socket.socket],
-    *,
-    name: str,
-    host: str,
-    api_key: str | None = None,
-    cors: Sequence[str] = (),
-    names: Sequence[str] = (),
-    drain_seconds: float,
-    started: Callable[[], Any] = lambda: None,
-    learning: IdleLearning | None = None,
-) -> None:
-    """Serve `model` through the backend `inner` on `sockets` until SIGINT or SIGTERM.
-
-    names: see Guard. drain_seconds: for running requests at the end. started: called when requests are answered.
-    learning: while none runs.
-    """
-    front = make_app(model, inner, name=name, host=host, api_key=api_key, cors=cors, names=names)
-    front.started = started
-    if learning is not None:
-        front.traffic.on_requests, front.beside = learning.on_requests, learning.run
-    FrontServer(front, drain_seconds).run(sockets=sockets)

@@ -37,7 +37,7 @@ RawHeaders = Iterable[tuple[bytes, bytes]]
 
 
 class InnerServer(Protocol):
-    """What the front has to know of the backend."""
+    """What the front needs of the backend."""
 
     socket: str
     key: str

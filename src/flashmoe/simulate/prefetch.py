@@ -16,6 +16,7 @@ from flashmoe.cache.policies.base import EvictionPolicy
 from flashmoe.cache.policies.default import create_for
 from flashmoe.common.kept import kept
 from flashmoe.common.plotting import new_figure, save_figure
+from flashmoe.common.text import split_list
 from flashmoe.errors import UsageError
 from flashmoe.prefetch import create, needs_hidden, of_routing_alone
 from flashmoe.prefetch.base import AHEAD, Predictor, PredictorError
@@ -80,11 +81,8 @@ def parse_predictors(text: str) -> list[str]:
     """Specs of a comma-separated list; "all" stands for every predictor that needs neither a file nor more than
     routing."""
     specs: list[str] = []
-    for spec in (part.strip() for part in text.split(",") if part.strip()):
-        if spec == "all":
-            specs += of_routing_alone()
-        else:
-            specs.append(spec)
+    for spec in split_list(text):
+        specs += of_routing_alone() if spec == "all" else [spec]
     specs = [spec for spec in dict.fromkeys(specs) if spec != "none"]
     if not specs:
         raise UsageError("no predictor given: use --prefetch all, or names such as table,promoe:FILE")

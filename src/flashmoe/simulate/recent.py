@@ -79,7 +79,6 @@ class RecentSteps:
             self._recorder.add(layer, ids)
 
     def begin_step(self) -> None:
-        """See RoutingObserver."""
         if self._recorder is not None:
             self._recorder.end_step(phase=self._phase)
             if len(self._recorder) >= BLOCK:

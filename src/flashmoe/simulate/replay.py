@@ -13,6 +13,7 @@ from flashmoe.cache.policies import without_file
 from flashmoe.cache.policies.base import EvictionPolicy, Replay
 from flashmoe.cache.policies.default import create_for
 from flashmoe.cache.residency import make_residency
+from flashmoe.common.text import split_list
 from flashmoe.errors import FlashMoEError, UsageError
 from flashmoe.routing.trace import RoutingTrace
 from flashmoe.simulate.partition import pool_for
@@ -36,11 +37,8 @@ class Row:
 def parse_policies(text: str) -> list[str]:
     """Specs of a comma-separated list; "all" stands for every policy that needs no file."""
     specs: list[str] = []
-    for spec in (part.strip() for part in text.split(",") if part.strip()):
-        if spec == "all":
-            specs += without_file()
-        else:
-            specs.append(spec)
+    for spec in split_list(text):
+        specs += without_file() if spec == "all" else [spec]
     if not specs:
         raise UsageError(
             "no policy given: use --policy all, or names such as lru,flashmoe+:policy.safetensors"
@@ -52,7 +50,7 @@ def parse_capacities(text: str, total: int) -> list[int]:
     """Slots for "12.5%,0.25,416" out of `total` experts: a percentage, a share below 1, or a number of
     slots."""
     slots = []
-    for part in (piece.strip() for piece in text.split(",") if piece.strip()):
+    for part in split_list(text):
         try:
             value = float(part.rstrip("%"))
         except ValueError:

@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Machine:
-    """What a prediction assumes."""
+    """The machine that a prediction assumes."""
 
     expert_bytes: float  # of one expert, all weights, averaged over the layers
     drive_bytes_per_second: float | None = None  # of direct reads

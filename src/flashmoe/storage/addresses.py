@@ -80,7 +80,7 @@ def check_room(nbytes: int, purpose: str) -> None:
 
 
 def refused(nbytes: int, error: OSError) -> BudgetError:
-    """Why so many addresses are not to be had, and what to do."""
+    """The error for addresses that the system refuses: why, and what to do."""
     size, room = format_bytes(nbytes), address_room()
     if room is None:
         return BudgetError(

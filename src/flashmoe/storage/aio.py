@@ -57,19 +57,16 @@ class ReadQueue(Protocol):
 
     def start(self, reads: list[tuple[int, Read]]) -> None:
         """Start reads; with those under way at most `depth`."""
-        ...
 
     def collect(self, timeout: float, least: int = 1) -> list[Done]:
         """Reads that have ended since; where none has, wait up to `timeout` seconds for one, or for `least`."""
-        ...
 
     def close(self) -> None:
         """End; no read may be under way."""
-        ...
 
 
 class ThreadQueue:
-    """A few threads with preadv, for files that cannot be read directly, and for reads that need patience."""
+    """A `ReadQueue` of a few threads with preadv, for files that cannot be read directly, and for reads again."""
 
     def __init__(self, files: list[DirectFile]) -> None:
         self.depth = _THREADS
@@ -80,7 +77,6 @@ class ThreadQueue:
             threading.Thread(target=self._work, name=f"flashmoe-read-{i}", daemon=True).start()
 
     def start(self, reads: list[tuple[int, Read]]) -> None:
-        """See ReadQueue."""
         for item in reads:
             self._todo.put(item)
 
@@ -105,7 +101,6 @@ class ThreadQueue:
             return ended
 
     def close(self) -> None:
-        """See ReadQueue."""
         for _ in range(_THREADS):
             self._todo.put(None)
 
@@ -121,7 +116,7 @@ _TURN = 1e-3  # seconds that one of two queues is waited for
 
 
 class KernelQueue:
-    """Linux asynchronous I/O (io_submit) on files that are open for direct I/O."""
+    """A `ReadQueue` of Linux asynchronous I/O (io_submit), on files that are open for direct I/O."""
 
     depth = _DEPTH
 
@@ -151,7 +146,6 @@ class KernelQueue:
         self._refusal_logged = False
 
     def start(self, reads: list[tuple[int, Read]]) -> None:
-        """See ReadQueue."""
         started: list[int] = []
         for number, read in reads:
             file = self._files[read.file]
@@ -182,9 +176,8 @@ class KernelQueue:
             left = C.addressof(self._pointers) + 8 * done
             try:
                 done += self._checked(self._submit, self._context, len(started) - done, left)
-            except (
-                OSError
-            ) as error:  # this one is refused: the plain way knows whether for good, and says why
+            except OSError as error:
+                # this one is refused: the plain way knows whether for good, and says why
                 if not self._refusal_logged:  # some systems refuse all
                     _log.warning("io_submit refuses reads (%s): such are left to threads", error.strerror)
                     self._refusal_logged = True
@@ -193,7 +186,6 @@ class KernelQueue:
                 done += 1
 
     def collect(self, timeout: float, least: int = 1) -> list[Done]:
-        """See ReadQueue."""
         ended: list[Done] = []
         until = time.monotonic() + timeout
         while True:
@@ -239,7 +231,6 @@ class KernelQueue:
         return ended
 
     def close(self) -> None:
-        """See ReadQueue."""
         self._call(self._destroy, self._context, 0, 0, 0, 0)
         if self._fallback:
             self._fallback.close()

@@ -1,4 +1,4 @@
-"""Arrays from files that may be damaged: what a file says of itself is checked before memory is taken for it."""
+"""Reads arrays from files that may be damaged: sizes are checked before memory is taken."""
 
 from __future__ import annotations
 

@@ -86,9 +86,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     Raises ModelError (missing, unreadable, damaged, truncated, a file of several missing).
     """
     folder = Path(path)
-    if not os.path.isdir(
-        folder
-    ):  # of pathlib's, some raise: a name that is too long, a folder that is another user's
+    if not os.path.isdir(folder):
+        # of pathlib's, some raise: a name that is too long, a folder that is another user's
         what = "is a file" if os.path.exists(folder) else "no such folder"
         raise ModelError(f"{folder}: {what}; name the folder of the checkpoint, with {CONFIG} in it")
     if not (folder / CONFIG).is_file():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -64,8 +65,7 @@ def take_checksums(
 ) -> None:
     """Read slices and put their checksums into `checksums`; `progress` gets the bytes done so far. Raises ReadError."""
     todo = list(slices)
-    reader = ExpertReader(files)
-    try:
+    with closing(ExpertReader(files)) as reader:
         reader.reserve_bounce_buffers(max(s.nbytes for s in todo))
 
         def note(source: int, number: int) -> None:
@@ -78,8 +78,6 @@ def take_checksums(
             reader.wait(reader.demand(reads))
             done += sum(read.nbytes for read in reads)
             progress(done)
-    finally:
-        reader.close()
 
 
 def differences(found: Checksums, expected: Checksums) -> list[tuple[str, int]]:

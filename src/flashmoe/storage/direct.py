@@ -8,12 +8,11 @@ import logging
 import os
 import threading
 import time
-import warnings
 from contextlib import ExitStack, suppress
 from mmap import PAGESIZE
 from pathlib import Path
 
-from flashmoe.errors import FlashMoEWarning, ReadError
+from flashmoe.errors import ReadError, warn
 from flashmoe.storage.addresses import reserve
 
 _log = logging.getLogger(__name__)
@@ -135,11 +134,9 @@ class DirectFile:
             os.dup2(again, self.fd, inheritable=False)
             os.close(again)
             self.direct = False
-        warnings.warn(
+        warn(
             f"{self.path}: its file system refuses direct reads ({reason}): reading through the page cache, which "
-            "is slower and takes memory; keep models on a local ext4, xfs or btrfs file system",
-            FlashMoEWarning,
-            stacklevel=2,
+            "is slower and takes memory; keep models on a local ext4, xfs or btrfs file system"
         )
         return True
 

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -112,8 +112,7 @@ def _read_notes() -> dict[str, Drive]:
 
 def _measure(path: Path, read_bytes: int) -> Drive:
     """Try each way in turn, several times, with a reader of its own: others may be at work. Raises ReadError."""
-    reader = ExpertReader([path])
-    try:
+    with closing(ExpertReader([path])) as reader:
         file = reader.files[0]
         unit = max(file.align, file.align_memory, 4096)
         size = max(unit, min(read_bytes, _MOST_HELD // 2) // unit * unit)
@@ -140,8 +139,6 @@ def _measure(path: Path, read_bytes: int) -> Drive:
                 measured.append(count * size / (time.perf_counter() - started) / 1e9)
             if time.perf_counter() - began > _MOST_SECONDS:
                 break
-    finally:
-        reader.close()
     medians = {way: statistics.median(measured) for way, measured in rates.items()}
     usual, best = _TRIED[0], max(_TRIED, key=medians.__getitem__)
     pairs = list(zip(rates[best], rates[usual], strict=True))

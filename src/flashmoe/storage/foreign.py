@@ -1,4 +1,4 @@
-"""What a file is that is no model to run, and what to do with it, in words for an error."""
+"""Recognises files that are no model to run, and says what to do with them."""
 
 from __future__ import annotations
 

@@ -231,11 +231,10 @@ class _Header:
 
 
 class Source(Protocol):
-    """What a header is read from, from its beginning on."""
+    """The input that a header is read from, from its beginning on."""
 
     def read(self, n: int, /) -> bytes:
         """The next bytes, any number from 1 to more than `n`; none at the end."""
-        ...
 
     def close(self) -> None: ...
 

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from flashmoe.common.files import expanded
 from flashmoe.errors import FlashMoEError, ModelError, UsageError
+from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.checkpoint import is_checkpoint
 from flashmoe.storage.gguf import GGUF, Part, join, parse_remote, read_gguf
 from flashmoe.storage.hub_names import PREFIX, HubName, choose, looks_like_one, parse, parts_of
@@ -44,6 +45,11 @@ def resolve(model: str | Path) -> Path:
             + (", or run it with --engine transformers" if is_checkpoint(path) else "")
         )
     return path
+
+
+def read_catalog(model: str | Path) -> ExpertCatalog:
+    """The experts of a GGUF model that `resolve` finds. Raises as that, and ModelError for a file without experts."""
+    return ExpertCatalog.from_gguf(read_gguf(resolve(model)))
 
 
 def resolve_checkpoint(model: str | Path) -> Path:

@@ -13,14 +13,8 @@ PREFIX = "hf:"
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
 _MARKS = "<>\"'`"  # around what was copied from a text
 _PAGES = ("tree", "blob", "resolve", "raw", "blame", "commit", "commits")  # of a repository at a revision
-_NO_MODELS = (
-    "datasets",
-    "spaces",
-    "collections",
-    "papers",
-    "docs",
-    "blog",
-)  # in the place of an organisation
+# in the place of an organisation
+_NO_MODELS = ("datasets", "spaces", "collections", "papers", "docs", "blog")
 _REPOSITORY = re.compile(r"[\w.-]*\w[\w.-]*/[\w.-]*\w[\w.-]*")
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 #: What lies beside models: of images and sound, and what was measured to make them.

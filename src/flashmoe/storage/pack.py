@@ -15,7 +15,7 @@ import shutil
 import struct
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -80,11 +80,8 @@ class Pack:
         """The checksums of the slices that are in the pack. Raises ReadError."""
         slices = list(_slices(catalog, self))
         table = np.empty(len(slices), np.uint64)
-        file = DirectFile(self.path)
-        try:
+        with closing(DirectFile(self.path)) as file:
             file.read_exact(table.ctypes.data, self.checksums_at, table.nbytes)
-        finally:
-            file.close()
         checksums = {name: array for name, array in no_checksums(catalog).items() if name in self.weights}
         for (weight, expert, _), known in zip(slices, table, strict=True):
             checksums[weight.tensor.name][expert] = known

@@ -64,19 +64,15 @@ class ReadObserver(Protocol):
 
     def started(self, number: int, read: Read, urgent: bool) -> None:
         """A read begins, known by `number`; urgent: a demand read."""
-        ...
 
     def ended(self, number: int) -> None:
         """Its end has been seen, by whatever called the reader next."""
-        ...
 
     def waits(self) -> None:
         """The caller of `wait` begins to wait."""
-        ...
 
     def waited(self) -> None:
         """It has waited."""
-        ...
 
 
 class ExpertReader:

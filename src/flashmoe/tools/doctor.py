@@ -10,7 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ _SLOW = 0.5  # 1e9 bytes per second: a SATA SSD
 
 @dataclass
 class Check:
-    """What was looked at. status: "ok", "advice" (works, could be better), or "problem" (does not work)."""
+    """The result of a check. status: "ok", "advice" (works, could be better), or "problem" (does not work)."""
 
     name: str
     status: str
@@ -147,7 +147,7 @@ def processor_features() -> Check:
 
 
 def memory() -> Check:
-    """What there is, what this process may use, and the default budget."""
+    """The machine's memory, what this process may use of it, and the default budget."""
     (total, available), limit, left, room = machine_memory(), memory_limit(), memory_left(), address_room()
     facts = {
         "ram_bytes": total,
@@ -205,8 +205,7 @@ def drive(place: Path) -> Check:
             path = stack.enter_context(sample(place, SIZES[-1]))
         except ReadError as error:
             return Check("drive", ADVICE, f"{kind}, not measured", str(error), facts)
-        reader = ExpertReader([path])
-        stack.callback(reader.close)
+        reader = stack.enter_context(closing(ExpertReader([path])))
         rates = _rates(reader)
         facts |= {
             "direct": reader.direct,

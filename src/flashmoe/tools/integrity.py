@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.checksums import (
     checksums_path,
     differences,
@@ -18,8 +17,7 @@ from flashmoe.storage.checksums import (
     take_checksums,
     write_checksums,
 )
-from flashmoe.storage.gguf import read_gguf
-from flashmoe.storage.hub import resolve
+from flashmoe.storage.hub import read_catalog
 from flashmoe.storage.pack import find_pack
 
 
@@ -67,7 +65,7 @@ def verify(model: str | Path, progress: Callable[[str, int, int], None] = lambda
         ReadError: the model cannot be read.
         FlashMoEError: the checksums cannot be written.
     """
-    catalog = ExpertCatalog.from_gguf(read_gguf(resolve(model)))
+    catalog = read_catalog(model)
     known, pack = find_checksums(catalog), find_pack(catalog)
     layers = {p.tensor.name: i for i, layer in enumerate(catalog.layers) for p in layer.weights}
     total = catalog.expert_bytes + (pack.size if pack else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 from flashmoe.engines.llamacpp.repack import placed
@@ -11,8 +12,7 @@ from flashmoe.runtime.layout import REPACKED, choose_layout
 from flashmoe.runtime.model import Progress
 from flashmoe.storage.catalog import ExpertCatalog
 from flashmoe.storage.direct import DirectFile
-from flashmoe.storage.gguf import read_gguf
-from flashmoe.storage.hub import resolve
+from flashmoe.storage.hub import read_catalog
 from flashmoe.storage.pack import Pack, find_pack, write_pack
 
 
@@ -22,7 +22,7 @@ def make_pack(model: str | Path, progress: Progress = lambda *_: None) -> tuple[
     progress: called with "pack" or "check", the bytes done and their number. Raises ModelError (nothing to pack, or
     wrong results with repacked weights), LibraryError, FlashMoEError (no room, no right to write) and ReadError.
     """
-    catalog = ExpertCatalog.from_gguf(read_gguf(resolve(model)))
+    catalog = read_catalog(model)
     library = tested_library()
     choose_layout(REPACKED, catalog, 1.0, packed=True, kernels_repack=library.repacks)
     files = [DirectFile(path) for path in catalog.gguf.files]
@@ -45,11 +45,8 @@ def _usable(catalog: ExpertCatalog, files: list[DirectFile], progress: Progress)
         pack = find_pack(catalog)
         if pack is None:
             return None
-        file = DirectFile(pack.path)
-        try:
+        with closing(DirectFile(pack.path)) as file:
             pack.apply(catalog, [*files, file])
-        finally:
-            file.close()
     except ModelError:
         return None
     return None if pack.damaged(catalog, lambda done: progress("check", done, pack.size)) else pack

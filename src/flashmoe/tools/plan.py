@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ _GOOD = 0.9  # of the best speed within reach is good enough for the smallest bu
 
 @dataclass(frozen=True)
 class Row:
-    """One budget, and what is expected of it."""
+    """The prediction for one budget."""
 
     budget_bytes: int
     context: int
@@ -55,7 +56,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """A model and what is expected of it. `rows` by ascending budget."""
+    """The predictions for a model. `rows` by ascending budget."""
 
     model: str
     architecture: str
@@ -96,12 +97,8 @@ def measure(catalog: ExpertCatalog, lib: Library, threads: int, place: Path) -> 
     size = int(np.median([weight.nbytes for layer in catalog.layers for weight in layer.weights]))
     size = max(ALIGN, size // ALIGN * ALIGN)
     size = min(size, 8 << 20)
-    with sample(place, size) as path:
-        reader = ExpertReader([path])
-        try:
-            return Machine(compute, {depth: rate(reader, size, depth) for depth in DEPTHS})
-        finally:
-            reader.close()
+    with sample(place, size) as path, closing(ExpertReader([path])) as reader:
+        return Machine(compute, {depth: rate(reader, size, depth) for depth in DEPTHS})
 
 
 def active_bytes(catalog: ExpertCatalog) -> Counter[str]:

@@ -44,11 +44,11 @@ _AMX = "AMX_INT8"  # as ggml names it
 
 
 class Failed(FlashMoEError):
-    """What is wrong."""
+    """The self-test has failed; the message says how."""
 
 
 class NoRoom(FlashMoEError):
-    """Why no folder takes the model."""
+    """No folder takes the model; the message says why."""
 
 
 @contextmanager

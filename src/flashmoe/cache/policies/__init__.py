@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from flashmoe.cache.policies.base import EvictionPolicy, Kernels, Replay
-from flashmoe.common.plugins import Listed, Registry
+from flashmoe.common.plugins import Registry
 from flashmoe.errors import PolicyError
 
 __all__ = [
@@ -51,16 +51,8 @@ BUILTIN = {
 
 
 _REGISTRY = Registry(EvictionPolicy, "policy", PolicyError, __name__, BUILTIN, ENTRY_POINTS)
-
-
-def available() -> list[str]:
-    """Names of all policies: built in first, then those of other packages."""
-    return _REGISTRY.available()
-
-
-def listed() -> list[Listed]:
-    """All policies, with what a list of them says of each."""
-    return _REGISTRY.listed()
+#: Names of all policies; and all with what a list says of each: see Registry.
+available, listed = _REGISTRY.available, _REGISTRY.listed
 
 
 def without_file() -> list[str]:

@@ -250,12 +250,10 @@ class Adaptive(EvictionPolicy):
             self.kernels = self._kernels_plus  # type: ignore[misc]  # of this policy alone
 
     def check_model(self, model: Any) -> None:
-        """See EvictionPolicy."""
         if self.learned is not None:
             self.learned.check_model(model)
 
     def make_state(self, n_layers: int, n_experts: int) -> AdaptiveState | AdaptivePlusState:
-        """See EvictionPolicy."""
         learned = self.learned
         m = len(MEMBERS) - (learned is None)
         shape = (m, n_layers, n_experts)
@@ -281,14 +279,12 @@ class Adaptive(EvictionPolicy):
         return {name: int(count) for name, count in zip(MEMBERS, counts, strict=False)}
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """See EvictionPolicy."""
         arrays = super().state()
         for name, member in self._members().items():
             arrays |= {f"{name}.{array}": value for array, value in member.state().items()}
         return arrays
 
     def load_state(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """See EvictionPolicy."""
         before = self.state()
         try:
             super().load_state(arrays)
@@ -302,16 +298,13 @@ class Adaptive(EvictionPolicy):
             raise
 
     def learnt(self) -> dict[str, NDArray[Any]]:
-        """See EvictionPolicy."""
         self._members()
         return self.online.learnt()
 
     def recall(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """See EvictionPolicy."""
         self.online.recall(arrays)
 
     def limits(self) -> dict[str, Limits]:
-        """See EvictionPolicy."""
         n_experts = self.residency.n_experts
         return {
             "driver": (0, len(self._state.total) - 1),

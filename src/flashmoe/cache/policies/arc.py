@@ -156,7 +156,6 @@ class Arc(EvictionPolicy):
     kernels = loops.compiled(ArcState, record, victim, evicted)
 
     def make_state(self, n_layers: int, n_experts: int) -> ArcState:
-        """See EvictionPolicy."""
         shape = (n_layers, n_experts)
         return ArcState(
             where=np.zeros(shape, np.uint8),

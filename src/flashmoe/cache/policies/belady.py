@@ -77,7 +77,6 @@ class Belady(EvictionPolicy):
     oracle = True
 
     def make_state(self, n_layers: int, n_experts: int) -> BeladyState:
-        """See EvictionPolicy."""
         return BeladyState(
             score=np.full((n_layers, n_experts), -np.inf),
             uses=np.zeros(0, np.int64),

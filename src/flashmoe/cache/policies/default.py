@@ -1,4 +1,4 @@
-"""The eviction policy of who names none."""
+"""The default eviction policy of a model."""
 
 from __future__ import annotations
 

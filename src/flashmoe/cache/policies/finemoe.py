@@ -62,26 +62,21 @@ class FineMoE(EvictionPolicy):
         self._embedder = maps.Embedder()
 
     def make_state(self, n_layers: int, n_experts: int) -> FineMoEState:
-        """See EvictionPolicy."""
         shape = n_layers, n_experts
         state = FineMoEState(np.zeros(shape), np.zeros(shape), maps.make_state(*shape, self.size))
         maps.begin(maps.make_state(1, 1, 1), np.zeros(maps.WIDTH, np.float32))  # compiles it now
         return state
 
     def use_embeddings(self, embed: Embed) -> None:
-        """See EvictionPolicy."""
         self._embedder.use(embed)
 
     def begin_step(self, tokens: Sequence[int]) -> None:
-        """See EvictionPolicy."""
         maps.begin(self._state.maps, self._embedder(tokens))
 
     def rank(self, layer: int, ids: NDArray[Any], scores: NDArray[Any]) -> None:
-        """See EvictionPolicy."""
         maps.rank(self._state.maps, layer, ids, scores)
 
     def limits(self) -> dict[str, Limits]:
-        """See EvictionPolicy."""
         return maps.limits(self._state.maps)
 
     def _for_victims(self) -> FineMoEState:

@@ -134,7 +134,6 @@ class Flashmoe(LearnedPolicy):
         self.fixed = frozenset(self.weights)
 
     def make_state(self, n_layers: int, n_experts: int) -> FlashmoeState:
-        """See EvictionPolicy."""
         self.trained.check_shape(n_layers, n_experts)
         shape = (n_layers, n_experts)
         return FlashmoeState(
@@ -146,5 +145,4 @@ class Flashmoe(LearnedPolicy):
         )
 
     def limits(self) -> dict[str, Limits]:
-        """See EvictionPolicy."""
         return {"last": (-1, self.residency.accesses[:, None]), "counts": (0.0, 1e12)}

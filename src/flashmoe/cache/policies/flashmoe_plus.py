@@ -242,7 +242,6 @@ class FlashmoePlus(LearnedPolicy):
         self.fixed = frozenset({*self.weights, "decay", "channel", "top_k", "mean"})
 
     def make_state(self, n_layers: int, n_experts: int) -> FlashmoePlusState:
-        """See EvictionPolicy."""
         self.trained.check_shape(n_layers, n_experts)
         shape = (n_layers, n_experts)
         channels, r = len(self.channel) + 1, self.weights["embed"].shape[2]
@@ -262,7 +261,6 @@ class FlashmoePlus(LearnedPolicy):
         )
 
     def limits(self) -> dict[str, Limits]:
-        """See EvictionPolicy."""
         experts = self._state.current.shape[1] - 1
         return {
             "last": (NEVER, self.residency.accesses[:, None]),

@@ -55,5 +55,4 @@ class LearnedPolicy(EvictionPolicy):
         self.trained = trained
 
     def check_model(self, model: Mapping[str, Any]) -> None:
-        """See EvictionPolicy."""
         self.trained.check_model(model)

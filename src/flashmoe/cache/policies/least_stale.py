@@ -54,6 +54,5 @@ class LeastStale(EvictionPolicy):
     kernels = loops.compiled(LeastStaleState, record, victim)
 
     def make_state(self, n_layers: int, n_experts: int) -> LeastStaleState:
-        """See EvictionPolicy."""
         shape = (n_layers, n_experts)
         return LeastStaleState(np.zeros(shape), np.zeros(shape), np.zeros(shape, np.int64))

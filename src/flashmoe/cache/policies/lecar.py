@@ -91,7 +91,6 @@ class LeCaR(EvictionPolicy):
         self.seed = seed
 
     def make_state(self, n_layers: int, n_experts: int) -> LeCaRState:
-        """See EvictionPolicy."""
         shape = (n_layers, n_experts)
         return LeCaRState(
             last=np.zeros(shape),
@@ -104,5 +103,4 @@ class LeCaR(EvictionPolicy):
         )
 
     def limits(self) -> dict[str, Limits]:
-        """See EvictionPolicy."""
         return {"weight": (0.01, 0.99), "evicted_at": (0, self.residency.accesses[:, None])}

@@ -48,10 +48,8 @@ class Lfru(EvictionPolicy):
     kernels = loops.compiled(LfruState, record, victim, begin=begin)
 
     def make_state(self, n_layers: int, n_experts: int) -> LfruState:
-        """See EvictionPolicy."""
         shape = (n_layers, n_experts)
         return LfruState(np.zeros(shape), np.zeros(shape), np.zeros(shape, np.int64))
 
     def limits(self) -> dict[str, Limits]:
-        """See EvictionPolicy."""
         return {"last": (0, self.residency.accesses[:, None])}

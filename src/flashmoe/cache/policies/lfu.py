@@ -62,6 +62,5 @@ class Lfu(EvictionPolicy):
         self.forget = forget
 
     def make_state(self, n_layers: int, n_experts: int) -> LfuState:
-        """See EvictionPolicy."""
         shape = (n_layers, n_experts)
         return LfuState(np.zeros(shape), np.zeros(shape), np.array([self.forget], np.uint8))

@@ -67,10 +67,8 @@ class LfuAged(EvictionPolicy):
         self.decay = decay
 
     def make_state(self, n_layers: int, n_experts: int) -> LfuAgedState:
-        """See EvictionPolicy."""
         shape = (n_layers, n_experts)
         return LfuAgedState(np.zeros(shape), np.zeros(shape), np.ones(n_layers), np.array([self.decay]))
 
     def limits(self) -> dict[str, Limits]:
-        """See EvictionPolicy."""
         return {"growth": (1.0, 1e101), "average": (0.0, 1e120)}

@@ -34,5 +34,4 @@ class Lru(EvictionPolicy):
     kernels = loops.compiled(LruState, record, victim)
 
     def make_state(self, n_layers: int, n_experts: int) -> LruState:
-        """See EvictionPolicy."""
         return LruState(last=np.zeros((n_layers, n_experts)))

@@ -92,7 +92,6 @@ class MoEInfinity(EvictionPolicy):
         self.size = size
 
     def make_state(self, n_layers: int, n_experts: int) -> MoEInfinityState:
-        """See EvictionPolicy."""
         shape = (n_layers, n_experts)
         return MoEInfinityState(
             score=np.zeros(shape),
@@ -104,5 +103,4 @@ class MoEInfinity(EvictionPolicy):
         )
 
     def limits(self) -> dict[str, Limits]:
-        """See EvictionPolicy."""
         return limits(self.size)

@@ -275,7 +275,6 @@ class Online(EvictionPolicy):
         self._recalled: Mapping[str, NDArray[Any]] = {}
 
     def make_state(self, n_layers: int, n_experts: int) -> OnlineState:
-        """See EvictionPolicy."""
         state = make_state(n_layers, n_experts)
         own = {name: getattr(state, name) for name in LEARNT}
         if self._recalled and (wrong := load_state(own, self._recalled, limits(n_experts))):
@@ -283,16 +282,13 @@ class Online(EvictionPolicy):
         return state
 
     def learnt(self) -> dict[str, NDArray[np.float32]]:
-        """See EvictionPolicy."""
         return {name: getattr(self._state, name).copy() for name in LEARNT}
 
     def recall(self, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """See EvictionPolicy."""
         self._recalled = arrays
 
     def _for_victims(self) -> OnlineState:
         return without_weights(self._state)
 
     def limits(self) -> dict[str, Limits]:
-        """See EvictionPolicy."""
         return limits(self.residency.n_experts)

@@ -1,4 +1,4 @@
-"""What the library takes for tensors on the CPU: its own function for that, exchanged for a while."""
+"""Replaces, for a while, the function by which the library allocates tensors on the CPU."""
 
 from __future__ import annotations
 

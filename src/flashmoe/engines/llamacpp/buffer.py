@@ -63,9 +63,8 @@ class ExpertBuffer:
         def call(*given: Any) -> Any:
             try:
                 return body(*given)
-            except (
-                BaseException
-            ) as error:  # ctypes would report it as ignored, and return what it happens to find
+            except BaseException as error:
+                # ctypes would report it as ignored, and return what it happens to find
                 self.error = self.error or error
                 return failed
 

@@ -16,11 +16,9 @@ import ctypes as C
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
 from numba import carray, types
-from numba.extending import intrinsic
 
-from flashmoe.common.compiled import bytes_at, call4, call5, int16_at, int32_at, int64_at
+from flashmoe.common.compiled import bytes_at, call4, call5, function_at, int16_at, int32_at, int64_at
 from flashmoe.common.kept import kept, kept_callback
 from flashmoe.engines.llamacpp.abi import Tensor
 from flashmoe.engines.llamacpp.control import (
@@ -41,7 +39,7 @@ from flashmoe.engines.llamacpp.control import (
     TO_RANK,
     Control,
 )
-from flashmoe.engines.llamacpp.overlap import is_last, take
+from flashmoe.engines.llamacpp.overlap import is_last, read, take
 from flashmoe.engines.llamacpp.routing_log import note
 from flashmoe.engines.llamacpp.spans import show
 
@@ -82,20 +80,11 @@ _clock_gettime: Any = types.ExternalFunction("clock_gettime", types.int32(types.
 _MONOTONIC = 1  # CLOCK_MONOTONIC
 
 
-@intrinsic
-def _call(_typing: Any, _function: Any, _node: Any, _ask: Any) -> Any:
-    """_call(function, node, ask): call the C function at an address."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        byte, address = ir.IntType(8), ir.IntType(64)
-        kind = ir.FunctionType(byte, [address, byte])
-        return builder.call(builder.inttoptr(args[0], kind.as_pointer()), [args[1], args[2]])
-
-    return types.uint8(types.int64, types.int64, types.uint8), generate
+_call = function_at(types.uint8, types.int64, types.uint8)  # a callback of Python's: (node, why)
 
 
 @kept()
-def block_of(tensor: Any, prefix: Any) -> Any:  # pragma: no cover - compiled
+def block_of(tensor: Any, prefix: Any) -> Any:
     """The number that follows `prefix` in a tensor's name, -1 for any other name ("... (reshaped)" among them)."""
     name = carray(bytes_at(tensor), _NAME_END)
     for i in range(len(prefix)):
@@ -112,13 +101,7 @@ def block_of(tensor: Any, prefix: Any) -> Any:  # pragma: no cover - compiled
 
 
 @kept()
-def read(address: Any) -> Any:  # pragma: no cover - compiled
-    """The int64 at an address."""
-    return carray(int64_at(address), 1)[0]
-
-
-@kept()
-def _copy_ids(ids: Any, buffer: Any, back: Any) -> Any:  # pragma: no cover - compiled
+def _copy_ids(ids: Any, buffer: Any, back: Any) -> Any:
     """Copy the ids between their tensor, whose rows lie apart (it is a view), and the buffer."""
     top_k, tokens, stride = read(ids + _NE0), read(ids + _NE1), read(ids + _NB1)
     packed = carray(int32_at(buffer), tokens * top_k)
@@ -132,15 +115,15 @@ def _copy_ids(ids: Any, buffer: Any, back: Any) -> Any:  # pragma: no cover - co
 
 
 @kept()
-def ask_python(control: Any, node: Any, why: Any) -> Any:  # pragma: no cover - compiled
+def ask_python(control: Any, node: Any, why: Any) -> Any:
     """Call Python's half; whether it has succeeded."""
     control[_OUTCOME] = NOT_RETURNED
-    _call(control[_PYTHON], node, why)  # type: ignore[call-arg]
+    _call(control[_PYTHON], node, why)
     return control[_OUTCOME] == RETURNED
 
 
 @kept_callback(types.int32(types.int64, types.int64))
-def end_graph(address: Any, thread: Any) -> Any:  # pragma: no cover - compiled
+def end_graph(address: Any, thread: Any) -> Any:
     """A thread has evaluated a graph: 0 where it is not this Control's, 1 where it succeeded, -1 where it failed."""
     control = carray(int64_at(address), _FIELDS)
     if control[_THREAD] != thread:
@@ -163,7 +146,7 @@ def end_graph(address: Any, thread: Any) -> Any:  # pragma: no cover - compiled
 
 
 @kept()
-def _gathers_tokens(node: Any) -> Any:  # pragma: no cover - compiled
+def _gathers_tokens(node: Any) -> Any:
     """Whether a node gathers rows by the graph's token ids."""
     ids = read(node + _SOURCE1)
     if ids == 0:
@@ -176,7 +159,7 @@ def _gathers_tokens(node: Any) -> Any:  # pragma: no cover - compiled
 
 
 @kept()
-def _is_table(control: Any, tensor: Any) -> Any:  # pragma: no cover - compiled
+def _is_table(control: Any, tensor: Any) -> Any:
     """Whether a tensor's rows are read as they are gathered."""
     if tensor == 0 or control[_TABLES] == 0:
         return False
@@ -189,7 +172,7 @@ def _is_table(control: Any, tensor: Any) -> Any:  # pragma: no cover - compiled
 
 
 @kept()
-def _begin(control: Any, address: Any, node: Any) -> Any:  # pragma: no cover - compiled
+def _begin(control: Any, address: Any, node: Any) -> Any:
     """The graph that begins gathers its tokens' embeddings at `node`: tell Python, unless it has nothing to say."""
     ids = read(node + _SOURCE1)
     control[_INPUTS], control[_TOKENS] = read(ids + _DATA), read(ids + _NE0)
@@ -201,7 +184,7 @@ def _begin(control: Any, address: Any, node: Any) -> Any:  # pragma: no cover - 
 
 
 @kept()
-def _hit(control: Any, n: Any) -> Any:  # pragma: no cover - compiled
+def _hit(control: Any, n: Any) -> Any:
     """Have a layer's `n` ids in the buffer made resident without Python: whether they all are.
 
     Where some are not, slots have been found for them: Control.done has the request's answer, for Python to go on.
@@ -236,7 +219,7 @@ def _hit(control: Any, n: Any) -> Any:  # pragma: no cover - compiled
 
 
 @kept()
-def _place(control: Any, block: Any, ids: Any, n: Any) -> Any:  # pragma: no cover - compiled
+def _place(control: Any, block: Any, ids: Any, n: Any) -> Any:
     """Let a block's tensors show what the slots in the buffer are of, and write these in the place of its ids."""
     if control[_SPANS] != 0:  # stock's experts stay where they are, whatever is routed to them
         show(control[_SPANS], block, control[_BUFFER], n, control[_WHOLE] != 0)
@@ -244,7 +227,7 @@ def _place(control: Any, block: Any, ids: Any, n: Any) -> Any:  # pragma: no cov
 
 
 @kept()
-def _is_late(control: Any, node: Any) -> Any:  # pragma: no cover - compiled
+def _is_late(control: Any, node: Any) -> Any:
     """Whether a node is the input of the last product of a layer whose reads are still under way."""
     if control[_PENDING] == 0 or control[_LATE_LENGTH] == 0:
         return False
@@ -259,7 +242,7 @@ def _is_late(control: Any, node: Any) -> Any:  # pragma: no cover - compiled
 
 
 @kept()
-def _find_logits(control: Any, node: Any) -> Any:  # pragma: no cover - compiled
+def _find_logits(control: Any, node: Any) -> Any:
     """From the gathered weights back to the router's product and its input."""
     for _ in range(_STEPS_TO_LOGITS):
         node = read(node + _SOURCE0)
@@ -272,7 +255,7 @@ def _find_logits(control: Any, node: Any) -> Any:  # pragma: no cover - compiled
 
 
 @kept()
-def _rewrite(control: Any, node: Any, block: Any, where: Any) -> Any:  # pragma: no cover - compiled
+def _rewrite(control: Any, node: Any, block: Any, where: Any) -> Any:
     """Let the routes of a block be rewritten; whether the evaluation goes on."""
     layer = carray(int64_at(control[_LAYERS]), block + 1)[block]
     done: Any = call4(control[_REWRITE], control[_REWRITING], layer, node, where)
@@ -282,7 +265,7 @@ def _rewrite(control: Any, node: Any, block: Any, where: Any) -> Any:  # pragma:
 
 
 @kept_callback(types.uint8(types.int64, types.uint8, types.int64))
-def on_node(node: Any, ask: Any, address: Any) -> Any:  # pragma: no cover - compiled
+def on_node(node: Any, ask: Any, address: Any) -> Any:
     """ggml_backend_sched_eval_callback; its user data is the address of a Control."""
     control = carray(int64_at(address), _FIELDS)
     if control[_IGNORE] != 0 or control[_STOP] != 0 or control[_OUTCOME] == NOT_RETURNED:

@@ -1,4 +1,4 @@
-"""What compiled code has answered by itself, and is yet to be counted."""
+"""Counts what the compiled callback has served without Python."""
 
 from __future__ import annotations
 

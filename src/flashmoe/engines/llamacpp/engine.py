@@ -26,6 +26,7 @@ from flashmoe.engines.llamacpp.library import Library, is_of_wheel
 from flashmoe.engines.llamacpp.loader import LoadedModel
 from flashmoe.engines.llamacpp.rewriting import GraphRewriter, Ranked
 from flashmoe.engines.llamacpp.sampler import Sampler
+from flashmoe.engines.llamacpp.served import ServedGraphs
 from flashmoe.engines.llamacpp.spinning import Spinning, release_threads
 from flashmoe.engines.llamacpp.stack import BYTES_PER_CHARACTER, on_large_stack, raise_thread_stacks
 from flashmoe.errors import ClosedError, FlashMoEError, ModelError, UsageError
@@ -39,7 +40,10 @@ _LONG_TEXT = 4096  # bytes from which on a thread's usual stack may be too small
 
 
 class LlamaEngine:
-    """Implements `engines.base.Engine` with stock llama.cpp. Call `attach` before the first `decode`."""
+    """Implements `engines.base.Engine`, where its methods are described, with stock llama.cpp.
+
+    Call `attach` before the first `decode`.
+    """
 
     tiers = None  # it computes on the CPU
 
@@ -92,20 +96,25 @@ class LlamaEngine:
             undo.pop_all()
 
     def attach(self, pool: SlotPool, slots: Sequence[int], cache: ExpertCache) -> None:
-        """Let the experts live in `pool`, of `slots[g]` slots in size group g, filled by `cache`."""
         self._model.attach(pool, slots)
         self._hook.cache = cache
 
     def record(self, recorder: RoutingObserver | None) -> None:
-        """Let `recorder` see every layer's routing from here on; the caller of `decode` ends its steps."""
         self._hook.record(recorder)
 
     def prefetch(self, prefetcher: Prefetcher) -> None:
-        """Let `prefetcher` see every layer's routing from here on, and read ahead."""
         self._hook.prefetch(prefetcher)
+        if prefetcher.needs_hidden and not self.no_text:
+            run_apart(self._meet_routers, self._hook.interrupt)
+
+    def _meet_routers(self) -> None:
+        """Have the routers known to the first prompt. What fails will fail there, and says why."""
+        self._hook.ready()
+        self._hook.meet_routers(lambda: self._context.decode([0]))
+        self._hook.error = None
+        self._context.rewind(0)
 
     def approximate(self, rewriter: Rewriter) -> None:
-        """Let the routes of decoded tokens be rewritten; after `attach`. Raises UsageError where that cannot be."""
         catalog = self._model.catalog
         if catalog.first_value_place:
             raise UsageError(f"{catalog.label}: --approx does not know experts for values: run it without")
@@ -144,7 +153,6 @@ class LlamaEngine:
             self._tell_rankings(told)
 
     def override_routing(self, override: Callable[[int, NDArray[np.int32]], None]) -> None:
-        """Let `override` overwrite the ids, (layer, int32 [tokens, top_k]), before they are made resident."""
         self._hook.override(override)
 
     @property
@@ -153,7 +161,6 @@ class LlamaEngine:
 
     @cached_property
     def no_text(self) -> str:
-        """Why it makes no text, token by token; "" where it does."""
         if self._context.remembers:
             return ""
         if self._lib.llama_model_is_diffusion(self._model.pointer):
@@ -221,10 +228,10 @@ class LlamaEngine:
         on_graph: Callable[[Evaluated], None],
         on_error: Callable[[BaseException], None],
     ) -> int:
-        """The library's server evaluates from here on, until `unserve`; see `RouterHook.serve`."""
+        """The library's server evaluates from here on, until `unserve`; see `ServedGraphs`."""
         run_apart(partial(release_threads, self._lib), lambda: None)
         self._serving = True
-        return self._hook.serve(self.sequences, self.n_vocab, on_prompt, on_graph, on_error)
+        return self._hook.serve(ServedGraphs(self.sequences, self.n_vocab, on_prompt, on_graph, on_error))
 
     def collect(self) -> None:
         """Count what the server has evaluated without Python."""
@@ -253,7 +260,6 @@ class LlamaEngine:
         self._hook.wait_until_idle()
 
     def past(self) -> int:
-        """Tokens evaluated so far by `decode`."""
         return self._context.past
 
     def decode(self, tokens: Sequence[int], *, embed: bool = False) -> None:
@@ -282,11 +288,9 @@ class LlamaEngine:
             )
 
     def logits(self, index: int = -1) -> NDArray[np.float32]:
-        """Logits of the last evaluation, float32 [vocabulary]."""
         return self._context.logits(index)
 
     def embedding(self) -> NDArray[np.float32]:
-        """Of the tokens last evaluated with `embed`, pooled, float32 [n_embd]."""
         return self._context.embedding()
 
     def sampler(self, sampling: SamplingParams) -> Sampler:

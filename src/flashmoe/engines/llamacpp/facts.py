@@ -1,4 +1,4 @@
-"""What a library's own functions say of its layouts: whether they agree with one that is known."""
+"""Checks a layout of structs against what the library's own functions return."""
 
 from __future__ import annotations
 

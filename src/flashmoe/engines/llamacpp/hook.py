@@ -1,4 +1,4 @@
-"""The eval callback: the router has spoken, the experts are made resident, their ids become slot numbers.
+"""The eval callback: after a layer's router, its experts are made resident and their ids become slot numbers.
 
 llama.cpp asks for every node of a graph whether its data is wanted. One node per layer is: `ffn_moe_weights-<block>`,
 the gathering of the router's weights by the true ids. It runs before any expert product, and nothing reads true ids
@@ -9,7 +9,6 @@ callback.py); Python runs once per layer.
 from __future__ import annotations
 
 import ctypes as C
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -40,13 +39,14 @@ from flashmoe.engines.llamacpp.control import (
     SERVED,
     Control,
 )
-from flashmoe.engines.llamacpp.counts import Counts, Evaluated
+from flashmoe.engines.llamacpp.counts import Counts
 from flashmoe.engines.llamacpp.inspection import Inspection
 from flashmoe.engines.llamacpp.loader import LoadedModel
 from flashmoe.engines.llamacpp.overlap import Overlap
 from flashmoe.engines.llamacpp.rewriting import GraphRewriter
 from flashmoe.engines.llamacpp.routers import GraphRouters
 from flashmoe.engines.llamacpp.routing_log import TOKENS, RoutingLog
+from flashmoe.engines.llamacpp.served import ServedGraphs
 from flashmoe.errors import FlashMoEError, ModelError
 from flashmoe.prefetch.scheduler import Prefetcher
 from flashmoe.routing.recorder import RoutingObserver
@@ -85,16 +85,8 @@ class RouterHook:
         self._blocks = np.zeros((2, max(self._layer_at) + 1), np.int64)
         self._routers = GraphRouters(model.lib, len(self._layer_at))
         self.error: BaseException | None = None
-        self._n_vocab = 0
-        # of the library's server
-        self._parallel = 1
-        self._on_prompt: Callable[[], Any] = lambda: None
-        self._on_graph: Callable[[Evaluated], None] = lambda _: None
-        self._on_error: Callable[[BaseException], None] = lambda _: None
-        self._graph_began = 0.0
-        self._graph_tokens: list[int] = []
-        self._prompting = False
-        self._threads: set[int] = set()
+        self._blank = False  # see `meet_routers`
+        self._served = ServedGraphs()
         self._log: RoutingLog | None = None
         self._counts = Counts(self._control)
         #: Where decoded tokens' routes are rewritten.
@@ -132,6 +124,21 @@ class RouterHook:
         """Let `prefetcher` see every layer's routing from here on, and read ahead."""
         self._step.prefetcher, self._control.quiet = prefetcher, 0
 
+    def meet_routers(self, evaluation: Callable[[], int]) -> None:
+        """Learn what a graph of one token shows, before the first prompt: experts are neither chosen nor read.
+
+        evaluation: of a token, to be forgotten; its products see what slots happen to hold.
+        """
+        control = self._control
+        self._inspection.begin(1, False)
+        control.inspect = control.whole = control.begun = 1
+        control.request = control.quiet = 0
+        self._blank = True
+        try:
+            self.evaluate(evaluation)
+        finally:
+            self._blank = False
+
     def override(self, override: Callable[[int, NDArray[np.int32]], None]) -> None:
         """Let `override`, called with (layer, ids [tokens, top_k]), put other experts in place of the router's."""
         self._step.override, self._control.quiet = override, 0
@@ -157,22 +164,9 @@ class RouterHook:
             time.sleep(0.001)  # a graph may be just about to be noticed
             quiet = 0 if self._control.thread else quiet + 1
 
-    def serve(
-        self,
-        parallel: int,
-        n_vocab: int,
-        on_prompt: Callable[[], Any],
-        on_graph: Callable[[Evaluated], None],
-        on_error: Callable[[BaseException], None],
-    ) -> int:
-        """Graphs come unannounced from here on; the address of what `callback.end_graph` takes.
-
-        A graph of at most `parallel` tokens is counted as decoding; on_prompt is called before one of more tokens that
-        follows it. on_graph is told of what has succeeded, on_error why a graph has failed. All in the thread that
-        evaluates, and on_graph in that of `collect` too.
-        """
-        self._parallel, self._n_vocab = parallel, n_vocab
-        self._on_prompt, self._on_graph, self._on_error = on_prompt, on_graph, on_error
+    def serve(self, served: ServedGraphs) -> int:
+        """Graphs come unannounced from here on, see `ServedGraphs`; the address of what `callback.end_graph` takes."""
+        self._served = served
         self.ready()
         self._control.quiet = 0  # what is true of the engine's own graphs need not be of the server's
         return self.data
@@ -216,7 +210,7 @@ class RouterHook:
             if cache.phase == "decode":
                 control.recent = cache.recent.ids.ctypes.data
                 if step.prefetcher is None and not control.log and not cache.policy.needs_ranking:
-                    most = min(self._parallel, cache.served_together(top_k), MOST_QUIET)
+                    most = min(self._served.parallel, cache.served_together(top_k), MOST_QUIET)
                     control.quiet = sum(1 << n for n in range(1, most + 1) if self._inspection.knows(n))
                     if step.observed:  # since then, by another thread
                         control.quiet = 0
@@ -281,7 +275,7 @@ class RouterHook:
     def collect(self) -> None:
         """Count the graphs of the server's that needed no Python. From any thread."""
         if self._step.cache is not None:
-            self._counts.collect(self._step.cache, self._on_graph)
+            self._counts.collect(self._step.cache, self._served.on_graph)
 
     def _on_python(self, address: int, why: int) -> int:
         """Goes on if it ends with outcome RETURNED; else the evaluation ends and `error` says why."""
@@ -316,20 +310,13 @@ class RouterHook:
         except BaseException as error:  # nothing may leave a C callback
             self.error = self.error or error
             if why == END:  # no caller is left to raise it
-                self._on_error(error)
+                self._served.on_error(error)
                 self.error = None
         return int(self.error is None)
 
     def _begin_graph(self, control: Control, node: int) -> None:
         """The library's server evaluates: the first node of its graph is ready to be computed."""
-        if (thread := threading.get_ident()) not in self._threads:
-            # the library's thread: Python's state of it stays, instead of being made anew for every callback
-            self._threads.add(thread)
-            C.pythonapi.PyGILState_Ensure()
-        ids = np.frombuffer(C.string_at(control.inputs, 4 * control.tokens), np.int32).tolist()
-        if min(ids) < 0 or max(ids) >= self._n_vocab:
-            ids = [-1] * len(ids)  # not set: the graph is fed with embeddings
-        self._announce(ids)
+        self._announce(self._served.token_ids(control))
         if control.inspect:
             self._inspection.look(node)
 
@@ -343,12 +330,8 @@ class RouterHook:
     def _announce(self, tokens: list[int]) -> None:
         assert self._step.cache is not None
         self.collect()
-        decode = len(tokens) <= self._parallel
-        self._step.cache.phase = "decode" if decode else "prefill"
-        if not decode and not self._prompting:
-            self._on_prompt()
-        self._prompting = not decode
-        self._graph_tokens, self._graph_began = tokens, time.perf_counter()
+        self._step.cache.phase = self._served.phase(len(tokens))
+        self._served.begin(tokens)
         self._counts.faults = major_faults()
         self.begin(tokens)
 
@@ -357,12 +340,11 @@ class RouterHook:
         self._settle()
         error, self.error = self.error, None
         if failed or error or self._control.ignore:
-            self._on_error(error or FlashMoEError("the evaluation was interrupted"))
+            self._served.on_error(error or FlashMoEError("the evaluation was interrupted"))
             return False
         self._inspection.end()
         if self._control.begun:
-            seconds, faults = time.perf_counter() - self._graph_began, major_faults() - self._counts.faults
-            self._on_graph(Evaluated(self._graph_tokens, not self._prompting, seconds, faults))
+            self._served.end(major_faults() - self._counts.faults)
         return True
 
     def _rename(self, control: Control, node: int) -> None:
@@ -381,6 +363,10 @@ class RouterHook:
             control.look_in = 0
         ids = self._ids[: tokens * top_k]
         picked = ids.reshape(tokens, top_k)
+        if self._blank:
+            self._routers.meet(layer, node, control.logits, control.ids)
+            picked[:] = range(top_k)
+            return
         if step.override is not None:
             step.override(layer, picked)
         if not control.log:
@@ -407,7 +393,7 @@ class RouterHook:
             layer,
             picked,
             lambda meanwhile: ensure(meanwhile=meanwhile),
-            lambda: self._routers.input(control.hidden),
+            lambda: self._routers.input(control.hidden, tokens),
         )
         control.done = -1
         late = cache.late

@@ -1,4 +1,4 @@
-"""Sets of instructions that kernels are compiled for: which one a library has, and which one this processor."""
+"""Instruction sets: which one kernels are compiled for, and which one this processor has."""
 
 from __future__ import annotations
 

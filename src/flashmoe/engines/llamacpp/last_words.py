@@ -1,4 +1,4 @@
-"""What is said where an assertion of the library's ends the process: compiled, since any of its threads may fail."""
+"""The message where an assertion of the library ends the process: compiled, since any thread may fail."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _strlen: Any = types.ExternalFunction("strlen", types.uintp(types.uintp))
 
 
 @kept_callback(types.void(types.uintp))
-def _on_abort(message: Any) -> None:  # pragma: no cover - compiled
+def _on_abort(message: Any) -> None:
     _write(_STDERR, _BEFORE.ctypes.data, len(_BEFORE))
     _write(_STDERR, message, _strlen(message))
     _write(_STDERR, _AFTER.ctypes.data, len(_AFTER))

@@ -30,7 +30,7 @@ _MOST_WARNINGS = 200  # of a model with as many tensors that are not used
 ENVIRONMENT = "FLASHMOE_LIBLLAMA"
 _SUFFIXES = (".so", ".dylib", ".dll")
 # Turns that a compute thread waits for the others before it sleeps, some 30 ms: longer than a layer's reads take. With
-# OpenMP's own 3 ms they fall asleep in the midst of a token (docs/benchmarks.md); OMP_WAIT_POLICY=passive still holds.
+# OpenMP's own 3 ms they fall asleep within a token (docs/benchmarks.md); OMP_WAIT_POLICY=passive still holds.
 _SPINS, _OWN_SPINS = "3000000", "300000"
 _text, _size, _ne = C.c_char_p, C.c_size_t, C.c_int64
 
@@ -203,9 +203,8 @@ class Library:
             self.ggml_backend_unload(loaded)
             raise LibraryError(f"{module.name}: has no kernels for a CPU")
         self.ggml_backend_unload(own)
-        silenced = C.CDLL(
-            str(module)
-        )  # it brings the base library of its own build, which would log to stderr
+        # it brings the base library of its own build, which would log to stderr
+        silenced = C.CDLL(str(module))
         with suppress(AttributeError):
             silenced.ggml_log_set(self._log, None)
         for name in _OF_THE_KERNELS:

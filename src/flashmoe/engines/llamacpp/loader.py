@@ -1,4 +1,4 @@
-"""Loads a model with its dense weights in anonymous memory and its experts nowhere, then points them at the pool."""
+"""Loads a model with its dense weights in anonymous memory and none for its experts, then points them at the pool."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class LoadedModel:
         lib: Library,
         catalog: ExpertCatalog,
         reader: ExpertReader,
-        progress: Callable[[int], None] = lambda _: None,
+        progress: Callable[[int], None],
         *,
-        repack: bool = False,
-        told: Mapping[str, Any] | None = None,
+        repack: bool,
+        told: Mapping[str, Any],
     ) -> None:
         """Load; `progress` gets the dense bytes read so far.
 
@@ -50,7 +50,7 @@ class LoadedModel:
         self._tables: list[TableRows] = []
         with ExitStack() as undo:
             undo.callback(self.close)
-            self._load(catalog, reader, progress, repack, told or {})
+            self._load(catalog, reader, progress, repack, told)
             #: Whether some of its memory is a state, not a cache of tokens.
             self.recurrent = bool(
                 lib.llama_model_is_recurrent(self.pointer) or lib.llama_model_is_hybrid(self.pointer)

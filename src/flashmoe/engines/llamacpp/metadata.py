@@ -1,15 +1,14 @@
-"""What a model's file says of itself, where the library is told otherwise, and what it has to say of the file."""
+"""Metadata that the library is told in place of the file's, and its warnings about the file."""
 
 from __future__ import annotations
 
 import ctypes as C
 import re
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from flashmoe.engines.llamacpp.library import Library
-from flashmoe.errors import FlashMoEWarning
+from flashmoe.errors import warn
 from flashmoe.storage.gguf import GGUF
 
 _INT, _BOOL = 0, 2  # LLAMA_KV_OVERRIDE_TYPE_*
@@ -34,7 +33,7 @@ class Override(C.Structure):
 def told_otherwise(gguf: GGUF, *, n_ctx: int | None, embeds: bool) -> dict[str, Any]:
     """Metadata that the library is to take in place of the file's.
 
-    A file may want an end token behind every text, which is of use for embeddings (`embeds`): an answer to such a
+    A file may ask for an end token behind every text, which embeddings want (`embeds`): an answer to such a
     prompt is none. And the library's server cuts a context to what the model was trained for, where more was asked for
     (`n_ctx`); YaRN goes on from what the file says.
     """
@@ -69,9 +68,7 @@ def warn_of_text(lib: Library, gguf: GGUF) -> None:
     )
     if found:
         more = f" (and {len(found) - _MOST} more, with -v)" if len(found) > _MOST else ""
-        warnings.warn(
+        warn(
             f"{gguf.files[0]}: llama.cpp warns of its tokenizer or end of text: {'; '.join(found[:_MOST])}{more}; a "
-            "newer conversion of the model may be better",
-            FlashMoEWarning,
-            stacklevel=2,
+            "newer conversion of the model may be better"
         )

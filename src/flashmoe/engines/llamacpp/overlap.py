@@ -232,20 +232,21 @@ def _node(address: int) -> Any:
 
 
 @kept()
-def _read(address: Any) -> Any:  # pragma: no cover - compiled
+def read(address: Any) -> Any:
+    """The int64 at an address."""
     return carray(int64_at(address), 1)[0]
 
 
 @kept()
-def take(diverted: Any, node: Any) -> Any:  # pragma: no cover - compiled
+def take(diverted: Any, node: Any) -> Any:
     """Before a node is computed: let it do nothing if it is one of the layer's products, or between them.
 
     diverted: what `Overlap.divert` has returned. Whether it is the last one, in whose place the others are computed.
     """
     state, op = carray(int64_at(diverted), _SIZE), carray(int32_at(node + _OP), 1)
-    if op[0] == state[_PRODUCT] and _read(node + _SOURCE2) == state[_IDS]:
+    if op[0] == state[_PRODUCT] and read(node + _SOURCE2) == state[_IDS]:
         place = _FIRST if state[_FIRST] == 0 else _SECOND if state[_SECOND] == 0 else _LAST
-    elif op[0] == state[_ACTIVATION] and state[_SECOND] != 0 and _is_of(state, _read(node + _SOURCE0)):
+    elif op[0] == state[_ACTIVATION] and state[_SECOND] != 0 and _is_of(state, read(node + _SOURCE0)):
         place = _BETWEEN
     else:
         return False
@@ -254,11 +255,11 @@ def take(diverted: Any, node: Any) -> Any:  # pragma: no cover - compiled
 
 
 @kept()
-def _is_of(state: Any, source: Any) -> Any:  # pragma: no cover - compiled
+def _is_of(state: Any, source: Any) -> Any:
     return source == state[_FIRST] or source == state[_SECOND]  # noqa: PLR1714
 
 
 @kept()
-def is_last(diverted: Any, node: Any) -> Any:  # pragma: no cover - compiled
+def is_last(diverted: Any, node: Any) -> Any:
     """Whether the products are to be computed at a node."""
     return carray(int64_at(diverted), _SIZE)[_LAST] == node

@@ -25,8 +25,9 @@ from flashmoe.common.compiled import (
 )
 from flashmoe.common.kept import kept
 from flashmoe.engines.llamacpp.abi import CONSTANTS, Tensor
-from flashmoe.engines.llamacpp.callback import block_of, read
+from flashmoe.engines.llamacpp.callback import block_of
 from flashmoe.engines.llamacpp.control import CHOSEN, TO_RANK
+from flashmoe.engines.llamacpp.overlap import read
 from flashmoe.routing.approximation import Approximation
 from flashmoe.routing.rewrite import LEAST, Rewriter, leave_out, substitute
 
@@ -108,18 +109,18 @@ def _is_plain(scores: Any) -> bool:
 
 
 @kept()
-def _type(tensor: Any) -> Any:  # pragma: no cover - compiled
+def _type(tensor: Any) -> Any:
     return carray(int32_at(tensor + _TYPE), 1)[0]
 
 
 @kept()
-def _are_logits(tensor: Any) -> Any:  # pragma: no cover - compiled
+def _are_logits(tensor: Any) -> Any:
     """Whether the probabilities are none yet, but a product or a sum: their softmax comes after the gathering."""
     return read(tensor + _SOURCE1) != 0
 
 
 @kept()
-def _probabilities(node: Any, experts: Any, tokens: Any) -> Any:  # pragma: no cover - compiled
+def _probabilities(node: Any, experts: Any, tokens: Any) -> Any:
     """What the experts' weights are gathered from, float32 [tokens, experts], going back from a node; 0 if unknown."""
     for _ in range(_STEPS):
         if node == 0 or block_of(node, _PROBABILITIES) >= 0:
@@ -136,7 +137,7 @@ def _kept_with() -> Any:
 
 
 @kept(also=_kept_with)
-def _rewrite(state: Any, layer: Any, node: Any, stop: Any) -> Any:  # pragma: no cover - compiled
+def _rewrite(state: Any, layer: Any, node: Any, stop: Any) -> Any:
     st, slot_of, calls = pinned(state, _PINNED)
     ids = node if stop == CHOSEN else read(node + _SOURCE1)
     tokens, k, stride = read(ids + _NE1), read(ids + _NE0), read(ids + _NB1)

@@ -29,7 +29,7 @@ class GraphRouters:
     def __init__(self, lib: Library, layers: int) -> None:
         self._lib, self._layers = lib, layers
         self._met: dict[int, Router | None] = {}
-        self._inputs: dict[int, NDArray[np.float32]] = {}
+        self._inputs: dict[int, NDArray[np.float32]] = {}  # of single tokens
         #: Of all layers in their order; none until every layer was met, and where any has a form that is not known.
         self.known: list[Router] = []
 
@@ -46,12 +46,14 @@ class GraphRouters:
             self.known = routers
         return self.known
 
-    def input(self, address: int) -> NDArray[np.float32] | None:
-        """float32 [n] of the engine's at an address, a router's input; None for address 0 or unknown routers."""
+    def input(self, address: int, tokens: int) -> NDArray[np.float32] | None:
+        """A router's input, float32 [tokens, n], at an address of the engine's; None for 0 or unknown routers."""
         if not address or not self.known:
             return None
+        if tokens > 1:
+            return floats(address, tokens, len(self.known[0].norm))
         if address not in self._inputs:
-            self._inputs[address] = floats(address, 1, len(self.known[0].norm))[0]
+            self._inputs[address] = floats(address, 1, len(self.known[0].norm))
         return self._inputs[address]
 
 
@@ -66,6 +68,8 @@ def read_router(lib: Library, weights: int, logits: int, ids: int) -> Router | N
     n, experts = matrix.ne[0], matrix.ne[1]
     kind = _BITS.get(matrix.type)
     if kind is None or not matrix.data or hidden.type != _F32 or matrix.nb[1] != kind.itemsize * n:
+        return None
+    if hidden.nb[1] != 4 * n:
         return None
     table = np.frombuffer((C.c_char * (kind.itemsize * n * experts)).from_address(matrix.data), kind)
     norm = None

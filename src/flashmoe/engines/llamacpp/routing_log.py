@@ -1,4 +1,4 @@
-"""What compiled code notes of a graph's routing, for observers that are told when the graph has ended."""
+"""The routing of one graph, noted by compiled code for observers that are told when the graph has ended."""
 
 from __future__ import annotations
 
@@ -45,9 +45,7 @@ class RoutingLog:
 
 
 @kept()
-def note(
-    log: Any, layer: Any, ids: Any, weights: Any, tokens: Any, top_k: Any
-) -> Any:  # pragma: no cover - compiled
+def note(log: Any, layer: Any, ids: Any, weights: Any, tokens: Any, top_k: Any) -> Any:
     """Keep a layer's ids, int32, and weights, float32, [tokens, top_k] at addresses. log: RoutingLog.address."""
     head = carray(int64_at(log), _HEAD)
     n, at = tokens * top_k, 4 * head[2] * layer

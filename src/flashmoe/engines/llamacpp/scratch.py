@@ -1,4 +1,4 @@
-"""What ggml takes for a graph's largest node, once: the library keeps it until a larger one comes.
+"""Scratch memory of ggml's products: taken for a graph's largest node, and kept until a larger one comes.
 
 A product converts its input to the type that its weights are multiplied with. A product with ids also notes, for each
 slot of the expert tensor, which tokens have chosen it: a row that is long enough for all of them, of which as much is

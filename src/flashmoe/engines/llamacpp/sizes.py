@@ -1,4 +1,4 @@
-"""What a context takes, asked of the library: of a model without weights, and without the memory itself.
+"""The memory of a context, asked of the library for a model without weights, and without allocating it.
 
 The model is read from its header, all tensors are addresses without contents, and while a context is made, the
 library's own memory for the CPU is too. So every kind of attention and of recurrent state counts as the library has it.
@@ -25,11 +25,11 @@ from flashmoe.storage.gguf import GGUF
 
 
 class ContextSizes:
-    """Of a model whose header is known. A context manager; not while other contexts are made in this process."""
+    """Sizes of a known model's contexts. A context manager; not while other contexts are made in this process."""
 
-    def __init__(self, lib: Library, gguf: GGUF, cache_types: tuple[str, str] = ("f16", "f16")) -> None:
+    def __init__(self, lib: Library, gguf: GGUF) -> None:
         """Raises ModelError where the library does not load such a model."""
-        self._lib, self._cache_types = lib, cache_types
+        self._lib = lib
         self._buffer = ExpertBuffer(lib)
         with ExitStack() as undo:
             headers = [part.header() for part in gguf.parts]
@@ -48,14 +48,7 @@ class ContextSizes:
         Raises ModelError where the library does not make it.
         """
         with _addresses_alone(self._lib):
-            context = Context(
-                self._lib,
-                self._model,
-                n_ctx=n_ctx,
-                n_ubatch=min(n_ubatch, n_ctx),
-                threads=1,
-                cache_types=self._cache_types,
-            )
+            context = Context(self._lib, self._model, n_ctx=n_ctx, n_ubatch=min(n_ubatch, n_ctx), threads=1)
             context.close()
         return context.tensor_bytes
 

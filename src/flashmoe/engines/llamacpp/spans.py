@@ -55,7 +55,7 @@ def fewest_slots(tensor: Tensor) -> int:
 
 
 @kept()
-def show(table: Any, block: Any, ids: Any, n: Any, whole: Any) -> Any:  # pragma: no cover - compiled
+def show(table: Any, block: Any, ids: Any, n: Any, whole: Any) -> Any:
     """Let a block's tensors show the slots from the lowest to the highest of its ids, or all; renumber the ids.
 
     table: `Spans.address`; ids: address of int32 [n], slots numbered in the block's size group.

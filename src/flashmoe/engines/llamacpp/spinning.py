@@ -16,6 +16,7 @@ from contextlib import suppress
 
 from flashmoe.common.machine import seconds_without_core
 from flashmoe.engines.llamacpp.library import Library
+from flashmoe.engines.llamacpp.stack import threads_to_be_had
 
 _LOOK = 0.5  # seconds between two looks
 # What this process's threads have waited for a core, all together, per second: from where on threads sleep, and below
@@ -80,7 +81,7 @@ class Team:
 
     def assemble(self) -> None:
         """Start the threads, where they are not there already, and the system allows them."""
-        if self._leader is None and _may_start(self._size + 1):
+        if self._leader is None and threads_to_be_had(self._size + 1) > self._size:
             assembled = threading.Event()
             self._dismissed.clear()
             self._leader = threading.Thread(
@@ -100,23 +101,3 @@ class Team:
             self._dismissed.set()
             self._leader.join()
             self._leader = None
-
-
-def _may_start(threads: int) -> bool:
-    """Whether the system allows so many more threads; OpenMP ends the process where it does not."""
-    tried, end = (
-        [threading.Thread(target=lambda: end.wait(), daemon=True) for _ in range(threads)],
-        threading.Event(),
-    )
-    started = []
-    try:
-        for thread in tried:
-            thread.start()
-            started.append(thread)
-    except RuntimeError:
-        return False
-    finally:
-        end.set()
-        for thread in started:
-            thread.join()
-    return True

@@ -1,4 +1,4 @@
-"""Room on the stack for the library's threads: its tokenizers match long texts recursively (std::regex)."""
+"""Stack size of the library's threads: its tokenizers match long texts recursively (std::regex)."""
 
 from __future__ import annotations
 
@@ -42,21 +42,28 @@ def raise_thread_stacks() -> int:
         return 0
 
 
-def check_threads(count: int) -> None:
-    """Raise LibraryError where so many threads more cannot be had: the library would end the process."""
+def threads_to_be_had(count: int) -> int:
+    """How many of so many threads more the system allows: the library ends the process where it refuses one."""
     done = threading.Event()
-    threads = [threading.Thread(target=done.wait, name="flashmoe-check", daemon=True) for _ in range(count)]
-    started = 0
+    started: list[threading.Thread] = []
     try:
-        for thread in threads:
+        for _ in range(count):
+            thread = threading.Thread(target=done.wait, name="flashmoe-check", daemon=True)
             thread.start()
-            started += 1
+            started.append(thread)
     except RuntimeError:
+        pass
+    finally:
+        done.set()
+        for thread in started:
+            thread.join()
+    return len(started)
+
+
+def check_threads(count: int) -> None:
+    """Raise LibraryError where so many threads more cannot be had."""
+    if (started := threads_to_be_had(count)) < count:
         raise LibraryError(
             f"the system refuses {count} threads more ({started} could be started): raise its limits of processes "
             "(ulimit -u, a container's pids) or of addresses (ulimit -v)"
-        ) from None
-    finally:
-        done.set()
-        for thread in threads[:started]:
-            thread.join()
+        )

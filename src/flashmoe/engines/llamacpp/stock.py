@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from flashmoe.engines.llamacpp.context import Context
 from flashmoe.engines.llamacpp.library import Library
@@ -24,28 +25,10 @@ class StockModel:
         if not self._pointer:
             raise ModelError(f"{path}: llama.cpp cannot load this model ({' '.join(lib.messages[-2:])})")
 
-    def context(
-        self,
-        *,
-        n_ctx: int,
-        n_ubatch: int,
-        threads: int,
-        callback: tuple[int, int] | None = None,
-        all_logits: bool = False,
-        pooling: str = "none",
-    ) -> Context:
-        """A context to evaluate tokens in; close it before the model. callback: cb_eval and its user data."""
+    def context(self, *, n_ctx: int, n_ubatch: int, threads: int, **more: Any) -> Context:
+        """A context to evaluate tokens in; close it before the model. more: see `Context`."""
         assert self._pointer
-        return Context(
-            self._lib,
-            self._pointer,
-            n_ctx=n_ctx,
-            n_ubatch=n_ubatch,
-            threads=threads,
-            callback=callback,
-            all_logits=all_logits,
-            pooling=pooling,
-        )
+        return Context(self._lib, self._pointer, n_ctx=n_ctx, n_ubatch=n_ubatch, threads=threads, **more)
 
     def close(self) -> None:
         if self._pointer:

@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import subprocess
-import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from flashmoe.common.files import cache_folder, write_atomically
 from flashmoe.common.machine import instructions, processor
 from flashmoe.engines.llamacpp import abi, kernels
 from flashmoe.engines.llamacpp.library import ENVIRONMENT, Library, find_library, is_of_wheel, open_library
-from flashmoe.errors import FlashMoEWarning, LibraryError
+from flashmoe.errors import LibraryError, warn
 from flashmoe.storage.addresses import check_room
 
 _log = logging.getLogger(__name__)
@@ -105,10 +104,8 @@ def self_test(library: Path, module: Path | None = None) -> Proof:
         if proof.plain or (module and not _for_want_of_memory(proof.failure)):
             notes.write(proof)
         if proof.plain and not proof.repacked:
-            warnings.warn(
-                f"{module or library}: fails with repacked weights ({proof.failure}), which are not used with it",
-                FlashMoEWarning,
-                stacklevel=2,
+            warn(
+                f"{module or library}: fails with repacked weights ({proof.failure}), which are not used with it"
             )
     if proof.plain:
         return proof
@@ -145,27 +142,24 @@ def tested_library() -> Library:
                 proof = self_test(path, chosen.module)
                 return open_library(path, chosen.module, repacks=proof.repacked)
             except LibraryError as error:
-                warnings.warn(
+                warn(
                     f"{error}: the built-in ones are used; `flashmoe engine build` makes others, "
-                    "`flashmoe engine use built-in` ends this warning",
-                    FlashMoEWarning,
-                    stacklevel=2,
+                    "`flashmoe engine use built-in` ends this warning"
                 )
     library = open_library(path, repacks=self_test(path).repacked)
     if not library.build.known:
         message = (
             f"{path}: {library.build.name} is not a build that FlashMoE knows, but has passed the self-test"
         )
-        warnings.warn(message, FlashMoEWarning, stacklevel=2)
+        warn(message)
     return library
 
 
 def _tell_of_new_wheel() -> None:
-    warnings.warn(
+    warn(
         f"xllamacpp {kernels.wheel_version()} is new here, and the kernels that were built are for another version: "
         "`flashmoe engine build` builds them again",
-        FlashMoEWarning,
-        stacklevel=3,
+        3,
     )
     with suppress(OSError):  # a home that cannot be written: said again next time
         kernels.use(kernels.BUILT_IN, chosen=False)

@@ -17,9 +17,8 @@ from flashmoe.storage.ahead import ReadAhead
 from flashmoe.storage.direct import DirectFile
 from flashmoe.storage.gguf import GGUF, MAGIC, type_number
 
-_STREAM_BUFFER = (
-    256 << 10
-)  # after a seek, the C library reads from a multiple of it: larger wastes, smaller calls more
+# after a seek, the C library reads from a multiple of it: larger wastes, smaller calls more
+_STREAM_BUFFER = 256 << 10
 _READ = C.CFUNCTYPE(C.c_ssize_t, C.c_void_p, C.c_void_p, C.c_size_t)
 _SEEK = C.CFUNCTYPE(C.c_int, C.c_void_p, C.POINTER(C.c_int64), C.c_int)
 

@@ -60,7 +60,7 @@ class ScatteredTensor(ExpertTensor):
 
 @dataclass(frozen=True)
 class Layout:
-    """What a checkpoint's tensors are to a model."""
+    """The tensors of a checkpoint by their use in the model."""
 
     catalog: ExpertCatalog
     dense: tuple[str, ...]  # names of the tensors that the model loads as usual

@@ -1,4 +1,4 @@
-"""Where a model computes and its first tier of experts is: all that is special to a kind of device.
+"""The device that a model computes on and that has the first tier of experts: all that is special to its kind.
 
 `CudaDevice` copies on a stream of its own: compute waits for copies, and copies for compute, by events, so that the CPU
 waits for neither. `HostDevice` is this machine's memory in the part of a device: its copies are copies, done when the
@@ -31,39 +31,30 @@ class Device(Protocol):
 
     def free_bytes(self) -> int:
         """Memory that a tensor could take now."""
-        ...
 
     def phase(self, address: int) -> int:
         """How far from a cache line's beginning weights are to lie that have been read to `address`."""
-        ...
 
     def pin(self, regions: Regions) -> None:
         """Make memory of this process a source of fast copies. Raises LibraryError."""
-        ...
 
     def unpin(self) -> None:
         """Undo `pin`: before the memory is given back."""
-        ...
 
     def follow(self) -> None:
         """Copies from here on begin when all that has been queued for computing so far is done."""
-        ...
 
     def copy(self, pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Copy weights, (target on the device, source), perhaps while it computes."""
-        ...
 
     def use(self) -> None:
         """What is queued for computing from here on sees all copies so far."""
-        ...
 
     def settle(self) -> None:
         """Return when all copies have ended: their sources may be overwritten."""
-        ...
 
     def finish(self) -> None:
         """Return when all that was queued has been computed."""
-        ...
 
 
 class HostDevice:

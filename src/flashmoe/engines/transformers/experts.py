@@ -39,14 +39,12 @@ class Residence(Protocol):
     @property
     def computes(self) -> bool:
         """Whether weights may come in RAM to a model that computes elsewhere."""
-        ...
 
     def route(
         self, layer: int, ids: Int32, hidden: torch.Tensor, weights: torch.Tensor
     ) -> tuple[Int32, torch.Tensor]:
         """The experts to run in place of those that the router picked, [tokens, top_k], and their weights; mostly just
         these. hidden: the router's input, [tokens, n]."""
-        ...
 
     def ensure(
         self, layer: int, ids: Int32, weights: torch.Tensor | None, each: Each, *, anywhere: bool
@@ -56,7 +54,6 @@ class Residence(Protocol):
         weights: of the router, [tokens, top_k]; None where this layer's routing has been seen already. anywhere: the
         experts' weights may be in RAM where `computes`, else they are where the model computes.
         """
-        ...
 
 
 def register() -> None:

@@ -1,4 +1,4 @@
-"""Whether an expert that is in RAM is to be copied to the device or computed by the CPU: what costs less time.
+"""Decides whether an expert in RAM is copied to the device or computed by the CPU: what costs less time.
 
 After Fiddler (arXiv:2402.07033), with the times measured at the start. One addition: there is a cache on the device, so
 a copy is worth more than the step that it is made for. What the CPU has spent on an expert is therefore remembered, and
@@ -18,7 +18,7 @@ _TURNS = 3
 
 
 class Where(enum.Enum):
-    """What to do about an expert that is in RAM only."""
+    """How an expert that is in RAM only gets computed."""
 
     COPY = "copy"
     COMPUTE = "compute"

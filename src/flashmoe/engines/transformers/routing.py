@@ -27,7 +27,6 @@ class Routing:
         self.step = LayerStep(top_k)
         self._residents: Residents | None = None
         self._hidden: NDArray[np.float32] | None = None
-        self._single = False
         #: Where decoded tokens' routes are rewritten.
         self.rewriter: RouteRewriter | None = None
         #: Whether the forward under way is to end; see `interrupt`.
@@ -62,13 +61,12 @@ class Routing:
     def begin(self, tokens: torch.Tensor | None, count: int) -> None:
         """A forward of `count` tokens begins; their ids, where they are known."""
         assert self.residents
-        self._single = count == 1
         self.step.begin([-1] * count if tokens is None else tokens.reshape(-1).tolist())
 
     def see(self, hidden: torch.Tensor) -> None:
         """What the next layer's router has seen, [tokens, n]."""
-        if self.step.predicts and self._single:
-            self._hidden = hidden.detach().to("cpu", torch.float32).reshape(-1).numpy()
+        if self.step.predicts:
+            self._hidden = hidden.detach().to("cpu", torch.float32).reshape(-1, hidden.shape[-1]).numpy()
 
     def route(
         self, layer: int, ids: Int32, hidden: torch.Tensor, weights: torch.Tensor

@@ -30,16 +30,13 @@ class Residents(Protocol):
     @property
     def computes(self) -> bool:
         """Whether experts may come in RAM to a model that computes elsewhere."""
-        ...
 
     @property
     def waited(self) -> float:
         """Seconds spent on copies between tiers, and on waiting for them."""
-        ...
 
     def begin_step(self, tokens: int, top_k: int) -> None:
         """Call before `tokens` tokens are evaluated at once."""
-        ...
 
     def ensure(
         self,
@@ -55,7 +52,6 @@ class Residents(Protocol):
         anywhere: weights in RAM will do, where `computes`. Raises BudgetError where they do not fit at once, and
         ReadError.
         """
-        ...
 
 
 class HostSlots:

@@ -88,7 +88,7 @@ class Tiers:
         policy: EvictionPolicy,
         ram: ExpertCache,
         ram_slots: HostSlots,
-        latency: Latency | None = None,
+        latency: Latency | None,
     ) -> None:
         """policy: bound to a residency of the device's slots. latency: without, experts are always copied."""
         self._device, self._slots, self._ram, self._ram_slots = device, slots, ram, ram_slots

@@ -36,7 +36,7 @@ _MODULES = "libggml-cpu-*.so*"
 
 @dataclass(frozen=True)
 class Result:
-    """What was tried, and what came of it. in_use: the fastest, None where the built-in kernels are; new: made now."""
+    """The modules tried, and the outcome. in_use: the fastest, None where the built-in kernels are; new: made now."""
 
     compiler: str
     tried: list[Trial]
@@ -152,9 +152,8 @@ def _keep_fastest(
     working = [x for x in trials if x.proof.plain and x.ratio >= _FASTER]
     best = max(working, key=lambda x: x.ratio, default=None)
     if best is None:
-        if compiler or any(
-            x.proof.plain for x in trials
-        ):  # files from elsewhere that do not work decide nothing
+        if compiler or any(x.proof.plain for x in trials):
+            # files from elsewhere that do not work decide nothing
             kernels.use(kernels.BUILT_IN)
         return Result(compiler, trials[:tried], None, new=False)
     if before and best.module == before.module:

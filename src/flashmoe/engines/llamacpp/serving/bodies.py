@@ -1,4 +1,4 @@
-"""Bodies of requests that llama.cpp's server would not survive: what to measure before it gets them."""
+"""Checks of request bodies that llama.cpp's server would not survive, before it gets them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ DEEPEST = 256  # JSON in JSON; the server walks it by recursion, and some 100,00
 TOO_DEEP = f"the JSON is nested more than {DEEPEST} levels deep"
 
 _TEXTS = frozenset(("prompt", "content", "messages", "input", "system"))
-_NO_TEXTS = frozenset(
-    ("data", "file_data", "multimodal_data", "url")
-)  # pictures and sounds, in the midst of texts
+_NO_TEXTS = frozenset(("data", "file_data", "multimodal_data", "url"))  # pictures and sounds, amid texts
 _STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 
 

@@ -25,7 +25,7 @@ from llvmlite import binding, ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from flashmoe.common.compiled import int64_at
+from flashmoe.common.compiled import function_at, int64_at
 from flashmoe.common.kept import kept_callback
 from flashmoe.engines.llamacpp.abi import CONSTANTS
 from flashmoe.engines.llamacpp.callback import end_graph
@@ -49,9 +49,8 @@ _cells = np.zeros(_LENT + _ROW * _MOST, np.int64)
 # by address: numba would keep what is compiled into this file's functions when only the other file has changed
 _cells[_END_GRAPH] = end_graph.address or 0
 _SYMBOL = "flashmoe_lent"
-binding.add_symbol(
-    _SYMBOL, _cells.ctypes.data
-)  # by name, so that compiled code can be kept for other processes
+# by name, so that compiled code can be kept for other processes
+binding.add_symbol(_SYMBOL, _cells.ctypes.data)
 _GRAMMAR = int.from_bytes(b"grammar\0", "little")  # the name of the library's sampler, as eight bytes
 _pthread_self = types.ExternalFunction("pthread_self", types.int64())
 
@@ -68,41 +67,25 @@ def _lent(_typing: Any) -> Any:
     return types.int64(), generate
 
 
-@intrinsic
-def _free(_typing: Any, _function: Any, _pointer: Any) -> Any:
-    """Call void function(pointer) at an address."""
-
-    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)])
-        builder.call(builder.inttoptr(args[0], kind.as_pointer()), [args[1]])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), generate
-
-
-@intrinsic
-def _status(_typing: Any, _function: Any, _first: Any, _second: Any) -> Any:
-    """Call int32 function(first, second) at an address."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.IntType(32), [ir.IntType(64)] * 2)
-        return builder.call(builder.inttoptr(args[0], kind.as_pointer()), list(args[1:]))
-
-    return types.int32(types.int64, types.int64, types.int64), generate
+_free = function_at(types.void, types.int64)
+_status = function_at(types.int32, types.int64, types.int64)
+_accept_at = function_at(types.void, types.int64, types.int32)  # llama_sampler_accept
+_name_at = function_at(types.int64, types.int64)  # llama_sampler_name
+_is_end_at = function_at(types.uint8, types.int64, types.int32)  # llama_vocab_is_eog
 
 
 @kept_callback(types.int64())
-def _give_model() -> Any:  # pragma: no cover - compiled
+def _give_model() -> Any:
     return carray(int64_at(_lent()), _LENT)[_OFFERED_MODEL]  # type: ignore[call-arg]
 
 
 @kept_callback(types.int64())
-def _give_context() -> Any:  # pragma: no cover - compiled
+def _give_context() -> Any:
     return carray(int64_at(_lent()), _LENT)[_OFFERED_CONTEXT]  # type: ignore[call-arg]
 
 
 @kept_callback(types.void(types.int64))
-def _free_model(model: Any) -> None:  # pragma: no cover - compiled
+def _free_model(model: Any) -> None:
     cells = carray(int64_at(_lent()), _LENT + _ROW * _MOST)  # type: ignore[call-arg]
     for i in range(_MOST):
         if cells[_LENT + _ROW * i] == model:
@@ -111,7 +94,7 @@ def _free_model(model: Any) -> None:  # pragma: no cover - compiled
 
 
 @kept_callback(types.void(types.int64))
-def _free_context(context: Any) -> None:  # pragma: no cover - compiled
+def _free_context(context: Any) -> None:
     cells = carray(int64_at(_lent()), _LENT + _ROW * _MOST)  # type: ignore[call-arg]
     for i in range(_MOST):
         if cells[_LENT + _ROW * i + 1] == context:
@@ -119,62 +102,27 @@ def _free_context(context: Any) -> None:  # pragma: no cover - compiled
     _free(cells[_OWN_FREE_CONTEXT], context)
 
 
-@intrinsic
-def _accept_at(_typing: Any, _function: Any, _sampler: Any, _token: Any) -> Any:
-    """Call the library's own llama_sampler_accept at an address."""
-
-    def generate(context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64), ir.IntType(32)])
-        builder.call(builder.inttoptr(args[0], kind.as_pointer()), list(args[1:]))
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int32), generate
-
-
-@intrinsic
-def _name_at(_typing: Any, _function: Any, _sampler: Any) -> Any:
-    """Call llama_sampler_name at an address."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.IntType(64), [ir.IntType(64)])
-        return builder.call(builder.inttoptr(args[0], kind.as_pointer()), [args[1]])
-
-    return types.int64(types.int64, types.int64), generate
-
-
-@intrinsic
-def _is_end_at(_typing: Any, _function: Any, _vocabulary: Any, _token: Any) -> Any:
-    """Call llama_vocab_is_eog at an address."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, args: Any) -> Any:
-        kind = ir.FunctionType(ir.IntType(8), [ir.IntType(64), ir.IntType(32)])
-        return builder.call(builder.inttoptr(args[0], kind.as_pointer()), list(args[1:]))
-
-    return types.uint8(types.int64, types.int64, types.int32), generate
-
-
 @kept_callback(types.void(types.int64, types.int32))
-def _accept(sampler: Any, token: Any) -> None:  # pragma: no cover - compiled
+def _accept(sampler: Any, token: Any) -> None:
     cells = carray(int64_at(_lent()), _LENT)  # type: ignore[call-arg]
-    name: Any = _name_at(cells[_OWN_NAME], sampler)  # type: ignore[call-arg]
+    name: Any = _name_at(cells[_OWN_NAME], sampler)
     if carray(int64_at(name), 1)[0] == _GRAMMAR:
-        state = carray(int64_at(sampler), 2)[
-            1
-        ]  # llama_sampler: interface, state; a grammar's begins with the vocabulary
+        # llama_sampler: interface, state; a grammar's begins with the vocabulary
+        state = carray(int64_at(sampler), 2)[1]
         vocabulary = carray(int64_at(state), 1)[0]
-        if _is_end_at(cells[_OWN_IS_END], vocabulary, token) & 1:  # type: ignore[call-arg, operator]
+        if _is_end_at(cells[_OWN_IS_END], vocabulary, token) & 1:
             return
-    _accept_at(cells[_OWN_ACCEPT], sampler, token)  # type: ignore[call-arg]
+    _accept_at(cells[_OWN_ACCEPT], sampler, token)
 
 
 @kept_callback(types.int32(types.int64, types.int64))
-def _compute(scheduler: Any, graph: Any) -> Any:  # pragma: no cover - compiled
+def _compute(scheduler: Any, graph: Any) -> Any:
     cells = carray(int64_at(_lent()), _LENT + _ROW * _MOST)  # type: ignore[call-arg]
-    status = _status(cells[_OWN_COMPUTE], scheduler, graph)  # type: ignore[call-arg]
+    status = _status(cells[_OWN_COMPUTE], scheduler, graph)
     thread = _pthread_self()
     for i in range(_MOST):
         control = cells[_LENT + _ROW * i + 2]
-        if control != 0 and _status(cells[_END_GRAPH], control, thread) < 0:  # type: ignore[call-arg, operator]
+        if control != 0 and _status(cells[_END_GRAPH], control, thread) < 0:
             return _FAILED
     return status
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from flashmoe.common.files import write_atomically
-from flashmoe.errors import FlashMoEError, FlashMoEWarning
+from flashmoe.errors import FlashMoEError, warn
 
 if TYPE_CHECKING:
     from flashmoe.engines.llamacpp.serving.server import InnerServer
@@ -129,7 +128,7 @@ class SavedConversations:
                     path.unlink()
 
     def _warn(self, message: str) -> None:
-        warnings.warn(f"{self.folder}: {message}", FlashMoEWarning, stacklevel=4)
+        warn(f"{self.folder}: {message}", 4)
 
 
 def _checksum(path: Path) -> str:

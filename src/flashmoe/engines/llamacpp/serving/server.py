@@ -56,9 +56,9 @@ class InnerServer:
         self,
         engine: LlamaEngine,
         options: ServerOptions,
-        on_graph: Callable[[Evaluated], None] = lambda _: None,
-        on_prompt: Callable[[], Any] = lambda: None,
-        on_failure: Callable[[], Any] = lambda: None,
+        on_graph: Callable[[Evaluated], None],
+        on_prompt: Callable[[], Any],
+        on_failure: Callable[[], Any],
     ) -> None:
         """on_graph: told of what was evaluated; on_prompt: called when a prompt begins, on_failure when an evaluation
         has failed. All in the server's thread, and on_graph in that of `collect` too.
