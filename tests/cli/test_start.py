@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.runner import own_process
+from tests.cli.runner import flashmoe, own_process
 
 #: They take longer to import than all the rest.
 HEAVY = (
@@ -108,7 +108,7 @@ def test_warnings_of_libraries_are_a_line() -> None:
 
 @pytest.mark.parametrize("columns", ["0", "1", "\u00b2", "9" * 5000])
 def test_widths_that_are_none(columns: str) -> None:
-    result = own_process("policies", env={"COLUMNS": columns, "LINES": columns})
+    result = flashmoe("policies", env={"COLUMNS": columns, "LINES": columns})
     assert result.status == 0, result.err
     assert "least recently used" in " ".join(result.out.split()) or "lru" in result.out
 
