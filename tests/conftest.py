@@ -46,7 +46,7 @@ LONGEST = (
     "docs/test_docs", "serving/test_equal", "serving/test_templates", "transformers/test_exact", "cache/test_policies",
     "simulate/test_simulate", "cli/test_chat", "faults/test_signals", "engines/test_exact", "serving/test_long_text",
     "transformers/test_parity", "bench/test_runs", "learn/test_adaptive", "faults/test_writes", "serving/test_clients",
-    "serving/test_memory", "test_plan", "builder/", "server/", "serving/", "transformers/", "cache/",
+    "serving/test_memory", "test_memory", "test_plan", "builder/", "server/", "serving/", "transformers/", "cache/",
 )  # fmt: skip
 
 
