@@ -13,9 +13,9 @@ test: $(STAMP)
 	$(PYTHON) -m tests.kernels
 	$(PYTHON) -m pytest $(PARALLEL) --durations=25
 
-# what most changes need, in a minute and a half
+# what most changes need, in a minute and a half; handed out test by test: few fixtures of a file take long
 test-fast: $(STAMP)
-	$(PYTHON) -m pytest $(PARALLEL) tests/cache tests/prefetch tests/routing tests/simulate tests/storage tests/test_floors.py tests/test_budget.py tests/test_session.py
+	$(PYTHON) -m pytest -n auto --dist worksteal --max-worker-restart=0 tests/cache tests/prefetch tests/routing tests/simulate tests/storage tests/test_floors.py tests/test_budget.py
 
 # exactness on earlier builds of llama.cpp, whose wheels are fetched for it, and on kernels that are compiled for it
 builds: $(STAMP)
