@@ -53,7 +53,7 @@ def picks(*experts: int) -> NDArray[np.int32]:
 def test_absent_experts_that_a_token_will_probably_pick(rows: list[list[float]], resident: set[int]) -> None:
     made, predictor = guesses(resident)
     hidden = np.array(rows, np.float32)
-    experts = made.next_layer(0, picks(0, 1), hidden)
+    experts = made.next_layer(0, picks(0, 1), lambda: hidden)
     assert predictor.asked <= 32
     best = hidden[:: -(-len(hidden) // 32)].max(axis=0)
     assert set(experts) == {e for e in range(EXPERTS) if e not in resident and best[e] >= 0.5}
@@ -63,9 +63,9 @@ def test_absent_experts_that_a_token_will_probably_pick(rows: list[list[float]],
 def test_nothing_after_the_last_layer_or_where_all_absent_experts_are_read_anyway() -> None:
     made, _ = guesses(set())
     sure = np.ones((2, EXPERTS), np.float32)
-    assert made.next_layer(1, picks(0, 1), sure) == list(range(EXPERTS))
-    assert made.next_layer(LAYERS - 1, picks(0, 1), sure) == []
-    assert made.next_layer(0, picks(*range(12)), sure) == []  # 12 of 16: see `SURE`
+    assert made.next_layer(1, picks(0, 1), lambda: sure) == list(range(EXPERTS))
+    assert made.next_layer(LAYERS - 1, picks(0, 1), lambda: sure) == []
+    assert made.next_layer(0, picks(*range(12)), lambda: sure) == []  # 12 of 16: see `SURE`
 
 
 def test_wrong_guesses_are_given_up_and_tried_again_later() -> None:
@@ -73,12 +73,12 @@ def test_wrong_guesses_are_given_up_and_tried_again_later() -> None:
     hidden = np.zeros((2, EXPERTS), np.float32)
     hidden[:, 4:8] = 1
     right, wrong = picks(4, 5, 6, 7), picks(0, 1, 2, 3)
-    asked = [bool(made.next_layer(i % (LAYERS - 1), right, hidden)) for i in range(40)]
+    asked = [bool(made.next_layer(i % (LAYERS - 1), right, lambda: hidden)) for i in range(40)]
     assert all(asked)
-    asked = [bool(made.next_layer(i % (LAYERS - 1), wrong, hidden)) for i in range(400)]
+    asked = [bool(made.next_layer(i % (LAYERS - 1), wrong, lambda: hidden)) for i in range(400)]
     assert asked[0]
     assert not all(asked[:60])
     assert any(asked[100:])
     assert np.mean(asked) < 0.5
-    asked = [bool(made.next_layer(i % (LAYERS - 1), right, hidden)) for i in range(400)]
+    asked = [bool(made.next_layer(i % (LAYERS - 1), right, lambda: hidden)) for i in range(400)]
     assert all(asked[200:])

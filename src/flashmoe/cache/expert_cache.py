@@ -230,13 +230,14 @@ class ExpertCache:
         (the failed experts are then absent and the cache is consistent) and BudgetError (they cannot fit at once).
         """
         with self._lock:
-            if self.observer:
-                self.observer.enter(layer)
+            observer = self.observer
+            if observer:
+                observer.enter(layer)
             try:
                 return self._ensure(layer, ids, leave_last, leave_all, meanwhile, each, requested)
             finally:
-                if self.observer:
-                    self.observer.leave()
+                if observer:
+                    observer.leave()
 
     def _ensure(
         self,

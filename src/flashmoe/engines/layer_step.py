@@ -141,7 +141,7 @@ class LayerStep:
         def look_ahead() -> None:
             assert asked is not None
             if len(ids) > 1:
-                asked.routed_many(layer, ids, hidden())
+                asked.routed_many(layer, ids, hidden)
                 return
             if (seen := hidden()) is not None:
                 asked.predictor.see(layer, seen[0])

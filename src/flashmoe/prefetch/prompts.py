@@ -7,7 +7,7 @@ states of this layer (HOBBIT, arXiv 2411.01433).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -30,11 +30,14 @@ class PromptGuesses:
         self._guessed: tuple[int, list[int]] = -1, []  # the layer, and experts of it
         self._made = self._right = 0.0
 
-    def next_layer(self, layer: int, ids: Int32, hidden: Float32) -> list[int]:
+    def next_layer(self, layer: int, ids: Int32, hidden: Callable[[], Float32 | None]) -> list[int]:
         """Experts of the layer after `layer` that are worth a read, the likeliest first.
 
-        ids: what the router of `layer` has picked, int32 [tokens, k]; hidden: its inputs, float32 [tokens, n].
+        ids: what the router of `layer` has picked, int32 [tokens, k]; hidden: gives its inputs, float32 [tokens, n], or
+        None; called only where they are of use.
         """
+        if not self._predictors:
+            return []
         picked = np.unique(ids)
         self._note(layer, picked)
         target = layer + 1
@@ -43,9 +46,11 @@ class PromptGuesses:
         absent = self._residency.slot_of[target] < 0
         if not absent.any() or (self._made >= _TRIALS and 2 * self._right < self._made):
             return []
+        if (seen := hidden()) is None:
+            return []
         chances, best = np.zeros((2, self._residency.n_experts), np.float32)
         for predictor in self._predictors:
-            predictor.predict_many(layer, target, hidden[:: -(-len(hidden) // _TOKENS)], chances)
+            predictor.predict_many(layer, target, seen[:: -(-len(seen) // _TOKENS)], chances)
             np.maximum(best, chances, out=best)
         likely = np.flatnonzero(absent & (best >= _LIKELY))
         experts: list[int] = likely[np.argsort(-best[likely], kind="stable")].tolist()

@@ -12,7 +12,7 @@ guesses have saved.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -166,14 +166,16 @@ class Prefetcher:
         more than 0."""
         return self._turn if self._compiled else None
 
-    def routed_many(self, layer: int, ids: Int32, hidden: Float32 | None = None) -> None:
+    def routed_many(
+        self, layer: int, ids: Int32, hidden: Callable[[], Float32 | None] = lambda: None
+    ) -> None:
         """The router of a layer has picked `ids`, int32 [tokens, k], for a micro-batch of a prompt.
 
-        hidden: its inputs, float32 [tokens, n], where they are known.
+        hidden: gives its inputs, float32 [tokens, n], where they are known.
         """
         for predictor in self._learning:
             predictor.observe_many(layer, ids, self._tokens[-len(ids) :])
-        if hidden is not None and (experts := self._prompts.next_layer(layer, ids, hidden)):
+        if experts := self._prompts.next_layer(layer, ids, hidden):
             self._cache.prefetch(layer + 1, experts)
 
     def routed(self, layer: int, ids: Int32) -> None:

@@ -104,7 +104,7 @@ class LlamaEngine:
 
     def prefetch(self, prefetcher: Prefetcher) -> None:
         self._hook.prefetch(prefetcher)
-        if prefetcher.needs_hidden and not self.no_text:
+        if prefetcher.needs_hidden and not self.no_text and not self.past():  # the context would be lost
             run_apart(self._meet_routers, self._hook.interrupt)
 
     def _meet_routers(self) -> None:

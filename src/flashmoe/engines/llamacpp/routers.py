@@ -67,9 +67,9 @@ def read_router(lib: Library, weights: int, logits: int, ids: int) -> Router | N
     matrix, hidden = Tensor.from_address(product.src[0]), Tensor.from_address(product.src[1])
     n, experts = matrix.ne[0], matrix.ne[1]
     kind = _BITS.get(matrix.type)
-    if kind is None or not matrix.data or hidden.type != _F32 or matrix.nb[1] != kind.itemsize * n:
+    if kind is None or not matrix.data or matrix.nb[1] != kind.itemsize * n:
         return None
-    if hidden.nb[1] != 4 * n:
+    if hidden.type != _F32 or hidden.nb[1] != 4 * n:
         return None
     table = np.frombuffer((C.c_char * (kind.itemsize * n * experts)).from_address(matrix.data), kind)
     norm = None

@@ -26,7 +26,7 @@ class Routing:
         #: Records, replaces and predicts the routing.
         self.step = LayerStep(top_k)
         self._residents: Residents | None = None
-        self._hidden: NDArray[np.float32] | None = None
+        self._hidden: torch.Tensor | None = None
         #: Where decoded tokens' routes are rewritten.
         self.rewriter: RouteRewriter | None = None
         #: Whether the forward under way is to end; see `interrupt`.
@@ -66,7 +66,14 @@ class Routing:
     def see(self, hidden: torch.Tensor) -> None:
         """What the next layer's router has seen, [tokens, n]."""
         if self.step.predicts:
-            self._hidden = hidden.detach().to("cpu", torch.float32).reshape(-1, hidden.shape[-1]).numpy()
+            self._hidden = hidden.detach()
+
+    def _seen(self) -> NDArray[np.float32] | None:
+        """What the router has seen, float32 [tokens, n], on the CPU: copied only where it is asked for."""
+        if self._hidden is None:
+            return None
+        seen: NDArray[np.float32] = self._hidden.to("cpu", torch.float32).numpy()
+        return seen.reshape(-1, seen.shape[-1])
 
     def route(
         self, layer: int, ids: Int32, hidden: torch.Tensor, weights: torch.Tensor
@@ -107,7 +114,7 @@ class Routing:
 
         if weights is not None:
             self.step.record(layer, ids, weights.detach().to("cpu", torch.float32).numpy)
-        self.step.serve(layer, ids, ensure, lambda: self._hidden, lambda: computed)
+        self.step.serve(layer, ids, ensure, self._seen, lambda: computed)
 
 
 def count_tokens(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor | None, int]:
